@@ -1,0 +1,94 @@
+"""Insert a redistribute on every edge whose producer is not placed as its consumer demands.
+
+Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is demanded; after::
+
+    %q1 : S(1) = redistribute(%q, S(2) -> S(1))
+    %o = attention(%q1, ...)
+
+1. Edges from one producer to the same placement share a redistribute, within one grad-mode region.
+2. A redistribute stands right before its first reader; one of a placeholder to R stands after the placeholders, where
+   neither autocast nor ``no_grad`` regions are open.
+3. S -> S along the same dimension (ownership differs) goes through I: the types have no shorter way yet.
+4. Tensors the graph returns become I, except a sharded dimension DTensor can express where ``outputs`` keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from sptransform import annotations
+from sptransform.pass_manager import Context, Pass
+from sptransform.partition import Partition
+from sptransform.placement import I, Placement, R, Shard
+from sptransform.rewriter import insert_redistribute, replace_operand
+from sptransform.rules import demands
+from sptransform.verifier import satisfies
+
+
+@dataclass
+class _Inserter:
+    """Redistributes made so far, by producer, target placement and grad-mode region."""
+
+    first: fx.Node
+    region: int = 0
+    made: dict[tuple[fx.Node, Placement, int], fx.Node] = field(default_factory=dict)
+
+    def moved(self, producer: fx.Node, target: Placement, before: fx.Node) -> fx.Node:
+        source = annotations.placement(producer)
+        hoisted = producer.op == "placeholder" and target == R
+        key = (producer, target, -1 if hoisted else self.region)
+        if key not in self.made:
+            if isinstance(source, Shard) and isinstance(target, Shard) and source.dim == target.dim:
+                producer, source = self.moved(producer, I, before), I
+            (self.made[key],) = insert_redistribute(
+                self.first if hoisted else before, [producer], [(source, target)]
+            )
+        return self.made[key]
+
+
+@dataclass(frozen=True)
+class InsertRedistributes(Pass):
+    requires = frozenset({"functional", "placed"})
+    ensures = frozenset({"functional", "placed", "typed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        nodes = list(graph.nodes)
+        inserter = _Inserter(next(n for n in nodes if n.op != "placeholder"))
+        for node in nodes:
+            note = annotations.note(node)
+            if node.op == "output":
+                self._return(node, inserter, context)
+            elif note.decision is not None:
+                operands = annotations.operands(node)
+                for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
+                    producer, _ = operands[index]
+                    self._satisfy(node, index, producer, demanded, inserter)
+            elif not annotations.values(node) and node.op == "call_function":
+                inserter.region += 1
+
+    def _satisfy(
+        self, node: fx.Node, index: int, producer: fx.Node, demanded: Placement, inserter: _Inserter
+    ) -> None:
+        actual = annotations.placement(producer)
+        if not satisfies(actual, demanded, annotations.note(producer).differentiable):
+            replace_operand(node, index, inserter.moved(producer, demanded, node))
+
+    def _return(self, node: fx.Node, inserter: _Inserter, context: Context) -> None:
+        for index, (producer, _) in enumerate(annotations.operands(node)):
+            actual = annotations.placement(producer)
+            if context.outputs == "full" or not _is_chunked(actual):
+                self._satisfy(node, index, producer, I, inserter)
+        leaves = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+        context.output_placements = tuple(
+            annotations.placement(x) if isinstance(x, fx.Node) and annotations.is_tensor(x) else None for x in leaves
+        )
+
+
+def _is_chunked(placement: Placement | None) -> bool:
+    """Whether DTensor's ``Shard(dim)`` means the same cut."""
+    if not isinstance(placement, Shard) or placement.outer != 1:
+        return False
+    partition = placement.partition
+    return partition == Partition.contiguous(partition.size, partition.num_ranks)

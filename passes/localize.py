@@ -1,0 +1,88 @@
+"""Let every op run on shards: sizes in its arguments become local, and fake values are those of this rank.
+
+Before: ``%v : f32[2,64,8,8] = aten.view(%x, [2, 64, 8, 8])`` with dim 1 cut over 4 ranks; after:
+``%v : f32[2,16@sp,8,8] = aten.reshape(%x, [2, 16, 8, 8])``.
+
+1. Ops whose table entry has a ``localize`` function are rewritten by it where they are sharded.
+2. Every node is then run on fake shards; the verifier compares shape and dtype with what its placement says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.ops.groups import pretend
+from sptransform.pass_manager import Context, Pass
+from sptransform.placement import local_shape
+from sptransform.rewriter import compute_value, emitter
+from sptransform.rules import Local, OpCall, Sharded
+
+
+@dataclass(frozen=True)
+class Localize(Pass):
+    requires = frozenset({"typed", "lowered"})
+    ensures = frozenset({"functional", "lowered", "local"})
+    breaks = frozenset({"placed", "typed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        nodes = list(graph.nodes)
+        calls = {node: OpCall.of_node(node) for node in nodes if _has_local_form(node, context)}
+        for node in nodes:
+            note = annotations.note(node)
+            if note.placements is not None:
+                shapes = (tuple(value.shape) for value in annotations.values(node))
+                pairs = zip(note.placements, shapes, annotations.values(node), strict=True)
+                note.local_types = tuple(
+                    (local_shape(placement, shape, context.mesh.rank), value.dtype) for placement, shape, value in pairs
+                )
+        with _fakes(graph), pretend(context.mesh.group, context.mesh.rank):
+            for node in nodes:
+                if node in calls:
+                    _localize(node, calls[node], context)
+                elif node.op == "call_function":
+                    compute_value(node)
+
+
+def _has_local_form(node: fx.Node, context: Context) -> bool:
+    if node.op != "call_function" or not isinstance(annotations.note(node).decision, Sharded):
+        return False
+    return context.rules[node.target].localize is not None
+
+
+def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
+    note = annotations.note(node)
+    local = Local(
+        emit=emitter(node),
+        operands=tuple(producer for producer, _ in annotations.operands(node)),
+        result_shapes=tuple(shape for shape, _ in note.local_types),
+        rule=note.rule,
+        decision=note.decision,
+        rank=context.mesh.rank,
+        group=context.mesh.group,
+    )
+    new = context.rules[node.target].localize(call, local)
+    new_note = annotations.note(new)
+    new_note.placements, new_note.local_types = note.placements, note.local_types
+    new_note.differentiable = note.differentiable
+    name = node.name
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    new.name = name
+
+
+@contextmanager
+def _fakes(graph: fx.Graph) -> Iterator[None]:
+    """Ops compute on fake tensors, without gradients; grad mode is restored whatever grad-mode nodes ran."""
+    mode = next(value.fake_mode for node in graph.nodes for value in annotations.values(node))
+    before = torch.is_grad_enabled()
+    try:
+        with mode, torch.no_grad():
+            yield
+    finally:
+        torch._C._set_grad_enabled(before)

@@ -1,0 +1,88 @@
+"""Lower every redistribute to the op that does it, see :mod:`sptransform.ops.redistribute`.
+
+Before: ``%q1 : S(1) = redistribute([%q], S(2) -> S(1))``; after: ``%q1 = sptransform.all_to_all([%q], ...)``.
+
+1. Packed moves (S -> S, and I -> R of gradient buckets) become one op of several tensors.
+2. Others become one op a tensor, of the tensor alone.
+3. In a checkpointed region the result is saved, not recomputed: recomputing would communicate again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sptransform import annotations
+from sptransform.pass_manager import Context, Pass
+from sptransform.placement import kind
+from sptransform.rewriter import is_redistribute
+
+_ops = torch.ops.sptransform
+
+# (from, to) -> op and its arguments after the tensor, given both placements and the group's name
+_SINGLE: dict[tuple[str, str], tuple[Any, Callable[[Any, Any, str], tuple[Any, ...]]]] = {
+    ("I", "P"): (_ops.first_rank.default, lambda s, t, group: (group, True)),
+    ("I", "S"): (_ops.cut.default, lambda s, t, group: (t.spec, group, True)),
+    ("P", "I"): (_ops.sum.default, lambda s, t, group: (group, True)),
+    ("P", "R"): (_ops.sum.default, lambda s, t, group: (group, False)),
+    ("P", "S"): (_ops.sum_scatter.default, lambda s, t, group: (t.spec, group)),
+    ("R", "I"): (_ops.first_rank.default, lambda s, t, group: (group, False)),
+    ("R", "P"): (_ops.first_rank.default, lambda s, t, group: (group, True)),
+    ("R", "S"): (_ops.cut.default, lambda s, t, group: (t.spec, group, False)),
+    ("S", "I"): (_ops.gather.default, lambda s, t, group: (s.spec, group, True)),
+    ("S", "R"): (_ops.gather.default, lambda s, t, group: (s.spec, group, False)),
+}
+
+
+@dataclass(frozen=True)
+class LowerRedistributes(Pass):
+    requires = frozenset({"typed"})
+    ensures = frozenset({"functional", "placed", "typed", "lowered"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for node in list(graph.nodes):
+            if not is_redistribute(node):
+                continue
+            kinds = {(kind(source), kind(target)) for source, target in annotations.note(node).transitions}
+            if kinds == {("S", "S")}:
+                transitions = annotations.note(node).transitions
+                specs = [source.spec for source, _ in transitions], [target.spec for _, target in transitions]
+                _relabel(node, _ops.all_to_all.default, (node.args[0], *specs, context.mesh.group))
+            elif kinds == {("I", "R")}:
+                _relabel(node, _ops.replicate.default, (node.args[0], context.mesh.group))
+            else:
+                _lower_single(node, context.mesh.group)
+
+
+def _relabel(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    node.target, node.args = target, args
+    _save(node)
+
+
+def _save(node: fx.Node) -> None:
+    if "recompute" in node.meta:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _lower_single(node: fx.Node, group: str) -> None:
+    ((source, target),) = annotations.note(node).transitions
+    (output,) = node.users
+    op, arguments = _SINGLE[kind(source), kind(target)]
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(op, (node.args[0][0], *arguments(source, target, group)))
+    annotations.copy(node, new)
+    new.meta["val"] = annotations.value(output)
+    note = annotations.note(new)
+    note.transitions = ((source, target),)
+    note.differentiable = annotations.note(node).differentiable
+    annotations.set_placement(new, target)
+    _save(new)
+    output.replace_all_uses_with(new)
+    node.graph.erase_node(output)
+    node.graph.erase_node(node)
+

@@ -1,0 +1,73 @@
+"""Give every node its rule, a decision, and every tensor a placement.
+
+1. Rules are looked up and applied to global shapes; axes are inferred from them.
+2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
+3. Propagation decides (see :mod:`sptransform.propagation`).
+4. An op without a rule that would have to gather a shard is recorded, or with ``strict`` refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sptransform import annotations
+from sptransform.axes import Axes
+from sptransform.errors import UnsupportedOpError, UsageError, describe
+from sptransform.pass_manager import Context, Fallback, Pass
+from sptransform.placement import I, Placement, R, Shard
+from sptransform.propagation import Propagation, light_nodes
+from sptransform.rules import OpCall
+
+
+@dataclass(frozen=True)
+class Place(Pass):
+    requires = frozenset({"functional"})
+    ensures = frozenset({"functional", "placed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for node in graph.nodes:
+            if node.op == "call_function" and annotations.values(node) and annotations.projection(node) is None:
+                annotations.note(node).rule = context.rules.rule_of(OpCall.of_node(node))
+        light = light_nodes(graph)
+        axes = Axes(graph, context.mesh.size, context.sequence_dims, ignored=light)
+        if not axes.has_sequence:
+            raise UsageError(
+                describe(
+                    "nothing in this graph says which dimension is the sequence",
+                    found="no attention op (scaled_dot_product_attention)",
+                    fix="pass sequence_dims={'<input name>': <dim>}; inputs of this graph: "
+                    + ", ".join(n.name for n in graph.nodes if n.op == "placeholder" and annotations.is_tensor(n)),
+                )
+            )
+        inputs = {n: self._input(n, context) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+        Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light).run()
+        for node in graph.nodes:
+            if node.op == "call_function" and annotations.note(node).decision is not None:
+                self._record_fallback(node, context)
+
+    def _input(self, node: fx.Node, context: Context) -> Placement:
+        return R if annotations.note(node).differentiable and not context.grad_sync else I
+
+    def _record_fallback(self, node: fx.Node, context: Context) -> None:
+        if annotations.note(node).rule is not None:
+            return
+        gathered = [
+            producer
+            for producer, _ in annotations.operands(node)
+            if isinstance(annotations.placement(producer), Shard)
+        ]
+        if not gathered:
+            return
+        if context.strict:
+            raise UnsupportedOpError(
+                describe(
+                    f"{node.target} has no sharding rule, and strict=True forbids running it replicated",
+                    node=node,
+                    found=", ".join(f"%{x.name} placed {annotations.placement(x)}" for x in gathered),
+                    fix="pass strict=False to gather its operands, or add a rule for it",
+                )
+            )
+        num_bytes = sum(annotations.value(x).numel() * annotations.value(x).element_size() for x in gathered)
+        context.fallbacks.append(Fallback(str(node.target), node.name, annotations.source_line(node), num_bytes))

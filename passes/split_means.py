@@ -1,0 +1,94 @@
+"""Write a loss averaged over its elements as a sum and a division by the global count.
+
+Before: ``%loss = aten.cross_entropy_loss(%logits, %labels)``; after::
+
+    %total = aten.cross_entropy_loss(%logits, %labels, None, 2)
+    %valid = aten.sum(aten.ne(%labels, -100))
+    %loss  = aten.div(%total, %valid)
+
+so that a shard contributes its sum, and nobody divides by its own count.
+
+1. Cross-entropy and NLL with class indices count the labels that are not ``ignore_index``, each with its class weight.
+2. Cross-entropy with class probabilities counts every position.
+3. Losses that are pointwise before their reduction count every element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.op_rules.loss import MEAN, SUM
+from sptransform.pass_manager import Context, Pass
+from sptransform.rewriter import emit_like
+from sptransform.rules import OpCall
+
+aten = torch.ops.aten
+
+
+def _count_labels(node: fx.Node, call: OpCall) -> fx.Node | int:
+    logits, labels = (producer for producer, _ in annotations.operands(node)[:2])
+    shape = annotations.shape(logits)
+    if annotations.value(labels).is_floating_point():
+        return prod(shape) // shape[1 if len(shape) > 1 else 0]
+    valid = emit_like(node, aten.ne.Scalar, labels, call.argument("ignore_index"))
+    weight = call.operand("weight")
+    if weight is None:
+        return emit_like(node, aten.sum.default, valid)
+    classes = emit_like(node, aten.mul.Tensor, labels, valid)
+    weights = emit_like(node, aten.index.Tensor, annotations.operands(node)[weight][0], [classes])
+    return emit_like(node, aten.sum.default, emit_like(node, aten.mul.Tensor, weights, valid))
+
+
+def _count_elements(node: fx.Node, call: OpCall) -> int:
+    return prod(torch.broadcast_shapes(*call.operand_shapes))
+
+
+_COUNTS: dict[object, Callable[[fx.Node, OpCall], fx.Node | int]] = {
+    aten.binary_cross_entropy_with_logits.default: _count_elements,
+    aten.cross_entropy_loss.default: _count_labels,
+    aten.huber_loss.default: _count_elements,
+    aten.kl_div.default: _count_elements,
+    aten.l1_loss.default: _count_elements,
+    aten.mse_loss.default: _count_elements,
+    aten.nll_loss_nd.default: _count_labels,
+    aten.smooth_l1_loss.default: _count_elements,
+}
+
+
+@dataclass(frozen=True)
+class SplitMeans(Pass):
+    requires = frozenset({"functional"})
+    ensures = frozenset({"functional"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for node in list(graph.nodes):
+            if node.target not in _COUNTS:
+                continue
+            call = OpCall.of_node(node)
+            if call.argument("reduction") != MEAN:
+                continue
+            count = _COUNTS[node.target](node, call)
+            args, kwargs = _with_reduction(node, SUM)
+            total = emit_like(node, node.target, *args, **kwargs)
+            divide = aten.div.Tensor if isinstance(count, fx.Node) else aten.div.Scalar
+            loss = emit_like(node, divide, total, count)
+            for new in (total, loss):
+                annotations.note(new).differentiable = annotations.note(node).differentiable
+            node.replace_all_uses_with(loss)
+            graph.erase_node(node)
+
+
+def _with_reduction(node: fx.Node, reduction: int) -> tuple[list[object], dict[str, object]]:
+    position = [argument.name for argument in node.target._schema.arguments].index("reduction")
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if position < len(args):
+        args[position] = reduction
+    else:
+        kwargs["reduction"] = reduction
+    return args, kwargs

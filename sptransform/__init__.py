@@ -1,0 +1,20 @@
+"""Sequence-parallel training of unmodified transformers: a compiler from one device to many."""
+
+from sptransform.errors import CaptureError, RuleError, SPTransformError, UnsupportedOpError, UsageError, VerificationError
+from sptransform.parallelize import parallelize
+from sptransform.rewrite import Rewritten, rewrite
+from sptransform.strategies import Strategy, Ulysses
+
+__all__ = [
+    "CaptureError",
+    "Rewritten",
+    "RuleError",
+    "SPTransformError",
+    "Strategy",
+    "Ulysses",
+    "UnsupportedOpError",
+    "UsageError",
+    "VerificationError",
+    "parallelize",
+    "rewrite",
+]

@@ -1,0 +1,123 @@
+"""The only reader and writer of what the passes note on a graph's nodes (``node.meta["sptransform"]``)."""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from sptransform.placement import Placement
+    from sptransform.rules import Decision, OpRule
+
+_KEY = "sptransform"
+
+
+@dataclass
+class Note:
+    """What the passes know of a node. None always means "not annotated yet"."""
+
+    differentiable: bool = False
+    rule: OpRule | None = None
+    decision: Decision | None = None
+    placements: tuple[Placement, ...] | None = None  # one per output of the node
+    local_types: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None  # stated shape, dtype per output
+    transitions: tuple[tuple[Placement, Placement], ...] = ()  # of a redistribute node: (from, to) per tensor
+
+
+def note(node: fx.Node) -> Note:
+    """The node's note, made on first access."""
+    return node.meta.setdefault(_KEY, Note())
+
+
+def placement(node: fx.Node) -> Placement | None:
+    """Placement of the node's output (of the picked one, where the node picks one of several)."""
+    picked = projection(node)
+    if picked is not None:
+        placements = note(picked[0]).placements
+        return None if placements is None else placements[picked[1]]
+    placements = note(node).placements
+    return None if placements is None else placements[0]
+
+
+def set_placement(node: fx.Node, *placements: Placement) -> None:
+    note(node).placements = placements
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value recorded at capture: a tensor, a tuple of tensors, or a plain value."""
+    return node.meta.get("val")
+
+
+def values(node: fx.Node) -> tuple[torch.Tensor, ...]:
+    """The tensors among the node's outputs, in order."""
+    val = value(node)
+    if isinstance(val, torch.Tensor):
+        return (val,)
+    if isinstance(val, list | tuple):
+        return tuple(v for v in val if isinstance(v, torch.Tensor))
+    return ()
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(values(node)[0].shape)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
+
+
+def projection(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(producer, index) where the node picks one output of a node that has several; else None."""
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0], node.args[1]
+    return None
+
+
+def operands(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The tensor arguments in the order rules number them, each as (producer, output index)."""
+    found: list[tuple[fx.Node, int]] = []
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, fx.Node) and is_tensor(x):
+            found.append((x, 0))
+        return x
+
+    pytree.tree_map(visit, (node.args, dict(node.kwargs)))
+    return found
+
+
+def copy(source: fx.Node, target: fx.Node) -> None:
+    """Let ``target``, made in ``source``'s stead, keep source line, module path, autograd and recompute tags."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>.*)')
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line: code`` of the innermost frame of the user's stack, if capture recorded one."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return None
+    last = frames[-1]
+    return f"{last['file']}:{last['line']}: {last['code'].strip()}"
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward made the node: ``model.layers.0.self_attn``; "" for the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    # Dynamo writes L['self']._modules['model'].layers._modules['0']; people write model.layers.0
+    path = re.sub(r"^L\['\w+'\](\[\d+\])?", "", path)
+    path = re.sub(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", lambda m: f".{m[1] or m[2] or m[3]}", path)
+    return path.strip(".")

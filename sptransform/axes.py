@@ -1,0 +1,180 @@
+"""Axis inference: which tensor dimensions of a graph are the same logical axis, by unifying what the rules equate.
+
+Every dimension is a product of atoms. A rule that names one factor on two dimensions unifies their atoms; a reshape
+splits an atom into several. A slice or a pad *links* two atoms: another extent of the same axis. The sequence is then
+whatever is unified with, or linked to, the query or key factor of an attention op. Knows no op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from sptransform import annotations
+from sptransform.partition import Partition
+from sptransform.rules import Dims, OpRule, Resize
+
+
+class Atom:
+    """An indivisible axis so far; ``merged`` or ``parts`` say what it turned out to be."""
+
+    __slots__ = ("merged", "parts", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.merged: Atom | None = None
+        self.parts: tuple[Atom, ...] | None = None
+
+
+def resolve(atoms: list[Atom]) -> list[Atom]:
+    """What ``atoms`` stand for by now: indivisible representatives, in order."""
+    found: list[Atom] = []
+    stack = list(reversed(atoms))
+    while stack:
+        atom = stack.pop()
+        while atom.merged is not None:
+            if atom.merged.merged is not None:
+                atom.merged = atom.merged.merged
+            atom = atom.merged
+        if atom.parts is None:
+            found.append(atom)
+        else:
+            stack.extend(reversed(atom.parts))
+    return found
+
+
+def unify(left: list[Atom], right: list[Atom]) -> bool:
+    """Make two products the same; False where their factors do not nest (then they stay apart from there on)."""
+    a, b = resolve(left)[::-1], resolve(right)[::-1]
+    while a and b:
+        x, y = a.pop(), b.pop()
+        if x is y:
+            continue
+        if x.size == y.size:
+            y.merged = x
+        elif x.size % y.size == 0:
+            x.parts = (Atom(y.size), Atom(x.size // y.size))
+            a.extend(resolve([x])[::-1])
+            b.append(y)
+        elif y.size % x.size == 0:
+            y.parts = (Atom(x.size), Atom(y.size // x.size))
+            b.extend(resolve([y])[::-1])
+            a.append(x)
+        else:
+            return False
+        # a merge or split may have changed what waits on either side
+        a, b = resolve(a[::-1])[::-1], resolve(b[::-1])[::-1]
+    return True
+
+
+@dataclass(frozen=True)
+class _Link:
+    source: Atom
+    target: Atom
+    resize: Resize
+    node: fx.Node
+
+
+class Axes:
+    """The axes of a graph whose nodes carry rules.
+
+    Args:
+        graph: every node annotated with its rule, if it has one.
+        num_ranks: over how many ranks a sequence axis is partitioned.
+        sequence_dims: placeholder name -> dimension that is a sequence, for graphs whose ops do not say.
+        ignored: nodes whose links say nothing about ownership (their values are replicated anyway).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        num_ranks: int,
+        sequence_dims: Mapping[str, int],
+        ignored: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self._num_ranks = num_ranks
+        self._dims: dict[tuple[fx.Node, int], list[list[Atom]]] = {}
+        self._factors: dict[fx.Node, dict[str, list[Atom]]] = {}
+        self._links: list[_Link] = []
+        self._ignored = ignored
+        self._sequences: list[Atom] = []
+        for node in graph.nodes:
+            picked = annotations.projection(node)
+            if picked is not None:
+                self._dims[node, 0] = self._dims[picked]
+                continue
+            for index, value in enumerate(annotations.values(node)):
+                self._dims[node, index] = [[] if size == 1 else [Atom(size)] for size in value.shape]
+        for node in graph.nodes:
+            rule = annotations.note(node).rule
+            if rule is not None:
+                self._apply(node, rule)
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.name in sequence_dims:
+                self._sequences.extend(self._dims[node, 0][sequence_dims[node.name]])
+        self._family = self._close_over_links()
+        self._partitions: dict[Atom, Partition] = {}
+
+    def _apply(self, node: fx.Node, rule: OpRule) -> None:
+        factors = {name: [Atom(size)] if size != 1 else [] for name, size in rule.sizes.items()}
+        self._factors[node] = factors
+        operands = annotations.operands(node)
+        for side, index, dims in rule.tensors():
+            owner = operands[index] if side == "operand" else (node, index)
+            self._equate(node, rule, side, index, dims, self._dims.get(owner, []))
+        for role in ("queries", "keys"):
+            if role in rule.roles:
+                self._sequences.extend(factors[rule.roles[role]])
+
+    def _equate(
+        self, node: fx.Node, rule: OpRule, side: str, index: int, dims: Dims, own: list[list[Atom]]
+    ) -> None:
+        for names, atoms in zip(dims, own, strict=True):
+            factors = [atom for name in names for atom in self._factors[node][name]]
+            resized = [rule.resize[side, index, name] for name in names if (side, index, name) in rule.resize]
+            if not resized:
+                unify(atoms, factors)
+            elif resized[0].links and len(atoms) == len(factors) == 1:
+                self._links.append(_Link(factors[0], atoms[0], resized[0], node))
+
+    def _close_over_links(self) -> set[Atom]:
+        family = set(resolve(self._sequences))
+        links = [(resolve([link.source]), resolve([link.target])) for link in self._links]
+        grown = True
+        while grown:
+            grown = False
+            for source, target in links:
+                if not family.isdisjoint(source) != (not family.isdisjoint(target)) and len(source) == len(target) == 1:
+                    family.update(source, target)
+                    grown = True
+        return family
+
+    @property
+    def has_sequence(self) -> bool:
+        return bool(self._family)
+
+    def is_sequence(self, atom: Atom) -> bool:
+        return atom in self._family
+
+    def dims(self, node: fx.Node, index: int = 0) -> list[list[Atom]]:
+        """Atoms of each dimension of a node's output."""
+        return [resolve(atoms) for atoms in self._dims[node, index]]
+
+    def factor(self, node: fx.Node, name: str) -> list[Atom]:
+        """Atoms of one factor of the node's rule, outermost first."""
+        return resolve(self._factors[node][name])
+
+    def partition(self, atom: Atom) -> Partition:
+        """Who owns what of a sequence axis: what the op that derived it says, else contiguous blocks."""
+        if atom not in self._partitions:
+            self._partitions[atom] = Partition.contiguous(atom.size, self._num_ranks)
+            for link in self._links:
+                if link.node in self._ignored:
+                    continue
+                source, target = resolve([link.source]), resolve([link.target])
+                if target == [atom] and len(source) == 1 and source != target:
+                    self._partitions[atom] = link.resize.partition(self.partition(source[0]))
+                    break
+        return self._partitions[atom]

@@ -1,0 +1,99 @@
+"""Dynamo's graph to a functional, pre-dispatch ATen graph: attention, linear, embedding, losses one node each.
+
+Tracing runs below Dynamo and above autograd and autocast, so what the user wrote is what the graph says: autocast and
+grad-mode regions are nodes, dropout is dropout. Kept per node: fake value, source line, module path, recompute tags,
+and whether autograd tracks it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+
+# Private: the fake mode Dynamo traced with. Values of another mode cannot meet its own.
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sptransform import annotations
+from sptransform.errors import CaptureError
+from sptransform.functionalize import functionalize
+
+_regions = itertools.count(1)
+
+
+class _Inliner(fx.Interpreter):
+    """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *operands = args
+            region = next(_regions)
+            for node in body.graph.nodes:
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+                node.meta["ac_graph_id"] = region
+            return _Inliner(body).run(*operands)
+        return super().call_function(target, args, kwargs)
+
+
+def specialize(gm: fx.GraphModule) -> None:
+    """Make Dynamo guard every input size it left symbolic: this compiler's graphs are for one set of sizes.
+
+    Reading a symbolic size as an int adds the guard, so another size is another compile, never a wrong run.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            example = node.meta.get("example_value")
+            sizes = example.shape if isinstance(example, torch.Tensor) else [example]
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    int(size)
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Return the ATen graph of ``gm`` called with ``inputs`` (real or fake tensors), one placeholder for each.
+
+    Raises:
+        CaptureError: the graph writes into a tensor in a way that has no functional form.
+    """
+    specialize(gm)
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
+    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else _plain(x) for x in inputs]
+    # boxed in a list argument, make_fx would drop inputs no op reads; positional ones it keeps
+    with mode, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
+        traced = make_fx(lambda *args: _Inliner(gm).run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    for node in traced.graph.nodes:
+        annotations.note(node).differentiable = _is_tracked(node.meta.get("tensor_meta"))
+        if node.op == "get_attr":
+            node.meta["val"] = _constant(traced, node, mode)
+    placeholders = (node for node in traced.graph.nodes if node.op == "placeholder")
+    for node, x in zip(placeholders, inputs, strict=True):
+        annotations.note(node).differentiable = isinstance(x, torch.Tensor) and x.requires_grad
+    functionalize(traced.graph)
+    return traced
+
+
+def _plain(x: Any) -> Any:
+    return int(x) if isinstance(x, torch.SymInt) else x
+
+
+def _is_tracked(meta: Any) -> bool:
+    """Whether autograd tracked a node's output, or any of its outputs, while it was traced."""
+    if isinstance(meta, TensorMetadata):
+        return meta.requires_grad
+    return isinstance(meta, tuple | list) and any(map(_is_tracked, meta))
+
+
+def _constant(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+    value = getattr(gm, node.target)
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(f"the graph holds a constant that is not a tensor: {node.target}")
+    return mode.from_tensor(value, static_shapes=True)

@@ -1,0 +1,91 @@
+"""Embedding, gather and advanced indexing: index dimensions pass to the result, indexed ones must be whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sptransform.rules import OpCall, OpEntry, Operand, OpRule, RuleFn, rule
+
+aten = torch.ops.aten
+
+
+def embedding(call: OpCall) -> OpRule:
+    """``weight[indices]``. The sum a pending table would need is not taken: indices have no gradient."""
+    return rule("v h, ... -> ... h", whole="v", linear=((0,),), heavy=True)(call)
+
+
+def gather(call: OpCall) -> OpRule:
+    """Along ``dim`` the operand must be whole; elsewhere an equal extent is the same index."""
+    shape, index_shape = call.operand_shapes
+    dim = call.argument("dim") % len(shape)
+    index = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(index_shape))
+    sizes = {f"i{d}": size for d, size in enumerate(index_shape) if size != 1}
+    operand, whole = [], set()
+    for d, size in enumerate(shape):
+        if d != dim and size == index_shape[d]:
+            operand.append(index[d])
+            continue
+        # gather reads only the first index_shape[d] entries here: neither side may be cut
+        operand.append((f"o{d}",) if size != 1 else ())
+        sizes[f"o{d}"] = size
+        whole.add(f"o{d}")
+        if d != dim:
+            whole.add(f"i{d}")
+    return OpRule((tuple(operand), index), (index,), sizes, whole=frozenset(whole))
+
+
+def index_select(call: OpCall) -> OpRule:
+    shape = call.operand_shapes[0]
+    dim = call.argument("dim") % len(shape)
+    operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    num = call.operand_shapes[1][0] if call.operand_shapes[1] else 1
+    taken = ("n",) if num != 1 else ()
+    sizes["n"] = num
+    result = (*operand[:dim], taken, *operand[dim + 1 :])
+    index = (taken,) if call.operand_shapes[1] else ()
+    return OpRule((operand, index), (result,), sizes, whole=frozenset({f"i{dim}"}), linear=(frozenset({0}),))
+
+
+def index(call: OpCall) -> OpRule | None:
+    """Advanced indexing by integers: ``x[i, j]``. None for boolean indices, whose result has no fixed size."""
+    shape = call.operand_shapes[0]
+    positions = {d: leaf.index for d, leaf in enumerate(call.argument("indices")) if isinstance(leaf, Operand)}
+    if not positions:
+        return None
+    indexed = sorted(positions)
+    index_shapes = [call.operand_shapes[i] for i in positions.values()]
+    try:
+        broadcast = torch.broadcast_shapes(*index_shapes)
+    except RuntimeError:
+        return None
+    kept = [d for d in range(len(shape)) if d not in positions]
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if adjacent else 0
+    new_shape = [shape[d] for d in kept]
+    if (*new_shape[:at], *broadcast, *new_shape[at:]) != call.result_shapes[0]:
+        return None  # a boolean index
+    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+    num = len(broadcast)
+    sizes |= {f"b{num - i}": size for i, size in enumerate(broadcast) if size != 1}
+    spread = tuple((f"b{num - i}",) if size != 1 else () for i, size in enumerate(broadcast))
+    operands = {0: operand}
+    for position in positions.values():
+        own = call.operand_shapes[position]
+        tail = spread[num - len(own) :]
+        operands[position] = tuple(f if size != 1 else () for f, size in zip(tail, own, strict=True))
+    passed = [operand[d] for d in kept]
+    result = (*passed[:at], *spread, *passed[at:])
+    whole = frozenset(f"i{d}" for d in indexed)
+    return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes, whole=whole)
+
+
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten.embedding.default, embedding),
+    (aten.gather.default, gather),
+    (aten.index.Tensor, index),
+    (aten.index_select.default, index_select),
+]

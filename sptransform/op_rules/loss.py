@@ -1,0 +1,56 @@
+"""Losses with ``reduction`` "none" or "sum"; ``passes/split_means.py`` writes a mean as sum / count first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sptransform.rules import OpCall, OpEntry, OpRule, RuleFn, rule
+
+aten = torch.ops.aten
+
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def cross_entropy(call: OpCall) -> OpRule:
+    """``input [n, c, d...]`` or ``[c]``; the target has class indices ``[n, d...]`` or class probabilities."""
+    shape, target_shape = call.operand_shapes[:2]
+    num_tail = max(len(shape) - 2, 0)
+    tail = "".join(f" d{i}" for i in range(num_tail))
+    logits = f"n c{tail}" if len(shape) > 1 else "c"
+    labels = logits if target_shape == shape else f"n{tail}" if len(shape) > 1 else ""
+    points = (f"n{tail}" if len(shape) > 1 else "").split()
+    weight = ", c" if call.operand("weight") is not None else ""
+    reduction = call.argument("reduction")
+    out = "" if reduction else " ".join(points)
+    if reduction == SUM:
+        kinds = {"reduce": " ".join(points), "whole": "c"}
+    elif reduction == MEAN:
+        kinds = {"whole": " ".join([*points, "c"])}
+    else:
+        kinds = {"whole": "c"}
+    return rule(f"{logits}, {labels}{weight} -> {out}", **kinds)(call)
+
+
+def elementwise_loss(call: OpCall) -> OpRule:
+    """A loss that is pointwise before its reduction."""
+    reduction = call.argument("reduction")
+    ndim = max(len(shape) for shape in call.operand_shapes)
+    points = [f"i{d}" for d in range(ndim)]
+    operands = ", ".join(" ".join(points[ndim - len(shape) :]) for shape in call.operand_shapes)
+    out = "" if reduction else " ".join(points)
+    kinds = {SUM: {"reduce": " ".join(points)}, MEAN: {"whole": " ".join(points)}, NONE: {}}[reduction]
+    return rule(f"{operands} -> {out}", **kinds)(call)
+
+
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten.binary_cross_entropy_with_logits.default, elementwise_loss),
+    (aten.cross_entropy_loss.default, cross_entropy),
+    (aten.huber_loss.default, elementwise_loss),
+    (aten.kl_div.default, elementwise_loss),
+    (aten.l1_loss.default, elementwise_loss),
+    (aten.mse_loss.default, elementwise_loss),
+    (aten.nll_loss_nd.default, cross_entropy),
+    (aten.smooth_l1_loss.default, elementwise_loss),
+]

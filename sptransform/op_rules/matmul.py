@@ -1,0 +1,69 @@
+"""Contractions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from sptransform.rules import OpCall, OpEntry, OpRule, RuleFn, rule
+
+aten = torch.ops.aten
+
+_EACH = ((0,), (1,))
+
+_product = rule("... i k, ... k j -> ... i j", reduce="k", linear=_EACH, heavy=True)
+
+
+def matmul(call: OpCall) -> OpRule:
+    """``torch.matmul`` with its 1-D forms; a contraction over one entry is an outer product and not heavy."""
+    a, b = (len(shape) for shape in call.operand_shapes)
+    left = "k" if a == 1 else "... i k" if b <= 2 or a > 2 else "i k"
+    right = "k" if b == 1 else "... k j" if b > 2 else "k j"
+    lead = "... " if max(a, b) > 2 or "..." in left else ""
+    out = lead + ("i " if a > 1 else "") + ("j" if b > 1 else "")
+    text = f"{left}, {right} -> {out}"
+    inner = call.operand_shapes[0][-1]
+    reduce = "k" if inner != 1 else ""
+    return rule(text, reduce=reduce, linear=_EACH, heavy=inner != 1)(call)
+
+
+def linear(call: OpCall) -> OpRule:
+    """``x W^T + b``. With a bias the contracted factor stays whole: a bias added on every rank is added N times."""
+    has_bias = len(call.operand_shapes) == 3
+    contracted = {"whole": "k"} if has_bias else {"reduce": "k", "linear": _EACH}
+    return rule("... k, o k, o -> ... o", heavy=True, **contracted)(call)
+
+
+def einsum(call: OpCall) -> OpRule | None:
+    """``torch.einsum``, whose equation is the rule. None for a repeated subscript within one operand."""
+    equation = call.argument("equation").replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    operands = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace("...", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    if any(len(set(part.replace("...", ""))) != len(part.replace("...", "")) for part in operands):
+        return None
+
+    def spaced(part: str) -> str:
+        return " ".join(re.findall(r"\.\.\.|\w", part))
+
+    summed = sorted(set(re.findall(r"\w", left)) - set(right))
+    text = f"{', '.join(map(spaced, operands))} -> {spaced(right)}"
+    each = tuple((i,) for i in range(len(operands)))
+    return rule(text, reduce=" ".join(summed), linear=each, heavy=bool(summed))(call)
+
+
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten.addmm.default, rule("... j, i k, k j -> i j", whole="k", heavy=True)),
+    (aten.baddbmm.default, rule("..., b i k, b k j -> b i j", whole="k", heavy=True)),
+    (aten.bmm.default, rule("b i k, b k j -> b i j", reduce="k", linear=_EACH, heavy=True)),
+    (aten.dot.default, rule("k, k -> ", reduce="k", linear=_EACH)),
+    (aten.einsum.default, einsum),
+    (aten.linear.default, linear),
+    (aten.matmul.default, matmul),
+    (aten.mm.default, rule("i k, k j -> i j", reduce="k", linear=_EACH, heavy=True)),
+    (aten.mv.default, rule("i k, k -> i", reduce="k", linear=_EACH, heavy=True)),
+]

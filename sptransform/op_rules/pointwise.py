@@ -1,0 +1,72 @@
+"""Pointwise ops. Those torch tags ``pointwise`` need no line here unless a pending sum passes through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sptransform.rules import Local, OpCall, OpEntry, OpRule, RuleFn, rule
+
+aten = torch.ops.aten
+
+_LINEAR_IN_EACH = ((0,), (1,))
+_LINEAR_JOINTLY = ((0, 1),)
+_LINEAR = ((0,),)
+
+
+def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
+    """Operands broadcast to the result, whatever their number."""
+
+    def apply(call: OpCall) -> OpRule:
+        operands = ", ".join(["..."] * len(call.operand_shapes))
+        results = ", ".join(["..."] * len(call.result_shapes))
+        return rule(f"{operands} -> {results}", linear=linear)(call)
+
+    return apply
+
+
+def default_entry(target: Any) -> OpEntry | None:
+    """The entry of an op without a line of its own: pointwise if torch says so and it draws no random numbers."""
+    tags = getattr(target, "tags", ())
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+        return OpEntry(pointwise())
+    return None
+
+
+def _dropout(call: OpCall, local: Local) -> Any:
+    """Each rank draws its own mask for its own part; the default generators of the ranks stay in step."""
+    p = call.argument("p")
+    if not call.argument("train") or p == 0.0:
+        return local.run(call)
+    (x,) = local.operands
+    mask = local.emit(torch.ops.sptransform.dropout_mask.default, (x, p, local.group), {})
+    kept = local.emit(aten.mul.Tensor, (x, mask), {})
+    return local.emit(aten.mul.Tensor, (kept, 0.0 if p == 1.0 else 1.0 / (1.0 - p)), {})
+
+
+# `aten.to` may narrow the dtype, and a sum of rounded parts is not the rounded sum: not linear.
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten.__and__.Tensor, pointwise()),
+    (aten.__or__.Tensor, pointwise()),
+    (aten.add.Tensor, pointwise(_LINEAR_JOINTLY)),
+    (aten.alias.default, pointwise(_LINEAR)),
+    (aten.clone.default, pointwise(_LINEAR)),
+    (aten.contiguous.default, pointwise(_LINEAR)),
+    (aten.detach.default, pointwise(_LINEAR)),
+    (aten.div.Scalar, pointwise(_LINEAR)),
+    (aten.div.Tensor, pointwise(_LINEAR)),
+    (aten.dropout.default, OpEntry(pointwise(), _dropout)),
+    (aten.gelu.default, pointwise()),
+    (aten.lift_fresh_copy.default, pointwise()),
+    (aten.mul.Scalar, pointwise(_LINEAR)),
+    (aten.mul.Tensor, pointwise(_LINEAR_IN_EACH)),
+    (aten.neg.default, pointwise(_LINEAR)),
+    (aten.selu.default, pointwise()),
+    (aten.sub.Tensor, pointwise(_LINEAR_JOINTLY)),
+    (aten.to.device, pointwise()),
+    (aten.to.dtype, pointwise()),
+    (aten.to.dtype_layout, pointwise()),
+    (aten.to.other, rule("..., ... -> ...")),
+    (aten.type_as.default, rule("..., ... -> ...")),
+]

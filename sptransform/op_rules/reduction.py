@@ -1,0 +1,136 @@
+"""Reductions, norms, softmax, scans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sptransform.rules import Local, OpCall, OpEntry, OpRule, RuleFn
+
+aten = torch.ops.aten
+
+_LINEAR = (frozenset({0}),)
+
+
+def _reduced_dims(call: OpCall) -> set[int]:
+    ndim = len(call.operand_shapes[0])
+    try:
+        dim = call.argument("dim")
+    except ValueError:
+        dim = None
+    if dim is None or dim == []:
+        return set(range(ndim))
+    return {d % ndim for d in ([dim] if isinstance(dim, int) else dim)} if ndim else set()
+
+
+def _reduction(summed: bool) -> RuleFn:
+    """Reduced dimensions leave the result; they may be sharded where the reduction is a sum."""
+
+    def apply(call: OpCall) -> OpRule:
+        shape = call.operand_shapes[0]
+        operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+        reduced = _reduced_dims(call)
+        keeps = len(call.result_shapes[0]) == len(shape)
+        result = tuple(() if d in reduced else f for d, f in enumerate(operand) if keeps or d not in reduced)
+        sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+        gone = frozenset(f"i{d}" for d in reduced if shape[d] != 1)
+        kinds = {"reduce": gone, "linear": _LINEAR} if summed else {"whole": gone}
+        return OpRule((operand,), (result,) * len(call.result_shapes), sizes, **kinds)
+
+    return apply
+
+
+def _mean_local(call: OpCall, local: Local) -> Any:
+    """A mean divides by the global count, on every rank."""
+    if local.decision.factor not in local.rule.reduce:
+        return local.run(call)
+    shape = call.operand_shapes[0]
+    count = 1
+    for dim in _reduced_dims(call):
+        count *= shape[dim]
+    (x,) = local.operands
+    dims = sorted(_reduced_dims(call))
+    keepdim = len(call.result_shapes[0]) == len(shape)
+    total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": call.argument("dtype")})
+    return local.emit(aten.div.Scalar, (total, count), {})
+
+
+def along_dim(call: OpCall) -> OpRule:
+    """Softmax, scans, sorts: shape is kept, and the dimension they run along must be whole."""
+    shape = call.operand_shapes[0]
+    dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    dim = call.argument("dim") % max(len(shape), 1)
+    whole = {f"i{dim}"} & set(sizes)
+    results = []
+    for result_shape in call.result_shapes:
+        own = list(dims)
+        if shape and result_shape[dim] != shape[dim]:  # topk
+            own[dim] = ("k",) if result_shape[dim] != 1 else ()
+            sizes["k"] = result_shape[dim]
+            whole.add("k")
+        results.append(tuple(own))
+    return OpRule((dims,), tuple(results), sizes, whole=frozenset(whole))
+
+
+def norm(call: OpCall) -> OpRule:
+    """Layer norm and RMS norm: the trailing normalised dimensions must be whole, weight and bias have only those."""
+    shape = call.operand_shapes[0]
+    num = len(call.argument("normalized_shape"))
+    dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    tail = dims[len(dims) - num :]
+    operands = (dims, *((tail,) * (len(call.operand_shapes) - 1)))
+    whole = frozenset(factors[0] for factors in tail if factors)
+    return OpRule(operands, (dims,), sizes, whole=whole)
+
+
+def triangle(call: OpCall) -> OpRule:
+    """``tril`` and ``triu`` read positions in the last two dimensions."""
+    shape = call.operand_shapes[0]
+    dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    whole = frozenset({f"i{len(shape) - 2}", f"i{len(shape) - 1}"} & set(sizes))
+    return OpRule((dims,), (dims,), sizes, whole=whole)
+
+
+_SUM = _reduction(summed=True)
+_WHOLE = _reduction(summed=False)
+_MEAN = OpEntry(_SUM, _mean_local)
+
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten._log_softmax.default, along_dim),
+    (aten._softmax.default, along_dim),
+    (aten.all.default, _WHOLE),
+    (aten.all.dim, _WHOLE),
+    (aten.amax.default, _WHOLE),
+    (aten.amin.default, _WHOLE),
+    (aten.any.default, _WHOLE),
+    (aten.any.dim, _WHOLE),
+    (aten.argmax.default, _WHOLE),
+    (aten.argmin.default, _WHOLE),
+    (aten.argsort.default, along_dim),
+    (aten.cumprod.default, along_dim),
+    (aten.cumsum.default, along_dim),
+    (aten.layer_norm.default, norm),
+    (aten.log_softmax.int, along_dim),
+    (aten.logsumexp.default, _WHOLE),
+    (aten.max.default, _WHOLE),
+    (aten.max.dim, _WHOLE),
+    (aten.mean.default, _MEAN),
+    (aten.mean.dim, _MEAN),
+    (aten.min.default, _WHOLE),
+    (aten.min.dim, _WHOLE),
+    (aten.prod.default, _WHOLE),
+    (aten.rms_norm.default, norm),
+    (aten.softmax.int, along_dim),
+    (aten.sort.default, along_dim),
+    (aten.std.correction, _WHOLE),
+    (aten.sum.default, _SUM),
+    (aten.sum.dim_IntList, _SUM),
+    (aten.topk.default, along_dim),
+    (aten.tril.default, triangle),
+    (aten.triu.default, triangle),
+    (aten.var.correction, _WHOLE),
+]

@@ -1,0 +1,334 @@
+"""Views, permutations, expansions, slices, concatenation: where each dimension of the result comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sptransform.partition import Partition
+from sptransform.rules import Dims, Local, OpCall, OpEntry, OpRule, Resize, RuleFn, Shape
+
+aten = torch.ops.aten
+
+_LINEAR = (frozenset({0}),)
+_END = 2**63 - 1
+
+
+def _dims(shape: Shape, names: Sequence[str]) -> Dims:
+    return tuple((name,) if size != 1 else () for name, size in zip(names, shape, strict=True))
+
+
+def _sizes(*tensors: tuple[Dims, Shape]) -> dict[str, int]:
+    return {
+        factors[0]: size
+        for dims, shape in tensors
+        for factors, size in zip(dims, shape, strict=True)
+        if len(factors) == 1
+    }
+
+
+def _bounds(shape: Shape) -> list[int]:
+    """Products of trailing sizes: the strides at which a row-major index carries into the next dimension."""
+    bounds = [1]
+    for size in reversed(shape):
+        bounds.append(bounds[-1] * size)
+    return bounds
+
+
+def reshape(call: OpCall) -> OpRule | None:
+    """Row-major reshape: both shapes as products of common factors, ``[B, S, V] -> [(B S), V]``.
+
+    Where the strides of the two shapes do not nest (``[2, 3] -> [3, 2]``), those dimensions share no factor and
+    must stay whole. None for empty tensors.
+    """
+    source, target = call.operand_shapes[0], call.result_shapes[0]
+    if 0 in source:
+        return None
+    bounds = sorted({*_bounds(source), *_bounds(target)})
+    common = sorted(set(_bounds(source)) & set(_bounds(target)))
+    factors: list[tuple[str, int, int]] = []  # name, stride, size
+    opaque: list[tuple[int, int]] = []
+    for lo, hi in zip(common, common[1:], strict=False):
+        inside = [b for b in bounds if lo <= b <= hi]
+        pairs = list(zip(inside, inside[1:], strict=False))
+        if all(b % a == 0 for a, b in pairs):
+            factors.extend((f"f{a}", a, b // a) for a, b in pairs)
+        else:
+            opaque.append((lo, hi))
+    sizes = {name: size for name, _, size in factors}
+
+    def dims(shape: Shape, side: str) -> Dims:
+        found = []
+        stride = 1
+        for size in reversed(shape):
+            top = stride * size
+            if any(lo <= stride and top <= hi for lo, hi in opaque) and size != 1:
+                name = f"{side}{stride}"
+                sizes[name] = size
+                found.append((name,))
+            else:
+                found.append(tuple(name for name, s, _ in reversed(factors) if stride <= s < top))
+            stride = top
+        return tuple(reversed(found))
+
+    operand, result = dims(source, "o"), dims(target, "r")
+    whole = frozenset(name for name in sizes if not name.startswith("f"))
+    return OpRule((operand,), (result,), sizes, whole=whole, linear=_LINEAR)
+
+
+def _reshape_local(call: OpCall, local: Local) -> Any:
+    # reshape, not view: a shard's strides need not be those the global view was legal for
+    return local.emit(aten.reshape.default, (local.operands[0], list(local.result_shapes[0])), {})
+
+
+def _permuted(order_of: Callable[[OpCall, int], list[int]]) -> RuleFn:
+    def apply(call: OpCall) -> OpRule:
+        shape = call.operand_shapes[0]
+        operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+        result = tuple(operand[d] for d in order_of(call, len(shape)))
+        return OpRule((operand,), (result,), _sizes((operand, shape)), linear=_LINEAR)
+
+    return apply
+
+
+def _swap(call: OpCall, ndim: int) -> list[int]:
+    order = list(range(ndim))
+    if call.target is aten.t.default:
+        return order[::-1]
+    a, b = call.argument("dim0") % ndim, call.argument("dim1") % ndim
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def expand(call: OpCall) -> OpRule:
+    """Dimensions of size 1 grow; the grown ones are factors of the result only."""
+    source, target = call.operand_shapes[0], call.result_shapes[0]
+    names = [f"i{d}" for d in range(len(target))]
+    result = _dims(target, names)
+    operand = _dims(source, names[len(target) - len(source) :])
+    return OpRule((operand,), (result,), _sizes((result, target)), linear=_LINEAR)
+
+
+def _expand_local(call: OpCall, local: Local) -> Any:
+    return local.emit(aten.expand.default, (local.operands[0], list(local.result_shapes[0])), {})
+
+
+def repeat_interleave(call: OpCall) -> OpRule | None:
+    """``[.., k, ..] -> [.., (k repeats), ..]``; None for the flattening form."""
+    if call.argument("dim") is None:
+        return None
+    shape = call.operand_shapes[0]
+    dim, repeats = call.argument("dim") % len(shape), call.argument("repeats")
+    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    repeated = (*operand[dim], "g") if repeats != 1 else operand[dim]
+    result = (*operand[:dim], repeated, *operand[dim + 1 :])
+    return OpRule((operand,), (result,), _sizes((operand, shape)) | {"g": repeats}, linear=_LINEAR)
+
+
+def repeat(call: OpCall) -> OpRule:
+    """Tiling: a tiled dimension is ``(copy, index)``; the copies are a factor of the result only."""
+    source, repeats = call.operand_shapes[0], call.argument("repeats")
+    lead = len(repeats) - len(source)
+    names = [f"i{d}" for d in range(len(repeats))]
+    operand = _dims(source, names[lead:])
+    padded = ((),) * lead + operand
+    result = tuple(
+        (*((f"g{d}",) if n != 1 else ()), *own) for d, (n, own) in enumerate(zip(repeats, padded, strict=True))
+    )
+    sizes = _sizes((operand, source)) | {f"g{d}": n for d, n in enumerate(repeats)}
+    return OpRule((operand,), (result,), sizes, linear=_LINEAR)
+
+
+def _repeat_local(call: OpCall, local: Local) -> Any:
+    shape = local.result_shapes[0]
+    source = call.operand_shapes[0]
+    lead = len(shape) - len(source)
+    repeats = list(call.argument("repeats"))
+    dim = next(d for d, factors in enumerate(local.rule.results[0]) if local.decision.factor in factors)
+    if local.decision.factor.startswith("g"):
+        repeats[dim] = shape[dim] // (source[dim - lead] if dim >= lead else 1)
+    return local.run(call, repeats=repeats)
+
+
+def _bounds_of_slice(call: OpCall, size: int) -> tuple[int, int, int]:
+    start, end = call.argument("start"), call.argument("end")
+    return slice(start, None if end == _END else end, call.argument("step")).indices(size)
+
+
+def slice_(call: OpCall) -> OpRule:
+    """Other dimensions pass; the sliced one keeps its axis, and whoever owned an index still does."""
+    shape = call.operand_shapes[0]
+    dim = call.argument("dim") % len(shape)
+    start, stop, step = _bounds_of_slice(call, shape[dim])
+    dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    sizes = _sizes((dims, shape))
+    factor = f"i{dim}"
+    if not dims[dim] or (start, stop, step) == (0, shape[dim], 1):
+        return OpRule((dims,), (dims,), sizes, linear=_LINEAR)
+    whole = frozenset({factor}) if step != 1 else frozenset()
+    resize = {("result", 0, factor): Resize(lambda p: p.slice(start, stop))}
+    return OpRule((dims,), (dims,), sizes, whole=whole, linear=_LINEAR, resize=resize)
+
+
+def _slice_local(call: OpCall, local: Local) -> Any:
+    size = call.operand_shapes[0][call.argument("dim")]
+    dim = call.argument("dim") % len(call.operand_shapes[0])
+    if local.decision.factor != f"i{dim}":
+        return local.run(call)
+    start, stop, _ = _bounds_of_slice(call, size)
+    owned = local.decision.partition.owned[local.rank]
+
+    def num_owned_below(bound: int) -> int:
+        return sum(max(min(hi, bound) - lo, 0) for lo, hi in owned)
+
+    return local.run(call, start=num_owned_below(start), end=num_owned_below(stop))
+
+
+def select(call: OpCall) -> OpRule:
+    """Other dimensions pass; the selected one must be whole."""
+    shape = call.operand_shapes[0]
+    dim = call.argument("dim") % len(shape)
+    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    result = (*operand[:dim], *operand[dim + 1 :])
+    return OpRule((operand,), (result,), _sizes((operand, shape)), whole=frozenset({f"i{dim}"}), linear=_LINEAR)
+
+
+def split(call: OpCall) -> OpRule:
+    """Other dimensions pass; the split one must be whole, and each piece has its own."""
+    shape = call.operand_shapes[0]
+    dim = call.argument("dim") % len(shape)
+    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    sizes = _sizes((operand, shape))
+    if call.target is aten.unbind.int:
+        results = tuple((*operand[:dim], *operand[dim + 1 :]) for _ in call.result_shapes)
+        return OpRule((operand,), results, sizes, whole=frozenset({f"i{dim}"}), linear=_LINEAR)
+    pieces = []
+    for index, piece in enumerate(call.result_shapes):
+        own = (f"p{index}",) if piece[dim] != 1 else ()
+        sizes[f"p{index}"] = piece[dim]
+        pieces.append((*operand[:dim], own, *operand[dim + 1 :]))
+    whole = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(pieces)))})
+    return OpRule((operand,), tuple(pieces), sizes, whole=whole, linear=_LINEAR)
+
+
+def cat(call: OpCall) -> OpRule | None:
+    """Other dimensions pass; the concatenated one must be whole. None with old-style empty 1-D operands."""
+    target = call.result_shapes[0]
+    if any(len(shape) != len(target) for shape in call.operand_shapes):
+        return None
+    dim = call.argument("dim") % len(target)
+    result = _dims(target, [f"i{d}" for d in range(len(target))])
+    sizes = _sizes((result, target))
+    operands = []
+    for index, shape in enumerate(call.operand_shapes):
+        own = (f"p{index}",) if shape[dim] != 1 else ()
+        sizes[f"p{index}"] = shape[dim]
+        operands.append((*result[:dim], own, *result[dim + 1 :]))
+    whole = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(operands)))})
+    everything = (frozenset(range(len(operands))),)
+    return OpRule(tuple(operands), (result,), sizes, whole=whole, linear=everything)
+
+
+def stack(call: OpCall) -> OpRule:
+    """A new dimension, of one entry per operand."""
+    target = call.result_shapes[0]
+    dim = call.argument("dim") % len(target)
+    result = _dims(target, [f"i{d}" for d in range(len(target))])
+    operand = (*result[:dim], *result[dim + 1 :])
+    num = len(call.operand_shapes)
+    return OpRule(
+        (operand,) * num,
+        (result,),
+        _sizes((result, target)),
+        whole=frozenset({f"i{dim}"}),
+        linear=(frozenset(range(num)),),
+    )
+
+
+def pad(call: OpCall) -> OpRule | None:
+    """Constant padding: a padded dimension keeps its axis; the owners of its ends own the padding. Else None."""
+    if call.target is aten.pad.default and call.argument("mode") != "constant":
+        return None
+    amounts = _pad_amounts(call)
+    shape = call.operand_shapes[0]
+    dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    sizes = _sizes((dims, shape))
+    resize, whole = {}, set()
+    for dim, (before, after) in amounts.items():
+        if before < 0 or after < 0 or shape[dim] == 1:
+            return None
+        resize["result", 0, f"i{dim}"] = Resize(lambda p, b=before, a=after: _padded(p, b, a))
+    return OpRule((dims,), (dims,), sizes, whole=frozenset(whole), resize=resize)
+
+
+def _padded(partition: Partition, before: int, after: int) -> Partition:
+    return partition.pad(before, after)
+
+
+def _pad_amounts(call: OpCall) -> dict[int, tuple[int, int]]:
+    """dim -> (before, after) for the dimensions that are padded."""
+    flat = call.argument("pad")
+    ndim = len(call.operand_shapes[0])
+    pairs = ((ndim - 1 - i, (flat[2 * i], flat[2 * i + 1])) for i in range(len(flat) // 2))
+    return {dim: pair for dim, pair in pairs if pair != (0, 0)}
+
+
+def _pad_local(call: OpCall, local: Local) -> Any:
+    flat = list(call.argument("pad"))
+    ndim = len(call.operand_shapes[0])
+    for dim in _pad_amounts(call):
+        if local.decision.factor == f"i{dim}":
+            owned = local.decision.partition.owned[local.rank]
+            at = 2 * (ndim - 1 - dim)
+            if not owned or owned[0][0] != 0:
+                flat[at] = 0
+            if not owned or owned[-1][1] != local.decision.partition.size:
+                flat[at + 1] = 0
+    return local.run(call, pad=flat)
+
+
+_RESHAPE = OpEntry(reshape, _reshape_local)
+_SWAP = OpEntry(_permuted(_swap))
+
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten._reshape_alias.default, _RESHAPE),
+    (aten._unsafe_view.default, _RESHAPE),
+    (aten.cat.default, cat),
+    (aten.chunk.default, split),
+    (aten.constant_pad_nd.default, OpEntry(pad, _pad_local)),
+    (aten.expand.default, OpEntry(expand, _expand_local)),
+    (aten.flatten.using_ints, _RESHAPE),
+    (aten.pad.default, OpEntry(pad, _pad_local)),
+    (aten.permute.default, OpEntry(_permuted(lambda call, ndim: [d % ndim for d in call.argument("dims")]))),
+    (aten.repeat.default, OpEntry(repeat, _repeat_local)),
+    (aten.repeat_interleave.self_int, repeat_interleave),
+    (aten.reshape.default, _RESHAPE),
+    (aten.select.int, select),
+    (aten.slice.Tensor, OpEntry(slice_, _slice_local)),
+    (aten.split.Tensor, split),
+    (aten.split_with_sizes.default, split),
+    (aten.squeeze.default, _RESHAPE),
+    (aten.squeeze.dim, _RESHAPE),
+    (aten.squeeze.dims, _RESHAPE),
+    (aten.stack.default, stack),
+    (aten.t.default, _SWAP),
+    (aten.transpose.int, _SWAP),
+    (aten.unbind.int, split),
+    (aten.unflatten.int, _RESHAPE),
+    (aten.unsqueeze.default, _RESHAPE),
+    (aten.view.default, _RESHAPE),
+    (aten.view_as.default, OpEntry(lambda call: _first_only(call), _reshape_local)),
+]
+
+
+def _first_only(call: OpCall) -> OpRule | None:
+    """``view_as``: the second operand lends its shape only."""
+    base = reshape(call)
+    if base is None:
+        return None
+    other = tuple((f"s{d}",) if size != 1 else () for d, size in enumerate(call.operand_shapes[1]))
+    sizes = dict(base.sizes) | {f"s{d}": size for d, size in enumerate(call.operand_shapes[1])}
+    whole = base.whole | {name for name in sizes if name.startswith("s")}
+    return OpRule((base.operands[0], other), base.results, sizes, whole=whole, linear=_LINEAR)

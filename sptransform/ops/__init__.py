@@ -1,0 +1,7 @@
+"""Custom ops of the rewritten graph; importing this package registers them under ``torch.ops.sptransform``."""
+
+from __future__ import annotations
+
+from sptransform.ops import attention, random, redistribute, sharding
+
+__all__ = ["attention", "random", "redistribute", "sharding"]

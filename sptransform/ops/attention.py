@@ -1,0 +1,66 @@
+"""Attention on one rank's heads, where the plain op does not say what is needed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sptransform.ops.library import composite
+
+
+@composite(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, *, "
+    "float? scale=None, int[] key_head_of=[], str group_name='') -> Tensor"
+)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None = None,
+    key_head_of: list[int] = (),
+    group_name: str = "",
+) -> Tensor:
+    """``scaled_dot_product_attention`` over heads that are repeated here, after they travelled un-repeated.
+
+    Query head i reads key head ``key_head_of[i]`` (itself where the list is empty). With ``group_name`` dropout
+    draws a mask of this rank's own; fused kernels seed themselves alike on ranks seeded alike, so the probabilities
+    are then computed in the open.
+    """
+    if key_head_of:
+        key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
+    if dropout_p == 0.0 or not group_name:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    probabilities = scores.softmax(-1)
+    mask = torch.ops.sptransform.dropout_mask(probabilities, dropout_p, group_name)
+    return (probabilities * mask / (1 - dropout_p)) @ value
+
+
+def _repeat(x: Tensor, head_of: list[int]) -> Tensor:
+    """Heads of ``x`` in the order ``head_of``, without copying runs of the same head."""
+    num_heads = x.shape[1]
+    times, rest = divmod(len(head_of), num_heads) if num_heads else (0, 0)
+    if not rest and list(head_of) == [i // times for i in range(len(head_of))]:
+        if times == 1:
+            return x
+        return x.unsqueeze(2).expand(-1, -1, times, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+    runs: list[list[int]] = []
+    for head in head_of:
+        if runs and runs[-1][0] == head:
+            runs[-1][1] += 1
+        else:
+            runs.append([head, 1])
+    return torch.cat([x.narrow(1, head, 1).expand(-1, count, -1, -1) for head, count in runs], 1)

@@ -1,0 +1,30 @@
+"""Who am I in a process group: a real group by its name, or a pretended rank where there are no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch.distributed import distributed_c10d
+
+_pretended: ContextVar[dict[str, int]] = ContextVar("sptransform_pretended_ranks", default={})  # noqa: B039
+
+
+def rank_in(group: str) -> int:
+    """This process's rank in the group of that name."""
+    pretended = _pretended.get()
+    if group in pretended:
+        return pretended[group]
+    # the name is what a graph holds of a group; only the resolver turns it back
+    return distributed_c10d._resolve_process_group(group).rank()
+
+
+@contextmanager
+def pretend(group: str, rank: int) -> Iterator[None]:
+    """Within the block, ``rank_in(group)`` is ``rank``: graphs can be made and checked with no processes."""
+    token = _pretended.set({**_pretended.get(), group: rank})
+    try:
+        yield
+    finally:
+        _pretended.reset(token)

@@ -1,0 +1,55 @@
+"""Cutting a tensor along an axis and putting pieces together, by what a partition says each rank owns.
+
+Plain tensor algebra without communication. ``dim`` is always a whole axis (``expose`` makes it one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sptransform.partition import Intervals, Partition
+from sptransform.placement import Shard
+
+
+def expose(x: Tensor, shard: Shard) -> tuple[Tensor, int]:
+    """View ``x`` (local or global) so that the sharded axis is a dimension of its own; return it with that dim."""
+    if shard.outer == 1:
+        return x, shard.dim
+    return x.reshape(*x.shape[: shard.dim], shard.outer, -1, *x.shape[shard.dim + 1 :]), shard.dim + 1
+
+
+def conceal(x: Tensor, shard: Shard) -> Tensor:
+    """Inverse of :func:`expose`."""
+    return x if shard.outer == 1 else x.flatten(shard.dim, shard.dim + 1)
+
+
+def select(x: Tensor, dim: int, intervals: Intervals) -> Tensor:
+    """The indices in ``intervals`` of ``x`` along ``dim``, in that order."""
+    parts = [x.narrow(dim, lo, hi - lo) for lo, hi in intervals]
+    if not parts:
+        return x.narrow(dim, 0, 0)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def assemble(parts: Sequence[Tensor], dim: int, partition: Partition) -> Tensor:
+    """The whole axis from every rank's part; indices that several ranks own are summed over them."""
+    runs: list[tuple[int, int, Tensor]] = []
+    for part, intervals in zip(parts, partition.owned, strict=True):
+        at = 0
+        for lo, hi in intervals:
+            runs.append((lo, hi, part.narrow(dim, at, hi - lo)))
+            at += hi - lo
+    bounds = sorted({0, partition.size, *(lo for lo, _, _ in runs), *(hi for _, hi, _ in runs)})
+    segments = []
+    for lo, hi in zip(bounds, bounds[1:], strict=False):
+        owners = [x.narrow(dim, lo - start, hi - lo) for start, stop, x in runs if start <= lo and hi <= stop]
+        if owners:
+            segments.append(sum(owners[1:], owners[0]))
+        else:
+            shape = list(parts[0].shape)
+            shape[dim] = hi - lo
+            segments.append(parts[0].new_zeros(shape))
+    return segments[0] if len(segments) == 1 else torch.cat(segments, dim)

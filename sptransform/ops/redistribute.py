@@ -1,0 +1,163 @@
+"""One op per change of placement, each an autograd function whose backward is its transpose.
+
+Gradients follow the types of :mod:`sptransform.placement`: of ``I`` and ``P`` every rank holds the gradient, of ``R``
+a pending sum, of ``S`` its part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sptransform.ops import collectives
+from sptransform.ops.library import composite
+from sptransform.placement import Shard
+
+_sp = torch.ops.sptransform
+
+# Buckets keep their gradients in one flat tensor per dtype; see passes/bucket_gradients.py for their size.
+
+
+class _Replicate(torch.autograd.Function):
+    """I -> R: nothing / all-reduce, many tensors in one message per dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        summed: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(grad.dtype for grad in grads):
+            members = [i for i, grad in enumerate(grads) if grad.dtype == dtype]
+            if len(members) == 1:
+                summed[members[0]] = collectives.all_reduce(grads[members[0]], ctx.group)
+                continue
+            flat = torch.cat([grads[i].reshape(-1) for i in members])
+            parts = collectives.all_reduce(flat, ctx.group).split([grads[i].numel() for i in members])
+            summed |= {i: part.view(grads[i].shape) for i, part in zip(members, parts, strict=True)}
+        return None, *(summed[i] for i in range(len(grads)))
+
+
+class _Cut(torch.autograd.Function):
+    """R -> S: slice / pad to a pending sum. I -> S: slice / all-gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: str, group: str, invariant: bool) -> Tensor:
+        ctx.spec, ctx.group, ctx.invariant = spec, group, invariant
+        return _sp.take(x, spec, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.invariant:
+            return collectives.all_gather(grad, Shard.parse(ctx.spec), ctx.group), None, None, None
+        return _sp.place(grad, ctx.spec, ctx.group), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """S -> R: all-gather / reduce-scatter. S -> I: all-gather / slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: str, group: str, invariant: bool) -> Tensor:
+        ctx.spec, ctx.group, ctx.invariant = spec, group, invariant
+        return collectives.all_gather(x, Shard.parse(spec), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.invariant:
+            return _sp.take(grad, ctx.spec, ctx.group), None, None, None
+        return collectives.reduce_scatter(grad, Shard.parse(ctx.spec), ctx.group), None, None, None
+
+
+class _SumScatter(torch.autograd.Function):
+    """P -> S: reduce-scatter / all-gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: str, group: str) -> Tensor:
+        ctx.spec, ctx.group = spec, group
+        return collectives.reduce_scatter(x, Shard.parse(spec), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return collectives.all_gather(grad, Shard.parse(ctx.spec), ctx.group), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """P -> I: all-reduce / nothing. P -> R: all-reduce / all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str, invariant: bool) -> Tensor:
+        ctx.group, ctx.invariant = group, invariant
+        return collectives.all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad if ctx.invariant else collectives.all_reduce(grad, ctx.group), None, None
+
+
+class _FirstRank(torch.autograd.Function):
+    """R -> P and, transposed, R -> I: one of value and gradient is kept on the first rank only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str, mask_value: bool) -> Tensor:
+        ctx.group, ctx.mask_value = group, mask_value
+        return _sp.on_first_rank(x, group) if mask_value else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad if ctx.mask_value else _sp.on_first_rank(grad, ctx.group), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    """S(i) -> S(j): all-to-all / all-to-all, several tensors in one message."""
+
+    @staticmethod
+    def forward(ctx: Any, sources: list[str], targets: list[str], group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.sources, ctx.targets, ctx.group = sources, targets, group
+        return tuple(_exchange(list(xs), sources, targets, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *_exchange(list(grads), ctx.targets, ctx.sources, ctx.group)
+
+
+def _exchange(xs: list[Tensor], sources: list[str], targets: list[str], group: str) -> list[Tensor]:
+    return collectives.exchange(xs, [Shard.parse(s) for s in sources], [Shard.parse(t) for t in targets], group)
+
+
+@composite("replicate(Tensor[] xs, str group_name) -> Tensor[]")
+def replicate(xs: list[Tensor], group_name: str) -> list[Tensor]:
+    return list(_Replicate.apply(group_name, *xs))
+
+
+@composite("cut(Tensor x, str spec, str group_name, bool invariant) -> Tensor")
+def cut(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
+    return _Cut.apply(x, spec, group_name, invariant)
+
+
+@composite("gather(Tensor x, str spec, str group_name, bool invariant) -> Tensor")
+def gather(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
+    return _Gather.apply(x, spec, group_name, invariant)
+
+
+@composite("sum_scatter(Tensor x, str spec, str group_name) -> Tensor")
+def sum_scatter(x: Tensor, spec: str, group_name: str) -> Tensor:
+    return _SumScatter.apply(x, spec, group_name)
+
+
+@composite("sum(Tensor x, str group_name, bool invariant) -> Tensor")
+def sum_(x: Tensor, group_name: str, invariant: bool) -> Tensor:
+    return _Sum.apply(x, group_name, invariant)
+
+
+@composite("first_rank(Tensor x, str group_name, bool mask_value) -> Tensor")
+def first_rank(x: Tensor, group_name: str, mask_value: bool) -> Tensor:
+    return _FirstRank.apply(x, group_name, mask_value)
+
+
+@composite("all_to_all(Tensor[] xs, str[] sources, str[] targets, str group_name) -> Tensor[]")
+def all_to_all(xs: list[Tensor], sources: list[str], targets: list[str], group_name: str) -> list[Tensor]:
+    return list(_Exchange.apply(sources, targets, group_name, *xs))

@@ -1,0 +1,149 @@
+"""A Partition says which rank owns which indices of an axis, as half-open intervals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+Interval = tuple[int, int]
+Intervals = tuple[Interval, ...]
+
+
+def _merge(intervals: Iterable[Interval]) -> Intervals:
+    """Drop empty intervals and join those that touch, keeping the order of the owner's storage."""
+    merged: list[Interval] = []
+    for lo, hi in intervals:
+        if lo >= hi:
+            continue
+        if merged and merged[-1][1] == lo:
+            merged[-1] = (merged[-1][0], hi)
+        else:
+            merged.append((lo, hi))
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Ownership of the indices ``0 .. size-1`` of an axis by ``num_ranks`` ranks.
+
+    ``owned[r]`` lists rank r's intervals in the order in which r stores them. Intervals of different ranks
+    may overlap (two ranks that need the same key head); a partition without overlap that covers the axis is
+    ``exact``.
+
+    Raises:
+        ValueError: an interval lies outside the axis.
+    """
+
+    size: int
+    owned: tuple[Intervals, ...]
+
+    def __post_init__(self) -> None:
+        for rank, intervals in enumerate(self.owned):
+            for lo, hi in intervals:
+                if not 0 <= lo < hi <= self.size:
+                    raise ValueError(f"rank {rank} owns [{lo}, {hi}), outside an axis of size {self.size}")
+
+    @staticmethod
+    def of(size: int, owned: Iterable[Iterable[Interval]]) -> Partition:
+        return Partition(size, tuple(_merge(intervals) for intervals in owned))
+
+    @staticmethod
+    def contiguous(size: int, num_ranks: int) -> Partition:
+        """One block a rank, as ``torch.chunk`` cuts: ceil(size / num_ranks) each, the last ones shorter."""
+        block = -(-size // num_ranks)
+        return Partition.of(size, ([(min(r * block, size), min((r + 1) * block, size))] for r in range(num_ranks)))
+
+    @staticmethod
+    def balanced(size: int, num_ranks: int) -> Partition:
+        """One block a rank, sizes differing by at most one: for heads, where an empty rank would idle."""
+        bounds = [size * r // num_ranks for r in range(num_ranks + 1)]
+        return Partition.of(size, ([pair] for pair in zip(bounds, bounds[1:], strict=False)))
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.owned)
+
+    def local_size(self, rank: int) -> int:
+        return sum(hi - lo for lo, hi in self.owned[rank])
+
+    @cached_property
+    def local_sizes(self) -> tuple[int, ...]:
+        return tuple(self.local_size(rank) for rank in range(self.num_ranks))
+
+    @property
+    def is_even(self) -> bool:
+        """Every rank owns equally many indices: the graph is then the same on all ranks."""
+        return len(set(self.local_sizes)) == 1
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Every index is owned by one rank only."""
+        runs = sorted(interval for intervals in self.owned for interval in intervals)
+        edges = [0, *(hi for _, hi in runs)]
+        return edges[-1] == self.size and all(lo == edge for (lo, _), edge in zip(runs, edges, strict=False))
+
+    @cached_property
+    def is_blocks(self) -> bool:
+        """Rank r owns the r-th of ``num_ranks`` equal blocks."""
+        if self.size % self.num_ranks:
+            return False
+        block = self.size // self.num_ranks
+        return block > 0 and all(own == ((r * block, (r + 1) * block),) for r, own in enumerate(self.owned))
+
+    def slice(self, start: int, stop: int) -> Partition:
+        """Ownership of ``x[start:stop]``: intervals are clipped, nothing moves."""
+        clip = ([(max(lo, start) - start, min(hi, stop) - start) for lo, hi in own] for own in self.owned)
+        return Partition.of(max(stop - start, 0), clip)
+
+    def pad(self, before: int, after: int) -> Partition:
+        """Ownership after padding: whoever owns the first (last) index owns what is put before (after) it."""
+        total = before + self.size + after
+        owned = []
+        for own in self.owned:
+            shifted = []
+            for lo, hi in own:
+                left = 0 if lo == 0 else lo + before
+                shifted.append((left, total if hi == self.size else hi + before))
+            owned.append(shifted)
+        return Partition.of(total, owned)
+
+    def refine(self, factor: int) -> Partition:
+        """The same ownership of an axis in which every index became ``factor`` consecutive ones."""
+        return Partition.of(self.size * factor, ([(lo * factor, hi * factor) for lo, hi in own] for own in self.owned))
+
+    def coarsen(self, factor: int) -> Partition | None:
+        """Inverse of :meth:`refine`; None where an interval does not begin and end on a multiple of ``factor``."""
+        if any(bound % factor for own in self.owned for interval in own for bound in interval):
+            return None
+        return Partition.of(
+            self.size // factor, ([(lo // factor, hi // factor) for lo, hi in own] for own in self.owned)
+        )
+
+    def quotient(self, factor: int) -> Partition:
+        """The indices ``i // factor`` each rank needs to serve its own ``i``: key heads for query heads."""
+        return Partition.of(
+            self.size // factor, ([(lo // factor, -(-hi // factor)) for lo, hi in own] for own in self.owned)
+        )
+
+    def __str__(self) -> str:
+        if self.is_blocks:
+            return f"{self.size}/{self.num_ranks}"
+        ranks = "|".join(",".join(f"{lo}:{hi}" for lo, hi in own) for own in self.owned)
+        return f"{self.size}[{ranks}]"
+
+    @staticmethod
+    def parse(text: str) -> Partition:
+        """Inverse of ``str``. Raises ValueError on other text."""
+        even = re.fullmatch(r"(\d+)/(\d+)", text)
+        if even:
+            return Partition.contiguous(int(even[1]), int(even[2]))
+        match = re.fullmatch(r"(\d+)\[([\d:,|]*)\]", text)
+        if match is None:
+            raise ValueError(f"not a partition: {text!r}")
+        owned = []
+        for rank in match[2].split("|"):
+            bounds = (interval.split(":") for interval in rank.split(",") if interval)
+            owned.append(tuple((int(lo), int(hi)) for lo, hi in bounds))
+        return Partition(int(match[1]), tuple(owned))

@@ -1,0 +1,125 @@
+"""The four placements of a tensor over the ranks, their transposes, and their printed form.
+
+A placement types a value *and* its gradient (the SPMD types of JAX's shard_map and of spmd_types):
+
+    ======  =====================================  ==================================
+    place   value                                  gradient
+    ======  =====================================  ==================================
+    S(dim)  each rank holds its part of ``dim``    each rank holds the same part
+    R       every rank holds the value             a pending sum over the ranks
+    I       every rank holds the value             every rank holds the gradient
+    P       a pending sum over the ranks           every rank holds the gradient
+    ======  =====================================  ==================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sptransform.partition import Partition
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Base of the four placements."""
+
+
+@dataclass(frozen=True)
+class Replicated(Placement):
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True)
+class Invariant(Placement):
+    def __str__(self) -> str:
+        return "I"
+
+
+@dataclass(frozen=True)
+class Partial(Placement):
+    def __str__(self) -> str:
+        return "P"
+
+
+@dataclass(frozen=True)
+class Shard(Placement):
+    """Dimension ``dim`` is cut along one axis of it.
+
+    The dimension is the product ``outer x partition.size`` (row-major), so a flattened ``[B*S, V]`` whose S is
+    cut is ``Shard(0, partition of S, outer=B)``; a plain dimension has ``outer = 1``. An axis with further
+    axes inside it needs no third number: its partition is refined by them.
+    """
+
+    dim: int
+    partition: Partition
+    outer: int = 1
+
+    @property
+    def dim_size(self) -> int:
+        """Global size of the dimension."""
+        return self.outer * self.partition.size
+
+    def local_dim_size(self, rank: int) -> int:
+        return self.outer * self.partition.local_size(rank)
+
+    def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """Shape of rank's part of a tensor of global ``shape``. Raises ValueError if the dimension differs."""
+        if shape[self.dim] != self.dim_size:
+            raise ValueError(f"dimension {self.dim} of {tuple(shape)} is not the {self.dim_size} of {self.spec}")
+        return (*shape[: self.dim], self.local_dim_size(rank), *shape[self.dim + 1 :])
+
+    def __str__(self) -> str:
+        return f"S({self.dim})"
+
+    @property
+    def spec(self) -> str:
+        """The whole placement as text, as the ops of the rewritten graph take it: ``S(0:2*64/4)``."""
+        outer = f"{self.outer}*" if self.outer != 1 else ""
+        return f"S({self.dim}:{outer}{self.partition})"
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Shard:
+        """Inverse of ``spec``. Raises ValueError on other text."""
+        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?([^*]+)\)", text)
+        if match is None:
+            raise ValueError(f"not a shard: {text!r}")
+        dim, outer, partition = match.groups()
+        return Shard(int(dim), Partition.parse(partition), int(outer or 1))
+
+
+R = Replicated()
+I = Invariant()  # noqa: E741 - the type's name everywhere in the field's notation and in this project
+P = Partial()
+
+
+def local_shape(placement: Placement, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Shape that ``rank`` holds of a tensor of global ``shape``."""
+    return placement.local_shape(shape, rank) if isinstance(placement, Shard) else tuple(shape)
+
+
+# (from, to) -> (forward collective, backward collective); S stands for any Shard. Korthikanti et al. 2205.05198
+# figure 4 has the two all-gather/reduce-scatter pairs; the rest follow from transposition.
+TRANSITIONS: dict[tuple[str, str], tuple[str | None, str | None]] = {
+    ("I", "P"): (None, None),
+    ("I", "R"): (None, "all_reduce"),
+    ("I", "S"): (None, "all_gather"),
+    ("P", "I"): ("all_reduce", None),
+    ("P", "R"): ("all_reduce", "all_reduce"),
+    ("P", "S"): ("reduce_scatter", "all_gather"),
+    ("R", "I"): (None, None),
+    ("R", "P"): (None, None),
+    ("R", "S"): (None, None),
+    ("S", "I"): ("all_gather", None),
+    ("S", "R"): ("all_gather", "reduce_scatter"),
+    ("S", "S"): ("all_to_all", "all_to_all"),
+}
+
+
+def kind(placement: Placement) -> str:
+    """The placement's letter: S, R, I or P."""
+    return str(placement)[0]
+

@@ -1,0 +1,83 @@
+"""One line a node: ``%linear : f32[2,16@sp,64] = aten.linear(%x, %w)``. Goldens, errors, dumps all print so.
+
+``16@sp`` is a dimension cut over the ranks, with its local size (``16..13@sp`` where sizes differ); a tensor that is
+not cut is followed by its placement, ``I``, ``R`` or ``P``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.placement import Placement, Shard
+
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.bool: "b8",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def tensor_type(value: torch.Tensor, placement: Placement | None, *, is_local: bool = False) -> str:
+    """Dtype, shape and placement of a tensor; ``value`` has global sizes unless ``is_local``."""
+    sizes = [str(int(size)) for size in value.shape]
+    suffix = ""
+    if isinstance(placement, Shard):
+        local = [placement.outer * n for n in placement.partition.local_sizes]
+        size = str(local[0]) if len(set(local)) == 1 else f"{max(local)}..{min(local)}"
+        sizes[placement.dim] = f"{sizes[placement.dim] if is_local else size}@sp"
+    elif placement is not None:
+        suffix = f" {placement}"
+    return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{','.join(sizes)}]{suffix}"
+
+
+def _argument(x: Any) -> str:
+    if isinstance(x, fx.Node):
+        return f"%{x.name}"
+    if isinstance(x, list | tuple):
+        inside = ", ".join(map(_argument, x))
+        return f"[{inside}]" if isinstance(x, list) else f"({inside})"
+    if isinstance(x, Placement):
+        return str(x)
+    return str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else repr(x) if isinstance(x, str) else str(x)
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target).removesuffix(".default")
+        return name
+    return getattr(target, "__name__", str(target))
+
+
+def line(node: fx.Node, *, is_local: bool = False) -> str:
+    """The node as one line of text."""
+    placements = annotations.note(node).placements
+    picked = annotations.projection(node)
+    if picked is not None:
+        placements = None if annotations.placement(node) is None else (annotations.placement(node),)
+    tensors = annotations.values(node)
+    shown = placements or (None,) * len(tensors)
+    types = [tensor_type(t, p, is_local=is_local) for t, p in zip(tensors, shown, strict=False)]
+    kind = f" : {', '.join(types)}" if types else ""
+    if node.op == "placeholder":
+        return f"%{node.name}{kind} = input"
+    if node.op == "get_attr":
+        return f"%{node.name}{kind} = constant {node.target}"
+    arguments = [_argument(a) for a in node.args]
+    arguments += [f"{key}={_argument(a)}" for key, a in node.kwargs.items() if a is not None]
+    if node.op == "output":
+        return f"return {', '.join(arguments)}"
+    return f"%{node.name}{kind} = {_target(node.target)}({', '.join(arguments)})"
+
+
+def text(nodes: Iterable[fx.Node], *, is_local: bool = False) -> str:
+    """The nodes, one line each; pass ``graph.nodes`` for a whole graph."""
+    return "\n".join(line(node, is_local=is_local) for node in nodes)

@@ -1,0 +1,145 @@
+"""Placements to a fixed point: from the anchors a strategy places to a decision for every node. Knows no op.
+
+Three sweeps:
+
+1. Forward, over *heavy* nodes (a contraction, attention, or anything computed from one): the sequence factor is
+   sharded wherever the rule has one; a pending sum passes where the rule is linear; else the node runs replicated.
+2. Backward, over *light* nodes (computed from inputs without heavy work: positions, tables, masks): cut where all
+   consumers want the same cut, else replicated, which costs no communication.
+3. Backward: a replicated node whose gradient arrives as pending sums only is R rather than I, so that the sum over
+   the ranks is taken once, at the parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import fx
+
+from sptransform import annotations
+from sptransform.axes import Axes
+from sptransform.placement import I, P, Placement, R, Shard
+from sptransform.rules import Decision, OpRule, Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.strategies import Strategy
+
+
+@dataclass
+class Propagation:
+    """One run over a graph whose nodes carry rules.
+
+    Args:
+        graph: the graph to annotate with decisions and placements.
+        strategy: places attention.
+        num_ranks: size of the mesh dim.
+        inputs: placement of every placeholder and attribute.
+        axes: see :class:`Axes`.
+        light: nodes without heavy work behind them, see :func:`light_nodes`.
+    """
+
+    graph: fx.Graph
+    strategy: Strategy
+    num_ranks: int
+    inputs: dict[fx.Node, Placement]
+    axes: Axes
+    light: frozenset[fx.Node]
+
+    def run(self) -> None:
+        nodes = [n for n in self.graph.nodes if n.op != "output" and annotations.projection(n) is None]
+        for node in nodes:
+            if node in self.inputs:
+                annotations.set_placement(node, self.inputs[node])
+            elif node not in self.light and annotations.values(node):
+                self._decide(node, self._forward(node))
+        for node in reversed(nodes):
+            if node in self.light and node not in self.inputs and annotations.values(node):
+                self._decide(node, self._backward(node))
+        for node in reversed(nodes):
+            if node not in self.inputs and self._gradient_is_pending(node):
+                self._decide(node, Replicate(R))
+
+    def _decide(self, node: fx.Node, decision: Decision) -> None:
+        note = annotations.note(node)
+        note.decision = decision
+        note.placements = outcomes(note.rule, decision, len(annotations.values(node)))
+
+    def _forward(self, node: fx.Node) -> Decision:
+        rule = annotations.note(node).rule
+        if rule is None:
+            return Replicate(I)
+        if rule.roles:
+            return self.strategy.place_attention(rule, self.num_ranks)
+        candidates = self.sequence_decisions(node, rule)
+        if candidates:
+            return max(candidates, key=lambda decision: self._preference(node, rule, decision))
+        pending = frozenset(
+            i for i, (producer, _) in enumerate(annotations.operands(node)) if annotations.placement(producer) == P
+        )
+        return Pending(pending) if pending and pending in rule.linear else Replicate(I)
+
+    def sequence_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
+        """Every way to shard a sequence axis of the node, in the order of the rule's factors."""
+        found = []
+        resized = {name for _, _, name in rule.resize}
+        for factor in rule.sizes:
+            if factor in rule.whole:
+                continue
+            atoms = self.axes.factor(node, factor)
+            for at, atom in enumerate(atoms):
+                if not self.axes.is_sequence(atom) or (factor in resized and len(atoms) > 1):
+                    continue
+                after = prod(a.size for a in atoms[at + 1 :])
+                outer = prod(a.size for a in atoms[:at])
+                found.append(Sharded(factor, self.axes.partition(atom).refine(after), outer))
+        return found
+
+    def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:
+        kept = any(decision.factor in factors for dims in rule.results for factors in dims)
+        asked = demands(rule, decision, len(rule.operands))
+        actual = [annotations.placement(producer) for producer, _ in annotations.operands(node)]
+        return kept, sum(a == d for a, d in zip(actual, asked, strict=True) if isinstance(d, Shard))
+
+    def demanded(self, node: fx.Node) -> list[Placement]:
+        """What the consumers of a node's output ask of it; the graph's output asks for the whole."""
+        asked: list[Placement] = []
+        for user in node.users:
+            if user.op == "output":
+                asked.append(I)
+            elif annotations.projection(user) is not None:
+                asked.extend(self.demanded(user))
+            elif (decision := annotations.note(user).decision) is not None:
+                operands = annotations.operands(user)
+                wanted = demands(annotations.note(user).rule, decision, len(operands))
+                asked.extend(w for (producer, _), w in zip(operands, wanted, strict=True) if producer is node)
+            elif annotations.values(user):
+                asked.append(I)
+        return asked
+
+    def _backward(self, node: fx.Node) -> Decision:
+        rule = annotations.note(node).rule
+        asked = set(self.demanded(node))
+        if rule is not None and len(asked) == 1 and len(rule.results) == 1:
+            (shard,) = asked
+            if isinstance(shard, Shard):
+                return decision_for(rule, rule.results[0], shard) or Replicate(I)
+        return Replicate(I)
+
+    def _gradient_is_pending(self, node: fx.Node) -> bool:
+        note = annotations.note(node)
+        if not isinstance(note.decision, Replicate) or not note.differentiable:
+            return False
+        asked = self.demanded(node)
+        return bool(asked) and all(isinstance(a, Shard) or a == R for a in asked)
+
+
+def light_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes computed from placeholders and constants without heavy work: replicating them costs no communication."""
+    light: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        rule = annotations.note(node).rule
+        heavy = rule is not None and rule.heavy
+        if not heavy and all(source in light for source in node.all_input_nodes):
+            light.add(node)
+    return frozenset(light)

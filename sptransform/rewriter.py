@@ -1,0 +1,86 @@
+"""Edits of a graph: one use edge at a time, with what is known of a node carried over. Knows no op."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.placement import Placement
+from sptransform.rules import map_nodes
+
+
+def redistribute(xs: list[Any], transitions: tuple[tuple[Placement, Placement], ...]) -> list[Any]:
+    """Marks a change of placement of one or more tensors; lowered to collectives, never run."""
+    raise AssertionError("a redistribute node was left in the graph")
+
+
+def is_redistribute(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is redistribute
+
+
+def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
+    """Let the node read ``new`` as its ``index``-th tensor; the old producer's other uses stay."""
+    count = -1
+
+    def visit(x: Any) -> Any:
+        nonlocal count
+        if isinstance(x, fx.Node) and annotations.is_tensor(x):
+            count += 1
+            return new if count == index else x
+        return x
+
+    args, kwargs = map_nodes((node.args, dict(node.kwargs)), visit)
+    node.args, node.kwargs = args, kwargs
+
+
+def insert_redistribute(
+    before: fx.Node, sources: Sequence[fx.Node], transitions: Sequence[tuple[Placement, Placement]]
+) -> list[fx.Node]:
+    """Add one redistribute node in front of ``before``; return one node per moved tensor."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(redistribute, (list(sources), tuple(transitions)))
+        outputs = [graph.call_function(operator.getitem, (node, i)) for i in range(len(sources))]
+    node.meta["val"] = [annotations.value(source) for source in sources]
+    note = annotations.note(node)
+    note.transitions = tuple(transitions)
+    note.placements = tuple(target for _, target in transitions)
+    note.differentiable = any(annotations.note(source).differentiable for source in sources)
+    annotations.copy(before if before.op == "call_function" else sources[0], node)
+    for output, source in zip(outputs, sources, strict=True):
+        output.meta["val"] = annotations.value(source)
+        annotations.note(output).differentiable = annotations.note(source).differentiable
+        annotations.copy(node, output)
+    return outputs
+
+
+def compute_value(node: fx.Node) -> None:
+    """Set the node's fake value by running it on those of its arguments."""
+    args, kwargs = map_nodes(
+        (node.args, dict(node.kwargs)), lambda x: annotations.value(x) if isinstance(x, fx.Node) else x
+    )
+    node.meta["val"] = node.target(*args, **kwargs)
+
+
+def emitter(before: fx.Node) -> Callable[..., fx.Node]:
+    """``emit(target, args, kwargs)`` that adds a node in front of ``before``, in its name, with its fake value."""
+
+    def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        with before.graph.inserting_before(before):
+            node = before.graph.call_function(target, args, kwargs)
+        annotations.copy(before, node)
+        compute_value(node)
+        return node
+
+    return emit
+
+
+def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a node in front of ``before`` in its name, outside any fake mode."""
+    with annotations.values(before)[0].fake_mode, torch.no_grad():
+        return emitter(before)(target, args, kwargs)

@@ -1,0 +1,392 @@
+"""Sharding rules: one op's dimensions as factors, written like einsum, and what follows from sharding one of them.
+
+A rule names the *factors* of an op (Shardy's word): independent iteration spaces. ``"i k, k j -> i j"`` says that
+output row ``i`` needs only operand row ``i``; a factor that leaves the output is either summed (``reduce``: sharding
+it gives a pending sum) or must stay whole. A dimension may be a product of factors: ``"b s v -> (b s) v"``.
+Algorithms read :class:`OpRule`; nothing here knows an op's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from sptransform import annotations
+from sptransform.errors import RuleError
+from sptransform.partition import Partition
+from sptransform.placement import I, P, Placement, R, Shard
+
+Dims = tuple[tuple[str, ...], ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stands for the index-th tensor argument in an :class:`OpCall`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One application of an op: its arguments with tensors replaced by :class:`Operand`, and all global shapes."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operand_shapes: tuple[Shape, ...]
+    result_shapes: tuple[Shape, ...]
+
+    @staticmethod
+    def of_node(node: fx.Node) -> OpCall:
+        shapes: list[Shape] = []
+
+        def operand(x: Any) -> Any:
+            if isinstance(x, fx.Node) and annotations.is_tensor(x):
+                shapes.append(annotations.shape(x))
+                return Operand(len(shapes) - 1)
+            return x
+
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
+        return OpCall(
+            node.target, args, kwargs, tuple(shapes), tuple(tuple(v.shape) for v in annotations.values(node))
+        )
+
+    def argument(self, name: str) -> Any:
+        """The argument called ``name`` in the op's schema, its default where it was not given."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        for position, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args) and not argument.kwarg_only:
+                    return self.args[position]
+                return argument.default_value
+        raise RuleError(f"{self.target} has no argument {name!r}")
+
+    def operand(self, name: str) -> int | None:
+        """Index of the tensor argument called ``name``; None where it was not given."""
+        value = self.argument(name)
+        return value.index if isinstance(value, Operand) else None
+
+
+def map_nodes(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """``tree`` with ``fn`` applied to its leaves, left to right: the order in which operands are numbered."""
+    return pytree.tree_map(fn, tree)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A factor whose extent differs on one tensor: how a partition of the factor looks there.
+
+    ``links`` says that it is still the same axis (a slice of it), so that sequence-ness passes through.
+    """
+
+    partition: Callable[[Partition], Partition]
+    links: bool = True
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """A rule applied to one call.
+
+    Attributes:
+        operands, results: factors of every dimension; a dimension of size 1 has none.
+        sizes: extent of every factor.
+        reduce: factors summed over; sharding one gives a pending sum.
+        whole: factors that cannot be sharded.
+        linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
+        resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
+        roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
+        heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    sizes: Mapping[str, int]
+    reduce: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    linear: tuple[frozenset[int], ...] = ()
+    resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    heavy: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, int, Dims]]:
+        """Every tensor of the op with its side and index."""
+        for index, dims in enumerate(self.operands):
+            yield "operand", index, dims
+        for index, dims in enumerate(self.results):
+            yield "result", index, dims
+
+    def check(self, call: OpCall) -> OpRule:
+        """Return self. Raises RuleError where factors and shapes disagree."""
+        shapes = {"operand": call.operand_shapes, "result": call.result_shapes}
+        if len(self.operands) != len(call.operand_shapes) or len(self.results) != len(call.result_shapes):
+            raise RuleError(f"{call.target}: the rule has {len(self.operands)} operands and {len(self.results)} results")
+        for side, index, dims in self.tensors():
+            shape = shapes[side][index]
+            if len(dims) != len(shape):
+                raise RuleError(f"{call.target}: {side} {index} has {len(shape)} dims, its rule {len(dims)}")
+            for dim, factors in enumerate(dims):
+                if any((side, index, f) in self.resize for f in factors):
+                    continue
+                if prod(self.sizes[f] for f in factors) != shape[dim]:
+                    raise RuleError(f"{call.target}: dim {dim} of {side} {index} is {shape[dim]}, not {factors}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decisions: what one node does on one mesh dim, and what that asks of operands and gives to results.
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Base: how a node runs."""
+
+
+@dataclass(frozen=True)
+class Sharded(Decision):
+    """Each rank computes its part of ``factor``, itself seen as ``outer x partition.size``."""
+
+    factor: str
+    partition: Partition
+    outer: int = 1
+
+
+@dataclass(frozen=True)
+class Replicate(Decision):
+    """Every rank computes the whole; ``placement`` is I or R."""
+
+    placement: Placement = I
+
+
+@dataclass(frozen=True)
+class Pending(Decision):
+    """The op is linear in ``operands``, which are pending sums, and so is its result."""
+
+    operands: frozenset[int]
+
+
+def placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
+    """Where ``decision`` cuts one tensor; None where the tensor does not have the factor."""
+    for dim, factors in enumerate(dims):
+        if decision.factor in factors:
+            at = factors.index(decision.factor)
+            before = prod(rule.sizes[f] for f in factors[:at])
+            after = prod(rule.sizes[f] for f in factors[at + 1 :])
+            resize = rule.resize.get((side, index, decision.factor))
+            partition = resize.partition(decision.partition) if resize else decision.partition
+            return Shard(dim, partition.refine(after), before * decision.outer)
+    return None
+
+
+def demands(rule: OpRule | None, decision: Decision, num_operands: int) -> tuple[Placement, ...]:
+    """Placements a node asks of its operands."""
+    if isinstance(decision, Replicate):
+        return (decision.placement,) * num_operands
+    if isinstance(decision, Pending):
+        return tuple(P if i in decision.operands else R for i in range(num_operands))
+    assert rule is not None and isinstance(decision, Sharded)
+    return tuple(placement_of(rule, decision, "operand", i, dims) or R for i, dims in enumerate(rule.operands))
+
+
+def outcomes(rule: OpRule | None, decision: Decision, num_results: int) -> tuple[Placement, ...]:
+    """Placements of a node's results."""
+    if isinstance(decision, Replicate):
+        return (decision.placement,) * num_results
+    if isinstance(decision, Pending):
+        return (P,) * num_results
+    assert rule is not None and isinstance(decision, Sharded)
+    return tuple(placement_of(rule, decision, "result", i, dims) or P for i, dims in enumerate(rule.results))
+
+
+def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:
+    """The decision that gives a tensor with ``dims`` the placement ``shard``; None where no factor does."""
+    factors = dims[shard.dim]
+    for at, factor in enumerate(factors):
+        before = prod(rule.sizes[f] for f in factors[:at])
+        after = prod(rule.sizes[f] for f in factors[at + 1 :])
+        size = rule.sizes[factor]
+        if factor in rule.whole or shard.outer % before or size % (shard.outer // before):
+            continue
+        if shard.outer != before and any(name == factor for _, _, name in rule.resize):
+            continue
+        partition = shard.partition.coarsen(after) if after > 1 else shard.partition
+        outer = shard.outer // before
+        if partition is not None and outer * partition.size == size:
+            return Sharded(factor, partition, outer)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The einsum-like form.
+
+RuleFn = Callable[[OpCall], OpRule | None]
+
+
+def _parse_tensor(text: str) -> list[tuple[str, ...]]:
+    return [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", text)]
+
+
+def rule(
+    text: str, *, reduce: str = "", whole: str = "", linear: tuple[tuple[int, ...], ...] = (), heavy: bool = False
+) -> RuleFn:
+    """Return a rule from its einsum-like form.
+
+    Tensors are separated by commas, dimensions by spaces; ``(b s)`` is one dimension of two factors; ``...`` stands
+    for any number of leading dimensions, which broadcast. Trailing operands (an optional bias) may be absent.
+    ``reduce`` and ``whole`` list factors separated by spaces.
+
+    Raises:
+        RuleError: when ``text`` is not of this form.
+    """
+    match = re.fullmatch(r"(.*)->(.*)", text)
+    if match is None:
+        raise RuleError(f"a rule has the form 'operands -> results', not {text!r}")
+    patterns = [[_parse_tensor(tensor) for tensor in part.split(",")] for part in match.groups()]
+    known = {f for part in patterns for tensor in part for dims in tensor for f in dims}
+    unknown = set(f"{reduce} {whole}".split()) - known
+    if unknown:
+        raise RuleError(f"{text!r} has no factor {', '.join(sorted(unknown))}")
+
+    def apply(call: OpCall) -> OpRule:
+        sizes: dict[str, int] = {}
+
+        def expand(pattern: list[tuple[str, ...]], shape: Shape) -> Dims:
+            num_leading = len(shape) - (len(pattern) - (("...",) in pattern))
+            if num_leading < 0 or (num_leading and ("...",) not in pattern):
+                raise RuleError(f"{call.target}: rule {text!r} does not fit a tensor of shape {shape}")
+            dims: list[tuple[str, ...]] = []
+            for factors in pattern:
+                if factors == ("...",):
+                    # numbered from the right, as broadcasting aligns
+                    dims.extend((f".{num_leading - i}",) for i in range(num_leading))
+                else:
+                    dims.append(factors)
+            return tuple(() if size == 1 else factors for factors, size in zip(dims, shape, strict=True))
+
+        if len(call.operand_shapes) > len(patterns[0]):
+            raise RuleError(f"{call.target}: rule {text!r} has too few operands")
+        operands = tuple(expand(p, s) for p, s in zip(patterns[0], call.operand_shapes, strict=False))
+        results = tuple(expand(p, s) for p, s in zip(patterns[1], call.result_shapes, strict=True))
+        unsolved = [
+            (factors, size)
+            for tensors, shapes in ((operands, call.operand_shapes), (results, call.result_shapes))
+            for dims, shape in zip(tensors, shapes, strict=True)
+            for factors, size in zip(dims, shape, strict=True)
+        ]
+        for factors, size in unsolved:
+            if len(factors) == 1:
+                sizes.setdefault(factors[0], size)
+        for factors, size in unsolved:
+            missing = [f for f in factors if f not in sizes]
+            if len(missing) == 1:
+                sizes[missing[0]] = size // prod(sizes[f] for f in factors if f in sizes)
+        present = [f for dims in (*operands, *results) for factors in dims for f in factors]
+        return OpRule(
+            operands,
+            results,
+            {f: sizes[f] for f in present},
+            reduce=frozenset(reduce.split()),
+            whole=frozenset(whole.split()),
+            linear=tuple(frozenset(s) for s in linear if all(i < len(operands) for i in s)),
+            heavy=heavy,
+        )
+
+    return apply
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables.
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    """A rule and, for ops whose arguments or meaning hold global sizes, how to run the op on a shard.
+
+    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`.
+    """
+
+    rule: RuleFn
+    localize: Callable[[OpCall, Local], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a ``localize`` function may use.
+
+    ``emit(target, args, kwargs)`` runs an op (adds a node, or computes at once in tests); ``operands`` are the local
+    operands; ``result_shapes`` the local result shapes; ``rank`` is to be read for uneven partitions only, so that
+    even ones give every rank the same graph.
+    """
+
+    emit: Callable[..., Any]
+    operands: tuple[Any, ...]
+    result_shapes: tuple[Shape, ...]
+    rule: OpRule
+    decision: Sharded
+    rank: int
+    group: str
+
+    def arguments(self, call: OpCall, **changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with operands put back and those named in ``changed`` replaced."""
+        args, kwargs = map_nodes(
+            (call.args, dict(call.kwargs)), lambda x: self.operands[x.index] if isinstance(x, Operand) else x
+        )
+        args = list(args)
+        for position, argument in enumerate(call.target._schema.arguments):
+            if argument.name in changed:
+                if position < len(args) and not argument.kwarg_only:
+                    args[position] = changed[argument.name]
+                else:
+                    kwargs[argument.name] = changed[argument.name]
+        return tuple(args), kwargs
+
+    def run(self, call: OpCall, **changed: Any) -> Any:
+        """Run the call's own op on the local operands, with the arguments named in ``changed`` replaced."""
+        args, kwargs = self.arguments(call, **changed)
+        return self.emit(call.target, args, kwargs)
+
+
+class RuleTable(Mapping[Any, OpEntry]):
+    """Overload -> entry, from alphabetical lists of pairs; ``default`` answers for overloads in none of them.
+
+    Raises:
+        RuleError: an overload stands in two lists.
+    """
+
+    def __init__(
+        self,
+        *tables: list[tuple[Any, OpEntry | RuleFn]],
+        default: Callable[[Any], OpEntry | None] = lambda target: None,
+    ) -> None:
+        self._default = default
+        self._entries: dict[Any, OpEntry] = {}
+        for table in tables:
+            for target, entry in table:
+                if target in self._entries:
+                    raise RuleError(f"two rules for {target}")
+                self._entries[target] = entry if isinstance(entry, OpEntry) else OpEntry(entry)
+
+    def __getitem__(self, target: Any) -> OpEntry:
+        entry = self._entries.get(target) or self._default(target)
+        if entry is None:
+            raise KeyError(target)
+        return entry
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def rule_of(self, call: OpCall) -> OpRule | None:
+        """The rule applied to a call, checked against its shapes; None where the op has none for it."""
+        entry = self.get(call.target)
+        applied = None if entry is None else entry.rule(call)
+        return None if applied is None else applied.check(call)

@@ -1,0 +1,137 @@
+"""The SPMD type-checker: what must hold of a graph at each stage. Runs after every pass, always. Knows no op.
+
+A graph whose every edge has the placement its consumer demands has right gradients, because each placement types
+value and gradient together and each redistribute has its transpose (see :mod:`sptransform.placement`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from sptransform import annotations
+from sptransform.errors import VerificationError, describe
+from sptransform.placement import TRANSITIONS, I, Placement, Shard, kind
+from sptransform.rewriter import is_redistribute
+from sptransform.rules import demands, outcomes
+
+if TYPE_CHECKING:
+    from sptransform.pass_manager import Context
+
+
+def satisfies(actual: Placement | None, demanded: Placement, differentiable: bool) -> bool:
+    """Whether a tensor may be read where ``demanded`` is asked. Without gradients I and R are the same."""
+    if actual == demanded:
+        return True
+    return not differentiable and {kind(demanded), kind(actual) if actual else ""} == {"I", "R"}
+
+
+def check_functional(graph: fx.Graph, context: Context) -> None:
+    """No op writes into a tensor, but for write-backs into placeholders (buffers) at the end."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            target = node.args[0]
+            if not (isinstance(target, fx.Node) and target.op == "placeholder"):
+                raise VerificationError(describe("an op writes into a tensor of the graph", node=node))
+
+
+def check_placed(graph: fx.Graph, context: Context) -> None:
+    """Every tensor has a placement, and it is what its node's decision gives."""
+    for node in graph.nodes:
+        tensors = annotations.values(node)
+        if node.op == "output" or not tensors or annotations.projection(node) is not None:
+            continue
+        note = annotations.note(node)
+        if note.placements is None or len(note.placements) != len(tensors):
+            raise VerificationError(describe("a tensor has no placement", node=node))
+        if note.decision is not None:
+            given = outcomes(note.rule, note.decision, len(tensors))
+            if given != note.placements:
+                raise VerificationError(
+                    describe(
+                        "a placement is not what the decision gives", node=node, found=f"{note.placements}, {given}"
+                    )
+                )
+        for value, placement in zip(tensors, note.placements, strict=True):
+            if isinstance(placement, Shard) and value.shape[placement.dim] != placement.dim_size:
+                raise VerificationError(
+                    describe("a shard does not fit its tensor", node=node, found=f"{placement.spec}, {value.shape}")
+                )
+
+
+def check_typed(graph: fx.Graph, context: Context) -> None:
+    """Every op reads its operands placed as it demands; every redistribute is a transition that has a transpose."""
+    for node in graph.nodes:
+        note = annotations.note(node)
+        if is_redistribute(node):
+            for (producer, _), (source, target) in zip(annotations.operands(node), note.transitions, strict=True):
+                if annotations.placement(producer) != source:
+                    raise VerificationError(
+                        describe(
+                            "a redistribute starts from another placement than its operand has",
+                            node=node,
+                            found=f"{annotations.placement(producer)}, stated {source}",
+                        )
+                    )
+                if (kind(source), kind(target)) not in TRANSITIONS:
+                    raise VerificationError(
+                        describe("no transition between these placements", node=node, found=f"{source} -> {target}")
+                    )
+        elif note.decision is not None:
+            _check_operands(node)
+        elif node.op == "output":
+            _check_outputs(node, context)
+
+
+def _check_operands(node: fx.Node) -> None:
+    note = annotations.note(node)
+    operands = annotations.operands(node)
+    asked = demands(note.rule, note.decision, len(operands))
+    for index, ((producer, _), demanded) in enumerate(zip(operands, asked, strict=True)):
+        actual = annotations.placement(producer)
+        if not satisfies(actual, demanded, annotations.note(producer).differentiable):
+            raise VerificationError(
+                describe(
+                    f"operand {index} (%{producer.name}) is not placed as its consumer demands",
+                    node=node,
+                    found=f"{actual}, demanded {demanded}",
+                )
+            )
+
+
+def _check_outputs(node: fx.Node, context: Context) -> None:
+    for x, _ in annotations.operands(node):
+        actual = annotations.placement(x)
+        kept = isinstance(actual, Shard) and context.outputs != "full"
+        if not kept and not satisfies(actual, I, annotations.note(x).differentiable):
+            raise VerificationError(describe("the graph returns a tensor that is not whole", node=x, found=str(actual)))
+
+
+def check_local(graph: fx.Graph, context: Context) -> None:
+    """Run on fake shards, every node gave the local shape and dtype its placement and the global graph say."""
+    for node in graph.nodes:
+        stated = annotations.note(node).local_types
+        found = tuple((tuple(v.shape), v.dtype) for v in annotations.values(node))
+        if stated is not None and found != stated:
+            raise VerificationError(
+                describe("a shard is not what its placement says", node=node, found=f"{found}, stated {stated}")
+            )
+
+
+def check_lowered(graph: fx.Graph, context: Context) -> None:
+    """No redistribute is left."""
+    for node in graph.nodes:
+        if is_redistribute(node):
+            raise VerificationError(describe("a redistribute was not lowered", node=node))
+
+
+INVARIANTS: dict[str, Callable[[fx.Graph, Context], None]] = {
+    "functional": check_functional,
+    "placed": check_placed,
+    "typed": check_typed,
+    "local": check_local,
+    "lowered": check_lowered,
+}

@@ -1,0 +1,339 @@
+"""What a sharding rule claims, checked by running the op on every rank's part and comparing with the whole.
+
+A rule is a set of theorems about one op: *shard this factor and the results are sharded, or pending, so*. For a
+:class:`Case`, :func:`check_case` forms every decision the rule allows over 2 and 3 ranks, cuts the operands as the
+decision demands, runs the op as the rewritten graph would, puts results and gradients together as their placements
+say, and compares with one device. All in one process, on plain tensors, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sptransform.op_rules import DEFAULT_RULES
+from sptransform.ops.groups import pretend
+from sptransform.ops.pieces import assemble, conceal, expose
+from sptransform.ops.sharding import take_for
+from sptransform.partition import Partition
+from sptransform.placement import P, Placement, Shard, local_shape
+from sptransform.rules import (
+    Local,
+    OpCall,
+    Operand,
+    OpRule,
+    Pending,
+    Sharded,
+    decision_for,
+    demands,
+    map_nodes,
+    outcomes,
+)
+
+GROUP = "ranks"
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        target, args, kwargs: the call; tensors among the arguments are its operands.
+        factors: the factors that must be shardable, so that a rule which makes everything whole does not pass;
+            None for all the rule has.
+        same_values: False where the op promises no values (``empty``): only shapes are compared.
+        tolerance: absolute and relative.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    factors: str | None = None
+    same_values: bool = True
+    tolerance: float = 1e-12
+
+    def __str__(self) -> str:
+        def short(x: Any) -> str:
+            if isinstance(x, Tensor):
+                return "x".join(map(str, x.shape)) if x.dim() else "scalar"
+            if isinstance(x, list | tuple):
+                return "[" + ",".join(map(short, x)) + "]"
+            return str(x)
+
+        named = (f"{name}={short(value)}" for name, value in self.kwargs.items())
+        name = str(self.target).removeprefix("aten.")
+        return f"{name}({','.join((*map(short, self.args), *named))})"
+
+
+def case(target: Any, *args: Any, factors: str | None = None, **kwargs: Any) -> Case:
+    """A :class:`Case`, written as the call it is."""
+    return Case(target, args, kwargs, factors)
+
+
+_generator = torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    """Float64 entries from one fixed stream."""
+    return torch.randn(shape, dtype=torch.float64, generator=_generator)
+
+
+def positive(*shape: int) -> Tensor:
+    """Float64 entries between 0.1 and 0.9: within every op's domain."""
+    return torch.rand(shape, dtype=torch.float64, generator=_generator) * 0.8 + 0.1
+
+
+def integers(high: int, *shape: int) -> Tensor:
+    """Int64 entries in ``0 .. high-1``."""
+    return torch.randint(high, shape, generator=_generator)
+
+
+def booleans(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=_generator) < 0.5
+
+
+# Ops that cannot run where a rank owns nothing; elsewhere an empty part is run like any other.
+NOT_ON_EMPTY: dict[Any, str] = {}
+
+
+def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
+    """The call as :meth:`OpCall.of_node` would make it, with its operands and eager results."""
+    operands: list[Tensor] = []
+
+    def operand(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            operands.append(x)
+            return Operand(len(operands) - 1)
+        return x
+
+    args, kwargs = map_nodes((case.args, dict(case.kwargs)), operand)
+    leaves = tuple(_leaf(x) for x in operands)
+    call = OpCall(case.target, args, kwargs, tuple(tuple(x.shape) for x in operands), ())
+    results = run_call(call, leaves)
+    shapes = tuple(tuple(x.shape) for x in results)
+    return OpCall(case.target, args, kwargs, call.operand_shapes, shapes), leaves, results
+
+
+def _leaf(x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    return x.requires_grad_() if x.is_floating_point() else x
+
+
+def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``Local.emit`` does in a graph, done at once."""
+    return target(*args, **kwargs)
+
+
+def run_call(call: OpCall, operands: Tensors) -> Tensors:
+    args, kwargs = map_nodes(
+        (call.args, dict(call.kwargs)), lambda x: operands[x.index] if isinstance(x, Operand) else x
+    )
+    return _as_tuple(call.target(*args, **kwargs))
+
+
+def _as_tuple(results: Any) -> Tensors:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def rule_for(case: Case) -> tuple[OpCall, OpRule | None]:
+    call, _, _ = call_of(case)
+    return call, DEFAULT_RULES.rule_of(call)
+
+
+def present_factors(rule: OpRule) -> list[str]:
+    """The factors that some dimension has: only those can be sharded."""
+    return list(dict.fromkeys(f for _, _, dims in rule.tensors() for factors in dims for f in factors))
+
+
+def partitions(size: int, num_ranks: int) -> Iterator[Partition]:
+    """Ways to own an axis: blocks, balanced blocks, two intervals a rank, and one rank that owns nothing."""
+    found = [
+        Partition.contiguous(size, num_ranks),
+        Partition.balanced(size, num_ranks),
+        zigzag(size, num_ranks),
+        Partition.of(size, [[], *([own] for own in _edges(size, num_ranks - 1))]),
+    ]
+    yield from dict.fromkeys(found)
+
+
+def zigzag(size: int, num_ranks: int) -> Partition:
+    """Rank r owns the r-th and the r-th last of ``2 num_ranks`` blocks."""
+    blocks = _edges(size, 2 * num_ranks)
+    return Partition.of(size, ([blocks[r], blocks[-1 - r]] for r in range(num_ranks)))
+
+
+def _edges(size: int, num: int) -> list[tuple[int, int]]:
+    bounds = [size * r // num for r in range(num + 1)]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded]:
+    """Every way to cut ``factor``; as an inner part of it too, unless its extent varies between tensors."""
+    size = rule.sizes[factor]
+    for partition in partitions(size, num_ranks):
+        yield Sharded(factor, partition)
+    if size % 2 == 0 and size > 2 and all(name != factor for _, _, name in rule.resize):
+        for partition in partitions(size // 2, num_ranks):
+            yield Sharded(factor, partition, outer=2)
+
+
+def check_case(case: Case) -> None:
+    """Raise AssertionError where the rule of the case's op, its decisions or its linearity does not hold."""
+    call, operands, results = call_of(case)
+    rule = DEFAULT_RULES.rule_of(call)
+    assert rule is not None, f"no rule for {case}"
+    present = present_factors(rule)
+    shardable = [f for f in present if f not in rule.whole]
+    wanted = shardable if case.factors is None else case.factors.split()
+    assert sorted(wanted) == sorted(shardable), f"{case}: can shard {shardable}, expected {wanted}"
+    cotangents = tuple(randn(*x.shape) for x in results)
+    expected = _gradients(results, operands, cotangents)
+    for factor in shardable:
+        for num_ranks in (2, 3):
+            for decision in decisions(rule, factor, num_ranks):
+                _check_decision(case, call, rule, decision, operands, results, cotangents, expected)
+    for linear in rule.linear:
+        if all(operands[i].is_floating_point() for i in linear):  # nothing else is ever pending
+            _check_linear(case, call, linear, operands, results, cotangents, expected)
+
+
+def _gradients(results: Tensors, operands: Tensors, cotangents: Tensors) -> list[Tensor]:
+    """Gradient of every operand; zeros where none arrives."""
+    differentiable = [(y, g) for y, g in zip(results, cotangents, strict=True) if y.requires_grad]
+    inputs = [x for x in operands if x.requires_grad]
+    if not differentiable or not inputs:
+        return [torch.zeros_like(x) for x in operands]
+    ys, gs = zip(*differentiable, strict=True)
+    grads = iter(torch.autograd.grad(ys, inputs, gs, allow_unused=True))
+    found = [next(grads) if x.requires_grad else None for x in operands]
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(operands, found, strict=True)]
+
+
+def _check_decision(
+    case: Case,
+    call: OpCall,
+    rule: OpRule,
+    decision: Sharded,
+    operands: Tensors,
+    results: Tensors,
+    cotangents: Tensors,
+    expected: list[Tensor],
+) -> None:
+    what = f"{case}, {decision.factor} cut {decision.outer}*{decision.partition}"
+    asked = demands(rule, decision, len(operands))
+    given = outcomes(rule, decision, len(results))
+    for placement, dims in zip(given, rule.results, strict=True):
+        _check_decision_for(rule, decision, placement, dims, what)
+    num_ranks = decision.partition.num_ranks
+    local_results: list[Tensors] = []
+    local_grads: list[list[Tensor]] = []
+    for rank in range(num_ranks):
+        parts = tuple(_leaf(_part(x, p, rank)) for x, p in zip(operands, asked, strict=True))
+        shapes = tuple(local_shape(p, tuple(x.shape), rank) for x, p in zip(results, given, strict=True))
+        if decision.partition.local_size(rank) == 0 and case.target in NOT_ON_EMPTY:
+            local_results.append(tuple(x.new_zeros(shape) for x, shape in zip(results, shapes, strict=True)))
+            local_grads.append([torch.zeros_like(x) for x in parts])
+            continue
+        local = Local(emit, parts, shapes, rule, decision, rank, GROUP)
+        entry = DEFAULT_RULES[call.target]
+        with pretend(GROUP, rank):
+            got = _as_tuple(local.run(call) if entry.localize is None else entry.localize(call, local))
+        assert tuple(tuple(y.shape) for y in got) == shapes, (
+            f"{what}: rank {rank} has {[tuple(y.shape) for y in got]}, its placements say {shapes}"
+        )
+        assert [y.dtype for y in got] == [y.dtype for y in results], f"{what}: dtype differs"
+        local_cotangents = tuple(_part(g, p, rank) for g, p in zip(cotangents, given, strict=True))
+        local_results.append(tuple(y.detach() for y in got))
+        local_grads.append(_gradients(got, parts, local_cotangents))
+    if case.same_values:
+        for index, (y, placement) in enumerate(zip(results, given, strict=True)):
+            _assert_close(case, together([r[index] for r in local_results], placement), y, f"{what}: result {index}")
+    for index, (g, placement) in enumerate(zip(expected, asked, strict=True)):
+        # of S every rank holds the gradient of its part; of R a pending sum
+        whole = together([grads[index] for grads in local_grads], placement)
+        _assert_close(case, whole, g, f"{what}: gradient of operand {index}")
+
+
+def _check_decision_for(
+    rule: OpRule, decision: Sharded, placement: Placement, dims: tuple[tuple[str, ...], ...], what: str
+) -> None:
+    """The way back: asked for the placement a decision gives, the rule finds a decision that gives it."""
+    resized = any(name == decision.factor for _, _, name in rule.resize)
+    if not isinstance(placement, Shard) or resized:
+        return
+    found = decision_for(rule, dims, placement)
+    assert found is not None, f"{what}: no decision gives {placement.spec}"
+    assert outcomes(rule, found, len(rule.results))[rule.results.index(dims)] == placement, what
+
+
+def _check_linear(
+    case: Case,
+    call: OpCall,
+    linear: frozenset[int],
+    operands: Tensors,
+    results: Tensors,
+    cotangents: Tensors,
+    expected: list[Tensor],
+) -> None:
+    """A pending sum through ``linear`` operands: summands in, summands out; their gradients are the whole one."""
+    what = f"{case}, linear in {sorted(linear)}"
+    num_ranks = 3
+    asked = demands(None, Pending(linear), len(operands))
+    summands = [_summands(x, num_ranks) if p == P else [x] * num_ranks for x, p in zip(operands, asked, strict=True)]
+    local_results: list[Tensors] = []
+    local_grads: list[list[Tensor]] = []
+    for rank in range(num_ranks):
+        parts = tuple(_leaf(x[rank]) for x in summands)
+        got = run_call(call, parts)
+        local_results.append(tuple(y.detach() for y in got))
+        local_grads.append(_gradients(got, parts, cotangents))
+    for index, y in enumerate(results):
+        _assert_close(case, sum(r[index] for r in local_results), y, f"{what}: result {index}")
+    for index, (g, placement) in enumerate(zip(expected, asked, strict=True)):
+        grads = [found[index] for found in local_grads]
+        if placement == P:
+            for grad in grads:
+                _assert_close(case, grad, g, f"{what}: gradient of operand {index}")
+        else:
+            _assert_close(case, sum(grads), g, f"{what}: gradient of operand {index}")
+
+
+def _summands(x: Tensor, num: int) -> list[Tensor]:
+    """Random tensors whose sum is ``x``."""
+    x = x.detach()
+    others = [randn(*x.shape).to(x.dtype) for _ in range(num - 1)]
+    return [*others, x - sum(others)]
+
+
+def _part(x: Tensor, placement: Placement, rank: int) -> Tensor:
+    return take_for(x.detach(), placement, rank) if isinstance(placement, Shard) else x.detach()
+
+
+def together(parts: list[Tensor], placement: Placement) -> Tensor:
+    """The whole from every rank's tensor: parts of S put in place, anything else summed."""
+    if isinstance(placement, Shard):
+        exposed = [expose(part, placement) for part in parts]
+        return conceal(assemble([x for x, _ in exposed], exposed[0][1], placement.partition), placement)
+    return sum(parts[1:], parts[0])
+
+
+def _assert_close(case: Case, got: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(
+        got.detach(),
+        expected.detach(),
+        atol=case.tolerance,
+        rtol=case.tolerance,
+        equal_nan=True,
+        msg=lambda found: f"{what}\n{found}",
+    )
+
+
+def ids(cases: list[Case]) -> list[str]:
+    """Distinct test names, in order."""
+    return [f"{index}-{case}" for index, case in enumerate(cases)]

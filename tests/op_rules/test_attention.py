@@ -1,0 +1,87 @@
+"""Attention: heads, batch, queries and value width can be cut; keys and the contracted width stay whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sptransform.ops  # noqa: F401 - registers sptransform.attention
+from sptransform.op_rules import DEFAULT_RULES
+from tests.brute_force import Case, booleans, call_of, case, check_case, ids, randn, rule_for
+
+aten = torch.ops.aten
+sdpa = aten.scaled_dot_product_attention.default
+attention = torch.ops.sptransform.attention.default
+
+
+def mask(*shape: int) -> torch.Tensor:
+    """A boolean mask in which every query sees a key."""
+    seen = booleans(*shape)
+    seen[..., 0] = True
+    return seen
+
+
+def qkv(batch: int, heads: int, key_heads: int, queries: int, keys: int, width: int = 3, value_width: int = 3):
+    return (
+        randn(batch, heads, queries, width),
+        randn(batch, key_heads, keys, width),
+        randn(batch, key_heads, keys, value_width),
+    )
+
+
+# a chance so small that no entry is dropped, for the branch that draws a mask of its own
+_NEVER = 1e-13
+
+CASES = [
+    case(sdpa, *qkv(2, 4, 4, 5, 5), factors="b h s e"),
+    case(sdpa, *qkv(2, 4, 4, 5, 5), None, 0.0, True, factors="b h e"),
+    case(sdpa, *qkv(2, 4, 4, 5, 7, value_width=2), scale=0.3),
+    case(sdpa, *qkv(2, 4, 4, 5, 7), mask(5, 7), factors="b h s e"),
+    case(sdpa, *qkv(2, 4, 4, 5, 7), mask(2, 1, 5, 7)),
+    case(sdpa, *qkv(2, 4, 4, 5, 7), mask(2, 1, 1, 7)),
+    case(sdpa, *qkv(2, 4, 4, 5, 7), randn(4, 5, 7)),
+    case(sdpa, *qkv(2, 4, 4, 5, 7), randn(1, 4, 5, 7)),
+    case(sdpa, *qkv(1, 3, 3, 1, 6), factors="h e"),
+    case(sdpa, *qkv(2, 1, 1, 4, 4), factors="b s e"),
+    case(sdpa, *qkv(2, 4, 2, 5, 5), None, 0.0, True, enable_gqa=True, factors="b h e"),
+    case(sdpa, *qkv(2, 6, 2, 4, 5), mask(4, 5), enable_gqa=True, factors="b h s e"),
+    case(sdpa, *qkv(1, 6, 3, 4, 5), randn(1, 6, 4, 5), enable_gqa=True),
+    case(sdpa, *qkv(2, 4, 1, 4, 5), enable_gqa=True, factors="b h s e"),
+    case(sdpa, *qkv(1, 9, 3, 2, 3), enable_gqa=True),
+    case(sdpa, *qkv(2, 2, 2, 4, 4), None, _NEVER, False, factors="b h s e"),
+    case(sdpa, *qkv(2, 4, 2, 4, 4), None, _NEVER, True, enable_gqa=True, scale=0.4),
+    case(sdpa, *qkv(2, 4, 4, 4, 4), mask(2, 1, 4, 4), _NEVER),
+    case(sdpa, *qkv(2, 4, 4, 4, 4), randn(4, 4), _NEVER),
+    case(attention, *qkv(2, 4, 2, 5, 5), None, 0.0, True, key_head_of=[0, 0, 1, 1], factors="b h e"),
+    case(attention, *qkv(2, 6, 2, 4, 5), mask(2, 1, 4, 5), 0.0, False, key_head_of=[0, 0, 0, 1, 1, 1], scale=0.3),
+    case(attention, *qkv(1, 9, 3, 2, 3), None, 0.0, False, key_head_of=[0, 0, 0, 1, 1, 1, 2, 2, 2]),
+    case(attention, *qkv(2, 4, 1, 4, 5), randn(4, 5), 0.0, False, key_head_of=[0, 0, 0, 0]),
+    case(attention, *qkv(2, 3, 3, 4, 5), None, 0.0, False, factors="b h s e"),
+    # a batch that only some operands have
+    case(sdpa, randn(1, 2, 4, 3), randn(2, 2, 5, 3), randn(2, 2, 5, 3), factors="b h s e"),
+    case(sdpa, randn(2, 2, 4, 3), randn(1, 2, 5, 3), randn(1, 2, 5, 3), factors="b h s e"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_rule(case) -> None:
+    check_case(case)
+
+
+NO_RULE = [
+    case(sdpa, randn(2, 4, 3), randn(2, 5, 3), randn(2, 5, 3)),
+    case(attention, *qkv(1, 4, 2, 4, 5), None, 0.0, False, key_head_of=[0, 1, 0, 1]),
+]
+
+
+@pytest.mark.parametrize("case", NO_RULE, ids=ids(NO_RULE))
+def test_no_rule(case) -> None:
+    call, _, _ = call_of(case)
+    assert DEFAULT_RULES.rule_of(call) is None
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[19]], ids=str)
+def test_roles(case: Case) -> None:
+    _, rule = rule_for(case)
+    assert dict(rule.roles) == {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
+    assert rule.heavy

@@ -1,0 +1,66 @@
+"""Losses with reduction "none" and "sum"; a mean has a rule that shards nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sptransform.op_rules.loss import MEAN, NONE, SUM
+from tests.brute_force import booleans, case, check_case, ids, integers, positive, randn
+
+aten = torch.ops.aten
+cross_entropy = aten.cross_entropy_loss.default
+
+
+def labels(num_classes: int, *shape: int) -> Tensor:
+    """Class indices, some of them ignored."""
+    return integers(num_classes, *shape).masked_fill(booleans(*shape), -100)
+
+
+def log_probabilities(*shape: int) -> Tensor:
+    return randn(*shape).log_softmax(1 if len(shape) > 1 else 0)
+
+
+CASES = [
+    case(aten.binary_cross_entropy_with_logits.default, randn(4, 6), positive(4, 6), None, None, SUM),
+    case(aten.binary_cross_entropy_with_logits.default, randn(4, 6), positive(4, 6), positive(4, 1), positive(6), SUM),
+    case(aten.binary_cross_entropy_with_logits.default, randn(4, 6), positive(4, 6), None, positive(6), NONE),
+    case(aten.binary_cross_entropy_with_logits.default, randn(4, 6), positive(4, 6), factors=""),
+    case(cross_entropy, randn(6, 5), labels(5, 6), None, SUM, factors="n"),
+    case(cross_entropy, randn(6, 5), labels(5, 6), None, NONE, factors="n"),
+    case(cross_entropy, randn(6, 5), labels(5, 6), None, MEAN, factors=""),
+    case(cross_entropy, randn(6, 5), labels(5, 6), positive(5), SUM, factors="n"),
+    case(cross_entropy, randn(6, 5), labels(5, 6), positive(5), SUM, -100, 0.1),
+    case(cross_entropy, randn(6, 5), labels(5, 6), positive(5), NONE, -100, 0.1),
+    case(cross_entropy, randn(6, 5), integers(5, 6), None, SUM, 2, 0.1),
+    case(cross_entropy, randn(6, 5), randn(6, 5).softmax(1), None, SUM, factors="n"),
+    case(cross_entropy, randn(6, 5), randn(6, 5).softmax(1), positive(5), NONE, -100, 0.1),
+    case(cross_entropy, randn(2, 5, 6), labels(5, 2, 6), None, SUM, factors="n d0"),
+    case(cross_entropy, randn(2, 5, 6), labels(5, 2, 6), positive(5), NONE, factors="n d0"),
+    case(cross_entropy, randn(2, 5, 3, 4), labels(5, 2, 3, 4), None, SUM, -100, 0.2, factors="n d0 d1"),
+    case(cross_entropy, randn(2, 5, 4), randn(2, 5, 4).softmax(1), None, SUM, factors="n d0"),
+    case(cross_entropy, randn(1, 5, 4), labels(5, 1, 4), None, SUM, factors="d0"),
+    case(cross_entropy, randn(5), integers(5), None, SUM, factors=""),
+    case(cross_entropy, randn(5), randn(5).softmax(0), None, SUM, factors=""),
+    case(aten.huber_loss.default, randn(4, 6), randn(4, 6), SUM, 0.5),
+    case(aten.huber_loss.default, randn(4, 6), randn(4, 6), NONE),
+    case(aten.kl_div.default, log_probabilities(4, 6), positive(4, 6), SUM),
+    case(aten.kl_div.default, log_probabilities(4, 6), log_probabilities(4, 6), NONE, log_target=True),
+    case(aten.l1_loss.default, randn(4, 6), randn(4, 6), SUM),
+    case(aten.l1_loss.default, randn(4, 6), randn(6), SUM),
+    case(aten.mse_loss.default, randn(4, 6), randn(4, 6), SUM, factors="i0 i1"),
+    case(aten.mse_loss.default, randn(4, 6), randn(4, 1), NONE),
+    case(aten.mse_loss.default, randn(4, 6), randn(4, 6), factors=""),
+    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), None, SUM, factors="n"),
+    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), positive(5), NONE),
+    case(aten.nll_loss_nd.default, log_probabilities(2, 5, 6), labels(5, 2, 6), positive(5), SUM),
+    case(aten.nll_loss_nd.default, log_probabilities(5), integers(5), None, SUM),
+    case(aten.smooth_l1_loss.default, randn(4, 6), randn(4, 6), SUM, 0.5),
+    case(aten.smooth_l1_loss.default, randn(4, 6), randn(4, 6), NONE),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_rule(case) -> None:
+    check_case(case)

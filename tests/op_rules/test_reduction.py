@@ -1,0 +1,80 @@
+"""Reductions, norms, softmax, scans, sorts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.brute_force import Case, booleans, case, check_case, ids, positive, randn
+
+aten = torch.ops.aten
+
+CASES = [
+    case(aten._log_softmax.default, randn(4, 6), 1, False, factors="i0"),
+    case(aten._softmax.default, randn(4, 6), -2, False, factors="i1"),
+    case(aten.all.default, booleans(4, 6), factors=""),
+    case(aten.all.dim, booleans(4, 6), -1, factors="i0"),
+    case(aten.amax.default, randn(4, 6), [1]),
+    case(aten.amax.default, randn(4, 6), factors=""),
+    case(aten.amax.default, randn(4, 5, 6), [0, -1], True, factors="i1"),
+    case(aten.amin.default, randn(4, 6), [-2]),
+    case(aten.any.default, booleans(4, 6)),
+    case(aten.any.dim, booleans(4, 6), 0, True),
+    case(aten.argmax.default, randn(4, 6), factors=""),
+    case(aten.argmax.default, randn(4, 6), -1),
+    case(aten.argmin.default, randn(4, 6), 0, True),
+    case(aten.argsort.default, randn(4, 6), 0),
+    case(aten.cumprod.default, positive(4, 6), 1),
+    case(aten.cumsum.default, randn(4, 6), -1, factors="i0"),
+    case(aten.cumsum.default, randn(), 0),
+    case(aten.layer_norm.default, randn(2, 4, 6), [6], randn(6), randn(6), factors="i0 i1"),
+    case(aten.layer_norm.default, randn(2, 4, 6), [4, 6], randn(4, 6), randn(4, 6), factors="i0"),
+    case(aten.layer_norm.default, randn(4, 6), [6], None, randn(6)),
+    case(aten.layer_norm.default, randn(4, 6), [6], randn(6)),
+    case(aten.layer_norm.default, randn(4, 6), [6]),
+    case(aten.log_softmax.int, randn(4, 6), -1),
+    case(aten.logsumexp.default, randn(4, 6), [1]),
+    case(aten.logsumexp.default, randn(4, 6), [-1], True),
+    case(aten.max.default, randn(4, 6)),
+    case(aten.max.dim, randn(4, 6), 1),
+    case(aten.max.dim, randn(4, 6), -2, True),
+    case(aten.mean.default, randn(4, 6), factors="i0 i1"),
+    case(aten.mean.default, randn(6)),
+    case(aten.mean.default, randn()),
+    case(aten.mean.dim, randn(4, 6), [1]),
+    case(aten.mean.dim, randn(4, 5, 6), [0, -1], True, factors="i0 i1 i2"),
+    case(aten.mean.dim, randn(4, 6), None),
+    Case(aten.mean.dim, (randn(4, 6).float(), [0]), {"dtype": torch.float64}, tolerance=1e-6),
+    case(aten.mean.dim, randn(4, 1), [1], factors="i0"),
+    case(aten.min.default, randn(4, 6)),
+    case(aten.min.dim, randn(4, 6), 0),
+    case(aten.prod.default, positive(4, 6)),
+    case(aten.rms_norm.default, randn(2, 4, 6), [6], randn(6), 1e-6, factors="i0 i1"),
+    case(aten.rms_norm.default, randn(2, 4, 6), [6]),
+    case(aten.softmax.int, randn(4, 6), -1),
+    case(aten.softmax.int, randn(4, 6), 0, torch.float64),
+    case(aten.softmax.int, randn(4, 1), -1, factors="i0"),
+    case(aten.sort.default, randn(4, 6)),
+    case(aten.sort.default, randn(4, 6), 0, True),
+    case(aten.std.correction, randn(4, 6), [1]),
+    case(aten.sum.default, randn(4, 6), factors="i0 i1"),
+    case(aten.sum.default, randn(1, 6)),
+    case(aten.sum.dim_IntList, randn(4, 6), [0], factors="i0 i1"),
+    case(aten.sum.dim_IntList, randn(4, 5, 6), [-1, 0], True),
+    case(aten.sum.dim_IntList, randn(4, 6), []),
+    case(aten.sum.dim_IntList, randn(4, 6), None, True),
+    case(aten.sum.dim_IntList, booleans(4, 6), [1]),
+    case(aten.topk.default, randn(4, 6), 2, factors="i0"),
+    case(aten.topk.default, randn(4, 6), 1, 0, factors="i1"),
+    case(aten.topk.default, randn(4, 6), 6),
+    case(aten.tril.default, randn(3, 4, 6), factors="i0"),
+    case(aten.tril.default, randn(4, 6), -1, factors=""),
+    case(aten.triu.default, booleans(3, 4, 6), 1),
+    case(aten.var.correction, randn(4, 6), [-1], correction=0, keepdim=True),
+    case(aten.var.correction, randn(4, 6)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_rule(case) -> None:
+    check_case(case)

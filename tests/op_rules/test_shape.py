@@ -1,0 +1,115 @@
+"""Views, permutations, expansions, slices, concatenation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sptransform.op_rules import DEFAULT_RULES
+from tests.brute_force import call_of, case, check_case, ids, integers, randn, rule_for
+
+aten = torch.ops.aten
+END = 2**63 - 1
+
+CASES = [
+    case(aten._reshape_alias.default, randn(4, 6), [24], [1]),
+    case(aten._unsafe_view.default, randn(2, 4, 6), [8, 6]),
+    case(aten.cat.default, [randn(4, 2), randn(4, 3)], 1, factors="i0"),
+    case(aten.cat.default, [randn(4, 2), randn(4, 1), randn(4, 2)], -1, factors="i0"),
+    case(aten.cat.default, [randn(4, 0), randn(4, 3)], 1),
+    case(aten.cat.default, [randn(1, 6), randn(4, 6)], factors="i1"),
+    case(aten.chunk.default, randn(4, 6), 2, -1, factors="i0"),
+    case(aten.chunk.default, randn(5, 6), 2),
+    case(aten.constant_pad_nd.default, randn(4, 6), [1, 2], 3.0, factors="i0 i1"),
+    case(aten.constant_pad_nd.default, randn(4, 6), [0, 0, 2, 0]),
+    case(aten.expand.default, randn(4, 1), [4, 6], factors="i0 i1"),
+    case(aten.expand.default, randn(4, 1), [3, -1, 6], factors="i0 i1 i2"),
+    case(aten.expand.default, randn(), [4]),
+    case(aten.flatten.using_ints, randn(2, 4, 6)),
+    case(aten.flatten.using_ints, randn(2, 4, 6), 1, -1),
+    case(aten.pad.default, randn(4, 6), [0, 1], value=-100.0, factors="i0 i1"),
+    case(aten.pad.default, integers(9, 2, 6), [0, 1], value=-100),
+    case(aten.pad.default, randn(4, 6), [2, 0, 0, 3], "constant", 1.5),
+    case(aten.pad.default, randn(4, 6), [0, 0]),
+    case(aten.permute.default, randn(2, 4, 6), [2, 0, 1]),
+    case(aten.permute.default, randn(2, 1, 4, 6), [0, -2, 1, -1]),
+    case(aten.repeat.default, randn(4, 6), [1, 2]),
+    case(aten.repeat.default, randn(4, 6), [3, 2, 1]),
+    case(aten.repeat.default, randn(1, 6), [4, 1]),
+    case(aten.repeat.default, randn(6), [4]),
+    case(aten.repeat_interleave.self_int, randn(2, 4, 6), 3, 1),
+    case(aten.repeat_interleave.self_int, randn(2, 4, 6), 2, -1, output_size=12),
+    case(aten.repeat_interleave.self_int, randn(4, 1), 3, 1),
+    case(aten.repeat_interleave.self_int, randn(4, 6), 1, 0),
+    case(aten.reshape.default, randn(2, 4, 6), [8, 6], factors="f24 f6 f1"),
+    case(aten.reshape.default, randn(8, 6), [2, 4, -1, 3]),
+    case(aten.reshape.default, randn(2, 6, 2), [4, 6], factors="f12 f6 f1"),
+    case(aten.reshape.default, randn(2, 6), [3, 4], factors=""),
+    case(aten.reshape.default, randn(4, 2, 3), [4, 3, 2], factors="f6"),
+    case(aten.reshape.default, randn(4, 3, 5), [2, 6, 5], factors="f1"),
+    case(aten.reshape.default, randn(2, 6), [4, 3], factors="f6 f3 f1"),
+    case(aten.reshape.default, randn(4, 1, 6), [1, 24, 1]),
+    case(aten.reshape.default, randn(1), []),
+    case(aten.select.int, randn(4, 6), 1, -1, factors="i0"),
+    case(aten.select.int, randn(4, 6), -2, 2, factors="i1"),
+    case(aten.slice.Tensor, randn(2, 6), 1, 0, -1, factors="i0 i1"),
+    case(aten.slice.Tensor, randn(2, 6), -1, 1, END, factors="i0 i1"),
+    case(aten.slice.Tensor, randn(2, 9), 1, 2, 7),
+    case(aten.slice.Tensor, randn(6, 4), 0, -2, None),
+    case(aten.slice.Tensor, randn(6, 4), 0, 5, END),
+    case(aten.slice.Tensor, randn(6, 4)),
+    case(aten.slice.Tensor, randn(6, 4), 1, 0, 100),
+    case(aten.slice.Tensor, randn(6, 4), 0, 0, END, 2, factors="i1"),
+    case(aten.slice.Tensor, randn(1, 4), 0, 0, 1, factors="i1"),
+    case(aten.split.Tensor, randn(4, 6), 2, 1, factors="i0"),
+    case(aten.split.Tensor, randn(5, 6), 2, -2, factors="i1"),
+    case(aten.split_with_sizes.default, randn(4, 6), [1, 2, 3], -1),
+    case(aten.split_with_sizes.default, randn(4, 6), [0, 6], 1),
+    case(aten.squeeze.default, randn(4, 1, 6, 1)),
+    case(aten.squeeze.dim, randn(4, 1, 6), 1),
+    case(aten.squeeze.dim, randn(4, 1, 6), 0),
+    case(aten.squeeze.dims, randn(4, 1, 6, 1), [1, -1]),
+    case(aten.stack.default, [randn(4, 6), randn(4, 6)], 1),
+    case(aten.stack.default, [randn(4, 6)], -1),
+    case(aten.stack.default, [randn(4), randn(4), randn(4)], factors="i1"),
+    case(aten.t.default, randn(4, 6)),
+    case(aten.t.default, randn(6)),
+    case(aten.transpose.int, randn(2, 4, 6), 1, -1),
+    case(aten.unbind.int, randn(4, 3, 2), 1, factors="i0 i2"),
+    case(aten.unbind.int, randn(2, 6)),
+    case(aten.unflatten.int, randn(4, 6), -1, [2, 3]),
+    case(aten.unflatten.int, randn(12, 5), 0, [-1, 2]),
+    case(aten.unsqueeze.default, randn(4, 6), 1),
+    case(aten.unsqueeze.default, randn(4, 6), -1),
+    case(aten.view.default, randn(2, 4, 6), [2, 4, 2, 3]),
+    case(aten.view.default, randn(2, 4, 6), [2, -1]),
+    case(aten.view_as.default, randn(4, 6), randn(2, 2, 6)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_rule(case) -> None:
+    check_case(case)
+
+
+NO_RULE = [
+    case(aten.cat.default, [randn(0), randn(4, 3)], 1),
+    case(aten.pad.default, randn(2, 3, 6), [1, 1], "reflect"),
+    case(aten.pad.default, randn(4, 6), [-1, 1]),
+    case(aten.pad.default, randn(4, 1), [0, 3]),
+    case(aten.repeat_interleave.self_int, randn(4, 6), 2),
+    case(aten.reshape.default, randn(0, 6), [6, 0]),
+    case(aten.slice.Tensor, randn(4, 1), 1, 1, END),
+]
+
+
+@pytest.mark.parametrize("case", NO_RULE, ids=ids(NO_RULE))
+def test_no_rule(case) -> None:
+    call, _, _ = call_of(case)
+    assert DEFAULT_RULES.rule_of(call) is None
+
+
+def test_a_flattened_sequence_keeps_its_factors() -> None:
+    _, rule = rule_for(case(aten.view.default, randn(2, 4, 6), [8, 6]))
+    (batch,), (sequence,), (hidden,) = rule.operands[0]
+    assert rule.results[0] == ((batch, sequence), (hidden,))

@@ -1,0 +1,46 @@
+"""Real models on real ranks: the loss and every gradient equal one device's."""
+
+import pytest
+import torch
+
+from tests.equality import (
+    assert_equal_to_one_device,
+    one_device,
+    one_device_without_one_label,
+    run_parallel,
+    worst_error,
+)
+from tests.gloo_pool import get_pool
+from tests.models import MODELS
+
+pytestmark = pytest.mark.timeout(300)
+
+INDUCTOR_TOLERANCE = 1e-5
+# A mistake must exceed what is tolerated this many times, so that no test passes by its margin.
+VISIBLE = 100.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ulysses_equals_one_device(world_size: int, name: str) -> None:
+    results = get_pool(world_size).run(run_parallel, name, "ulysses", "aot_eager", timeout=180)
+    for result in results:
+        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+    for result in results:
+        # A model that silently ran unsharded would be equal too.
+        assert (sum(collective.sent_bytes for collective in result.forward) > 0) == (world_size > 1)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["llama", "sdpa_transformer"])
+def test_ulysses_under_inductor_equals_one_device(name: str) -> None:
+    results = get_pool(2).run(run_parallel, name, "ulysses", "inductor", torch.float32, timeout=240)
+    for result in results:
+        assert_equal_to_one_device(one_device(name, torch.float32), result, INDUCTOR_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_missing_label_is_seen(name: str) -> None:
+    """The comparison above can fail: the smallest mistake is far outside what it allows."""
+    _, error = worst_error(one_device(name), one_device_without_one_label(name))
+    assert error > VISIBLE * max(MODELS[name].tolerance, INDUCTOR_TOLERANCE)
