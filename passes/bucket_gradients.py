@@ -18,7 +18,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import I, R
-from sptransform.rewriter import insert_redistribute, is_redistribute
+from sptransform.rewriter import insert_redistribute, is_redistribute, succeed
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,5 @@ def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
     new = insert_redistribute(before, [node.args[0][0] for node in nodes], [(I, R)] * len(nodes))
     for node, after in zip(nodes, new, strict=True):
         (old,) = node.users
-        old.replace_all_uses_with(after)
-        node.graph.erase_node(old)
+        succeed(old, after)
         node.graph.erase_node(node)

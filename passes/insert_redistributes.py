@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sptransform import annotations
-from sptransform.pass_manager import Context, Pass
 from sptransform.partition import Partition
+from sptransform.pass_manager import Context, Pass
 from sptransform.placement import I, Placement, R, Shard
 from sptransform.rewriter import insert_redistribute, replace_operand
 from sptransform.rules import demands
@@ -65,7 +65,7 @@ class InsertRedistributes(Pass):
                 for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
                     producer, _ = operands[index]
                     self._satisfy(node, index, producer, demanded, inserter)
-            elif not annotations.values(node) and node.op == "call_function":
+            elif node.op == "call_function" and not annotations.handles_tensors(node):
                 inserter.region += 1
 
     def _satisfy(

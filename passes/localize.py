@@ -20,7 +20,7 @@ from sptransform import annotations
 from sptransform.ops.groups import pretend
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import local_shape
-from sptransform.rewriter import compute_value, emitter
+from sptransform.rewriter import compute_value, emitter, succeed
 from sptransform.rules import Local, OpCall, Sharded
 
 
@@ -70,10 +70,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new_note = annotations.note(new)
     new_note.placements, new_note.local_types = note.placements, note.local_types
     new_note.differentiable = note.differentiable
-    name = node.name
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-    new.name = name
+    succeed(node, new)
 
 
 @contextmanager

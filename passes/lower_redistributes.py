@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import kind
-from sptransform.rewriter import is_redistribute
+from sptransform.rewriter import is_redistribute, rename, succeed
 
 _ops = torch.ops.sptransform
 
@@ -61,6 +61,7 @@ class LowerRedistributes(Pass):
 
 def _relabel(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     node.target, node.args = target, args
+    rename(node, target._schema.name.split("::")[1])
     _save(node)
 
 
@@ -82,7 +83,6 @@ def _lower_single(node: fx.Node, group: str) -> None:
     note.differentiable = annotations.note(node).differentiable
     annotations.set_placement(new, target)
     _save(new)
-    output.replace_all_uses_with(new)
-    node.graph.erase_node(output)
+    succeed(output, new)
     node.graph.erase_node(node)
 

@@ -25,7 +25,7 @@ from sptransform import annotations
 from sptransform.axes import Atom, resolve, unify
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.pass_manager import Context, Pass
-from sptransform.rewriter import emit_like
+from sptransform.rewriter import emit_like, succeed
 from sptransform.rules import OpCall, RuleTable
 
 _HEADS = 1
@@ -61,10 +61,8 @@ class MoveKeysUnrepeated(Pass):
                 scale=call.argument("scale"),
                 key_head_of=[i // group for i in range(annotations.shape(query)[_HEADS])],
             )
-            new.name = node.name
             annotations.note(new).differentiable = annotations.note(node).differentiable
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            succeed(node, new)
         graph.eliminate_dead_code()
 
 

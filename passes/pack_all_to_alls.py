@@ -15,7 +15,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import Shard
-from sptransform.rewriter import insert_redistribute, is_redistribute
+from sptransform.rewriter import insert_redistribute, is_redistribute, succeed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PackAllToAlls(Pass):
 
 
 def _is_exchange(node: fx.Node) -> bool:
-    return all(isinstance(source, Shard) and isinstance(target, Shard) for source, target in annotations.note(node).transitions)
+    return all(isinstance(end, Shard) for transition in annotations.note(node).transitions for end in transition)
 
 
 def _pack(nodes: list[fx.Node]) -> None:
@@ -48,7 +48,6 @@ def _pack(nodes: list[fx.Node]) -> None:
     old = [user for node in nodes for user in sorted(node.users, key=lambda user: user.args[1])]
     new = insert_redistribute(nodes[0], sources, transitions)
     for before, after in zip(old, new, strict=True):
-        before.replace_all_uses_with(after)
-        before.graph.erase_node(before)
+        succeed(before, after)
     for node in nodes:
         node.graph.erase_node(node)

@@ -28,7 +28,7 @@ class Place(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in graph.nodes:
-            if node.op == "call_function" and annotations.values(node) and annotations.projection(node) is None:
+            if annotations.handles_tensors(node):
                 annotations.note(node).rule = context.rules.rule_of(OpCall.of_node(node))
         light = light_nodes(graph)
         axes = Axes(graph, context.mesh.size, context.sequence_dims, ignored=light)
@@ -38,7 +38,7 @@ class Place(Pass):
                     "nothing in this graph says which dimension is the sequence",
                     found="no attention op (scaled_dot_product_attention)",
                     fix="pass sequence_dims={'<input name>': <dim>}; inputs of this graph: "
-                    + ", ".join(n.name for n in graph.nodes if n.op == "placeholder" and annotations.is_tensor(n)),
+                    + ", ".join(_user_inputs(graph)),
                 )
             )
         inputs = {n: self._input(n, context) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
@@ -71,3 +71,9 @@ class Place(Pass):
             )
         num_bytes = sum(annotations.value(x).numel() * annotations.value(x).element_size() for x in gathered)
         context.fallbacks.append(Fallback(str(node.target), node.name, annotations.source_line(node), num_bytes))
+
+
+def _user_inputs(graph: fx.Graph) -> list[str]:
+    """Names of the tensors the user passes: inputs that are not the module's own."""
+    names = [annotations.note(n).input_name for n in graph.nodes if n.op == "placeholder" and annotations.is_tensor(n)]
+    return [name for name in names if name is not None and "." not in name] or ["(none)"]

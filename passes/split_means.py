@@ -25,7 +25,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.op_rules.loss import MEAN, SUM
 from sptransform.pass_manager import Context, Pass
-from sptransform.rewriter import emit_like
+from sptransform.rewriter import emit_like, succeed
 from sptransform.rules import OpCall
 
 aten = torch.ops.aten
@@ -80,8 +80,7 @@ class SplitMeans(Pass):
             loss = emit_like(node, divide, total, count)
             for new in (total, loss):
                 annotations.note(new).differentiable = annotations.note(node).differentiable
-            node.replace_all_uses_with(loss)
-            graph.erase_node(node)
+            succeed(node, loss)
 
 
 def _with_reduction(node: fx.Node, reduction: int) -> tuple[list[object], dict[str, object]]:

@@ -1,6 +1,13 @@
 """Sequence-parallel training of unmodified transformers: a compiler from one device to many."""
 
-from sptransform.errors import CaptureError, RuleError, SPTransformError, UnsupportedOpError, UsageError, VerificationError
+from sptransform.errors import (
+    CaptureError,
+    RuleError,
+    SPTransformError,
+    UnsupportedOpError,
+    UsageError,
+    VerificationError,
+)
 from sptransform.parallelize import parallelize
 from sptransform.rewrite import Rewritten, rewrite
 from sptransform.strategies import Strategy, Ulysses

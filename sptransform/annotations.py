@@ -23,6 +23,7 @@ class Note:
     """What the passes know of a node. None always means "not annotated yet"."""
 
     differentiable: bool = False
+    input_name: str | None = None  # of a placeholder: what the user calls it
     rule: OpRule | None = None
     decision: Decision | None = None
     placements: tuple[Placement, ...] | None = None  # one per output of the node
@@ -66,6 +67,11 @@ def values(node: fx.Node) -> tuple[torch.Tensor, ...]:
 
 def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(values(node)[0].shape)
+
+
+def handles_tensors(node: fx.Node) -> bool:
+    """Whether the node computes from tensors, or makes some; picking one of several outputs does neither."""
+    return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -83,7 +83,7 @@ class Axes:
     Args:
         graph: every node annotated with its rule, if it has one.
         num_ranks: over how many ranks a sequence axis is partitioned.
-        sequence_dims: placeholder name -> dimension that is a sequence, for graphs whose ops do not say.
+        sequence_dims: input name -> dimension that is a sequence, for graphs whose ops do not say.
         ignored: nodes whose links say nothing about ownership (their values are replicated anyway).
     """
 
@@ -112,8 +112,9 @@ class Axes:
             if rule is not None:
                 self._apply(node, rule)
         for node in graph.nodes:
-            if node.op == "placeholder" and node.name in sequence_dims:
-                self._sequences.extend(self._dims[node, 0][sequence_dims[node.name]])
+            name = annotations.note(node).input_name
+            if name in sequence_dims:
+                self._sequences.extend(self._dims[node, 0][sequence_dims[name]])
         self._family = self._close_over_links()
         self._partitions: dict[Atom, Partition] = {}
 
@@ -146,7 +147,8 @@ class Axes:
         while grown:
             grown = False
             for source, target in links:
-                if not family.isdisjoint(source) != (not family.isdisjoint(target)) and len(source) == len(target) == 1:
+                inside = [not family.isdisjoint(end) for end in (source, target)]
+                if len(source) == len(target) == 1 and any(inside) and not all(inside):
                     family.update(source, target)
                     grown = True
         return family

@@ -17,7 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DTensorShard
 
-import sptransform.ops  # noqa: F401 - registers the ops a rewritten graph calls
+import sptransform.ops
 from sptransform.capture import capture
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES

@@ -8,6 +8,7 @@ and whether autograd tracks it.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
-from sptransform.errors import CaptureError
 from sptransform.functionalize import functionalize
+from sptransform.rewriter import rename
 
 _regions = itertools.count(1)
 
@@ -72,13 +73,30 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         traced = make_fx(lambda *args: _Inliner(gm).run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     for node in traced.graph.nodes:
         annotations.note(node).differentiable = _is_tracked(node.meta.get("tensor_meta"))
-        if node.op == "get_attr":
-            node.meta["val"] = _constant(traced, node, mode)
-    placeholders = (node for node in traced.graph.nodes if node.op == "placeholder")
-    for node, x in zip(placeholders, inputs, strict=True):
-        annotations.note(node).differentiable = isinstance(x, torch.Tensor) and x.requires_grad
+        if node.op == "get_attr" and isinstance(constant := getattr(traced, node.target), torch.Tensor):
+            node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    origins = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, origin, x in zip(placeholders, origins, inputs, strict=True):
+        note = annotations.note(node)
+        note.differentiable = isinstance(x, torch.Tensor) and x.requires_grad
+        note.input_name = _input_name(origin)
+        rename(node, note.input_name)
     functionalize(traced.graph)
     return traced
+
+
+def _input_name(placeholder: fx.Node) -> str:
+    """What the user calls an input of Dynamo's graph: ``input_ids``, ``model.layers.0.mlp.up_proj.weight``."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    if source is None:
+        return placeholder.name
+    name = source.name() if callable(source.name) else source.name
+    keys = [a or b for a, b in re.findall(r"\['([^']+)'\]|\[(\d+)\]", name)]
+    if "_parameters" in name or "_buffers" in name:
+        return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name))
+    # keyword arguments arrive in a dict whose own name nobody chose
+    return ".".join(keys[1:] if len(keys) > 1 and not keys[1].isdigit() else keys) or placeholder.name
 
 
 def _plain(x: Any) -> Any:
@@ -91,9 +109,3 @@ def _is_tracked(meta: Any) -> bool:
         return meta.requires_grad
     return isinstance(meta, tuple | list) and any(map(_is_tracked, meta))
 
-
-def _constant(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
-    value = getattr(gm, node.target)
-    if not isinstance(value, torch.Tensor):
-        raise CaptureError(f"the graph holds a constant that is not a tensor: {node.target}")
-    return mode.from_tensor(value, static_shapes=True)

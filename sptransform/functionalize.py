@@ -30,7 +30,8 @@ def functionalize(graph: fx.Graph) -> None:
 
 
 def _is_write(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 class _Functionalizer:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 Interval = tuple[int, int]
 Intervals = tuple[Interval, ...]
@@ -59,7 +60,7 @@ class Partition:
     def balanced(size: int, num_ranks: int) -> Partition:
         """One block a rank, sizes differing by at most one: for heads, where an empty rank would idle."""
         bounds = [size * r // num_ranks for r in range(num_ranks + 1)]
-        return Partition.of(size, ([pair] for pair in zip(bounds, bounds[1:], strict=False)))
+        return Partition.of(size, ([pair] for pair in pairwise(bounds)))
 
     @property
     def num_ranks(self) -> int:
@@ -115,17 +116,23 @@ class Partition:
 
     def coarsen(self, factor: int) -> Partition | None:
         """Inverse of :meth:`refine`; None where an interval does not begin and end on a multiple of ``factor``."""
-        if any(bound % factor for own in self.owned for interval in own for bound in interval):
+        if self.size % factor or any(bound % factor for own in self.owned for interval in own for bound in interval):
             return None
         return Partition.of(
             self.size // factor, ([(lo // factor, hi // factor) for lo, hi in own] for own in self.owned)
         )
 
     def quotient(self, factor: int) -> Partition:
-        """The indices ``i // factor`` each rank needs to serve its own ``i``: key heads for query heads."""
-        return Partition.of(
-            self.size // factor, ([(lo // factor, -(-hi // factor)) for lo, hi in own] for own in self.owned)
-        )
+        """The indices ``i // factor`` each rank needs to serve its own ``i``, each once: key heads for query heads."""
+        owned = []
+        for own in self.owned:
+            needed: list[Interval] = []
+            end = 0
+            for lo, hi in sorted((lo // factor, -(-hi // factor)) for lo, hi in own):
+                needed.append((max(lo, end), hi))
+                end = max(end, hi)
+            owned.append(needed)
+        return Partition.of(self.size // factor, owned)
 
     def __str__(self) -> str:
         if self.is_blocks:

@@ -49,10 +49,10 @@ class Propagation:
         for node in nodes:
             if node in self.inputs:
                 annotations.set_placement(node, self.inputs[node])
-            elif node not in self.light and annotations.values(node):
+            elif node not in self.light and annotations.handles_tensors(node):
                 self._decide(node, self._forward(node))
         for node in reversed(nodes):
-            if node in self.light and node not in self.inputs and annotations.values(node):
+            if node in self.light and node not in self.inputs and annotations.handles_tensors(node):
                 self._decide(node, self._backward(node))
         for node in reversed(nodes):
             if node not in self.inputs and self._gradient_is_pending(node):
@@ -111,8 +111,6 @@ class Propagation:
                 operands = annotations.operands(user)
                 wanted = demands(annotations.note(user).rule, decision, len(operands))
                 asked.extend(w for (producer, _), w in zip(operands, wanted, strict=True) if producer is node)
-            elif annotations.values(user):
-                asked.append(I)
         return asked
 
     def _backward(self, node: fx.Node) -> Decision:

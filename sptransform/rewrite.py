@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from sptransform.backend import rewrite_graph
 from sptransform.explain.counting import Collective, count_collectives
 from sptransform.mesh import Mesh
 from sptransform.options import Options
-from sptransform.pass_manager import Context
 from sptransform.parallelize import configured
+from sptransform.pass_manager import Context
 from sptransform.printer import text
 from sptransform.strategies import Strategy
 
@@ -87,9 +88,7 @@ def rewrite(
 
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
-    try:
+    with suppress(_Stop):
         configured(compiled)(*args, **kwargs)
-    except _Stop:
-        pass
     return found[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,21 @@ def redistribute(xs: list[Any], transitions: tuple[tuple[Placement, Placement], 
 
 def is_redistribute(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is redistribute
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Call the node ``name``, made a legal and unused one."""
+    # Private: assigning ``node.name`` would let two nodes share one
+    node._rename(re.sub(r"\W", "_", name))
+    if node.op == "placeholder":
+        node.target = node.name
+
+
+def succeed(old: fx.Node, new: fx.Node) -> None:
+    """Let ``new`` take the place, the readers and the name of ``old``."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    new.name = old.name
 
 
 def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
@@ -52,7 +68,8 @@ def insert_redistribute(
     note.placements = tuple(target for _, target in transitions)
     note.differentiable = any(annotations.note(source).differentiable for source in sources)
     annotations.copy(before if before.op == "call_function" else sources[0], node)
-    for output, source in zip(outputs, sources, strict=True):
+    for output, source, (_, target) in zip(outputs, sources, transitions, strict=True):
+        rename(output, f"{source.name}_{target}".rstrip(")"))
         output.meta["val"] = annotations.value(source)
         annotations.note(output).differentiable = annotations.note(source).differentiable
         annotations.copy(node, output)

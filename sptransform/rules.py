@@ -127,7 +127,8 @@ class OpRule:
         """Return self. Raises RuleError where factors and shapes disagree."""
         shapes = {"operand": call.operand_shapes, "result": call.result_shapes}
         if len(self.operands) != len(call.operand_shapes) or len(self.results) != len(call.result_shapes):
-            raise RuleError(f"{call.target}: the rule has {len(self.operands)} operands and {len(self.results)} results")
+            found = f"{len(self.operands)} operands and {len(self.results)} results"
+            raise RuleError(f"{call.target}: the rule has {found}")
         for side, index, dims in self.tensors():
             shape = shapes[side][index]
             if len(dims) != len(shape):
@@ -137,6 +138,12 @@ class OpRule:
                     continue
                 if prod(self.sizes[f] for f in factors) != shape[dim]:
                     raise RuleError(f"{call.target}: dim {dim} of {side} {index} is {shape[dim]}, not {factors}")
+        kept = [{f for factors in dims for f in factors} for dims in self.results]
+        read = {f for dims in self.operands for factors in dims for f in factors}
+        lost = {f for f in read if not all(f in own for own in kept)} - self.reduce - self.whole
+        if lost:
+            names = ", ".join(sorted(lost))
+            raise RuleError(f"{call.target}: {names} leaves a result, and is in neither reduce nor whole")
         return self
 
 
@@ -253,6 +260,11 @@ def rule(
     unknown = set(f"{reduce} {whole}".split()) - known
     if unknown:
         raise RuleError(f"{text!r} has no factor {', '.join(sorted(unknown))}")
+    for part in patterns:
+        for tensor in part:
+            names = [f for factors in tensor for f in factors]
+            if len(names) != len(set(names)):
+                raise RuleError(f"{text!r} names a factor twice in one tensor")
 
     def apply(call: OpCall) -> OpRule:
         sizes: dict[str, int] = {}
@@ -288,6 +300,9 @@ def rule(
             if len(missing) == 1:
                 sizes[missing[0]] = size // prod(sizes[f] for f in factors if f in sizes)
         present = [f for dims in (*operands, *results) for factors in dims for f in factors]
+        unsized = {f for f in present if f not in sizes}
+        if unsized:
+            raise RuleError(f"{call.target}: shapes do not say the size of {', '.join(sorted(unsized))} in {text!r}")
         return OpRule(
             operands,
             results,

@@ -3,13 +3,15 @@
 A rule is a set of theorems about one op: *shard this factor and the results are sharded, or pending, so*. For a
 :class:`Case`, :func:`check_case` forms every decision the rule allows over 2 and 3 ranks, cuts the operands as the
 decision demands, runs the op as the rewritten graph would, puts results and gradients together as their placements
-say, and compares with one device. All in one process, on plain tensors, in float64.
+say, and compares with one device. A rank that owns nothing runs like any other. All in one process, on plain tensors,
+in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,8 +100,12 @@ def booleans(*shape: int) -> Tensor:
     return torch.rand(shape, generator=_generator) < 0.5
 
 
-# Ops that cannot run where a rank owns nothing; elsewhere an empty part is run like any other.
-NOT_ON_EMPTY: dict[Any, str] = {}
+# Operands that torch has no gradient for.
+CONSTANT_OPERANDS: dict[Any, tuple[str, ...]] = {
+    torch.ops.aten.binary_cross_entropy_with_logits.default: ("weight", "pos_weight"),
+    torch.ops.aten.cross_entropy_loss.default: ("weight",),
+    torch.ops.aten.nll_loss_nd.default: ("weight",),
+}
 
 
 def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
@@ -113,16 +119,17 @@ def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
         return x
 
     args, kwargs = map_nodes((case.args, dict(case.kwargs)), operand)
-    leaves = tuple(_leaf(x) for x in operands)
     call = OpCall(case.target, args, kwargs, tuple(tuple(x.shape) for x in operands), ())
+    leaves = _leaves(call, operands)
     results = run_call(call, leaves)
-    shapes = tuple(tuple(x.shape) for x in results)
-    return OpCall(case.target, args, kwargs, call.operand_shapes, shapes), leaves, results
+    return replace(call, result_shapes=tuple(tuple(x.shape) for x in results)), leaves, results
 
 
-def _leaf(x: Tensor) -> Tensor:
-    x = x.detach().clone()
-    return x.requires_grad_() if x.is_floating_point() else x
+def _leaves(call: OpCall, xs: Sequence[Tensor]) -> Tensors:
+    """Copies of the operands that gradients arrive at, where torch has one."""
+    constant = {call.operand(name) for name in CONSTANT_OPERANDS.get(call.target, ())}
+    copies = (x.detach().clone() for x in xs)
+    return tuple(x.requires_grad_(x.is_floating_point() and i not in constant) for i, x in enumerate(copies))
 
 
 def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,8 +176,7 @@ def zigzag(size: int, num_ranks: int) -> Partition:
 
 
 def _edges(size: int, num: int) -> list[tuple[int, int]]:
-    bounds = [size * r // num for r in range(num + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(size * r // num for r in range(num + 1)))
 
 
 def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded]:
@@ -234,12 +240,8 @@ def _check_decision(
     local_results: list[Tensors] = []
     local_grads: list[list[Tensor]] = []
     for rank in range(num_ranks):
-        parts = tuple(_leaf(_part(x, p, rank)) for x, p in zip(operands, asked, strict=True))
+        parts = _leaves(call, [_part(x, p, rank) for x, p in zip(operands, asked, strict=True)])
         shapes = tuple(local_shape(p, tuple(x.shape), rank) for x, p in zip(results, given, strict=True))
-        if decision.partition.local_size(rank) == 0 and case.target in NOT_ON_EMPTY:
-            local_results.append(tuple(x.new_zeros(shape) for x, shape in zip(results, shapes, strict=True)))
-            local_grads.append([torch.zeros_like(x) for x in parts])
-            continue
         local = Local(emit, parts, shapes, rule, decision, rank, GROUP)
         entry = DEFAULT_RULES[call.target]
         with pretend(GROUP, rank):
@@ -289,7 +291,7 @@ def _check_linear(
     local_results: list[Tensors] = []
     local_grads: list[list[Tensor]] = []
     for rank in range(num_ranks):
-        parts = tuple(_leaf(x[rank]) for x in summands)
+        parts = _leaves(call, [x[rank] for x in summands])
         got = run_call(call, parts)
         local_results.append(tuple(y.detach() for y in got))
         local_grads.append(_gradients(got, parts, cotangents))

@@ -16,14 +16,20 @@ def attention(call: OpCall) -> OpRule | None:
     """Queries, heads and batch are independent; keys and the contracted head size stay whole.
 
     With fewer key heads than query heads, query head ``i`` reads key head ``i // group``: the key heads a rank needs
-    are the quotient of its query heads. None for layouts without a head dimension.
+    are the quotient of its query heads. A causal mask is known to the op by position, so it keeps queries whole too.
+    None for layouts without a head dimension, for query heads that read key heads in another order, and for one
+    query that several batches of keys share.
     """
     query, key, value = call.operand_shapes[:3]
     if len(query) != 4:
         return None
     group = query[1] // key[1]
-    if query[1] != key[1] * group or key[1] != value[1]:
+    if query[1] != key[1] * group or key[1] != value[1] or query[0] != call.result_shapes[0][0]:
         return None
+    if call.target is torch.ops.sptransform.attention.default:
+        key_head_of = list(call.argument("key_head_of"))
+        if key_head_of and key_head_of != [i // group for i in range(query[1])]:
+            return None
     names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "d": query[3], "e": value[3]}
 
     def dims(text: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
@@ -44,7 +50,7 @@ def attention(call: OpCall) -> OpRule | None:
         tuple(operands),
         (dims("bhse", call.result_shapes[0]),),
         sizes,
-        whole=frozenset({"t", "d"} & set(sizes)),
+        whole=frozenset({"t", "d", *("s" if call.argument("is_causal") else "")} & set(sizes)),
         resize=resize,
         roles={role: f for role, f in roles.items() if f in sizes},
         heavy=True,

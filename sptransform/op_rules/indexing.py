@@ -11,15 +11,17 @@ from sptransform.rules import OpCall, OpEntry, Operand, OpRule, RuleFn, rule
 aten = torch.ops.aten
 
 
-def embedding(call: OpCall) -> OpRule:
-    """``weight[indices]``. The sum a pending table would need is not taken: indices have no gradient."""
+def embedding(call: OpCall) -> OpRule | None:
+    """``weight[indices]``. None where gradients are divided by how often an index occurs, which no part knows."""
+    if call.argument("scale_grad_by_freq"):
+        return None
     return rule("v h, ... -> ... h", whole="v", linear=((0,),), heavy=True)(call)
 
 
 def gather(call: OpCall) -> OpRule:
     """Along ``dim`` the operand must be whole; elsewhere an equal extent is the same index."""
     shape, index_shape = call.operand_shapes
-    dim = call.argument("dim") % len(shape)
+    dim = call.argument("dim") % max(len(shape), 1)
     index = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(index_shape))
     sizes = {f"i{d}": size for d, size in enumerate(index_shape) if size != 1}
     operand, whole = [], set()

@@ -29,15 +29,34 @@ def matmul(call: OpCall) -> OpRule:
     return rule(text, reduce=reduce, linear=_EACH, heavy=inner != 1)(call)
 
 
-def linear(call: OpCall) -> OpRule:
-    """``x W^T + b``. With a bias the contracted factor stays whole: a bias added on every rank is added N times."""
+def linear(call: OpCall) -> OpRule | None:
+    """``x W^T + b``. With a bias the contracted factor stays whole: a bias added on every rank is added N times.
+
+    None for a weight of one row without its dimension.
+    """
+    if len(call.operand_shapes[1]) != 2:
+        return None
     has_bias = len(call.operand_shapes) == 3
     contracted = {"whole": "k"} if has_bias else {"reduce": "k", "linear": _EACH}
     return rule("... k, o k, o -> ... o", heavy=True, **contracted)(call)
 
 
+def _biased(left: str, right: str, out: str) -> RuleFn:
+    """A product added to an operand that broadcasts to the result; as in :func:`linear`, ``k`` stays whole."""
+
+    def apply(call: OpCall) -> OpRule:
+        names = out.split()
+        bias = " ".join(names[len(names) - len(call.operand_shapes[0]) :])
+        return rule(f"{bias}, {left}, {right} -> {out}", whole="k", heavy=True)(call)
+
+    return apply
+
+
 def einsum(call: OpCall) -> OpRule | None:
-    """``torch.einsum``, whose equation is the rule. None for a repeated subscript within one operand."""
+    """``torch.einsum``, whose equation is the rule.
+
+    None for a repeated subscript within one operand, and for an ellipsis that is summed over.
+    """
     equation = call.argument("equation").replace(" ", "")
     left, arrow, right = equation.partition("->")
     operands = left.split(",")
@@ -45,6 +64,8 @@ def einsum(call: OpCall) -> OpRule | None:
         letters = left.replace(",", "").replace("...", "")
         right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     if any(len(set(part.replace("...", ""))) != len(part.replace("...", "")) for part in operands):
+        return None
+    if "..." in left and "..." not in right:
         return None
 
     def spaced(part: str) -> str:
@@ -57,8 +78,8 @@ def einsum(call: OpCall) -> OpRule | None:
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
-    (aten.addmm.default, rule("... j, i k, k j -> i j", whole="k", heavy=True)),
-    (aten.baddbmm.default, rule("..., b i k, b k j -> b i j", whole="k", heavy=True)),
+    (aten.addmm.default, _biased("i k", "k j", "i j")),
+    (aten.baddbmm.default, _biased("b i k", "b k j", "b i j")),
     (aten.bmm.default, rule("b i k, b k j -> b i j", reduce="k", linear=_EACH, heavy=True)),
     (aten.dot.default, rule("k, k -> ", reduce="k", linear=_EACH)),
     (aten.einsum.default, einsum),

@@ -26,6 +26,22 @@ def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
     return apply
 
 
+def converted(call: OpCall) -> OpRule:
+    """Conversion to the dtype of another operand, of any shape. Where the two agree it may be cut alike."""
+    shape, other = call.operand_shapes
+    sizes = {f".{len(shape) - d}": size for d, size in enumerate(shape) if size != 1}
+    dims = tuple((f".{len(shape) - d}",) if size != 1 else () for d, size in enumerate(shape))
+    lent: list[tuple[str, ...]] = []
+    own: dict[str, int] = {}
+    for place, size in zip(range(len(other), 0, -1), other, strict=True):
+        if size == 1 or sizes.get(f".{place}") == size:
+            lent.append((f".{place}",) if size != 1 else ())
+        else:
+            lent.append((f"o{place}",))
+            own[f"o{place}"] = size
+    return OpRule((dims, tuple(lent)), (dims,), sizes | own, whole=frozenset(own))
+
+
 def default_entry(target: Any) -> OpEntry | None:
     """The entry of an op without a line of its own: pointwise if torch says so and it draws no random numbers."""
     tags = getattr(target, "tags", ())
@@ -67,6 +83,6 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.to.device, pointwise()),
     (aten.to.dtype, pointwise()),
     (aten.to.dtype_layout, pointwise()),
-    (aten.to.other, rule("..., ... -> ...")),
-    (aten.type_as.default, rule("..., ... -> ...")),
+    (aten.to.other, converted),
+    (aten.type_as.default, converted),
 ]

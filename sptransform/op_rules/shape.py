@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,9 +52,9 @@ def reshape(call: OpCall) -> OpRule | None:
     common = sorted(set(_bounds(source)) & set(_bounds(target)))
     factors: list[tuple[str, int, int]] = []  # name, stride, size
     opaque: list[tuple[int, int]] = []
-    for lo, hi in zip(common, common[1:], strict=False):
+    for lo, hi in pairwise(common):
         inside = [b for b in bounds if lo <= b <= hi]
-        pairs = list(zip(inside, inside[1:], strict=False))
+        pairs = list(pairwise(inside))
         if all(b % a == 0 for a, b in pairs):
             factors.extend((f"f{a}", a, b // a) for a, b in pairs)
         else:
@@ -127,6 +129,14 @@ def repeat_interleave(call: OpCall) -> OpRule | None:
     return OpRule((operand,), (result,), _sizes((operand, shape)) | {"g": repeats}, linear=_LINEAR)
 
 
+def _repeat_interleave_local(call: OpCall, local: Local) -> Any:
+    source, repeats = call.operand_shapes[0], call.argument("repeats")
+    if local.decision.factor == "g":
+        dim = call.argument("dim") % len(source)
+        repeats = local.result_shapes[0][dim] // source[dim]
+    return local.run(call, repeats=repeats, output_size=None)
+
+
 def repeat(call: OpCall) -> OpRule:
     """Tiling: a tiled dimension is ``(copy, index)``; the copies are a factor of the result only."""
     source, repeats = call.operand_shapes[0], call.argument("repeats")
@@ -157,14 +167,19 @@ def _bounds_of_slice(call: OpCall, size: int) -> tuple[int, int, int]:
     return slice(start, None if end == _END else end, call.argument("step")).indices(size)
 
 
-def slice_(call: OpCall) -> OpRule:
-    """Other dimensions pass; the sliced one keeps its axis, and whoever owned an index still does."""
+def slice_(call: OpCall) -> OpRule | None:
+    """Other dimensions pass; the sliced one keeps its axis, and whoever owned an index still does.
+
+    None where nothing is left of a dimension of one entry.
+    """
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     start, stop, step = _bounds_of_slice(call, shape[dim])
     dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
     sizes = _sizes((dims, shape))
     factor = f"i{dim}"
+    if not dims[dim] and call.result_shapes[0][dim] != 1:
+        return None
     if not dims[dim] or (start, stop, step) == (0, shape[dim], 1):
         return OpRule((dims,), (dims,), sizes, linear=_LINEAR)
     whole = frozenset({factor}) if step != 1 else frozenset()
@@ -175,7 +190,7 @@ def slice_(call: OpCall) -> OpRule:
 def _slice_local(call: OpCall, local: Local) -> Any:
     size = call.operand_shapes[0][call.argument("dim")]
     dim = call.argument("dim") % len(call.operand_shapes[0])
-    if local.decision.factor != f"i{dim}":
+    if local.decision.factor != f"i{dim}" or not local.rule.resize:  # without resize nothing is cut off
         return local.run(call)
     start, stop, _ = _bounds_of_slice(call, size)
     owned = local.decision.partition.owned[local.rank]
@@ -303,7 +318,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.pad.default, OpEntry(pad, _pad_local)),
     (aten.permute.default, OpEntry(_permuted(lambda call, ndim: [d % ndim for d in call.argument("dims")]))),
     (aten.repeat.default, OpEntry(repeat, _repeat_local)),
-    (aten.repeat_interleave.self_int, repeat_interleave),
+    (aten.repeat_interleave.self_int, OpEntry(repeat_interleave, _repeat_interleave_local)),
     (aten.reshape.default, _RESHAPE),
     (aten.select.int, select),
     (aten.slice.Tensor, OpEntry(slice_, _slice_local)),
@@ -324,11 +339,8 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
 
 
 def _first_only(call: OpCall) -> OpRule | None:
-    """``view_as``: the second operand lends its shape only."""
+    """``view_as``: the second operand lends its shape only, and may be cut as the result is."""
     base = reshape(call)
     if base is None:
         return None
-    other = tuple((f"s{d}",) if size != 1 else () for d, size in enumerate(call.operand_shapes[1]))
-    sizes = dict(base.sizes) | {f"s{d}": size for d, size in enumerate(call.operand_shapes[1])}
-    whole = base.whole | {name for name in sizes if name.startswith("s")}
-    return OpRule((base.operands[0], other), base.results, sizes, whole=whole, linear=_LINEAR)
+    return replace(base, operands=(base.operands[0], base.results[0]))

@@ -56,7 +56,7 @@ def _repeat(x: Tensor, head_of: list[int]) -> Tensor:
     if not rest and list(head_of) == [i // times for i in range(len(head_of))]:
         if times == 1:
             return x
-        return x.unsqueeze(2).expand(-1, -1, times, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+        return x.unsqueeze(2).expand(-1, -1, times, -1, -1).reshape(x.shape[0], len(head_of), *x.shape[2:])
     runs: list[list[int]] = []
     for head in head_of:
         if runs and runs[-1][0] == head:

@@ -6,6 +6,7 @@ Plain tensor algebra without communication. ``dim`` is always a whole axis (``ex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ def expose(x: Tensor, shard: Shard) -> tuple[Tensor, int]:
     """View ``x`` (local or global) so that the sharded axis is a dimension of its own; return it with that dim."""
     if shard.outer == 1:
         return x, shard.dim
-    return x.reshape(*x.shape[: shard.dim], shard.outer, -1, *x.shape[shard.dim + 1 :]), shard.dim + 1
+    # no -1: it is ambiguous where a rank owns nothing
+    inner = x.shape[shard.dim] // shard.outer
+    return x.reshape(*x.shape[: shard.dim], shard.outer, inner, *x.shape[shard.dim + 1 :]), shard.dim + 1
 
 
 def conceal(x: Tensor, shard: Shard) -> Tensor:
@@ -44,7 +47,7 @@ def assemble(parts: Sequence[Tensor], dim: int, partition: Partition) -> Tensor:
             at += hi - lo
     bounds = sorted({0, partition.size, *(lo for lo, _, _ in runs), *(hi for _, hi, _ in runs)})
     segments = []
-    for lo, hi in zip(bounds, bounds[1:], strict=False):
+    for lo, hi in pairwise(bounds):
         owners = [x.narrow(dim, lo - start, hi - lo) for start, stop, x in runs if start <= lo and hi <= stop]
         if owners:
             segments.append(sum(owners[1:], owners[0]))

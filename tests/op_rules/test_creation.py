@@ -38,5 +38,5 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_rule(case) -> None:
+def test_rule(case: Case) -> None:
     check_case(case)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import booleans, call_of, case, check_case, ids, integers, randn
+from tests.brute_force import Case, booleans, call_of, case, check_case, ids, integers, randn
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_rule(case) -> None:
+def test_rule(case: Case) -> None:
     check_case(case)
 
 
@@ -48,6 +48,6 @@ NO_RULE = [
 
 
 @pytest.mark.parametrize("case", NO_RULE, ids=ids(NO_RULE))
-def test_no_rule(case) -> None:
+def test_no_rule(case: Case) -> None:
     call, _, _ = call_of(case)
     assert DEFAULT_RULES.rule_of(call) is None

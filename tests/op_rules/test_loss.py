@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sptransform.op_rules.loss import MEAN, NONE, SUM
-from tests.brute_force import booleans, case, check_case, ids, integers, positive, randn
+from tests.brute_force import Case, booleans, case, check_case, ids, integers, positive, randn
 
 aten = torch.ops.aten
 cross_entropy = aten.cross_entropy_loss.default
@@ -49,8 +49,9 @@ CASES = [
     case(aten.kl_div.default, log_probabilities(4, 6), log_probabilities(4, 6), NONE, log_target=True),
     case(aten.l1_loss.default, randn(4, 6), randn(4, 6), SUM),
     case(aten.l1_loss.default, randn(4, 6), randn(6), SUM),
+    case(aten.l1_loss.default, randn(4, 6), randn(4, 1), NONE),
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), SUM, factors="i0 i1"),
-    case(aten.mse_loss.default, randn(4, 6), randn(4, 1), NONE),
+    case(aten.mse_loss.default, randn(4, 6), randn(4, 6), NONE),
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), factors=""),
     case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), None, SUM, factors="n"),
     case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), positive(5), NONE),
@@ -62,5 +63,5 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_rule(case) -> None:
+def test_rule(case: Case) -> None:
     check_case(case)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import call_of, case, check_case, ids, randn, rule_for
+from tests.brute_force import Case, call_of, case, check_case, ids, randn, rule_for
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_rule(case) -> None:
+def test_rule(case: Case) -> None:
     check_case(case)
 
 
@@ -68,7 +68,7 @@ NO_RULE = [
 
 
 @pytest.mark.parametrize("case", NO_RULE, ids=ids(NO_RULE))
-def test_no_rule(case) -> None:
+def test_no_rule(case: Case) -> None:
     call, _, _ = call_of(case)
     assert DEFAULT_RULES.rule_of(call) is None
 
@@ -83,6 +83,6 @@ def test_no_rule(case) -> None:
     ],
     ids=str,
 )
-def test_an_outer_product_is_not_heavy(case, heavy: bool) -> None:
+def test_an_outer_product_is_not_heavy(case: Case, heavy: bool) -> None:
     _, rule = rule_for(case)
     assert rule.heavy is heavy

@@ -13,6 +13,7 @@ from sptransform.placement import Shard
 from sptransform.rules import Local, Sharded
 from tests.brute_force import (
     GROUP,
+    Case,
     booleans,
     call_of,
     case,
@@ -118,7 +119,7 @@ DEFAULTS = [
 
 
 @pytest.mark.parametrize("case", CASES + DEFAULTS, ids=ids(CASES + DEFAULTS))
-def test_rule(case) -> None:
+def test_rule(case: Case) -> None:
     check_case(case)
 
 
@@ -134,10 +135,11 @@ def test_random_numbers_are_not_pointwise(target: torch._ops.OpOverload) -> None
 
 
 @pytest.mark.parametrize("target", [aten.to.other, aten.type_as.default], ids=str)
-def test_a_lent_dtype_asks_for_no_part(target: torch._ops.OpOverload) -> None:
-    """The other operand is read for its dtype only: it has no factor of the result, even where shapes agree."""
-    _, rule = rule_for(case(target, randn(4, 6), randn(4, 6).float()))
-    assert not {f for factors in rule.operands[1] for f in factors} & {f for factors in rule.results[0] for f in factors}
+def test_nothing_is_gathered_to_read_a_dtype(target: torch._ops.OpOverload) -> None:
+    """Where shapes agree, the operand read for its dtype may be cut like the other; elsewhere it shares no factor."""
+    _, rule = rule_for(case(target, randn(4, 1, 6), randn(2, 4, 3, 6).float()))
+    assert rule.operands[1][1] == rule.operands[0][0] and rule.operands[1][3] == rule.operands[0][2]
+    assert {f for factors in (rule.operands[1][0], rule.operands[1][2]) for f in factors} == rule.whole
 
 
 def test_dropout_draws_a_mask_for_each_rank_and_keeps_generators_in_step() -> None:

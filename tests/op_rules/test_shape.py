@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import call_of, case, check_case, ids, integers, randn, rule_for
+from tests.brute_force import Case, call_of, case, check_case, ids, integers, randn, rule_for
 
 aten = torch.ops.aten
 END = 2**63 - 1
@@ -43,10 +47,10 @@ CASES = [
     case(aten.repeat_interleave.self_int, randn(4, 6), 1, 0),
     case(aten.reshape.default, randn(2, 4, 6), [8, 6], factors="f24 f6 f1"),
     case(aten.reshape.default, randn(8, 6), [2, 4, -1, 3]),
-    case(aten.reshape.default, randn(2, 6, 2), [4, 6], factors="f12 f6 f1"),
+    case(aten.reshape.default, randn(2, 6, 2), [4, 6], factors="f12 f6 f2 f1"),
     case(aten.reshape.default, randn(2, 6), [3, 4], factors=""),
     case(aten.reshape.default, randn(4, 2, 3), [4, 3, 2], factors="f6"),
-    case(aten.reshape.default, randn(4, 3, 5), [2, 6, 5], factors="f1"),
+    case(aten.reshape.default, randn(4, 3, 5), [2, 6, 5], factors="f30 f15 f5 f1"),
     case(aten.reshape.default, randn(2, 6), [4, 3], factors="f6 f3 f1"),
     case(aten.reshape.default, randn(4, 1, 6), [1, 24, 1]),
     case(aten.reshape.default, randn(1), []),
@@ -88,7 +92,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_rule(case) -> None:
+def test_rule(case: Case) -> None:
     check_case(case)
 
 
@@ -104,7 +108,7 @@ NO_RULE = [
 
 
 @pytest.mark.parametrize("case", NO_RULE, ids=ids(NO_RULE))
-def test_no_rule(case) -> None:
+def test_no_rule(case: Case) -> None:
     call, _, _ = call_of(case)
     assert DEFAULT_RULES.rule_of(call) is None
 
@@ -113,3 +117,17 @@ def test_a_flattened_sequence_keeps_its_factors() -> None:
     _, rule = rule_for(case(aten.view.default, randn(2, 4, 6), [8, 6]))
     (batch,), (sequence,), (hidden,) = rule.operands[0]
     assert rule.results[0] == ((batch, sequence), (hidden,))
+
+
+_SIZES = st.lists(st.sampled_from([1, 2, 2, 3, 4, 6]), min_size=1, max_size=4)
+
+
+@given(_SIZES, st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_reshape(source: list[int], data: st.DataObject) -> None:
+    """Every factor that two shapes share can be cut, at any nesting."""
+    left, target = prod(source), []
+    while left > 1:
+        target.append(data.draw(st.sampled_from([n for n in range(2, left + 1) if left % n == 0])))
+        left //= target[-1]
+    check_case(case(aten.reshape.default, randn(*source), target))

@@ -1,0 +1,161 @@
+"""A model's captured graph, and what becomes of it: run as captured, after some passes, or on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# Private: the registry behind torch.compile(backend="name"), as the library uses it.
+from torch._dynamo.backends.registry import lookup_backend
+
+import sptransform.ops  # noqa: F401 - registers the ops a rewritten graph calls
+from sptransform.capture import capture
+from sptransform.mesh import Mesh
+from sptransform.op_rules import DEFAULT_RULES
+from sptransform.parallelize import configured
+from sptransform.pass_manager import Context, Pass, run_passes
+from sptransform.passes import PIPELINE
+from sptransform.strategies import Ulysses
+from tests.lockstep import in_lockstep
+
+Tensors = list[torch.Tensor | None]
+
+
+class Lambda(nn.Module):
+    """A function as a module, for models of one expression."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class _Stop(Exception):
+    """Ends the model's call once its graph is captured."""
+
+
+def compiled_with(
+    model: Callable[..., Any], backend: Callable[[fx.GraphModule, list[Any]], Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call `model` compiled with `backend`, in the configuration of the library."""
+    torch._dynamo.reset()
+    module = model if isinstance(model, nn.Module) else Lambda(model)
+    return configured(torch.compile(module, backend=backend, fullgraph=True, dynamic=False))(*args, **kwargs)
+
+
+def while_captured(
+    model: Callable[..., Any], use: Callable[[fx.GraphModule, list[Any]], Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What `use` makes of the captured graph and its inputs, while Dynamo's context is open; nothing is run."""
+    made: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        made.append(use(gm, inputs))
+
+        def stop(*args: Any) -> Any:
+            raise _Stop
+
+        return stop
+
+    try:
+        compiled_with(model, backend, *args, **kwargs)
+    except _Stop:
+        pass
+    return made[0]
+
+
+def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """The captured graph and the real inputs it takes."""
+    return while_captured(model, lambda gm, inputs: (capture(gm, inputs), inputs), *args, **kwargs)
+
+
+def a_context(num_ranks: int = 2, rank: int = 0, **options: Any) -> Context:
+    """A request for Ulysses on ranks that are only pretended."""
+    options.setdefault("strategy", Ulysses())
+    return Context(mesh=Mesh.pretended(num_ranks, rank), rules=DEFAULT_RULES, **options)
+
+
+def after(
+    passes: Sequence[Pass] | type[Pass], model: Callable[..., Any], *args: Any, context: Context | None = None
+) -> tuple[fx.GraphModule, Context]:
+    """The model's graph after `passes`; of a pass type, after the pipeline up to and with that pass."""
+    context = context if context is not None else a_context()
+    if isinstance(passes, type):
+        kinds = [type(step) for step in PIPELINE]
+        passes = PIPELINE[: kinds.index(passes) + 1]
+    gm, _ = captured(model, *args)
+    return run_passes(gm, passes, context), context
+
+
+def nodes_of(gm: fx.GraphModule, target: Any) -> list[fx.Node]:
+    """The nodes that call `target`, in order."""
+    return [node for node in gm.graph.nodes if node.target == target]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run returned, and the gradient of every parameter and every input that asks for one, in order."""
+
+    outputs: Tensors
+    grads: Tensors
+
+
+def copied(inputs: Sequence[Any]) -> list[Any]:
+    """Leaves of the same values, so that runs share no gradient and no buffer."""
+    return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+def run_once(call: Callable[..., Any], inputs: Sequence[Any]) -> Run:
+    """Call on copies of `inputs`; backward of the sum of the first output if it needs gradients."""
+    own = copied(inputs)
+    outputs = call(*own)
+    outputs = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    if outputs[0].requires_grad:
+        outputs[0].sum().backward()
+    grads = [x.grad for x in own if isinstance(x, torch.Tensor)]
+    return Run([x.detach() if isinstance(x, torch.Tensor) else None for x in outputs], grads)
+
+
+def on_ranks(
+    model: Callable[..., Any], *args: Any, num_ranks: int, backend: str = "eager", **options: Any
+) -> tuple[Run, list[Run], list[fx.GraphModule]]:
+    """One device (the captured graph's own source, eager) and every rank, on the same inputs; with all rank's graphs."""
+
+    def use(gm: fx.GraphModule, inputs: list[Any]) -> tuple[Run, list[Run], list[fx.GraphModule]]:
+        graphs, calls = [], []
+        for rank in range(num_ranks):
+            rewritten = run_passes(capture(gm, inputs), PIPELINE, a_context(num_ranks, rank, **options))
+            graphs.append(rewritten)
+            calls.append(rewritten if backend == "eager" else _compiled(rewritten, inputs, backend, rank))
+        return gm, inputs, graphs, calls
+
+    gm, inputs, graphs, calls = while_captured(model, use, *args)
+    return run_once(gm, inputs), in_lockstep(num_ranks, lambda rank: run_once(calls[rank], inputs)), graphs
+
+
+def _compiled(gm: fx.GraphModule, inputs: list[Any], backend: str, rank: int) -> Callable[..., Any]:
+    from sptransform.mesh import PRETENDED_GROUP
+    from sptransform.ops.groups import pretend
+
+    with pretend(PRETENDED_GROUP, rank):
+        return lookup_backend(backend)(gm, inputs)
+
+
+def assert_ranks_equal_one_device(reference: Run, ranks: Sequence[Run], tolerance: float = 1e-12) -> None:
+    """Outputs and gradients of every rank are those of one device."""
+    for rank, run in enumerate(ranks):
+        for what in ("outputs", "grads"):
+            for index, (x, y) in enumerate(zip(getattr(reference, what), getattr(run, what), strict=True)):
+                name = f"rank {rank}, {what} {index}"
+                assert (x is None) == (y is None), f"{name}: one device {x}, got {y}"
+                if x is not None:
+                    scale = max(float(x.detach().double().abs().max()) if x.numel() else 0.0, 1.0)
+                    torch.testing.assert_close(
+                        y, x, rtol=0.0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+                    )
