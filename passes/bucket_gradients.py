@@ -45,7 +45,7 @@ class BucketGradients(Pass):
                 buckets.append(bucket)
             bucket.append(node)
             room[value.dtype] = (bucket, left - size)
-        for bucket in buckets:
+        for bucket in reversed(buckets):  # each is put in front of those before it
             if len(bucket) > 1:
                 _merge(bucket, next(node for node in graph.nodes if node.op != "placeholder"))
 

@@ -2,13 +2,14 @@
 
 A cache that starts empty reads ``%k2 = aten.cat([%empty, %k], -2)``; afterwards users of ``%k2`` read ``%k``.
 
-1. Pieces with no entries go, if another piece is left.
-2. A concatenation of one piece, of the same dtype and shape as the result, is that piece.
+1. Pieces with no entries go, if another piece is left and the result keeps its dtype without them.
+2. A concatenation of one piece is that piece.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import fx
@@ -28,12 +29,16 @@ class DropEmptyPieces(Pass):
                 continue
             pieces = node.args[0]
             kept = [piece for piece in pieces if 0 not in annotations.shape(piece)]
-            if not kept or len(kept) == len(pieces):
+            if not kept or len(kept) == len(pieces) or _dtype_of(kept) != annotations.value(node).dtype:
                 continue
-            whole = annotations.value(node)
-            if len(kept) == 1 and annotations.value(kept[0]).dtype == whole.dtype:
+            if len(kept) == 1:
                 node.replace_all_uses_with(kept[0])
                 graph.erase_node(node)
             else:
                 node.args = (kept, *node.args[1:])
         graph.eliminate_dead_code()
+
+
+def _dtype_of(pieces: list[fx.Node]) -> torch.dtype:
+    """What a concatenation of ``pieces`` has."""
+    return reduce(torch.promote_types, (annotations.value(piece).dtype for piece in pieces))

@@ -32,7 +32,6 @@ _SINGLE: dict[tuple[str, str], tuple[Any, Callable[[Any, Any, str], tuple[Any, .
     ("P", "R"): (_ops.sum.default, lambda s, t, group: (group, False)),
     ("P", "S"): (_ops.sum_scatter.default, lambda s, t, group: (t.spec, group)),
     ("R", "I"): (_ops.first_rank.default, lambda s, t, group: (group, False)),
-    ("R", "P"): (_ops.first_rank.default, lambda s, t, group: (group, True)),
     ("R", "S"): (_ops.cut.default, lambda s, t, group: (t.spec, group, False)),
     ("S", "I"): (_ops.gather.default, lambda s, t, group: (s.spec, group, True)),
     ("S", "R"): (_ops.gather.default, lambda s, t, group: (s.spec, group, False)),

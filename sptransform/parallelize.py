@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.backend import sptransform_backend
-from sptransform.errors import UsageError, describe
+from sptransform.errors import SPTransformError, UsageError, describe
 from sptransform.mesh import Mesh
 from sptransform.options import Options
 from sptransform.strategies import Strategy
@@ -75,10 +76,18 @@ def parallelize(
 
 
 def configured(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` under the Dynamo configuration that captures whole models."""
+    """``call`` under the Dynamo configuration that captures whole models; our errors come as they were raised."""
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return in_configuration(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, SPTransformError):
+                raise error.inner_exception from None
+            raise
+
+    def in_configuration(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(
             # a logger's warning would break the graph; what is logged while tracing is not the model
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),

@@ -111,7 +111,6 @@ TRANSITIONS: dict[tuple[str, str], tuple[str | None, str | None]] = {
     ("P", "R"): ("all_reduce", "all_reduce"),
     ("P", "S"): ("reduce_scatter", "all_gather"),
     ("R", "I"): (None, None),
-    ("R", "P"): (None, None),
     ("R", "S"): (None, None),
     ("S", "I"): ("all_gather", None),
     ("S", "R"): ("all_gather", "reduce_scatter"),

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from sptransform import annotations
 from sptransform.backend import rewrite_graph
+from sptransform.errors import SPTransformError
 from sptransform.explain.counting import Collective, count_collectives
 from sptransform.mesh import Mesh
 from sptransform.options import Options
@@ -49,8 +50,8 @@ class Rewritten:
         return self.text()
 
 
-class _Stop(Exception):
-    """Ends the model's call once its graph is rewritten."""
+class _Stop(SPTransformError):
+    """Ends the model's call once its graph is rewritten; raised while compiling, so that Dynamo caches nothing."""
 
 
 def rewrite(
@@ -79,12 +80,9 @@ def rewrite(
     mesh = Mesh.pretended(world_size, rank)
     found: list[Rewritten] = []
 
-    def stop(*args: Any) -> Any:
-        raise _Stop
-
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         found.append(Rewritten(*rewrite_graph(gm, example_inputs, chosen, mesh)))
-        return stop
+        raise _Stop
 
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)

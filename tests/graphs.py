@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 # Private: the registry behind torch.compile(backend="name"), as the library uses it.
 from torch._dynamo.backends.registry import lookup_backend
@@ -25,17 +25,6 @@ from tests.lockstep import in_lockstep
 Tensors = list[torch.Tensor | None]
 
 
-class Lambda(nn.Module):
-    """A function as a module, for models of one expression."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 class _Stop(Exception):
     """Ends the model's call once its graph is captured."""
 
@@ -45,8 +34,7 @@ def compiled_with(
 ) -> Any:
     """Call `model` compiled with `backend`, in the configuration of the library."""
     torch._dynamo.reset()
-    module = model if isinstance(model, nn.Module) else Lambda(model)
-    return configured(torch.compile(module, backend=backend, fullgraph=True, dynamic=False))(*args, **kwargs)
+    return configured(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))(*args, **kwargs)
 
 
 def while_captured(

@@ -22,9 +22,8 @@ from tests.brute_force import randn, together, zigzag
 
 PerRank = list[list[Tensor]]  # [rank][tensor]
 
-# (op, its arguments after the tensors; the group's name is put where it says so)
+# the op, and its arguments after the tensors, with "group" for the group's name
 Op = tuple[str, tuple[Any, ...]]
-GROUP = object()
 # name, arguments, inputs, cotangents -> outputs, gradients
 Runner = Callable[[str, tuple[Any, ...], PerRank, PerRank], tuple[PerRank, PerRank]]
 
@@ -46,27 +45,24 @@ class Change:
         pairs = zip(self.sources, self.targets, strict=True)
         return ",".join(f"{spec(source)}->{spec(target)}" for source, target in pairs)
 
-    @property
-    def num_ranks(self) -> int:
-        return next(p.partition.num_ranks for p in (*self.sources, *self.targets) if isinstance(p, Shard))
-
-    def op(self, group: str) -> Op:
+    def op(self) -> Op:
+        """The op that does it."""
         source, target = self.sources[0], self.targets[0]
         match source, target:
             case Shard(), Shard():
-                return "all_to_all", ([s.spec for s in self.sources], [t.spec for t in self.targets], group)
+                return "all_to_all", ([s.spec for s in self.sources], [t.spec for t in self.targets], "group")
             case (_, Shard()) if source in (I, R):
-                return "cut", (target.spec, group, source == I)
+                return "cut", (target.spec, "group", source == I)
             case Shard(), _:
-                return "gather", (source.spec, group, target == I)
+                return "gather", (source.spec, "group", target == I)
             case _, Shard():
-                return "sum_scatter", (target.spec, group)
+                return "sum_scatter", (target.spec, "group")
         ops = {
-            (I, P): ("first_rank", (group, True)),
-            (I, R): ("replicate", (group,)),
-            (P, I): ("sum", (group, True)),
-            (P, R): ("sum", (group, False)),
-            (R, I): ("first_rank", (group, False)),
+            (I, P): ("first_rank", ("group", True)),
+            (I, R): ("replicate", ("group",)),
+            (P, I): ("sum", ("group", True)),
+            (P, R): ("sum", ("group", False)),
+            (R, I): ("first_rank", ("group", False)),
         }
         return ops[source, target]
 
@@ -91,7 +87,7 @@ def check(changed: Change, num_ranks: int, run: Runner) -> None:
     for index, target in enumerate(changed.targets):
         if target in (I, P):  # every rank holds the gradient
             cotangents[index] = [cotangents[index][0]] * num_ranks
-    name, arguments = changed.op("group")
+    name, arguments = changed.op()
     outputs, grads = run(name, arguments, _by_rank(held), _by_rank(cotangents))
     for index, x in enumerate(wholes):
         source, target = changed.sources[index], changed.targets[index]
@@ -117,6 +113,10 @@ def _whole_gradient(cotangents: list[Tensor], target: Placement) -> Tensor:
     return cotangents[0] if target in (I, P) else together(cotangents, target)
 
 
+def _by_rank(by_tensor: list[list[Tensor]]) -> PerRank:
+    return [list(own) for own in zip(*by_tensor, strict=True)]
+
+
 def _check_value(outputs: list[Tensor], x: Tensor, target: Placement) -> None:
     if target == P:
         torch.testing.assert_close(sum(outputs), x)
@@ -133,10 +133,6 @@ def _check_gradient(grads: list[Tensor], gradient: Tensor, source: Placement) ->
         torch.testing.assert_close(grad, take_for(gradient, source, rank) if isinstance(source, Shard) else gradient)
 
 
-def _by_rank(by_tensor: list[list[Tensor]]) -> PerRank:
-    return [list(own) for own in zip(*by_tensor, strict=True)]
-
-
 def apply(name: str, arguments: tuple[Any, ...], inputs: list[Tensor]) -> list[Tensor]:
     """The op on one rank's tensors, or on all ranks' in simulation."""
     group = dist.group.WORLD.group_name
@@ -146,14 +142,30 @@ def apply(name: str, arguments: tuple[Any, ...], inputs: list[Tensor]) -> list[T
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Changes that work the same on every rank, for 4 ranks; and those that do not, for 3.
+# What to try: changes in which every rank does the same, over 4 ranks; and others, over 3.
 
-_sequence = Shard(1, Partition.contiguous(8, 4))
-_heads = Shard(2, Partition.contiguous(4, 4))
-_few_heads = Shard(2, Partition.contiguous(4, 4).refine(1).quotient(2))  # two key heads, each on two ranks
-_one_head = Shard(2, Partition.contiguous(4, 4).quotient(4))
-_flat = Shard(0, Partition.contiguous(8, 4), outer=3)
-_zigzag = Shard(1, zigzag(8, 4))
+
+def _contiguous(dim: int, size: int, num_ranks: int, outer: int = 1) -> Shard:
+    return Shard(dim, Partition.contiguous(size, num_ranks), outer)
+
+
+def _balanced(dim: int, size: int, num_ranks: int) -> Shard:
+    return Shard(dim, Partition.balanced(size, num_ranks))
+
+
+def _to_and_from(shape: tuple[int, ...], shard: Shard) -> list[Change]:
+    pairs = ((I, shard), (R, shard), (shard, I), (shard, R), (P, shard))
+    return [change(shape, source, target) for source, target in pairs]
+
+
+def _both_ways(shape: tuple[int, ...], one: Shard, other: Shard) -> list[Change]:
+    return [change(shape, one, other), change(shape, other, one)]
+
+
+_sequence, _heads, _zigzag = _contiguous(1, 8, 4), _contiguous(2, 4, 4), Shard(1, zigzag(8, 4))
+_flat = _contiguous(0, 8, 4, outer=3)
+# two key heads of four query heads, and one of four: each on the ranks that need it
+_two_keys, _one_key = (Shard(2, Partition.contiguous(4, 4).quotient(group)) for group in (2, 4))
 
 EVEN = [
     change((2, 8), I, R),
@@ -161,28 +173,45 @@ EVEN = [
     change((2, 8), R, I),
     change((2, 8), P, I),
     change((2, 8), P, R),
-    *(
-        change(shape, source, target)
-        for shape, shard in (((2, 8, 3), _sequence), ((24, 2), _flat), ((2, 8), _zigzag), ((16,), Shard(0, Partition.contiguous(16, 4))))
-        for source, target in ((I, shard), (R, shard), (shard, I), (shard, R), (P, shard))
-    ),
-    change((2, 8, 4, 3), _sequence, _heads),
-    change((2, 8, 4, 3), _heads, _sequence),
-    change((2, 8, 2, 3), _sequence, _few_heads),
-    change((2, 8, 1, 3), _sequence, _one_head),
-    change((2, 8, 4), _zigzag, _heads),
-    change((2, 8, 4), _heads, _zigzag),
-    change((24, 4), _flat, Shard(1, Partition.contiguous(4, 4))),
-    change((2, 12), Shard(0, Partition.contiguous(2, 4).quotient(1)), Shard(1, Partition.contiguous(4, 4), outer=3))
-    if False
-    else change((4, 12), Shard(0, Partition.contiguous(4, 4)), Shard(1, Partition.contiguous(4, 4), outer=3)),
-    change((24, 8), _flat, Shard(1, Partition.contiguous(4, 4), outer=2)),
-    change((8, 24), Shard(0, Partition.contiguous(4, 4), outer=2), Shard(1, Partition.contiguous(8, 4), outer=3)),
+    packed(change((2, 3), I, R), change((4,), I, R), change((), I, R)),
+    *_to_and_from((2, 8, 3), _sequence),
+    *_to_and_from((16,), _contiguous(0, 16, 4)),
+    *_to_and_from((24, 2), _flat),
+    *_to_and_from((2, 8), _zigzag),
+    *_both_ways((2, 8, 4, 3), _sequence, _heads),
+    *_both_ways((2, 8, 4), _zigzag, _heads),
+    *_both_ways((24, 4), _flat, _contiguous(1, 4, 4)),
+    *_both_ways((24, 8), _flat, _contiguous(1, 4, 4, outer=2)),
+    change((2, 8, 2, 3), _sequence, _two_keys),
+    change((2, 8, 1, 3), _sequence, _one_key),
+    change((24, 2), _flat, Shard(1, _two_keys.partition)),
+    change((2, 8, 2), _zigzag, _two_keys),
     packed(
         change((2, 8, 4, 3), _sequence, _heads),
-        change((2, 8, 2, 3), _sequence, _few_heads),
-        change((2, 8, 8), _sequence, Shard(2, Partition.contiguous(8, 4))),
+        change((2, 8, 2, 3), _sequence, _two_keys),
+        change((2, 8, 8), _sequence, _contiguous(2, 8, 4)),
     ),
-    packed(change((24, 4), _flat, Shard(1, Partition.contiguous(4, 4))), change((2, 8, 4), _zigzag, _heads)),
-    packed(change((2, 3), I, R), change((4,), I, R), change((), I, R)),
+    packed(change((24, 4), _flat, _contiguous(1, 4, 4)), change((2, 8, 4), _zigzag, _heads)),
+]
+
+_uneven, _empty = _contiguous(1, 7, 3), _contiguous(1, 4, 3)
+_five = _balanced(2, 5, 3)
+_shared_key = Shard(2, Partition.balanced(4, 3).quotient(2))  # the first two ranks read the same key head
+
+UNEVEN = [
+    *_to_and_from((2, 7, 2), _uneven),
+    *_to_and_from((2, 4), _empty),
+    *_to_and_from((14, 2), _contiguous(0, 7, 3, outer=2)),
+    *_to_and_from((2, 8), Shard(1, zigzag(8, 3))),
+    *_both_ways((2, 7, 5), _uneven, _five),
+    *_both_ways((2, 6, 5), _contiguous(1, 6, 3), _five),
+    *_both_ways((2, 4, 5), _empty, _five),
+    *_both_ways((14, 10), _contiguous(0, 7, 3, outer=2), _contiguous(1, 5, 3, outer=2)),
+    change((2, 7, 2, 3), _uneven, _shared_key),
+    change((2, 6, 1), _contiguous(1, 6, 3), Shard(2, Partition.contiguous(3, 3).quotient(3))),
+    packed(
+        change((2, 7, 4), _uneven, _balanced(2, 4, 3)),
+        change((2, 7, 2), _uneven, _shared_key),
+        change((2, 7, 6), _uneven, _contiguous(2, 6, 3)),
+    ),
 ]

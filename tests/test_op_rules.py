@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sptransform.errors import RuleError
-from sptransform.op_rules import DEFAULT_RULES, TABLES, creation
+from sptransform.op_rules import DEFAULT_RULES, TABLES, attention, creation, pointwise, reduction, shape
 from sptransform.partition import Partition
 from sptransform.placement import P, R, Shard
 from sptransform.rules import (
@@ -26,7 +27,7 @@ from sptransform.rules import (
     outcomes,
     rule,
 )
-from tests.brute_force import Case, call_of, randn
+from tests.brute_force import Case, call_of, case, check_case, randn
 from tests.op_rules import (
     test_attention,
     test_creation,
@@ -53,7 +54,7 @@ CASES: list[Case] = [
 
 
 def test_every_overload_has_a_case() -> None:
-    tried = {case.target for case in CASES}
+    tried = {each.target for each in CASES}
     missing = sorted(str(target) for target in DEFAULT_RULES if target not in tried)
     assert not missing, f"no case in tests/op_rules for {', '.join(missing)}"
 
@@ -62,11 +63,11 @@ def test_some_case_of_every_overload_can_be_sharded() -> None:
     """Otherwise the table has a line that only says "run it whole", which is what no line says."""
     counting = {target for target, entry in creation.TABLE if entry is creation.counting}
     sharded = set()
-    for case in CASES:
-        call, _, _ = call_of(case)
-        found = DEFAULT_RULES.rule_of(call)
+    for each in CASES:
+        made, _, _ = call_of(each)
+        found = DEFAULT_RULES.rule_of(made)
         if found is not None and found.sizes.keys() - found.whole:
-            sharded.add(case.target)
+            sharded.add(each.target)
     never_cut = {aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.prod.default}
     assert set(DEFAULT_RULES) - sharded == counting | never_cut
 
@@ -77,6 +78,50 @@ def test_tables_are_alphabetical(table: list[tuple[object, object]]) -> None:
     assert names == sorted(names)
 
 
+def _shardable(form: Callable[[OpCall], OpRule], factor: str) -> Callable[[OpCall], OpRule]:
+    """The rule with one factor too many that may be cut, and summed if it leaves the result."""
+
+    def apply(made: OpCall) -> OpRule:
+        found = form(made)
+        return replace(found, whole=found.whole - {factor}, reduce=found.reduce | {factor})
+
+    return apply
+
+
+_QKV = (randn(2, 6, 4, 3), randn(2, 3, 4, 3), randn(2, 3, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tried"),
+    [
+        (_shardable(reduction.along_dim, "i1"), case(aten.softmax.int, randn(4, 6), -1)),
+        (_shardable(reduction.along_dim, "i1"), case(aten.cumsum.default, randn(4, 6), -1)),
+        (_shardable(reduction.norm, "i1"), case(aten.rms_norm.default, randn(4, 6), [6])),
+        (_shardable(attention.attention, "t"), case(test_attention.sdpa, *_QKV, enable_gqa=True)),
+        (attention.attention, case(test_attention.sdpa, *_QKV, enable_gqa=True)),
+        (reduction._reduction(summed=True), case(aten.mean.dim, randn(4, 6), [1])),
+        (pointwise.pointwise(((0,),)), case(aten.gelu.default, randn(4, 6))),
+        (pointwise.pointwise(((0, 1),)), case(aten.mul.Tensor, randn(4, 6), randn(4, 6))),
+        (pointwise.pointwise(((0,),)), case(aten.add.Tensor, randn(4, 6), randn(4, 6))),
+        (shape.slice_, case(aten.slice.Tensor, randn(2, 6), 1, 1, 5)),
+        (shape.pad, case(aten.pad.default, randn(2, 6), [1, 1])),
+        (
+            rule("... k, o k, o -> ... o", reduce="k"),
+            case(aten.linear.default, randn(4, 6), randn(5, 6), randn(5)),
+        ),
+    ],
+    ids=lambda x: str(x) if isinstance(x, Case) else "wrong",
+)
+def test_a_wrong_rule_is_caught(
+    wrong: Callable[[OpCall], OpRule], tried: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The brute force itself: a factor too many, a linearity that is not one, a missing local form."""
+    check_case(tried)
+    monkeypatch.setitem(DEFAULT_RULES._entries, tried.target, OpEntry(wrong))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_case(tried)
+
+
 def test_an_overload_stands_in_one_table() -> None:
     row = (aten.mm.default, rule("i k, k j -> i j", reduce="k"))
     with pytest.raises(RuleError, match=r"two rules for aten\.mm\.default"):
@@ -85,8 +130,8 @@ def test_an_overload_stands_in_one_table() -> None:
 
 def test_a_table_of_the_user_comes_first_by_its_default() -> None:
     table = RuleTable([(aten.mm.default, rule("i k, k j -> i j", whole="k"))], default=DEFAULT_RULES.get)
-    call, _, _ = call_of(Case(aten.mm.default, (randn(2, 3), randn(3, 4))))
-    assert table.rule_of(call).whole == {"k"}
+    made, _, _ = call_of(case(aten.mm.default, randn(2, 3), randn(3, 4)))
+    assert table.rule_of(made).whole == {"k"}
     assert table[aten.bmm.default] is DEFAULT_RULES[aten.bmm.default]
     assert isinstance(table[aten.mm.default], OpEntry)
     with pytest.raises(KeyError):

@@ -54,26 +54,25 @@ def test_local_shape() -> None:
         local_shape(shard, (3, 9), 0)
 
 
-def test_transitions_are_complete_and_transposed() -> None:
-    """The backward of a transition is the forward of the transposed one: I and P change places, R and S stay."""
-    transposed = {"I": "P", "P": "I", "R": "R", "S": "S"}
-    # R's gradient is a pending sum and I's a replicated one, so as gradients: I -> I, P -> I, R -> P, S -> S
-    gradient = {"I": "I", "P": "I", "R": "P", "S": "S"}
-    kinds = set(transposed)
-    assert set(TRANSITIONS) == {(a, b) for a in kinds for b in kinds if a != b or a == "S"}
+def test_transitions_are_transposed() -> None:
+    """The backward collective is the one that the gradients' own change of placement needs."""
+    # how the gradient of each placement is placed: of R it is a pending sum, of I and P every rank has it
+    of_gradient = {"I": "I", "P": "I", "R": "P", "S": "S"}
+    needed = {
+        ("I", "I"): None,
+        ("I", "P"): None,
+        ("I", "S"): None,
+        ("P", "I"): "all_reduce",
+        ("P", "S"): "reduce_scatter",
+        ("S", "I"): "all_gather",
+        ("S", "P"): None,
+        ("S", "S"): "all_to_all",
+    }
     for (source, target), (_, backward) in TRANSITIONS.items():
-        moved = (gradient[target], gradient[source])
-        if moved[0] == moved[1] and moved[0] != "S":
-            assert backward is None or (source, target) == ("R", "R"), (source, target)
-        elif moved == ("S", "S"):
-            assert backward == "all_to_all"
-        else:
-            expected = {
-                ("P", "I"): "all_reduce",
-                ("P", "S"): "reduce_scatter",
-                ("S", "I"): "all_gather",
-                ("S", "P"): None,
-                ("I", "S"): None,
-                ("I", "P"): None,
-            }
-            assert backward == expected[moved], (source, target)
+        assert backward == needed[of_gradient[target], of_gradient[source]], (source, target)
+
+
+def test_every_placement_can_be_reached_from_every_other() -> None:
+    pairs = {(a, b) for a in "IPRS" for b in "IPRS" if a != b or a == "S"}
+    # no op has a use for a shard as a pending sum
+    assert set(TRANSITIONS) == pairs - {("S", "P")}

@@ -58,6 +58,11 @@ class Steps(nn.Module):
             second = alike[step.second % len(alike)]
             values.append(getattr(self, step.kind)(str(at), first, second, step.option, mask))
         last = values[-1]
+        # an attention nobody reads would be no part of the graph, and nothing else says what the sequence is
+        attended = sum(v.sum() for v, step in zip(values[1:], self.steps, strict=True) if step.kind == "attention")
+        return self.end(last) + 0.1 * attended
+
+    def end(self, last: torch.Tensor) -> torch.Tensor:
         logits = self.layer("head", lambda: nn.Linear(last.shape[-1], VOCAB, bias=False))(last)
         if self.ending == 0:
             return logits.pow(2).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, fx
 
@@ -56,7 +57,7 @@ def _sent(node: fx.Node, kind_: str, mesh: Mesh, is_backward: bool) -> int:
             if not annotations.note(node).differentiable:
                 continue
             source, target = target, source
-        total += value.element_size() * _elements_sent(kind_, source, target, shape, mesh)
+        total += _bytes_sent(kind_, source, target, shape, value.element_size(), mesh)
     return total
 
 
@@ -70,24 +71,20 @@ def _tensors(node: fx.Node) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         yield tuple(shape), value
 
 
-def _elements_sent(
-    kind_: str, source: Placement, target: Placement, shape: tuple[int, ...], mesh: Mesh
+def _bytes_sent(
+    kind_: str, source: Placement, target: Placement, shape: tuple[int, ...], element_size: int, mesh: Mesh
 ) -> int:
-    """Elements one rank sends to the others, exactly, uneven partitions included."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    me, others = mesh.rank, [rank for rank in range(mesh.size) if rank != mesh.rank]
+    """Bytes one rank sends to the others for one tensor, exactly, uneven partitions included."""
+    num_bytes = element_size * prod(shape)
+    others = [rank for rank in range(mesh.size) if rank != mesh.rank]
     if kind_ == "all_reduce":
-        return 2 * numel * (mesh.size - 1) // mesh.size
-    if kind_ == "all_gather":
-        shard = source if isinstance(source, Shard) else target
-        assert isinstance(shard, Shard)
-        return len(others) * max(shard.partition.local_sizes) * (numel // shard.partition.size)
-    if kind_ == "reduce_scatter":
-        shard = target if isinstance(target, Shard) else source
-        assert isinstance(shard, Shard)
-        return len(others) * max(shard.partition.local_sizes) * (numel // shard.partition.size)
-    assert isinstance(source, Shard) and isinstance(target, Shard)
-    rest = numel // (source.partition.size * target.partition.size)
-    return sum(source.partition.local_size(me) * target.partition.local_size(rank) * rest for rank in others)
+        return 2 * num_bytes * (mesh.size - 1) // mesh.size
+    if kind_ == "all_to_all":
+        assert isinstance(source, Shard) and isinstance(target, Shard)
+        rest = num_bytes // (source.partition.size * target.partition.size)
+        mine = source.partition.local_size(mesh.rank)
+        return sum(mine * target.partition.local_size(rank) * rest for rank in others)
+    # all-gather and reduce-scatter send parts padded to the largest
+    shard = source if isinstance(source, Shard) else target
+    assert isinstance(shard, Shard)
+    return len(others) * max(shard.partition.local_sizes) * (num_bytes // shard.partition.size)

@@ -71,6 +71,7 @@ def exchange(xs: list[Tensor], sources: list[Shard], targets: list[Shard], group
     Where several ranks own the same index in a source, their entries are summed: the transpose of a target whose
     ranks need the same index. A target may overlap so; then everybody who needs an index gets it.
     """
+    assert len({x.dtype for x in xs}) == 1, "one message has one dtype"
     moves = [_Move(x, source, target, group) for x, source, target in zip(xs, sources, targets, strict=True)]
     num_ranks = sources[0].partition.num_ranks
     if all(move.is_uniform for move in moves):

@@ -99,7 +99,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _FirstRank(torch.autograd.Function):
-    """R -> P and, transposed, R -> I: one of value and gradient is kept on the first rank only."""
+    """I -> P and, transposed, R -> I: the value, or the gradient, is kept on the first rank only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, mask_value: bool) -> Tensor:

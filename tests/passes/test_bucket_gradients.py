@@ -1,0 +1,80 @@
+"""Parameter gradients travel in buckets: of one dtype, of limited size, in the order of first use."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from sptransform import annotations
+from sptransform.passes.bucket_gradients import BucketGradients
+from sptransform.passes.pack_all_to_alls import PackAllToAlls
+from sptransform.placement import I, R
+from sptransform.passes import PIPELINE
+from sptransform.printer import text
+from sptransform.rewriter import is_redistribute
+from tests.golden import Golden
+from tests.graphs import after, assert_ranks_equal_one_device, on_ranks
+from tests.passes.blocks import Attention, by_repeat_interleave, hidden_states
+
+BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(PackAllToAlls) + 1]
+
+
+def buckets(gm: fx.GraphModule) -> list[list[str]]:
+    return [
+        [producer.name for producer, _ in annotations.operands(node)]
+        for node in gm.graph.nodes
+        if is_redistribute(node) and set(annotations.note(node).transitions) == {(I, R)}
+    ]
+
+
+def test_golden(golden: Golden) -> None:
+    model, x = Attention(by_repeat_interleave), hidden_states()
+    gm, _ = after((*BEFORE, BucketGradients()), model, x)
+    golden.check("bucket_gradients", after=text(gm.graph.nodes))
+
+
+def test_one_bucket() -> None:
+    gm, _ = after((*BEFORE, BucketGradients()), Attention(), hidden_states())
+    assert buckets(gm) == [["query_weight", "key_weight", "value_weight", "out_weight", "out_bias"]]
+
+
+def test_a_limit_splits() -> None:
+    """query 512 bytes, key and value 256 each, out 512 and 64."""
+    gm, _ = after((*BEFORE, BucketGradients(bucket_bytes=800)), Attention(), hidden_states())
+    assert buckets(gm) == [["query_weight", "key_weight"], ["value_weight", "out_weight"], ["out_bias"]]
+
+
+def test_a_parameter_above_the_limit_has_a_bucket_of_its_own() -> None:
+    gm, _ = after((*BEFORE, BucketGradients(bucket_bytes=300)), Attention(), hidden_states())
+    assert buckets(gm) == [["query_weight"], ["key_weight"], ["value_weight"], ["out_weight"], ["out_bias"]]
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes in turn, the last registered used first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+        self.narrow = nn.Parameter(torch.randn(8, dtype=torch.float32))
+        self.first = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.linear(x, self.first) * self.narrow
+        query = x.view(2, 8, 4, 2).transpose(1, 2)
+        out = functional.scaled_dot_product_attention(query, query, query)
+        return functional.linear(out.transpose(1, 2).reshape(2, 8, 8), self.last).sin().mean()
+
+
+def test_dtypes_have_buckets_of_their_own_in_order_of_use() -> None:
+    gm, _ = after((*BEFORE, BucketGradients()), Mixed(), hidden_states())
+    assert sorted(buckets(gm)) == [["first", "last"], ["narrow"]]
+    reference, ranks, _ = on_ranks(Mixed(), hidden_states(), num_ranks=4)
+    assert_ranks_equal_one_device(reference, ranks, 1e-6)
+
+
+def test_frozen_parameters_are_in_no_bucket() -> None:
+    model = Attention()
+    model.key.requires_grad_(False)
+    gm, _ = after((*BEFORE, BucketGradients()), model, hidden_states())
+    assert buckets(gm) == [["query_weight", "value_weight", "out_weight", "out_bias"]]

@@ -1,0 +1,97 @@
+"""Where placements disagree a redistribute stands: once for the same need, and no other edge is touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from sptransform import annotations
+from sptransform.passes.insert_redistributes import InsertRedistributes
+from sptransform.placement import I, R, Shard, kind
+from sptransform.printer import text
+from sptransform.rewriter import is_redistribute
+from tests.golden import Golden
+from tests.graphs import a_context, after, nodes_of, on_ranks, assert_ranks_equal_one_device
+from tests.passes.blocks import heads
+
+
+def redistributes(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if is_redistribute(node)]
+
+
+def kinds(gm: fx.GraphModule) -> list[tuple[str, str]]:
+    return [(kind(a), kind(b)) for node in redistributes(gm) for a, b in annotations.note(node).transitions]
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(query.sin(), key, value)
+
+
+def on_moved(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention between ops that keep the sequence sharded."""
+    scale = query.new_ones(query.shape[-1], query.shape[-1])
+    query, key, value = (functional.linear(x, scale) for x in (query, key, value))
+    return functional.linear(functional.scaled_dot_product_attention(query, key, value), scale).mean()
+
+
+def test_golden(golden: Golden) -> None:
+    gm, _ = after(InsertRedistributes, on_moved, *(heads() for _ in range(3)))
+    golden.check("insert_redistributes", after=text(gm.graph.nodes))
+
+
+def test_the_same_need_is_met_once() -> None:
+    """One tensor that is query, key and value moves once; another reader of it reads the sharded one."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = functional.linear(x, weight)
+        return (functional.scaled_dot_product_attention(x, x, x).sin() + x).mean()
+
+    gm, _ = after(InsertRedistributes, model, heads(), torch.eye(2, dtype=torch.float64))
+    (attention,) = nodes_of(gm, torch.ops.aten.scaled_dot_product_attention.default)
+    assert len(set(attention.args[:3])) == 1
+    (linear,) = nodes_of(gm, torch.ops.aten.linear.default)
+    assert isinstance(annotations.placement(linear), Shard)
+    assert len([user for user in linear.users if is_redistribute(user)]) == 1
+    assert kinds(gm).count(("S", "S")) == 2
+
+
+def test_a_parameter_read_twice_becomes_replicated_once() -> None:
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = functional.linear(functional.linear(x, weight), weight)
+        return functional.scaled_dot_product_attention(x, x, x).mean()
+
+    weight = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    gm, _ = after(InsertRedistributes, model, heads(), weight)
+    moved = [node for node in redistributes(gm) if annotations.note(node).transitions == ((I, R),)]
+    assert [node.args[0][0].op for node in moved] == ["placeholder"]
+
+
+def test_nothing_that_needs_no_gradient_is_made_replicated() -> None:
+    """Without a gradient I and R are the same."""
+    gm, _ = after(InsertRedistributes, on_moved, *(heads().detach() for _ in range(3)))
+    assert ("I", "R") not in kinds(gm)
+
+
+def test_outputs_are_kept_or_gathered() -> None:
+    model, inputs = attend, [heads() for _ in range(3)]
+
+    def sharded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return on_moved(query, key, value) * 0.0 + functional.linear(query, query.new_ones(3, 2))
+
+    for outputs, expected in (("full", I), ("dtensor", Shard), ("local", Shard)):
+        gm, context = after(InsertRedistributes, sharded, *inputs, context=a_context(outputs=outputs))
+        (placement,) = context.output_placements
+        assert placement == I if expected is I else isinstance(placement, Shard)
+    reference, ranks, _ = on_ranks(model, *inputs, num_ranks=2)
+    assert_ranks_equal_one_device(reference, ranks)
+
+
+def test_a_flattened_output_is_gathered_where_dtensor_has_no_word_for_it() -> None:
+    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = functional.linear(query, query.new_ones(3, 2))
+        loss = on_moved(query, key, value)
+        return loss, rows.permute(0, 2, 1, 3).reshape(16, 12)
+
+    gm, context = after(InsertRedistributes, model, *(heads() for _ in range(3)), context=a_context(outputs="dtensor"))
+    assert context.output_placements == (I, I)
