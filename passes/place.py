@@ -32,7 +32,8 @@ class Place(Pass):
                 annotations.note(node).rule = context.rules.rule_of(OpCall.of_node(node))
         light = light_nodes(graph)
         axes = Axes(graph, context.mesh.size, context.sequence_dims, ignored=light)
-        if not axes.has_sequence:
+        has_attention = any(note.rule is not None and note.rule.roles for note in map(annotations.note, graph.nodes))
+        if not has_attention and not axes.has_sequence:
             raise UsageError(
                 describe(
                     "nothing in this graph says which dimension is the sequence",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +103,11 @@ def copy(source: fx.Node, target: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom"):
         if key in source.meta:
             target.meta[key] = source.meta[key]
+
+
+def fork(source: fx.Node, target: fx.Node) -> None:
+    """Let ``target``, another form of ``source``, start with all that is known of it, and a note of its own."""
+    target.meta = {**source.meta, _KEY: replace(note(source))}
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>.*)')

@@ -33,6 +33,14 @@ _regions = itertools.count(1)
 class _Inliner(fx.Interpreter):
     """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be."""
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self._autocasts: list[torch.autocast] = []
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self._autocasts:  # an op failed inside of a region
+                self._autocasts.pop().__exit__(None, None, None)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             body, *operands = args
@@ -41,6 +49,12 @@ class _Inliner(fx.Interpreter):
                 node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
                 node.meta["ac_graph_id"] = region
             return _Inliner(body).run(*operands)
+        # torch's tracer notes these two calls without making them; entered as a user would, they are noted and hold
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self._autocasts.append(torch.autocast(*args, **kwargs))
+            return self._autocasts[-1].__enter__()
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self._autocasts.pop().__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
 
 

@@ -67,7 +67,7 @@ class Propagation:
         rule = annotations.note(node).rule
         if rule is None:
             return Replicate(I)
-        if rule.roles:
+        if rule.has_sequence:
             return self.strategy.place_attention(rule, self.num_ranks)
         candidates = self.sequence_decisions(node, rule)
         if candidates:

@@ -116,6 +116,11 @@ class OpRule:
     roles: Mapping[str, str] = field(default_factory=dict)
     heavy: bool = False
 
+    @property
+    def has_sequence(self) -> bool:
+        """An attention op with more than one query: there is something to split."""
+        return "queries" in self.roles
+
     def tensors(self) -> Iterator[tuple[str, int, Dims]]:
         """Every tensor of the op with its side and index."""
         for index, dims in enumerate(self.operands):

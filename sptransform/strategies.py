@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from sptransform.errors import UsageError, describe
 from sptransform.partition import Partition
 from sptransform.rules import OpRule, Sharded
+
+log = logging.getLogger(__name__)
 
 
 class Strategy:
@@ -25,27 +28,35 @@ class Ulysses(Strategy):
     heads are moved as they are, not repeated to the number of query heads.
 
     Args:
-        split: what the all-to-all divides; "heads".
+        split: what the all-to-all divides among the ranks: "heads", or the "batch" where heads are fewer than ranks or
+            do not divide evenly. Uneven numbers are exact; a rank without a share waits for the others.
+
+    Raises:
+        UsageError: another ``split``; at compile time, ``split="batch"`` for a batch of one.
     """
 
     split: str = "heads"
 
     def __post_init__(self) -> None:
-        if self.split != "heads":
-            raise UsageError(describe("unknown split of Ulysses", found=f"split={self.split!r}", fix="split='heads'"))
+        if self.split not in ("batch", "heads"):
+            raise UsageError(
+                describe("unknown split of Ulysses", found=f"split={self.split!r}", fix="'heads' or 'batch'")
+            )
 
     def place_attention(self, rule: OpRule, num_ranks: int) -> Sharded:
-        factor = rule.roles.get("heads")
-        num_heads = rule.sizes[factor] if factor else 1
-        if factor is None or num_heads < num_ranks:
+        factor = rule.roles.get(self.split)
+        if factor is None:
             raise UsageError(
                 describe(
-                    "Ulysses needs at least as many attention heads as ranks",
-                    found=f"{num_heads} heads, {num_ranks} ranks",
-                    fix="use fewer ranks in this mesh dim",
+                    f"Ulysses(split={self.split!r}) has nothing to split",
+                    found=f"an attention of one {'head' if self.split == 'heads' else 'sequence'}",
+                    fix="Ulysses(split='heads')" if self.split == "batch" else "Ulysses(split='batch')",
                 )
             )
-        return Sharded(factor, Partition.balanced(num_heads, num_ranks))
+        size = rule.sizes[factor]
+        if size < num_ranks:
+            log.warning("%d of %d ranks have no %s in attention", num_ranks - size, num_ranks, self.split)
+        return Sharded(factor, Partition.balanced(size, num_ranks))
 
 
 _NAMED = {"ulysses": Ulysses}

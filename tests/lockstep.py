@@ -76,12 +76,14 @@ class _Stage:
 class _Collectives(TorchDispatchMode):
     """What the functional collectives mean, by their definitions."""
 
+    supports_higher_order_operators = True  # they pass through
+
     def __init__(self, stage: _Stage, rank: int) -> None:
         super().__init__()
         self.stage, self.rank = stage, rank
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "_c10d_functional":
+        if getattr(func, "namespace", "") != "_c10d_functional":
             return func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if name == "wait_tensor":
@@ -108,11 +110,13 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0) -> li
     """`run(rank)` on every rank; the results in rank order. The first rank's exception is raised here."""
     stage = _Stage(num_ranks, seed)
     results: dict[int, T] = {}
+    # what is in force around the call; a thread starts without it
+    autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def work(rank: int) -> None:
         stage.start(rank)
         try:
-            with pretend(PRETENDED_GROUP, rank), _Collectives(stage, rank):
+            with pretend(PRETENDED_GROUP, rank), torch.autocast("cpu", *autocast), _Collectives(stage, rank):
                 results[rank] = run(rank)
         except BaseException as error:
             stage.errors[rank] = error

@@ -25,51 +25,18 @@ from tests.equality import (
     Result,
     assert_equal_to_one_device,
     one_device,
-    run_one_device,
     run_parallel,
     worst_error,
 )
 from tests.gloo_pool import get_pool
-from tests.models import FLOAT64, IGNORED, VOCAB, Inputs, build
+from tests.models import FLOAT64, IGNORED, Inputs, build
+from tests.tiny import BATCH, SEQ_LEN, WIDTH, AttentionWithLoss, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(240)
 
-BATCH, SEQ_LEN, WIDTH, NUM_HEADS = 2, 16, 16, 4
-Sent = int
 
 
 # --- models ---------------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """One attention between an embedding and a head; returns logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCAB, WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        batch, seq_len = tokens.shape
-        qkv = self.qkv(self.tokens(tokens)).view(batch, seq_len, 3, NUM_HEADS, WIDTH // NUM_HEADS)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.head(self.between(attended.transpose(1, 2).reshape(batch, seq_len, WIDTH)))
-
-    def between(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-class AttentionWithLoss(Attention):
-    """The same under a cross-entropy of these arguments."""
-
-    def __init__(self, **loss: Any) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(super().forward(tokens).flatten(0, 1), labels.flatten(), **self.loss)
 
 
 @torch.library.custom_op("sptransform_tests::mirror", mutates_args=())
@@ -98,27 +65,12 @@ class WithoutAttention(nn.Module):
         return functional.mse_loss(self.down(functional.gelu(self.up(states))), target)
 
 
-def token_inputs() -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCAB, (BATCH, SEQ_LEN), generator=generator)
-    labels = tokens.roll(-1, 1)
-    labels[:, -3:] = IGNORED
-    return {"tokens": tokens, "labels": labels}
-
-
 def state_inputs() -> Inputs:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(BATCH, SEQ_LEN, WIDTH, dtype=torch.float64, generator=generator)
         for name in ("states", "target")
     }
-
-
-def attention_with_loss(**loss: Any) -> nn.Module:
-    torch.manual_seed(0)
-    if "weight" in loss:
-        loss["weight"] = torch.rand(VOCAB, dtype=torch.float64)
-    return AttentionWithLoss(**loss).double()
 
 
 def mirrored() -> nn.Module:
@@ -146,15 +98,17 @@ def parallel(model: nn.Module, **options: Any) -> nn.Module:
     return sptransform.parallelize(model, "ulysses", **{"backend": "aot_eager"} | options)
 
 
-def step(model: nn.Module, inputs: Inputs, loss_of: Callable[[Any], torch.Tensor]) -> Result:
-    """One forward and backward: the loss, the gradients of parameters, and those of inputs that want one."""
-    inputs = {name: x.clone().requires_grad_() if x.requires_grad else x for name, x in inputs.items()}
-    inputs = {name: x.detach().requires_grad_() if x.requires_grad else x for name, x in inputs.items()}
-    loss = loss_of(model(**inputs))
+def step(model: nn.Module, inputs: Inputs, loss_of: Callable[[Any], torch.Tensor]) -> tuple[Result, int]:
+    """One forward and backward: the loss, gradients of parameters and of inputs; the bytes sent going forward."""
+    inputs = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    with CountCollectives() as counted:
+        out = model(**inputs)
+    loss = loss_of(out)
     loss.backward()
+    assert all(x.grad is not None for x in inputs.values() if x.requires_grad)
     named = [*model.named_parameters(), *inputs.items()]
     grads = {name: x.grad.clone() for name, x in named if x.grad is not None}
-    return Result(loss.detach(), grads)
+    return Result(loss.detach(), grads), sum(collective.sent_bytes for collective in counted.collectives)
 
 
 def compare(
@@ -165,13 +119,12 @@ def compare(
     inputs: Inputs,
     loss_of: Callable[[Any], torch.Tensor],
     **options: Any,
-) -> tuple[str, float, Sent]:
+) -> tuple[str, float, int]:
     """The tensor that differs most between one device and this rank, by how much, and the bytes sent."""
-    with CountCollectives() as counted:
-        got = step(parallel(make(**arguments), **options), inputs, loss_of)
-    reference = step(make(**arguments), inputs, loss_of)
+    got, sent = step(parallel(make(**arguments), **options), inputs, loss_of)
+    reference, _ = step(make(**arguments), inputs, loss_of)
     assert got.grads.keys() == reference.grads.keys()
-    return *worst_error(reference, got), sum(collective.sent_bytes for collective in counted.collectives)
+    return *worst_error(reference, got), sent
 
 
 def assert_equal(
@@ -248,11 +201,11 @@ def sum_of_local(out: Any) -> torch.Tensor:
 
 
 def local_gradients(rank: int, world_size: int) -> Result:
-    return step(parallel(bert(), outputs="local"), bert_inputs(), sum_of_local)
+    return step(parallel(bert(), outputs="local"), bert_inputs(), sum_of_local)[0]
 
 
 def test_a_loss_of_local_logits_is_a_term_of_the_sum_over_ranks() -> None:
-    reference = step(bert(), bert_inputs(), sum_of_local)
+    reference, _ = step(bert(), bert_inputs(), sum_of_local)
     results = get_pool(2).run(local_gradients)
     whole = sum(result.loss for result in results)
     for result in results:
@@ -274,20 +227,9 @@ def test_without_grad_sync_gradients_are_terms_of_the_sum_over_ranks() -> None:
 
 def test_gradient_of_input_embeddings_is_complete_on_every_rank() -> None:
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(2, 64, 64, dtype=torch.float64, generator=generator).requires_grad_()
+    embeddings = torch.randn(2, 64, 64, dtype=torch.float64, generator=generator, requires_grad=True)
     inputs = {name: x for name, x in bert_inputs().items() if name != "input_ids"}
-    assert_equal(bert, inputs | {"inputs_embeds": embeddings.detach()}, loss_field)
-    for name, error, _ in get_pool(2).run(compare_embeddings, inputs):
-        assert error <= FLOAT64, f"{name} differs by {error:.2e}"
-
-
-def compare_embeddings(rank: int, world_size: int, inputs: Inputs) -> tuple[str, float, Sent]:
-    # pickled tensors lose requires_grad: the leaf is made here
-    torch.manual_seed(1)
-    inputs = inputs | {"inputs_embeds": torch.randn(2, 64, 64, dtype=torch.float64, requires_grad=True)}
-    result = step(bert(), inputs, loss_field)
-    assert "inputs_embeds" in result.grads
-    return compare(rank, world_size, bert, {}, inputs, loss_field)
+    assert_equal(bert, inputs | {"inputs_embeds": embeddings}, loss_field)
 
 
 def evaluate(rank: int, world_size: int, frozen: bool) -> tuple[torch.Tensor, bool, bool]:
@@ -489,10 +431,10 @@ def test_sequence_dims_say_what_attention_does_not(sequence_dims: dict[str, int]
     assert_equal(without_attention, state_inputs(), itself, sequence_dims=sequence_dims)
 
 
-def test_sequence_dims_of_no_input_are_refused() -> None:
-    for sequence_dims in ({"state": 1}, {"states": 3}):
-        with pytest.raises(UsageError, match="states"):
-            rewrite(without_attention(), state_inputs(), sequence_dims=sequence_dims)
+@pytest.mark.parametrize("sequence_dims", [{"token": 1}, {"tokens": 2}])
+def test_sequence_dims_of_no_input_are_refused(sequence_dims: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="tokens"):
+        rewrite(attention_with_loss(), token_inputs(), sequence_dims=sequence_dims)
 
 
 # --- wrong arguments ------------------------------------------------------------------------------------------
@@ -545,6 +487,18 @@ def test_only_modules_are_parallelized() -> None:
 def test_more_ranks_than_heads_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="4 heads, 8 ranks"):
         sptransform.rewrite(attention_with_loss(), "ulysses", token_inputs(), world_size=8)
+
+
+def test_rewriting_leaves_no_trace() -> None:
+    """Any number of graphs of one model can be made, and it still runs as it did."""
+    torch._dynamo.reset()
+    model, inputs = attention_with_loss(), token_inputs()
+    expected = model(**inputs)
+    texts = {rewrite(model, inputs).text() for _ in range(torch._dynamo.config.recompile_limit + 2)}
+    assert len(texts) == 1
+    assert model._compiled_call_impl is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(model(**inputs), expected, rtol=0, atol=0)
 
 
 def test_the_custom_op_has_no_rule() -> None:

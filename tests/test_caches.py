@@ -1,0 +1,116 @@
+"""Ranks share compile caches: their graphs are the same to the byte, so what one compiled the others load."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sptransform
+from sptransform import backend
+from sptransform.mesh import Mesh
+from tests.gloo_pool import get_pool
+from tests.models import MODELS, build
+from tests.rewritten import runnables
+from tests.tiny import attention_with_loss, token_inputs
+
+pytestmark = pytest.mark.timeout(300)
+
+WORLD_SIZES = (2, 4)
+# Its logits[:, :-1] leave the last rank one token fewer: no two ranks' sizes need be the same.
+UNEVEN = {"sdpa_transformer"}
+EVEN = [name for name in MODELS if name not in UNEVEN]
+
+
+@functools.cache
+def graphs(name: str) -> dict[int, list[sptransform.Rewritten]]:
+    """Every rank's graph, by world size."""
+    meshes = [Mesh.pretended(size, rank) for size in WORLD_SIZES for rank in range(size)]
+    found = runnables(*build(name), meshes, outputs="dtensor")
+    pairs = [(mesh.size, sptransform.Rewritten(x.graph_module, x.context)) for mesh, x in zip(meshes, found, strict=True)]
+    return {size: [graph for own, graph in pairs if own == size] for size in WORLD_SIZES}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", EVEN)
+def test_every_rank_has_the_same_graph(name: str, world_size: int) -> None:
+    first, *others = graphs(name)[world_size]
+    assert len(others) == world_size - 1
+    for other in others:
+        assert other.text() == first.text()
+        assert other.graph_module.code == first.graph_module.code
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", UNEVEN)
+def test_uneven_graphs_differ_in_sizes_only(name: str, world_size: int) -> None:
+    first, *others = (
+        [(node.name, node.target, node.all_input_nodes) for node in graph.graph_module.graph.nodes]
+        for graph in graphs(name)[world_size]
+    )
+    for other in others:
+        assert str(other) == str(first)
+    assert graphs(name)[world_size][0].text() != graphs(name)[world_size][-1].text()
+
+
+def test_capturing_twice_gives_the_same_graph() -> None:
+    """Of two models built alike: nothing of a process, such as an address or a counter, is in the text."""
+    texts = []
+    for rank in range(2):
+        torch._dynamo.reset()
+        texts.append(sptransform.rewrite(build("llama")[0], "ulysses", build("llama")[1], world_size=2, rank=rank).text())
+    assert texts[0] == texts[1]
+
+
+def compile_in(directory: str, version: str | None = None) -> dict[str, Any]:
+    """One compiled training step with its caches in `directory`: how the caches answered, and the loss."""
+    torch._dynamo.reset()
+    counters.clear()
+    patches = [mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=directory)]
+    if version is not None:
+        patches.append(mock.patch.object(backend, "_version", lambda: version))
+    model = sptransform.parallelize(attention_with_loss().float(), "ulysses", backend="inductor")
+    with patches[0], patches[-1]:
+        loss = model(**token_inputs())
+        loss.backward()
+    return {"loss": float(loss.detach()), "autograd": dict(counters["aot_autograd"]), "inductor": dict(counters["inductor"])}
+
+
+def compile_by_turns(rank: int, world_size: int, directory: str) -> list[dict[str, Any]]:
+    """With a cache of its own, with rank 0's, and with rank 0's after a change to the package."""
+    return [
+        compile_in(f"{directory}/{rank}"),
+        compile_in(f"{directory}/0"),
+        compile_in(f"{directory}/0", version="changed"),
+    ]
+
+
+@pytest.mark.inductor
+def test_what_one_rank_compiled_the_others_load(tmp_path: Path) -> None:
+    own, of_rank_0, changed = zip(*get_pool(2).run(compile_by_turns, str(tmp_path), timeout=280), strict=True)
+    for found in (*own, *changed):
+        # in the second case the cache is not empty: the key differs
+        assert found["autograd"].get("autograd_cache_miss") == 1, found
+        assert found["inductor"].get("fxgraph_cache_miss") == 2, found
+    for found in of_rank_0:
+        assert found["autograd"].get("autograd_cache_hit") == 1, found
+        assert found["inductor"].get("fxgraph_cache_hit") == 2, found
+    for found in (*own, *of_rank_0, *changed):
+        assert "autograd_cache_bypass" not in found["autograd"], found
+        assert "fxgraph_cache_bypass" not in found["inductor"], found
+        assert found["loss"] == own[0]["loss"]
+
+
+def test_the_version_is_of_the_packages_files(tmp_path: Path) -> None:
+    before = backend._version.__wrapped__()
+    assert before == backend._version.__wrapped__()
+    (tmp_path / "backend.py").write_text("x = 1")
+    with mock.patch.object(backend, "__file__", str(tmp_path / "backend.py")):
+        one = backend._version.__wrapped__()
+        (tmp_path / "backend.py").write_text("x = 2")
+        two = backend._version.__wrapped__()
+    assert len({before, one, two}) == 3
