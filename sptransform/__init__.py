@@ -8,12 +8,15 @@ from sptransform.errors import (
     UsageError,
     VerificationError,
 )
+from sptransform.explain.explain import explain
+from sptransform.explain.explanation import Explanation
 from sptransform.parallelize import parallelize
 from sptransform.rewrite import Rewritten, rewrite
 from sptransform.strategies import Strategy, Ulysses
 
 __all__ = [
     "CaptureError",
+    "Explanation",
     "Rewritten",
     "RuleError",
     "SPTransformError",
@@ -22,6 +25,7 @@ __all__ = [
     "UnsupportedOpError",
     "UsageError",
     "VerificationError",
+    "explain",
     "parallelize",
     "rewrite",
 ]

@@ -5,23 +5,31 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 # Private: the registry behind torch.compile(backend="name"); the only way to call an inner backend by its name.
 from torch._dynamo.backends.registry import lookup_backend
+
+# Private: whether DDP would split the graph; DDP itself knows whether it is running.
+from torch._dynamo.utils import get_optimize_ddp_mode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DTensorShard
 
 import sptransform.ops
+from sptransform import annotations
+from sptransform.agreement import Agreement
 from sptransform.capture import capture
+from sptransform.errors import UsageError, describe
+from sptransform.fingerprint import Program, captured_lines, schedule_lines, settings
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
-from sptransform.options import Options
+from sptransform.options import Options, check_torch_version
 from sptransform.pass_manager import Context, run_passes
 from sptransform.passes import PIPELINE
 from sptransform.placement import Placement, Shard
@@ -29,24 +37,52 @@ from sptransform.placement import Placement, Shard
 log = logging.getLogger(__name__)
 
 
-def sptransform_backend(options: Options, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Compile Dynamo's ``gm`` for this rank."""
+def sptransform_backend(
+    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], *, whole: bool = False
+) -> Callable[..., Any]:
+    """Compile Dynamo's ``gm`` for this rank; ``whole``: it is the whole model, not a part after a graph break.
+
+    Where this fails the other ranks are told, see :mod:`sptransform.agreement`.
+    """
     mesh = Mesh.of(options.mesh)
-    inner = lookup_backend(options.backend)
     if mesh.size == 1:
-        return inner(gm, list(inputs))
-    rewritten, context = rewrite_graph(gm, inputs, options, mesh)
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptransform-{_version()}"):
-        compiled = inner(rewritten, list(inputs))
+        return lookup_backend(options.backend)(gm, list(inputs))
+    agreement = Agreement.of(mesh)
+    with nullcontext() if agreement is None else agreement.telling_failure():
+        compiled, program, context = _compile(options, gm, inputs, mesh, whole)
+    if agreement is not None:
+        compiled = agreement.checked(compiled, program, options.check_timeout)
     if options.outputs != "dtensor":
         return compiled
     return _with_dtensors(compiled, _output_types(gm), context)
 
 
+def _compile(
+    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh, whole: bool
+) -> tuple[Callable[..., Any], Program, Context]:
+    _check_not_split_by_ddp()
+    _check_devices(gm, inputs, mesh)
+    lines = settings(options, mesh, _version())
+    rewritten, context = rewrite_graph(
+        gm, inputs, options, mesh, lambda captured: lines.extend(captured_lines(captured)), whole
+    )
+    program = Program((*lines, *schedule_lines(rewritten.graph)))
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptransform-{_version()}"):
+        return lookup_backend(options.backend)(rewritten, list(inputs)), program, context
+
+
 def rewrite_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: Mesh
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: Mesh,
+    see: Callable[[fx.Graph], None] | None = None,
+    whole: bool = True,
 ) -> tuple[fx.GraphModule, Context]:
-    """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found."""
+    """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
+
+    ``see`` is shown the captured graph before it changes; ``whole``: ``gm`` is the whole model.
+    """
     context = Context(
         mesh=mesh,
         strategy=options.strategy,
@@ -56,7 +92,11 @@ def rewrite_graph(
         strict=options.strict,
         sequence_dims=options.sequence_dims,
     )
-    rewritten = run_passes(capture(gm, inputs), PIPELINE, context)
+    captured = capture(gm, inputs)
+    _check_sequence_dims(captured.graph, options.sequence_dims, whole)
+    if see is not None:
+        see(captured.graph)
+    rewritten = run_passes(captured, PIPELINE, context)
     for fallback in context.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
@@ -69,7 +109,59 @@ def rewrite_graph(
 
 def sptransform(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
     """Entry point of ``torch.compile(model, backend="sptransform", options={...})``."""
+    check_torch_version()
     return sptransform_backend(Options.of(options or {}), gm, inputs)
+
+
+def _check_not_split_by_ddp() -> None:
+    if (
+        get_optimize_ddp_mode() == "ddp_optimizer"
+        and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+    ):
+        raise UsageError(
+            describe(
+                "DistributedDataParallel splits the model's graph by gradient bucket",
+                found="torch._dynamo.config.optimize_ddp is on; a part of a model does not show its sequence",
+                fix="call parallelize on the model before DistributedDataParallel, or set optimize_ddp = False",
+            )
+        )
+
+
+def _check_devices(gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh) -> None:
+    found = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
+    expected = mesh.device_mesh.device_type if mesh.device_mesh is not None else None
+    if expected is not None and found and expected not in found:
+        raise UsageError(
+            describe(
+                "the model runs on other devices than its mesh has",
+                found=f"tensors on {', '.join(sorted(found))}, a mesh of {expected}",
+                fix=f"move model and inputs to {expected}, or pass a mesh of {', '.join(sorted(found))}",
+            )
+        )
+
+
+def _check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whole: bool) -> None:
+    """Names are those of inputs, dims those inputs have. Another part of a model may have the names this one lacks."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder" and annotations.is_tensor(node)]
+    dims_of = {annotations.note(node).input_name: len(annotations.shape(node)) for node in nodes}
+    for name, dim in sequence_dims.items():
+        if name in dims_of and not -dims_of[name] <= dim < dims_of[name]:
+            raise UsageError(
+                describe(
+                    f"sequence_dims names a dim that {name!r} does not have",
+                    found=f"dim {dim}, {name!r} has {dims_of[name]} dims",
+                    fix=f"a dim from 0 to {dims_of[name] - 1}",
+                )
+            )
+        if name not in dims_of and whole:
+            inputs = [known for known in dims_of if known is not None and "." not in known]
+            raise UsageError(
+                describe(
+                    "sequence_dims names an input that the model does not have",
+                    found=repr(name),
+                    fix=f"one of {', '.join(map(repr, inputs))}",
+                )
+            )
 
 
 def _with_dtensors(compiled: Callable[..., Any], shapes: Sequence[Any], context: Context) -> Callable[..., Any]:

@@ -119,7 +119,8 @@ class _Functionalizer:
             return self._emit(node, aten.expand.default, source, list(written.shape))
         new = self._emit(node, form, *node.args, **node.kwargs)
         # out of place the operands' dtypes are promoted; what is written is converted to the target's
-        return new if annotations.value(new).dtype == written.dtype else self._emit(node, aten.to.dtype, new, written.dtype)
+        is_same = annotations.value(new).dtype == written.dtype
+        return new if is_same else self._emit(node, aten.to.dtype, new, written.dtype)
 
     def _emit(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node in front of ``at``, in its name, with its fake value."""

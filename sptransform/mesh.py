@@ -65,6 +65,14 @@ class Mesh:
                     fix="pass one dim of it, e.g. mesh['sp']",
                 )
             )
+        if device_mesh.get_coordinate() is None:
+            raise UsageError(
+                describe(
+                    "this rank is not in the mesh",
+                    found=f"rank {dist.get_rank()}, a mesh of ranks {device_mesh.mesh.flatten().tolist()}",
+                    fix="call parallelize on the ranks of the mesh only, each with the mesh it is in",
+                )
+            )
         group = device_mesh.get_group()
         return Mesh(device_mesh.size(), device_mesh.get_local_rank(), group.group_name, device_mesh)
 

@@ -12,10 +12,11 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh
 
+from sptransform.agreement import Agreement
 from sptransform.backend import sptransform_backend
 from sptransform.errors import SPTransformError, UsageError, describe
 from sptransform.mesh import Mesh
-from sptransform.options import Options
+from sptransform.options import Options, check_torch_version
 from sptransform.strategies import Strategy
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -32,6 +33,7 @@ def parallelize(
     strict: bool = False,
     sequence_dims: Mapping[str, int] | None = None,
     fullgraph: bool = True,
+    check_timeout: float = 300.0,
 ) -> ModuleT:
     """Split the sequence of ``model`` over the ranks of ``mesh``; loss and gradients stay those of one device.
 
@@ -51,10 +53,14 @@ def parallelize(
         strict: raise for an op without a sharding rule instead of running it replicated on gathered operands.
         sequence_dims: input name -> its sequence dim, for graphs without attention to tell it.
         fullgraph: as in ``torch.compile``: a graph break is an error.
+        check_timeout: before each call of the model and of its backward, ranks make sure that all are about to run the
+            same program; how many seconds a rank waits there for the slowest, compile time included.
 
     Raises:
         UsageError: an argument is wrong; the module is left as it was.
+        RankError: from the calls: another rank is gone, late, failed, or about to run something else.
     """
+    check_torch_version()
     if not isinstance(model, nn.Module):
         raise UsageError(
             describe("parallelize takes an nn.Module", found=type(model).__name__, fix="pass the model itself")
@@ -66,13 +72,62 @@ def parallelize(
         outputs=outputs,
         grad_sync=grad_sync,
         strict=strict,
-        sequence_dims=dict(sequence_dims or {}),
+        sequence_dims={} if sequence_dims is None else sequence_dims,
+        check_timeout=check_timeout,
     )
-    Mesh.of(mesh)  # a wrong mesh is an error here, not at the first call
-    model.compile(backend=partial(sptransform_backend, options), fullgraph=fullgraph, dynamic=False)
+    if not isinstance(fullgraph, bool):
+        raise UsageError(describe("fullgraph is a bool", found=repr(fullgraph), fix="True or False"))
+    where = Mesh.of(mesh)  # a wrong mesh is an error here, not at the first call
+    _check_module(model, where)
+    model.compile(backend=partial(sptransform_backend, options, whole=fullgraph), fullgraph=fullgraph, dynamic=False)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
-    model._compiled_call_impl = configured(model._compiled_call_impl)
+    model._compiled_call_impl = _telling(configured(model._compiled_call_impl), Agreement.of(where))
     return model
+
+
+def _check_module(model: nn.Module, mesh: Mesh) -> None:
+    if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
+        raise UsageError(
+            describe(
+                "this module is compiled already",
+                found=type(model).__name__,
+                fix="parallelize the module as it was made; a copy.deepcopy of it is not compiled",
+            )
+        )
+    devices: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(str(parameter.device), name)
+    if len(devices) > 1:
+        raise UsageError(
+            describe(
+                "the module's parameters are on several devices",
+                found=", ".join(f"{name} on {device}" for device, name in devices.items()),
+                fix="move the module to one device",
+            )
+        )
+    expected = mesh.device_mesh.device_type
+    for device in map(torch.device, devices):
+        if device.type != expected:
+            raise UsageError(
+                describe(
+                    "the module is on another device than its mesh",
+                    found=f"parameters on {device.type}, a mesh of {expected}",
+                    fix=f"move the module to {expected}, or pass a mesh of {device.type}",
+                )
+            )
+
+
+def _telling(call: Callable[..., Any], agreement: Agreement | None) -> Callable[..., Any]:
+    """``call``, with any error of it told to the ranks that wait for this one."""
+    if agreement is None:
+        return call
+
+    @wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with agreement.telling_failure():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def configured(call: Callable[..., Any]) -> Callable[..., Any]:

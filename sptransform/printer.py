@@ -1,7 +1,8 @@
 """One line a node: ``%linear : f32[2,16@sp,64] = aten.linear(%x, %w)``. Goldens, errors, dumps all print so.
 
 ``16@sp`` is a dimension cut over the ranks, with its local size (``16..13@sp`` where sizes differ); a tensor that is
-not cut is followed by its placement, ``I``, ``R`` or ``P``.
+not cut is followed by its placement, ``I``, ``R`` or ``P``. A redistribution shows what it changes instead of its other
+arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
 """
 
 from __future__ import annotations
@@ -50,11 +51,27 @@ def _argument(x: Any) -> str:
     return str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else repr(x) if isinstance(x, str) else str(x)
 
 
-def _target(target: Any) -> str:
+def op_name(target: Any) -> str:
+    """``aten.linear``, ``aten.add.Tensor``, ``getitem``: what a node calls."""
     if isinstance(target, torch._ops.OpOverload):
-        name = str(target).removesuffix(".default")
-        return name
+        return str(target).removesuffix(".default")
     return getattr(target, "__name__", str(target))
+
+
+def _arguments(node: fx.Node) -> list[str]:
+    transitions = annotations.note(node).transitions
+    if transitions:
+        changes = dict.fromkeys(f"{source} -> {target}" for source, target in transitions)
+        return [_argument(node.args[0]), ", ".join(changes)]
+    arguments = [_argument(x) for x in node.args]
+    return arguments + [f"{key}={_argument(x)}" for key, x in node.kwargs.items() if not _is_default(node, key)]
+
+
+def _is_default(node: fx.Node, key: str) -> bool:
+    """Whether a keyword argument says nothing: it is None, or what the op would take without it."""
+    schema = getattr(node.target, "_schema", None)
+    defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return node.kwargs[key] is None or (key in defaults and node.kwargs[key] == defaults[key])
 
 
 def line(node: fx.Node, *, is_local: bool = False) -> str:
@@ -71,11 +88,10 @@ def line(node: fx.Node, *, is_local: bool = False) -> str:
         return f"%{node.name}{kind} = input"
     if node.op == "get_attr":
         return f"%{node.name}{kind} = constant {node.target}"
-    arguments = [_argument(a) for a in node.args]
-    arguments += [f"{key}={_argument(a)}" for key, a in node.kwargs.items() if a is not None]
+    arguments = _arguments(node)
     if node.op == "output":
         return f"return {', '.join(arguments)}"
-    return f"%{node.name}{kind} = {_target(node.target)}({', '.join(arguments)})"
+    return f"%{node.name}{kind} = {op_name(node.target)}({', '.join(arguments)})"
 
 
 def text(nodes: Iterable[fx.Node], *, is_local: bool = False) -> str:

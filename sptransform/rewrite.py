@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,13 +13,18 @@ from torch import fx, nn
 
 from sptransform import annotations
 from sptransform.backend import rewrite_graph
+from sptransform.capture import capture
 from sptransform.errors import SPTransformError
-from sptransform.explain.counting import Collective, count_collectives
+from sptransform.explain.counting import Collective
+from sptransform.explain.explanation import Explanation
+from sptransform.explain.reading import read
 from sptransform.mesh import Mesh
+from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options
 from sptransform.parallelize import configured
 from sptransform.pass_manager import Context
-from sptransform.printer import text
+from sptransform.printer import line, text
+from sptransform.stand_ins import without_meta
 from sptransform.strategies import Strategy
 
 
@@ -37,14 +43,26 @@ class Rewritten:
     def text(self, layer: str | None = None) -> str:
         """The graph, one line a node; with ``layer`` only the nodes of that module path, and what is inside it."""
         nodes = list(self.graph_module.graph.nodes)
-        if layer is not None:
+        if layer:
             inside = (annotations.module_path(node) for node in nodes)
             nodes = [n for n, path in zip(nodes, inside, strict=True) if path == layer or path.startswith(f"{layer}.")]
         return text(nodes, is_local=True)
 
+    @cached_property
+    def text_by_layer(self) -> Mapping[str, tuple[str, ...]]:
+        """Every module's own lines by its path, in the order of the graph; "" is the model itself."""
+        lines: dict[str, list[str]] = {}
+        for node in self.graph_module.graph.nodes:
+            lines.setdefault(annotations.module_path(node), []).append(line(node, is_local=True))
+        return {path: tuple(own) for path, own in lines.items()}
+
+    def explain(self) -> Explanation:
+        """What was inserted, where, and the bytes it sends: what :func:`explain` returns."""
+        return read(self)
+
     def collectives(self) -> list[Collective]:
-        """Every collective of one training step, forward and backward, with the bytes each rank sends."""
-        return count_collectives(self.graph_module.graph, self.context.mesh)
+        """Every collective of one training step, forward then backward, with the bytes this rank sends."""
+        return list(self.explain().collectives)
 
     def __str__(self) -> str:
         return self.text()
@@ -68,8 +86,9 @@ def rewrite(
     Args:
         model: the unmodified module.
         strategy: as for :func:`parallelize`.
-        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
-        world_size: number of ranks.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward. They and the model
+            may live on the ``meta`` device, where they take no memory.
+        world_size: number of ranks; for one, the graph is what was captured.
         rank: whose graph; with even partitions all ranks have the same.
         options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``).
 
@@ -81,12 +100,21 @@ def rewrite(
     found: list[Rewritten] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        found.append(Rewritten(*rewrite_graph(gm, example_inputs, chosen, mesh)))
+        found.append(Rewritten(*_rewritten(gm, example_inputs, chosen, mesh)))
         raise _Stop
 
+    model, inputs = without_meta(model, inputs)
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     with suppress(_Stop):
         configured(compiled)(*args, **kwargs)
     return found[0]
 
+
+def _rewritten(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options, mesh: Mesh
+) -> tuple[fx.GraphModule, Context]:
+    if mesh.size > 1:
+        return rewrite_graph(gm, example_inputs, options, mesh)
+    # one rank runs the model as it is, see backend.py
+    return capture(gm, example_inputs), Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)

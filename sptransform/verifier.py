@@ -15,7 +15,7 @@ from sptransform import annotations
 from sptransform.errors import VerificationError, describe
 from sptransform.placement import TRANSITIONS, I, Placement, Shard, kind
 from sptransform.rewriter import is_redistribute
-from sptransform.rules import demands, outcomes
+from sptransform.rules import Pending, Sharded, demands, outcomes
 
 if TYPE_CHECKING:
     from sptransform.pass_manager import Context
@@ -48,6 +48,7 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
         if note.placements is None or len(note.placements) != len(tensors):
             raise VerificationError(describe("a tensor has no placement", node=node))
         if note.decision is not None:
+            _check_decision(node)
             given = outcomes(note.rule, note.decision, len(tensors))
             if given != note.placements:
                 raise VerificationError(
@@ -60,6 +61,22 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
                 raise VerificationError(
                     describe("a shard does not fit its tensor", node=node, found=f"{placement.spec}, {value.shape}")
                 )
+
+
+def _check_decision(node: fx.Node) -> None:
+    """The op may run as decided: what its rule does not state would give each rank a wrong value."""
+    note = annotations.note(node)
+    rule, decision = note.rule, note.decision
+    allowed = True
+    if isinstance(decision, Sharded):
+        factor = decision.factor
+        kept = rule is not None and all(any(factor in names for names in dims) for dims in rule.results)
+        allowed = kept or (rule is not None and factor in rule.reduce)
+        allowed = allowed and factor not in rule.whole
+    elif isinstance(decision, Pending):
+        allowed = rule is not None and decision.operands in rule.linear
+    if not allowed:
+        raise VerificationError(describe("an op cannot run as decided", node=node, found=str(decision)))
 
 
 def check_typed(graph: fx.Graph, context: Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import sptransform.ops  # noqa: F401 - registers the ops a rewritten graph calls
 from sptransform.capture import capture
-from sptransform.mesh import Mesh
+from sptransform.mesh import PRETENDED_GROUP, Mesh
 from sptransform.op_rules import DEFAULT_RULES
+from sptransform.ops.groups import pretend
 from sptransform.parallelize import configured
 from sptransform.pass_manager import Context, Pass, run_passes
 from sptransform.passes import PIPELINE
@@ -51,10 +53,8 @@ def while_captured(
 
         return stop
 
-    try:
+    with contextlib.suppress(_Stop):
         compiled_with(model, backend, *args, **kwargs)
-    except _Stop:
-        pass
     return made[0]
 
 
@@ -113,9 +113,9 @@ def run_once(call: Callable[..., Any], inputs: Sequence[Any]) -> Run:
 def on_ranks(
     model: Callable[..., Any], *args: Any, num_ranks: int, backend: str = "eager", **options: Any
 ) -> tuple[Run, list[Run], list[fx.GraphModule]]:
-    """One device (the captured graph's own source, eager) and every rank, on the same inputs; with all rank's graphs."""
+    """One device (Dynamo's graph, eager) and every rank, on the same inputs; and all ranks' graphs."""
 
-    def use(gm: fx.GraphModule, inputs: list[Any]) -> tuple[Run, list[Run], list[fx.GraphModule]]:
+    def use(gm: fx.GraphModule, inputs: list[Any]) -> tuple[Any, ...]:
         graphs, calls = [], []
         for rank in range(num_ranks):
             rewritten = run_passes(capture(gm, inputs), PIPELINE, a_context(num_ranks, rank, **options))
@@ -128,9 +128,6 @@ def on_ranks(
 
 
 def _compiled(gm: fx.GraphModule, inputs: list[Any], backend: str, rank: int) -> Callable[..., Any]:
-    from sptransform.mesh import PRETENDED_GROUP
-    from sptransform.ops.groups import pretend
-
     with pretend(PRETENDED_GROUP, rank):
         return lookup_backend(backend)(gm, inputs)
 

@@ -102,7 +102,8 @@ class _Collectives(TorchDispatchMode):
         assert name == "all_to_all_single", name
         expected = args[1]
         pieces = [theirs[0].split(list(theirs[2]))[self.rank] for theirs in everyone]
-        assert [len(piece) for piece in pieces] == list(expected), f"got {[len(p) for p in pieces]}, expected {expected}"
+        came = [len(piece) for piece in pieces]
+        assert came == list(expected), f"rank {self.rank} was sent {came}, and expected {expected}"
         return torch.cat(pieces)
 
 

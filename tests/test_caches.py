@@ -31,8 +31,8 @@ def graphs(name: str) -> dict[int, list[sptransform.Rewritten]]:
     """Every rank's graph, by world size."""
     meshes = [Mesh.pretended(size, rank) for size in WORLD_SIZES for rank in range(size)]
     found = runnables(*build(name), meshes, outputs="dtensor")
-    pairs = [(mesh.size, sptransform.Rewritten(x.graph_module, x.context)) for mesh, x in zip(meshes, found, strict=True)]
-    return {size: [graph for own, graph in pairs if own == size] for size in WORLD_SIZES}
+    rewritten = [(x.context.mesh.size, sptransform.Rewritten(x.graph_module, x.context)) for x in found]
+    return {size: [graph for own, graph in rewritten if own == size] for size in WORLD_SIZES}
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -59,25 +59,27 @@ def test_uneven_graphs_differ_in_sizes_only(name: str, world_size: int) -> None:
 
 def test_capturing_twice_gives_the_same_graph() -> None:
     """Of two models built alike: nothing of a process, such as an address or a counter, is in the text."""
-    texts = []
+    texts = set()
     for rank in range(2):
         torch._dynamo.reset()
-        texts.append(sptransform.rewrite(build("llama")[0], "ulysses", build("llama")[1], world_size=2, rank=rank).text())
-    assert texts[0] == texts[1]
+        model, inputs = build("llama")
+        texts.add(sptransform.rewrite(model, "ulysses", inputs, world_size=2, rank=rank).text())
+    assert len(texts) == 1
 
 
 def compile_in(directory: str, version: str | None = None) -> dict[str, Any]:
     """One compiled training step with its caches in `directory`: how the caches answered, and the loss."""
     torch._dynamo.reset()
     counters.clear()
-    patches = [mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=directory)]
-    if version is not None:
-        patches.append(mock.patch.object(backend, "_version", lambda: version))
     model = sptransform.parallelize(attention_with_loss().float(), "ulysses", backend="inductor")
-    with patches[0], patches[-1]:
+    with (
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=directory),
+        mock.patch.object(backend, "_version", (lambda: version) if version is not None else backend._version),
+    ):
         loss = model(**token_inputs())
         loss.backward()
-    return {"loss": float(loss.detach()), "autograd": dict(counters["aot_autograd"]), "inductor": dict(counters["inductor"])}
+    autograd, inductor = dict(counters["aot_autograd"]), dict(counters["inductor"])
+    return {"loss": float(loss.detach()), "autograd": autograd, "inductor": inductor}
 
 
 def compile_by_turns(rank: int, world_size: int, directory: str) -> list[dict[str, Any]]:
@@ -92,10 +94,13 @@ def compile_by_turns(rank: int, world_size: int, directory: str) -> list[dict[st
 @pytest.mark.inductor
 def test_what_one_rank_compiled_the_others_load(tmp_path: Path) -> None:
     own, of_rank_0, changed = zip(*get_pool(2).run(compile_by_turns, str(tmp_path), timeout=280), strict=True)
-    for found in (*own, *changed):
-        # in the second case the cache is not empty: the key differs
+    for found in own:
         assert found["autograd"].get("autograd_cache_miss") == 1, found
         assert found["inductor"].get("fxgraph_cache_miss") == 2, found
+    for found in changed:
+        # The key holds the package's version. The backward graph, made anew, is found by its content.
+        assert found["autograd"].get("autograd_cache_miss") == 1, found
+        assert found["inductor"].get("fxgraph_cache_miss", 0) >= 1, found
     for found in of_rank_0:
         assert found["autograd"].get("autograd_cache_hit") == 1, found
         assert found["inductor"].get("fxgraph_cache_hit") == 2, found

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from sptransform import annotations
 from sptransform.capture import capture
+from sptransform.errors import CaptureError
 from sptransform.pass_manager import run_passes
 from sptransform.passes import PIPELINE
 from tests.graphs import (
@@ -173,6 +174,34 @@ def test_autocast_around_the_call() -> None:
     assert_ranks_equal_one_device(reference, ranks, 2e-2)
     moved = nodes_of(graphs[0], torch.ops.sptransform.all_to_all.default)
     assert {value.dtype for node in moved for value in annotations.values(node)} == {torch.bfloat16}
+
+
+def test_a_region_without_autocast_in_one_with_it() -> None:
+    """As rotary embeddings are computed: in float32 whatever surrounds them."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            table = (torch.arange(8.0)[:, None] @ torch.ones(1, 2)).sin()
+        y = functional.linear(x, weight) + table
+        return functional.scaled_dot_product_attention(y, y, y).float().mean()
+
+    x, weight = heads().detach().float().requires_grad_(), torch.eye(2, requires_grad=True)
+    with narrow():
+        gm, _ = captured(model, x, weight)
+        reference, ranks, _ = on_ranks(model, x, weight, num_ranks=2)
+    assert annotations.value(nodes_of(gm, aten.matmul.default)[0]).dtype == torch.float32
+    assert annotations.value(nodes_of(gm, aten.linear.default)[0]).dtype == torch.bfloat16
+    assert_ranks_equal_one_device(reference, ranks, 2e-2)
+
+
+def test_autocast_ends_with_a_failed_capture() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        with narrow():
+            return torch.zeros_like(x).normal_()
+
+    with pytest.raises(CaptureError):
+        captured(model, torch.zeros(2))
+    assert not torch.is_autocast_enabled("cpu")
 
 
 # ---- regions without gradient

@@ -352,7 +352,7 @@ def test_a_write_through_detach_is_refused() -> None:
         h.detach().add_(1.0)
         return h.sin()
 
-    with pytest.raises(CaptureError, match="aten.detach"):
+    with pytest.raises(CaptureError, match=r"aten\.detach"):
         captured(program, torch.randn(4, 4, requires_grad=True))
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from sptransform.strategies import Ulysses
 from tests.graphs import assert_ranks_equal_one_device, on_ranks
 
 BATCH, HEADS, HIDDEN, VOCAB = 2, 4, 8, 11
@@ -103,13 +104,14 @@ class Steps(nn.Module):
         return torch.cat([x, y.tanh()] if option % 2 else [y, x, y], -1)[..., :HIDDEN]
 
     def reduced(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
-        pooled = (x.mean(1, keepdim=True), x.sum(1, keepdim=True), x.mean((0, 2), keepdim=True), x.sum(-1, keepdim=True))
-        return x + pooled[option % 4] * 0.1
+        pool = torch.sum if option % 2 else torch.mean
+        return x + pool(x, (1, -1, (0, 2), (0, 1, 2))[option // 2], keepdim=True) * 0.1
 
     def shifted(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
         if x.shape[1] < 4:
             return x
-        return (x[:, :-1], x[:, 1:], functional.pad(x, (0, 0, 1, 0))[:, :-1], functional.pad(x, (0, 0, 0, 1)))[option % 4]
+        before, after = functional.pad(x, (0, 0, 1, 0)), functional.pad(x, (0, 0, 0, 1))
+        return (x[:, :-1], x[:, 1:], before[:, :-1], after)[option % 4]
 
     def attention(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
         form, num_keys = option % 4, HEADS if option % 2 else HEADS // 2
@@ -123,9 +125,9 @@ class Steps(nn.Module):
         if num_keys != HEADS and option % 8 < 4:
             key, value = (z.repeat_interleave(HEADS // num_keys, 1) for z in (key, value))
         own_mask = mask[: x.shape[1], : y.shape[1]]
-        masks = {0: None, 1: None, 2: own_mask, 3: torch.zeros_like(own_mask, dtype=x.dtype).masked_fill(~own_mask, -5.0)}
+        bias = torch.zeros_like(own_mask, dtype=x.dtype).masked_fill(~own_mask, -5.0)
         out = functional.scaled_dot_product_attention(
-            query, key, value, masks[form], is_causal=form == 1, enable_gqa=key.shape[1] != HEADS
+            query, key, value, (None, None, own_mask, bias)[form], is_causal=form == 1, enable_gqa=key.shape[1] != HEADS
         )
         return out.transpose(1, 2).reshape(BATCH, -1, HIDDEN)
 
@@ -152,7 +154,7 @@ def _models(draw: st.DrawFn) -> tuple[list[Step], bool, int, int]:
 
 
 def check(steps: list[Step], has_embedding: bool, ending: int, length: int) -> None:
-    """The model of these steps on 2 and 4 ranks."""
+    """The model of these steps on 2 ranks that divide the batch, and on 4 that divide heads."""
     torch.manual_seed(0)
     model: Any = _Maker(steps, has_embedding, ending)
     if has_embedding:
@@ -164,8 +166,8 @@ def check(steps: list[Step], has_embedding: bool, ending: int, length: int) -> N
     with torch.no_grad():
         model(x, mask)
     model.__class__ = Steps
-    for num_ranks in (2, 4):
-        reference, ranks, _ = on_ranks(model, x, mask, num_ranks=num_ranks)
+    for num_ranks, strategy in ((2, Ulysses(split="batch")), (4, Ulysses())):
+        reference, ranks, _ = on_ranks(model, x, mask, num_ranks=num_ranks, strategy=strategy)
         assert_ranks_equal_one_device(reference, ranks)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sptransform import annotations
 from sptransform.errors import VerificationError
+from sptransform.partition import Partition
 from sptransform.pass_manager import Context, run_passes
 from sptransform.passes import PIPELINE
 from sptransform.passes.insert_redistributes import InsertRedistributes
@@ -20,7 +21,7 @@ from sptransform.passes.pack_all_to_alls import PackAllToAlls
 from sptransform.passes.place import Place
 from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.rewriter import insert_redistribute, is_redistribute, redistribute, replace_operand
-from sptransform.rules import Replicate
+from sptransform.rules import Pending, Replicate, Sharded, outcomes
 from sptransform.verifier import INVARIANTS, satisfies
 from tests.golden import Golden
 from tests.graphs import a_context, after, captured, nodes_of
@@ -73,6 +74,36 @@ def test_a_tensor_without_a_placement() -> None:
     graph, context = a_graph(Place)
     node = a_linear(graph)
     annotations.note(node).placements = None
+    rejected("placed", graph, context, node)
+
+
+@pytest.mark.parametrize("factor", ["k", "o"])
+def test_a_decision_that_the_rule_does_not_allow(factor: str) -> None:
+    """Sharding what must be whole, or what only an operand has, gives no placement that means anything."""
+    graph, context = a_graph(Place)
+    (node,) = [n for n in graph.nodes if n.target == aten.linear.default and len(n.args) == 3]
+    note = annotations.note(node)
+    note.decision = Sharded(factor, Partition.contiguous(note.rule.sizes[factor], 2))
+    note.rule = replace(note.rule, whole=frozenset({factor}))
+    note.placements = outcomes(note.rule, note.decision, 1)
+    rejected("placed", graph, context, node)
+
+
+def test_a_sharded_factor_that_the_result_lacks_and_nothing_sums() -> None:
+    graph, context = a_graph(Place)
+    node = a_linear(graph)
+    note = annotations.note(node)
+    note.decision = Sharded("k", Partition.contiguous(note.rule.sizes["k"], 2))
+    note.rule = replace(note.rule, reduce=frozenset())
+    note.placements = (P,)
+    rejected("placed", graph, context, node)
+
+
+def test_a_pending_sum_through_an_op_that_is_not_linear() -> None:
+    graph, context = a_graph(Place)
+    (node,) = [n for n in graph.nodes if n.target == aten.pow.Tensor_Scalar]
+    annotations.note(node).decision = Pending(frozenset({0}))
+    annotations.set_placement(node, P)
     rejected("placed", graph, context, node)
 
 

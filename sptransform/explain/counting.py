@@ -1,12 +1,22 @@
-"""Collectives of a rewritten graph, forward and backward, and the bytes they send: counted from placements."""
+"""Collectives of a rewritten graph, forward and backward, and the bytes one rank sends: counted from placements.
+
+What is counted is what `ops/` sends, padding included, and not what stays on the rank:
+
+- all-to-all: this rank's part of every tensor, once for each other rank that needs it;
+- all-gather, reduce-scatter: one part for each other rank, padded to the largest part;
+- all-reduce: 2(N-1)/N of the buffer, as a reduce-scatter and an all-gather of it; how a library splits it is its own.
+
+A redistribute has a backward where a gradient flows through it: it stands between something trainable and something
+the graph returns. Gradients of all returned tensors are assumed, as AOTAutograd does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from torch import Tensor, fx
+from torch import fx
 
 from sptransform import annotations
 from sptransform.mesh import Mesh
@@ -20,7 +30,7 @@ class Collective:
     Attributes:
         kind: "all_to_all", "all_gather", "reduce_scatter" or "all_reduce".
         direction: "forward" or "backward".
-        bytes_sent: what this rank sends to others; an all-reduce counts as reduce-scatter and all-gather.
+        bytes_sent: what this rank sends to others.
         layer: path of the module it stands in.
         node: name of the graph's node.
         count: number of messages.
@@ -36,55 +46,94 @@ class Collective:
 
 def count_collectives(graph: fx.Graph, mesh: Mesh) -> list[Collective]:
     """Every collective of the graph (lowered or not) in order: forward, then backward."""
-    forward, backward = [], []
+    pairs = list(collectives_by_node(graph, mesh).values())
+    forward = [ahead for ahead, _ in pairs if ahead is not None]
+    return [*forward, *(behind for _, behind in reversed(pairs) if behind is not None)]
+
+
+def collectives_by_node(graph: fx.Graph, mesh: Mesh) -> dict[fx.Node, tuple[Collective | None, Collective | None]]:
+    """Of every redistribution, in the graph's order: what it sends forward, and backward."""
+    reached = _with_gradients(graph)
+    found = {}
     for node in graph.nodes:
-        note = annotations.note(node)
-        if not note.transitions:
-            continue
-        ahead, behind = TRANSITIONS[kind(note.transitions[0][0]), kind(note.transitions[0][1])]
-        layer = annotations.module_path(node)
-        if ahead is not None:
-            forward.append(Collective(ahead, "forward", _sent(node, ahead, mesh, False), layer, node.name))
-        if behind is not None and note.differentiable:
-            backward.append(Collective(behind, "backward", _sent(node, behind, mesh, True), layer, node.name))
-    return [*forward, *reversed(backward)]
+        if annotations.note(node).transitions:
+            ahead, behind = TRANSITIONS[tuple(map(kind, annotations.note(node).transitions[0]))]
+            found[node] = (
+                _collective(node, ahead, "forward", mesh),
+                _collective(node, behind, "backward", mesh) if node in reached else None,
+            )
+    return found
 
 
-def _sent(node: fx.Node, kind_: str, mesh: Mesh, is_backward: bool) -> int:
-    total = 0
-    for (source, target), (shape, value) in zip(annotations.note(node).transitions, _tensors(node), strict=True):
-        if is_backward:
-            if not annotations.note(node).differentiable:
-                continue
-            source, target = target, source
-        total += _bytes_sent(kind_, source, target, shape, value.element_size(), mesh)
-    return total
+def _with_gradients(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes through which a gradient flows back from what the graph returns."""
+    reached: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if _may_pass_gradients(node) and any(user.op == "output" or user in reached for user in node.users):
+            reached.add(node)
+    return frozenset(reached)
 
 
-def _tensors(node: fx.Node) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(global shape, value) of every tensor a redistribution moves."""
-    for (source, _), (producer, _) in zip(annotations.note(node).transitions, annotations.operands(node), strict=True):
+def _may_pass_gradients(node: fx.Node) -> bool:
+    note = annotations.note(node)
+    if note.differentiable:
+        return True
+    if annotations.projection(node) is not None or node.op != "call_function":
+        return False
+    # of an op with several outputs, the nodes that pick one know; an op's local form may have steps without a placement
+    return note.placements is None or any(annotations.projection(user) is not None for user in node.users)
+
+
+def _collective(node: fx.Node, kind_: str | None, direction: str, mesh: Mesh) -> Collective | None:
+    if kind_ is None:
+        return None
+    moves = []
+    for source, target, shape, element_size in _moves(node):
+        ends = (source, target) if direction == "forward" else (target, source)
+        moves.append((*ends, shape, element_size))
+    return Collective(kind_, direction, _bytes_sent(kind_, moves, mesh), annotations.module_path(node), node.name)
+
+
+Move = tuple[Placement, Placement, tuple[int, ...], int]  # from, to, global shape, bytes an element
+
+
+def _moves(node: fx.Node) -> Iterable[Move]:
+    """Every tensor a redistribution moves, as its forward does."""
+    transitions = annotations.note(node).transitions
+    for (source, target), (producer, _) in zip(transitions, annotations.operands(node), strict=True):
         value = annotations.value(producer)
-        shape = list(value.shape)
-        if isinstance(source, Shard):
-            shape[source.dim] = source.dim_size
-        yield tuple(shape), value
+        yield source, target, global_shape(source, tuple(value.shape)), value.element_size()
 
 
-def _bytes_sent(
-    kind_: str, source: Placement, target: Placement, shape: tuple[int, ...], element_size: int, mesh: Mesh
-) -> int:
-    """Bytes one rank sends to the others for one tensor, exactly, uneven partitions included."""
-    num_bytes = element_size * prod(shape)
-    others = [rank for rank in range(mesh.size) if rank != mesh.rank]
+def global_shape(placement: Placement, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Global shape of a tensor of local or global ``shape``."""
+    if not isinstance(placement, Shard):
+        return shape
+    return (*shape[: placement.dim], placement.dim_size, *shape[placement.dim + 1 :])
+
+
+def _bytes_sent(kind_: str, moves: Iterable[Move], mesh: Mesh) -> int:
+    """Bytes this rank sends in one message that makes all ``moves``."""
     if kind_ == "all_reduce":
-        return 2 * num_bytes * (mesh.size - 1) // mesh.size
+        return 2 * sum(element_size * prod(shape) for _, _, shape, element_size in moves) * (mesh.size - 1) // mesh.size
     if kind_ == "all_to_all":
-        assert isinstance(source, Shard) and isinstance(target, Shard)
-        rest = num_bytes // (source.partition.size * target.partition.size)
-        mine = source.partition.local_size(mesh.rank)
-        return sum(mine * target.partition.local_size(rank) * rest for rank in others)
-    # all-gather and reduce-scatter send parts padded to the largest
+        return sum(_sent_by_exchange(*move, mesh.rank) for move in moves)
+    return sum(_part(*move) for move in moves) * (mesh.size - 1)
+
+
+def _sent_by_exchange(
+    source: Placement, target: Placement, shape: tuple[int, ...], element_size: int, rank: int
+) -> int:
+    assert isinstance(source, Shard) and isinstance(target, Shard)
+    entry = element_size * source.outer * target.outer
+    entry *= prod(size for dim, size in enumerate(shape) if dim not in (source.dim, target.dim))
+    to_others = sum(size for other, size in enumerate(target.partition.local_sizes) if other != rank)
+    return entry * source.partition.local_size(rank) * to_others
+
+
+def _part(source: Placement, target: Placement, shape: tuple[int, ...], element_size: int) -> int:
+    """Bytes of the largest rank's part: the one end of a gather or scatter that is a shard says how it is cut."""
     shard = source if isinstance(source, Shard) else target
     assert isinstance(shard, Shard)
-    return len(others) * max(shard.partition.local_sizes) * (num_bytes // shard.partition.size)
+    entry = element_size * shard.outer * prod(size for dim, size in enumerate(shape) if dim != shard.dim)
+    return entry * max(shard.partition.local_sizes)

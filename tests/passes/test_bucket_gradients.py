@@ -7,10 +7,10 @@ from torch import fx, nn
 from torch.nn import functional
 
 from sptransform import annotations
+from sptransform.passes import PIPELINE
 from sptransform.passes.bucket_gradients import BucketGradients
 from sptransform.passes.pack_all_to_alls import PackAllToAlls
 from sptransform.placement import I, R
-from sptransform.passes import PIPELINE
 from sptransform.printer import text
 from sptransform.rewriter import is_redistribute
 from tests.golden import Golden

@@ -12,7 +12,7 @@ from sptransform.placement import I, R, Shard, kind
 from sptransform.printer import text
 from sptransform.rewriter import is_redistribute
 from tests.golden import Golden
-from tests.graphs import a_context, after, nodes_of, on_ranks, assert_ranks_equal_one_device
+from tests.graphs import a_context, after, assert_ranks_equal_one_device, nodes_of, on_ranks
 from tests.passes.blocks import heads
 
 
@@ -80,7 +80,7 @@ def test_outputs_are_kept_or_gathered() -> None:
         return on_moved(query, key, value) * 0.0 + functional.linear(query, query.new_ones(3, 2))
 
     for outputs, expected in (("full", I), ("dtensor", Shard), ("local", Shard)):
-        gm, context = after(InsertRedistributes, sharded, *inputs, context=a_context(outputs=outputs))
+        _, context = after(InsertRedistributes, sharded, *inputs, context=a_context(outputs=outputs))
         (placement,) = context.output_placements
         assert placement == I if expected is I else isinstance(placement, Shard)
     reference, ranks, _ = on_ranks(model, *inputs, num_ranks=2)
@@ -93,5 +93,5 @@ def test_a_flattened_output_is_gathered_where_dtensor_has_no_word_for_it() -> No
         loss = on_moved(query, key, value)
         return loss, rows.permute(0, 2, 1, 3).reshape(16, 12)
 
-    gm, context = after(InsertRedistributes, model, *(heads() for _ in range(3)), context=a_context(outputs="dtensor"))
+    _, context = after(InsertRedistributes, model, *(heads() for _ in range(3)), context=a_context(outputs="dtensor"))
     assert context.output_placements == (I, I)

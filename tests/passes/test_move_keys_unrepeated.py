@@ -9,7 +9,7 @@ from torch.nn import functional
 from sptransform.passes.move_keys_unrepeated import MoveKeysUnrepeated
 from sptransform.printer import text
 from tests.golden import Golden
-from tests.graphs import after, captured, nodes_of, on_ranks, assert_ranks_equal_one_device
+from tests.graphs import after, assert_ranks_equal_one_device, captured, nodes_of, on_ranks
 from tests.passes.blocks import (
     HEADS,
     Attention,

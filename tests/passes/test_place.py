@@ -13,8 +13,9 @@ from sptransform.errors import SPTransformError, UnsupportedOpError, UsageError
 from sptransform.passes.place import Place
 from sptransform.placement import I, R, Shard
 from sptransform.printer import text
+from sptransform.strategies import Ulysses
 from tests.golden import Golden
-from tests.graphs import a_context, after, nodes_of, on_ranks, assert_ranks_equal_one_device
+from tests.graphs import a_context, after, assert_ranks_equal_one_device, nodes_of, on_ranks
 from tests.passes.blocks import Attention, by_repeat_interleave, heads, hidden_states
 
 
@@ -81,13 +82,30 @@ def test_no_attention_asks_for_a_hint(golden: Golden) -> None:
     golden.check("errors_no_sequence", message=str(error))
 
 
-def test_more_ranks_than_heads(golden: Golden) -> None:
-    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return functional.scaled_dot_product_attention(query, key, value)
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(query.sin(), key, value).sin().mean()
 
-    error = error_of(model, *(heads(count=1) for _ in range(3)))
+
+def test_nothing_to_split(golden: Golden) -> None:
+    inputs = [heads()[:1].detach().requires_grad_() for _ in range(3)]
+    error = error_of(attend, *inputs, strategy=Ulysses(split="batch"))
     assert isinstance(error, UsageError)
-    golden.check("errors_few_heads", message=str(error))
+    golden.check("errors_nothing_to_split", message=str(error))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_more_ranks_than_heads(count: int) -> None:
+    reference, ranks, _ = on_ranks(attend, *(heads(count=count) for _ in range(3)), num_ranks=4)
+    assert_ranks_equal_one_device(reference, ranks)
+
+
+def test_one_head_is_never_silently_wrong() -> None:
+    """A dimension of one entry cannot be cut: right, or refused."""
+    try:
+        reference, ranks, _ = on_ranks(attend, *(heads(count=1) for _ in range(3)), num_ranks=4)
+    except SPTransformError:
+        return
+    assert_ranks_equal_one_device(reference, ranks)
 
 
 def test_every_tensor_is_placed() -> None:

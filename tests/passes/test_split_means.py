@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sptransform.capture import capture
+from sptransform.pass_manager import run_passes
 from sptransform.passes.split_means import SplitMeans
 from sptransform.printer import text
 from tests.golden import Golden
-from tests.graphs import after, captured, run_once, while_captured, a_context
-from sptransform.capture import capture
-from sptransform.pass_manager import run_passes
+from tests.graphs import a_context, after, captured, run_once, while_captured
 
 PASS = (SplitMeans(),)
 ROWS, CLASSES = 6, 5

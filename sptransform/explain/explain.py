@@ -1,0 +1,40 @@
+"""``explain``: what the compiler would insert into a model, where and at what cost. Needs no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sptransform.explain.explanation import Explanation
+from sptransform.rewrite import rewrite
+from sptransform.strategies import Strategy
+
+
+def explain(
+    model: nn.Module,
+    strategy: str | Strategy,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    world_size: int,
+    rank: int = 0,
+    **options: Any,
+) -> Explanation:
+    """Return what ``rank`` of ``world_size`` would run and send in one training step, without processes or devices.
+
+    ``print`` it, ``rich.print`` it, or take ``to_dict()``. The model is neither run nor changed; model and inputs may
+    live on the ``meta`` device, where they take no memory.
+
+    Args:
+        model: the unmodified module.
+        strategy: as for :func:`sptransform.parallelize`.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
+        world_size: number of ranks.
+        rank: whose bytes; they differ only where something does not divide by the number of ranks.
+        options: further options of :func:`sptransform.parallelize`.
+
+    Raises:
+        UsageError: an argument is wrong.
+    """
+    return rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options).explain()

@@ -1,0 +1,163 @@
+"""What the compiler does to one model on one rank, as data: ``str()``, ``rich`` and ``to_dict()`` show all of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sptransform.explain import pages
+from sptransform.explain.counting import Collective
+from sptransform.pass_manager import Fallback
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from sptransform.rewrite import Rewritten
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """One change of placement in the graph.
+
+    Attributes:
+        node: name of the graph's node.
+        layer: path of the module it stands in.
+        source_line: ``file:line: code`` of the user's op that reads the result; of parameters, None.
+        changes: (from, to) of every tensor moved, as printed.
+        forward: the collective of its forward; None where nothing is sent.
+        backward: the same of its backward, also None where no gradient flows.
+        parameters: the parameters whose gradients its backward sums; empty for anything else.
+    """
+
+    node: str
+    layer: str
+    source_line: str | None
+    changes: tuple[tuple[str, str], ...]
+    forward: Collective | None
+    backward: Collective | None
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> str:
+        """``S(2) -> S(1)``; several, if the tensors change differently."""
+        return ", ".join(f"{source} -> {target}" for source, target in dict.fromkeys(self.changes))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A sharded tensor that is made whole because an op with a sharding rule reads it whole.
+
+    Attributes:
+        op, node: what reads it.
+        source_line: of the reader.
+        gathered_bytes: the whole tensor, as every rank then holds it.
+    """
+
+    op: str
+    node: str
+    source_line: str | None
+    gathered_bytes: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor the graph returns: its node, its placement, and its local type in the printer's form."""
+
+    node: str
+    placement: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Total:
+    """All collectives of one kind in one direction."""
+
+    direction: str
+    kind: str
+    count: int
+    bytes_sent: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one rank of ``world_size`` runs and sends in one training step.
+
+    Attributes:
+        strategy: the strategy object, printed.
+        world_size: number of ranks; with one, nothing is inserted.
+        rank: the rank whose bytes these are; they differ where a length or a number of heads does not divide.
+        redistributions: every change of placement, in the graph's order.
+        fallbacks: ops that run whole for want of a sharding rule.
+        gathered: tensors gathered for an op that has a rule, in the graph's order; what is returned is not among them.
+        outputs: the tensors the graph returns.
+        grad_sync: whether parameter gradients are summed over the ranks.
+        rewritten: the graph itself.
+    """
+
+    strategy: str
+    world_size: int
+    rank: int
+    redistributions: tuple[Redistribution, ...]
+    fallbacks: tuple[Fallback, ...]
+    gathered: tuple[Gathered, ...]
+    outputs: tuple[Output, ...]
+    grad_sync: bool
+    rewritten: Rewritten = field(repr=False, compare=False)
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Everything a training step sends, in order: forward, then backward."""
+        forward = [r.forward for r in self.redistributions]
+        backward = [r.backward for r in reversed(self.redistributions)]
+        return tuple(c for c in (*forward, *backward) if c is not None)
+
+    @property
+    def totals(self) -> tuple[Total, ...]:
+        """Messages and bytes by direction and kind, the forward first."""
+        counts: Counter[tuple[str, str]] = Counter()
+        sent: Counter[tuple[str, str]] = Counter()
+        for collective in self.collectives:
+            counts[collective.direction, collective.kind] += collective.count
+            sent[collective.direction, collective.kind] += collective.bytes_sent
+        keys = sorted(counts, key=lambda key: (key[0] != "forward", key[1]))
+        return tuple(Total(*key, counts[key], sent[key]) for key in keys)
+
+    def bytes_sent(self, direction: str | None = None) -> int:
+        """Bytes this rank sends in one training step, or in one ``direction`` of it."""
+        return sum(total.bytes_sent for total in self.totals if direction in (None, total.direction))
+
+    @property
+    def parameter_gradients(self) -> tuple[Redistribution, ...]:
+        """The redistributions whose backward sums parameter gradients over the ranks, one a message."""
+        return tuple(r for r in self.redistributions if r.parameters)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the modules that have nodes in the graph, in order of the graph; "" is the model itself."""
+        return tuple(self.rewritten.text_by_layer)
+
+    def graph(self, layer: str | None = None) -> str:
+        """The rewritten graph, one line a node; with ``layer`` only that module and what is inside it."""
+        return self.rewritten.text(layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data for ``json.dumps``; ``graph`` has every module's own lines by its path."""
+        data = {f: getattr(self, f) for f in ("strategy", "world_size", "rank", "grad_sync")}
+        for name in ("redistributions", "fallbacks", "gathered", "outputs", "totals"):
+            data[name] = [_plain(asdict(entry)) for entry in getattr(self, name)]
+        data["graph"] = {path: list(lines) for path, lines in self.rewritten.text_by_layer.items()}
+        return data
+
+    def __str__(self) -> str:
+        return pages.plain(pages.sections(self))
+
+    def __rich__(self) -> RenderableType:
+        return pages.rich(pages.sections(self))
+
+
+def _plain(x: Any) -> Any:
+    """Tuples as lists, as JSON would give them back."""
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    return [_plain(value) for value in x] if isinstance(x, list | tuple) else x

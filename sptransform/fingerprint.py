@@ -1,0 +1,118 @@
+"""What a rank is about to run, as lines that are equal on all ranks, and where two ranks' lines first differ.
+
+Three parts, in this order: versions and settings; the captured graph, which has global sizes only; the collective
+schedule, one line for each redistribution with its full placements. Nothing in them depends on the rank, uneven
+partitions included. The captured graph stands before the schedule because a difference there is the cause.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from sptransform import annotations
+from sptransform.errors import describe
+from sptransform.mesh import Mesh
+from sptransform.options import Options
+from sptransform.printer import line
+
+# What a process may have of its own in the text of an argument: which device it drives, addresses of objects.
+_OWN = re.compile(r"(?<=\b(?:cuda|mtia)):\d+|(?<=\bxpu):\d+| at 0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a program; ``source`` is the user's line it comes from and takes no part in comparisons."""
+
+    text: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank is about to run."""
+
+    lines: tuple[Line, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(x.text for x in self.lines).encode()).hexdigest()[:32]
+
+    def dumps(self) -> str:
+        return json.dumps([[x.text, x.source] for x in self.lines])
+
+    @staticmethod
+    def loads(text: str | bytes) -> Program:
+        return Program(tuple(Line(*pair) for pair in json.loads(text)))
+
+
+def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
+    """Versions, and the options that change what runs."""
+    found = {
+        "sptransform": version,
+        "torch": torch.__version__,
+        "strategy": options.strategy,
+        "ranks": mesh.size,
+        "inner backend": options.backend,
+        "outputs": options.outputs,
+        "grad_sync": options.grad_sync,
+        "sequence_dims": dict(sorted(options.sequence_dims.items())),
+    }
+    return [Line(f"{name}: {value}") for name, value in found.items()]
+
+
+def captured_lines(graph: fx.Graph) -> list[Line]:
+    """Every node of the captured graph, inputs with their global shapes among them."""
+    return [Line(_OWN.sub("", line(node)), annotations.source_line(node)) for node in graph.nodes]
+
+
+def schedule_lines(graph: fx.Graph) -> list[Line]:
+    """Every redistribution of the rewritten graph in order, with the partitions its arguments spell out."""
+    found = []
+    for node in graph.nodes:
+        if annotations.note(node).transitions:
+            specs = dict.fromkeys(x for x in pytree.tree_leaves(node.args) if isinstance(x, str))
+            found.append(Line(f"{line(node)} # {', '.join(specs)}", annotations.source_line(node)))
+    return found
+
+
+def difference(programs: Mapping[int, Program]) -> str:
+    """The message that names the first line in which the ranks' programs differ, the same on every rank."""
+    by_rank = {rank: program.lines for rank, program in sorted(programs.items())}
+    length = max(map(len, by_rank.values()))
+    at = next(i for i in range(length) if len({_text(lines, i) for lines in by_rank.values()}) > 1)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, lines in by_rank.items():
+        ranks_of.setdefault(_text(lines, at), []).append(rank)
+    first = next(lines[at] for lines in by_rank.values() if at < len(lines))
+    name = first.text.split(" ")[0].rstrip(":")
+    return describe(
+        "ranks are about to run different programs",
+        at=name if name.startswith("%") else None,
+        source=first.source,
+        found=list_by_ranks(ranks_of),
+        fix="call the same model on every rank, with inputs of the same shapes, the same strategy and options",
+    )
+
+
+def list_by_ranks(ranks_of: Mapping[str, Iterable[int]]) -> str:
+    """``rank 0: this`` and, below it, ``ranks 1, 2: that``."""
+    return "\n         ".join(f"{name_ranks(ranks)}: {text}" for text, ranks in ranks_of.items())
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """``rank 1`` or ``ranks 1, 3``."""
+    ranks = sorted(ranks)
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _text(lines: tuple[Line, ...], index: int) -> str:
+    return lines[index].text if index < len(lines) else "nothing more"

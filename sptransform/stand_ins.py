@@ -1,0 +1,39 @@
+"""Stand-ins for models without weights: to read a graph, shapes are enough."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+# Private: the one tensor without memory that computes as if it were on a real device
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+InputsT = TypeVar("InputsT")
+
+
+def without_meta(model: nn.Module, inputs: InputsT) -> tuple[nn.Module, InputsT]:
+    """``model`` and ``inputs`` as they are, or, where anything is on ``meta``, copies of fake CPU tensors.
+
+    Meta tensors themselves are not enough: ``torch.tensor(..., device="meta")``, as caches call it, escapes the fake
+    mode that Dynamo traces with, and the trace fails.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))]
+    if not any(tensor.is_meta for tensor in tensors):
+        return model, inputs
+    mode = FakeTensorMode()
+    # one stand-in a tensor, however many modules share it
+    fakes = {id(tensor): _fake(tensor, mode) for tensor in tensors}
+    stand_in = copy.deepcopy(model, dict(fakes))
+    return stand_in, pytree.tree_map(lambda x: fakes.get(id(x), x), inputs)
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Any:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)

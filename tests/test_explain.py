@@ -1,0 +1,344 @@
+"""`explain`: what it counts is what runs, on every shape; what it shows is stable, and plain data."""
+
+import io
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import rich.console
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sptransform
+from sptransform import Explanation, Strategy, Ulysses
+from tests.collective_counts import CountCollectives
+from tests.gloo_pool import get_pool
+from tests.golden import Golden
+from tests.shapes import build_shape
+
+pytestmark = pytest.mark.timeout(240)
+
+HEADS = [(8, 8), (8, 2), (8, 1), (6, 2), (5, 5), (3, 1), (7, 7), (28, 4), (12, 3)]
+BATCHES = [1, 2, 3, 5]
+RUN_NAMES = {
+    "all_gather_into_tensor": "all_gather",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape on a number of ranks; `outputs` matters for models that return more than a loss."""
+
+    num_ranks: int
+    heads: tuple[int, int]
+    seq_len: int
+    batch: int
+    repeat: bool = False
+    split: str = "heads"
+
+    def __str__(self) -> str:
+        heads, key_heads = self.heads
+        form = "-repeat" * self.repeat + "-batch" * (self.split == "batch")
+        return f"N{self.num_ranks}-H{heads}-K{key_heads}-S{self.seq_len}-B{self.batch}{form}"
+
+
+def lengths(num_ranks: int) -> list[int]:
+    return [n for n in dict.fromkeys((64, 61, 7, num_ranks - 1, 1)) if n > 0]
+
+
+# Every number of ranks, length, pair of heads and batch at least once; each odd one with an even and an odd other.
+SOME = [
+    Case(1, (8, 8), 64, 2),
+    Case(2, (5, 5), 61, 3),
+    Case(2, (6, 2), 7, 5, repeat=True),
+    Case(2, (7, 7), 1, 2),
+    Case(3, (8, 1), 64, 3, repeat=True),
+    Case(3, (28, 4), 61, 1),
+    Case(3, (3, 1), 2, 5, split="batch"),
+    Case(4, (8, 2), 64, 1),
+    Case(4, (12, 3), 61, 2, repeat=True),
+    Case(4, (3, 1), 7, 2),
+    Case(4, (8, 8), 3, 5, split="batch"),
+]
+# All numbers of ranks, heads, lengths and batches; the two ways to write and to split take turns.
+ALL = [
+    Case(num_ranks, heads, seq_len, batch, repeat=i % 2 == 1, split="batch" if i % 3 == 2 and batch > 1 else "heads")
+    for num_ranks in (1, 2, 3, 4)
+    for heads in HEADS
+    for i, (seq_len, batch) in enumerate(itertools.product(lengths(num_ranks), BATCHES))
+]
+
+Sent = list[tuple[str, str, int]]
+
+
+def sent_on_shapes(rank: int, num_ranks: int, cases: list[Case]) -> list[tuple[Sent, Sent]]:
+    """What a worker does: `sent` for each of the shapes."""
+    found = []
+    for case in cases:
+        model, inputs = build_shape(*case.heads, case.batch, case.seq_len, case.repeat, num_layers=1)
+        found.append(sent(rank, num_ranks, model, Ulysses(split=case.split), inputs))
+    return found
+
+
+def sent_by_tails(rank: int, num_ranks: int, tails: list[str]) -> list[tuple[Sent, Sent]]:
+    """What a worker does: `sent` for each of the models called `Tail`."""
+    return [sent(rank, num_ranks, Tail(tail), "ulysses", {"x": torch.rand(2, 12, 8)}) for tail in tails]
+
+
+def sent(
+    rank: int, num_ranks: int, model: nn.Module, strategy: str | Strategy, inputs: dict[str, torch.Tensor]
+) -> tuple[Sent, Sent]:
+    """(kind, direction, bytes) of each collective of a training step: by `explain`, and those that run."""
+    torch._dynamo.reset()
+    explanation = sptransform.explain(model, strategy, inputs, world_size=num_ranks, rank=rank, outputs="full")
+    sptransform.parallelize(model, strategy, backend="aot_eager", outputs="full")
+    with CountCollectives() as forward:
+        loss = model(**inputs).sum()
+    with CountCollectives() as backward:
+        loss.backward()
+    ran = [
+        (RUN_NAMES[c.name], direction, c.sent_bytes)
+        for direction, counted in (("forward", forward), ("backward", backward))
+        for c in counted.collectives
+    ]
+    return [(c.kind, c.direction, c.bytes_sent) for c in explanation.collectives], ran
+
+
+def test_some_shapes_have_every_value_once() -> None:
+    assert {case.heads for case in SOME} == set(HEADS)
+    assert {case.batch for case in SOME} == set(BATCHES)
+    assert {case.num_ranks for case in SOME} == {1, 2, 3, 4}
+    assert {case.seq_len for case in SOME} >= {64, 61, 7, 1}
+    assert {case.num_ranks - case.seq_len for case in SOME} >= {1}
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_what_is_explained_is_what_runs(case: Case) -> None:
+    for ((explained, ran),) in get_pool(case.num_ranks).run(sent_on_shapes, [case], timeout=100):
+        assert explained == ran
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("num_ranks", "heads"), list(itertools.product((1, 2, 3, 4), HEADS)), ids=lambda x: str(x).replace(" ", "")
+)
+def test_what_is_explained_is_what_runs_on_all_shapes(num_ranks: int, heads: tuple[int, int]) -> None:
+    cases = [case for case in ALL if case.num_ranks == num_ranks and case.heads == heads]
+    for found in get_pool(num_ranks).run(sent_on_shapes, cases, timeout=1100):
+        wrong = [str(case) for case, (explained, ran) in zip(cases, found, strict=True) if explained != ran]
+        assert not wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is counted, where no shape decides.
+
+
+class Tail(nn.Module):
+    """Attention, and something after it that shards in another way, or not at all, or has no gradient."""
+
+    def __init__(self, tail: str) -> None:
+        super().__init__()
+        self.tail = tail
+        self.project = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.project(x).view(2, 12, 4, 2).transpose(1, 2)
+        y = functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        return TAILS[self.tail](y)
+
+
+def counted(y: torch.Tensor) -> torch.Tensor:
+    return y.sum() + (y.detach() > 0).sum()
+
+
+def detached(y: torch.Tensor) -> torch.Tensor:
+    return y.sum() + y.detach().sort(1).values.sum()
+
+
+def inverted(y: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.inv(y[:, :8] + torch.eye(8)).sum()
+
+
+def without_grad(y: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        noise = y.sort(1).values
+    return y.sum() + noise.sum()
+
+
+TAILS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "count": counted,
+    "detached": detached,
+    "inverse": inverted,
+    "no_grad": without_grad,
+    "sort": lambda y: y.sort(1).values,
+}
+
+
+def explained(tail: str, num_ranks: int = 3, **options: object) -> Explanation:
+    x = torch.ones(2, 12, 8)
+    return sptransform.explain(Tail(tail), "ulysses", (x,), world_size=num_ranks, outputs="full", **options)
+
+
+def test_gathers_and_what_has_no_gradient_run_as_explained() -> None:
+    for found in get_pool(3).run(sent_by_tails, list(TAILS), timeout=100):
+        for tail, (explained, ran) in zip(TAILS, found, strict=True):
+            assert explained == ran, tail
+
+
+@pytest.mark.parametrize("tail", ["detached", "no_grad"])
+def test_without_a_gradient_there_is_no_backward(tail: str) -> None:
+    (gather,) = [r for r in explained(tail).redistributions if r.change in ("S(1) -> I", "S(1) -> R")]
+    assert gather.forward is not None
+    assert gather.backward is None
+
+
+def test_frozen_parameters_are_not_reduced() -> None:
+    model = Tail("count")
+    model.project.weight.requires_grad_(False)
+    explanation = sptransform.explain(model, "ulysses", (torch.ones(2, 12, 8),), world_size=2)
+    assert not explanation.parameter_gradients
+    assert explanation.bytes_sent("backward") == 0
+
+
+def test_grad_sync_off_reduces_nothing() -> None:
+    explanation = explained("count", grad_sync=False)
+    assert not explanation.parameter_gradients
+    assert "grad_sync=False" in str(explanation)
+
+
+def test_a_bucket_is_divided_once() -> None:
+    """2 (N-1)/N of the whole message, not the rounded sum over its tensors."""
+    model, inputs = build_shape(5, 5, 1, 7, False)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    (bucket,) = sptransform.explain(model, "ulysses", inputs, world_size=3).parameter_gradients
+    assert bucket.backward is not None
+    assert bucket.backward.bytes_sent == 2 * num_bytes * 2 // 3
+    assert sorted(bucket.parameters) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_gathers_for_ops_that_need_a_whole_axis_are_listed() -> None:
+    explanation = explained("sort")
+    assert not explanation.fallbacks
+    (gathered,) = explanation.gathered
+    assert gathered.op.startswith("aten.sort")
+    assert gathered.gathered_bytes == 2 * 12 * 8 * 4
+    assert gathered.source_line is not None and "y.sort(1)" in gathered.source_line
+    assert "y.sort(1)" in str(explanation)
+
+
+def test_gathers_of_outputs_are_not_listed_as_gathered() -> None:
+    model, inputs = build_shape(4, 4, 1, 8, False)
+    assert not sptransform.explain(model, "ulysses", inputs, world_size=2, outputs="full").gathered
+
+
+def test_fallbacks_are_listed() -> None:
+    explanation = explained("inverse")
+    (fallback,) = explanation.fallbacks
+    assert "inv" in fallback.op
+    assert fallback.gathered_bytes > 0
+    assert "linalg.inv" in str(explanation)
+    assert fallback.node not in {gathered.node for gathered in explanation.gathered}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is shown.
+
+
+def one_layer(num_ranks: int) -> Explanation:
+    model, inputs = build_shape(4, 2, 2, 16, True, num_layers=1)
+    return sptransform.explain(model, "ulysses", inputs, world_size=num_ranks)
+
+
+def test_text(golden: Golden) -> None:
+    golden.check("explain", text=str(one_layer(2)), one_rank=str(one_layer(1)))
+
+
+def test_graph_by_layer(golden: Golden) -> None:
+    explanation = one_layer(2)
+    assert explanation.layers == ("", "tokens", "positions", "blocks.0", *explanation.layers[4:])
+    golden.check("explain_graph", **{"blocks.0": explanation.graph("blocks.0")})
+    assert explanation.graph().count("\n") > explanation.graph("blocks.0").count("\n")
+
+
+def test_dict_is_plain_data() -> None:
+    explanation = one_layer(2)
+    data = explanation.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert data["totals"] == [
+        {"direction": t.direction, "kind": t.kind, "count": t.count, "bytes_sent": t.bytes_sent}
+        for t in explanation.totals
+    ]
+    assert sum(map(len, data["graph"].values())) == explanation.graph().count("\n") + 1
+    lines = [r["source_line"] for r in data["redistributions"] if r["forward"] and r["forward"]["kind"] == "all_to_all"]
+    assert len(lines) == 2
+    assert "shapes.py" in lines[0] and "scaled_dot_product_attention" in lines[0]
+
+
+def test_rich_shows_what_the_text_says() -> None:
+    explanation = one_layer(2)
+    console = rich.console.Console(width=200, record=True, file=io.StringIO())
+    console.print(explanation)
+    shown = console.export_text()
+    for line in str(explanation).splitlines():
+        assert all(word in shown for word in line.split())
+
+
+def test_equal_layers_share_a_line() -> None:
+    model, inputs = build_shape(4, 4, 1, 8, False, num_layers=3)
+    page = str(sptransform.explain(model, "ulysses", inputs, world_size=2))
+    assert page.count("S(2) -> S(1)") == 1
+    assert "blocks.0..2" in page
+
+
+def test_one_rank_says_that_nothing_is_inserted() -> None:
+    explanation = one_layer(1)
+    assert not explanation.collectives
+    assert not explanation.redistributions
+    assert "Nothing is inserted" in str(explanation)
+
+
+def test_a_rewritten_graph_explains_itself() -> None:
+    model, inputs = build_shape(4, 2, 2, 16, True, num_layers=1)
+    rewritten = sptransform.rewrite(model, "ulysses", inputs, world_size=2)
+    assert rewritten.explain() == one_layer(2)
+    assert rewritten.collectives() == list(one_layer(2).collectives)
+
+
+def test_outputs_say_where_they_end() -> None:
+    (output,) = one_layer(2).outputs
+    assert (output.placement, output.type) == ("I", "f64[] I")
+
+
+def test_a_large_model_on_meta_takes_no_memory() -> None:
+    """Two layers of Llama 3 8B at 131,072 tokens on 64 ranks: the closed forms, and the model left as it was."""
+    heads, key_heads, head_dim, seq_len, num_ranks = 32, 8, 128, 131_072, 64
+    config = LlamaConfig(
+        hidden_size=heads * head_dim,
+        intermediate_size=14_336,
+        num_attention_heads=heads,
+        num_hidden_layers=2,
+        num_key_value_heads=key_heads,
+        vocab_size=128_256,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        ids = torch.zeros(1, seq_len, dtype=torch.long)
+    explanation = sptransform.explain(model, "ulysses", {"input_ids": ids, "labels": ids}, world_size=num_ranks, rank=1)
+    exchanges = [c for c in explanation.collectives if c.kind == "all_to_all"]
+    # fewer key heads than ranks: whoever has a query head gets its key head; ranks without heads get nothing
+    to_others = [heads - 1 + 2 * (heads - 1), 1]  # Q, K, V heads sent to other ranks by rank 1, then its part of O
+    part = seq_len // num_ranks * head_dim * 2
+    assert [c.bytes_sent for c in exchanges if c.direction == "forward"] == [
+        to_others[0] * part,
+        (num_ranks - 1) * part,
+    ] * 2
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
