@@ -69,7 +69,7 @@ def parallelize(
         sequence_dims=dict(sequence_dims or {}),
     )
     Mesh.of(mesh)  # a wrong mesh is an error here, not at the first call
-    model.compile(backend=partial(sptransform_backend, options), fullgraph=fullgraph, dynamic=False)
+    model.compile(backend=partial(sptransform_backend, options), fullgraph=fullgraph)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
     model._compiled_call_impl = configured(model._compiled_call_impl)
     return model
