@@ -36,8 +36,7 @@ class Localize(Pass):
         for node in nodes:
             note = annotations.note(node)
             if note.placements is not None:
-                shapes = (tuple(value.shape) for value in annotations.values(node))
-                pairs = zip(note.placements, shapes, annotations.values(node), strict=True)
+                pairs = zip(note.placements, annotations.shapes(node), annotations.values(node), strict=True)
                 note.local_types = tuple(
                     (local_shape(placement, shape, context.mesh.rank), value.dtype) for placement, shape, value in pairs
                 )

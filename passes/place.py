@@ -42,7 +42,8 @@ class Place(Pass):
                     + ", ".join(_user_inputs(graph)),
                 )
             )
-        inputs = {n: self._input(n, context) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+        sources = (n for n in graph.nodes if n.op in ("placeholder", "get_attr") and annotations.values(n))
+        inputs = {n: self._input(n, context) for n in sources}
         Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light).run()
         for node in graph.nodes:
             if node.op == "call_function" and annotations.note(node).decision is not None:

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sptransform.sizes import Size, size_of
+
 if TYPE_CHECKING:
     from sptransform.placement import Placement
     from sptransform.rules import Decision, OpRule
@@ -27,7 +29,7 @@ class Note:
     rule: OpRule | None = None
     decision: Decision | None = None
     placements: tuple[Placement, ...] | None = None  # one per output of the node
-    local_types: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None  # stated shape, dtype per output
+    local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # stated shape, dtype per output
     transitions: tuple[tuple[Placement, Placement], ...] = ()  # of a redistribute node: (from, to) per tensor
 
 
@@ -65,8 +67,13 @@ def values(node: fx.Node) -> tuple[torch.Tensor, ...]:
     return ()
 
 
-def shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(values(node)[0].shape)
+def shapes(node: fx.Node) -> tuple[tuple[Size, ...], ...]:
+    """Shapes of the node's tensor outputs."""
+    return tuple(tuple(map(size_of, value.shape)) for value in values(node))
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    return shapes(node)[0]
 
 
 def handles_tensors(node: fx.Node) -> bool:

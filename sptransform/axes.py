@@ -15,6 +15,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.partition import Partition
 from sptransform.rules import Dims, OpRule, Resize
+from sptransform.sizes import Size
 
 
 class Atom:
@@ -22,7 +23,7 @@ class Atom:
 
     __slots__ = ("merged", "parts", "size")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: Size) -> None:
         self.size = size
         self.merged: Atom | None = None
         self.parts: tuple[Atom, ...] | None = None
@@ -105,8 +106,8 @@ class Axes:
             if picked is not None:
                 self._dims[node, 0] = self._dims[picked]
                 continue
-            for index, value in enumerate(annotations.values(node)):
-                self._dims[node, index] = [[] if size == 1 else [Atom(size)] for size in value.shape]
+            for index, shape in enumerate(annotations.shapes(node)):
+                self._dims[node, index] = [[] if size == 1 else [Atom(size)] for size in shape]
         for node in graph.nodes:
             rule = annotations.note(node).rule
             if rule is not None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard as DTensorShard
 import sptransform.ops
 from sptransform import annotations
 from sptransform.agreement import Agreement
-from sptransform.capture import capture
+from sptransform.capture import capture, fix_sizes
 from sptransform.errors import UsageError, describe
 from sptransform.fingerprint import Program, captured_lines, schedule_lines, settings
 from sptransform.mesh import Mesh
@@ -33,6 +33,7 @@ from sptransform.options import Options, check_torch_version
 from sptransform.pass_manager import Context, run_passes
 from sptransform.passes import PIPELINE
 from sptransform.placement import Placement, Shard
+from sptransform.sizes import SymbolicSizeError
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def sptransform_backend(
         compiled = agreement.checked(compiled, program, options.check_timeout)
     if options.outputs != "dtensor":
         return compiled
-    return _with_dtensors(compiled, _output_types(gm), context)
+    return _with_dtensors(compiled, context)
 
 
 def _compile(
@@ -81,8 +82,27 @@ def rewrite_graph(
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
-    ``see`` is shown the captured graph before it changes; ``whole``: ``gm`` is the whole model.
+    Lengths Dynamo left symbolic stay so where every rank gets an equal share whatever they are; where something needs
+    the number itself, they are fixed to it. ``see`` is shown the captured graph before it changes; ``whole``: ``gm`` is
+    the whole model.
     """
+    try:
+        fix_sizes(gm, mesh.size)
+        return _rewrite_graph(gm, inputs, options, mesh, see, whole)
+    except SymbolicSizeError as error:
+        log.info("compiling for one length: %s", error)
+        fix_sizes(gm, None)
+        return _rewrite_graph(gm, inputs, options, mesh, see, whole)
+
+
+def _rewrite_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: Mesh,
+    see: Callable[[fx.Graph], None] | None,
+    whole: bool,
+) -> tuple[fx.GraphModule, Context]:
     context = Context(
         mesh=mesh,
         strategy=options.strategy,
@@ -164,36 +184,25 @@ def _check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whol
             )
 
 
-def _with_dtensors(compiled: Callable[..., Any], shapes: Sequence[Any], context: Context) -> Callable[..., Any]:
+def _with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[..., Any]:
     """Return sharded outputs as DTensors: ``full_tensor()`` gathers, nothing gathers behind the user's back."""
 
-    def wrap(x: Any, placement: Placement | None, like: tuple[torch.Size, tuple[int, ...]] | None) -> Any:
+    def wrap(x: Any, placement: Placement | None) -> Any:
         if not isinstance(placement, Shard):
             return x
-        shape, stride = like
+        # an even partition may be of any length; what the call had is what the part says
+        whole = x.shape[placement.dim] * context.mesh.size if placement.partition.is_even else placement.dim_size
+        shape = torch.Size([*x.shape[: placement.dim], whole, *x.shape[placement.dim + 1 :]])
+        stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             x, context.mesh.device_mesh, [DTensorShard(placement.dim)], run_check=False, shape=shape, stride=stride
         )
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
-        return tuple(map(wrap, outputs, context.output_placements, shapes))
+        return tuple(map(wrap, outputs, context.output_placements))
 
     return run
-
-
-def _output_types(gm: fx.GraphModule) -> list[tuple[torch.Size, tuple[int, ...]] | None]:
-    """Global shape and contiguous stride of every tensor output of Dynamo's graph."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    types = []
-    for x in output.args[0]:
-        value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
-        if isinstance(value, torch.Tensor):
-            shape = torch.Size(int(size) for size in value.shape)
-            types.append((shape, torch.empty(shape, device="meta").stride()))
-        else:
-            types.append(None)
-    return types
 
 
 @cache

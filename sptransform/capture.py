@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sptransform import annotations
 from sptransform.functionalize import functionalize
 from sptransform.rewriter import rename
+from sptransform.sizes import split_length
 
 _regions = itertools.count(1)
 
@@ -58,18 +59,24 @@ class _Inliner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def specialize(gm: fx.GraphModule) -> None:
-    """Make Dynamo guard every input size it left symbolic: this compiler's graphs are for one set of sizes.
+def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
+    """Decide for every size Dynamo left symbolic whether the graph serves all lengths ``num_ranks`` divides, or one.
 
-    Reading a symbolic size as an int adds the guard, so another size is another compile, never a wrong run.
+    None fixes them all to their values. The guards are Dynamo's: another size is another compile, never a wrong run.
     """
+    for size in _symbolic_sizes(gm):
+        if num_ranks is None:
+            int(size)
+        else:
+            split_length(size, num_ranks)
+
+
+def _symbolic_sizes(gm: fx.GraphModule) -> Iterator[torch.SymInt]:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             example = node.meta.get("example_value")
             sizes = example.shape if isinstance(example, torch.Tensor) else [example]
-            for size in sizes:
-                if isinstance(size, torch.SymInt):
-                    int(size)
+            yield from (size for size in sizes if isinstance(size, torch.SymInt))
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -78,11 +85,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     Raises:
         CaptureError: the graph writes into a tensor in a way that has no functional form.
     """
-    specialize(gm)
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
-    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else _plain(x) for x in inputs]
-    # boxed in a list argument, make_fx would drop inputs no op reads; positional ones it keeps
+    fakes = [_fake(x, mode, context) if isinstance(x, torch.Tensor) else x for x in inputs]
     with mode, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
         traced = make_fx(lambda *args: _Inliner(gm).run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     for node in traced.graph.nodes:
@@ -113,8 +118,12 @@ def _input_name(placeholder: fx.Node) -> str:
     return ".".join(keys[1:] if len(keys) > 1 and not keys[1].isdigit() else keys) or placeholder.name
 
 
-def _plain(x: Any) -> Any:
-    return int(x) if isinstance(x, torch.SymInt) else x
+def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None) -> torch.Tensor:
+    """A fake of ``x`` with the symbols Dynamo gave its sizes, or none."""
+    symbols = None if context is None else context.tensor_to_context.get(x)
+    if symbols is None:
+        return mode.from_tensor(x, static_shapes=True)
+    return mode.from_tensor(x, symbolic_context=symbols, source=symbols.tensor_source)
 
 
 def _is_tracked(meta: Any) -> bool:

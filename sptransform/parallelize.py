@@ -79,7 +79,7 @@ def parallelize(
         raise UsageError(describe("fullgraph is a bool", found=repr(fullgraph), fix="True or False"))
     where = Mesh.of(mesh)  # a wrong mesh is an error here, not at the first call
     _check_module(model, where)
-    model.compile(backend=partial(sptransform_backend, options, whole=fullgraph), fullgraph=fullgraph, dynamic=False)
+    model.compile(backend=partial(sptransform_backend, options, whole=fullgraph), fullgraph=fullgraph)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
     model._compiled_call_impl = _telling(configured(model._compiled_call_impl), Agreement.of(where))
     return model

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-Interval = tuple[int, int]
+import sympy
+
+from sptransform.sizes import Size, SymbolicSizeError
+
+Interval = tuple[Size, Size]
 Intervals = tuple[Interval, ...]
 
 
@@ -37,11 +41,11 @@ class Partition:
         ValueError: an interval lies outside the axis.
     """
 
-    size: int
+    size: Size
     owned: tuple[Intervals, ...]
 
     def __post_init__(self) -> None:
-        for rank, intervals in enumerate(self.owned):
+        for rank, intervals in enumerate(self.owned if isinstance(self.size, int) else ()):
             for lo, hi in intervals:
                 if not 0 <= lo < hi <= self.size:
                     raise ValueError(f"rank {rank} owns [{lo}, {hi}), outside an axis of size {self.size}")
@@ -53,8 +57,22 @@ class Partition:
     @staticmethod
     def contiguous(size: int, num_ranks: int) -> Partition:
         """One block a rank, as ``torch.chunk`` cuts: ceil(size / num_ranks) each, the last ones shorter."""
+        if not isinstance(size, int):
+            return Partition.blocks(size, num_ranks)
         block = -(-size // num_ranks)
         return Partition.of(size, ([(min(r * block, size), min((r + 1) * block, size))] for r in range(num_ranks)))
+
+    @staticmethod
+    def blocks(size: Size, num_ranks: int) -> Partition:
+        """Equal blocks of an axis whose size, maybe symbolic, ``num_ranks`` divides.
+
+        Raises:
+            SymbolicSizeError: a symbolic size is not known to be a multiple.
+        """
+        if isinstance(size, sympy.Expr) and size % num_ranks != 0:
+            raise SymbolicSizeError(f"{size} is not known to be a multiple of {num_ranks}")
+        block = size / num_ranks if isinstance(size, sympy.Expr) else size // num_ranks
+        return Partition(size, tuple(((rank * block, (rank + 1) * block),) for rank in range(num_ranks)))
 
     @staticmethod
     def balanced(size: int, num_ranks: int) -> Partition:
@@ -76,7 +94,8 @@ class Partition:
     @property
     def is_even(self) -> bool:
         """Every rank owns equally many indices: the graph is then the same on all ranks."""
-        return len(set(self.local_sizes)) == 1
+        first, *others = self.local_sizes
+        return all(size == first for size in others)
 
     @cached_property
     def is_exact(self) -> bool:
@@ -93,13 +112,19 @@ class Partition:
         block = self.size // self.num_ranks
         return block > 0 and all(own == ((r * block, (r + 1) * block),) for r, own in enumerate(self.owned))
 
+    def _check_number(self, operation: str) -> None:
+        if not isinstance(self.size, int):
+            raise SymbolicSizeError(f"cannot {operation} the partition of an axis of symbolic size {self.size}")
+
     def slice(self, start: int, stop: int) -> Partition:
         """Ownership of ``x[start:stop]``: intervals are clipped, nothing moves."""
+        self._check_number("slice")
         clip = ([(max(lo, start) - start, min(hi, stop) - start) for lo, hi in own] for own in self.owned)
         return Partition.of(max(stop - start, 0), clip)
 
     def pad(self, before: int, after: int) -> Partition:
         """Ownership after padding: whoever owns the first (last) index owns what is put before (after) it."""
+        self._check_number("pad")
         total = before + self.size + after
         owned = []
         for own in self.owned:
@@ -136,13 +161,14 @@ class Partition:
 
     def __str__(self) -> str:
         if self.is_blocks:
-            return f"{self.size}/{self.num_ranks}"
+            return f"{self.size if isinstance(self.size, int) else '?'}/{self.num_ranks}"
+        self._check_number("print")
         ranks = "|".join(",".join(f"{lo}:{hi}" for lo, hi in own) for own in self.owned)
         return f"{self.size}[{ranks}]"
 
     @staticmethod
     def parse(text: str) -> Partition:
-        """Inverse of ``str``. Raises ValueError on other text."""
+        """Inverse of ``str``, but for an open size (``?``). Raises ValueError on other text."""
         even = re.fullmatch(r"(\d+)/(\d+)", text)
         if even:
             return Partition.contiguous(int(even[1]), int(even[2]))

@@ -18,7 +18,10 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from torch import Tensor
+
 from sptransform.partition import Partition
+from sptransform.sizes import Size, SymbolicSizeError
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,17 @@ class Shard(Placement):
 
     dim: int
     partition: Partition
-    outer: int = 1
+    outer: Size = 1
 
     @property
-    def dim_size(self) -> int:
+    def dim_size(self) -> Size:
         """Global size of the dimension."""
         return self.outer * self.partition.size
 
-    def local_dim_size(self, rank: int) -> int:
+    def local_dim_size(self, rank: int) -> Size:
         return self.outer * self.partition.local_size(rank)
 
-    def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    def local_shape(self, shape: tuple[Size, ...], rank: int) -> tuple[Size, ...]:
         """Shape of rank's part of a tensor of global ``shape``. Raises ValueError if the dimension differs."""
         if shape[self.dim] != self.dim_size:
             raise ValueError(f"dimension {self.dim} of {tuple(shape)} is not the {self.dim_size} of {self.spec}")
@@ -77,18 +80,36 @@ class Shard(Placement):
     @property
     def spec(self) -> str:
         """The whole placement as text, as the ops of the rewritten graph take it: ``S(0:2*64/4)``."""
+        if not isinstance(self.outer, int):
+            raise SymbolicSizeError(f"cannot print {self.outer} times a partition")
         outer = f"{self.outer}*" if self.outer != 1 else ""
         return f"S({self.dim}:{outer}{self.partition})"
 
     @staticmethod
-    @lru_cache(maxsize=4096)
-    def parse(text: str) -> Shard:
-        """Inverse of ``spec``. Raises ValueError on other text."""
-        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?([^*]+)\)", text)
-        if match is None:
+    def parse(text: str, part: Tensor | None = None, whole: Tensor | None = None) -> Shard:
+        """Inverse of ``spec``; a size it leaves open (``?``) is read from the tensor it is said of.
+
+        Raises:
+            ValueError: other text, or an open size and no tensor.
+        """
+        if "?" not in text:
+            return _parse(text)
+        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?\?/(\d+)\)", text)
+        x = whole if part is None else part
+        if match is None or x is None:
             raise ValueError(f"not a shard: {text!r}")
-        dim, outer, partition = match.groups()
-        return Shard(int(dim), Partition.parse(partition), int(outer or 1))
+        dim, outer, num_ranks = (int(group or 1) for group in match.groups())
+        extent = x.shape[dim] // outer * (1 if part is None else num_ranks)
+        return Shard(dim, Partition.blocks(extent, num_ranks), outer)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Shard:
+    match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?([^*]+)\)", text)
+    if match is None:
+        raise ValueError(f"not a shard: {text!r}")
+    dim, outer, partition = match.groups()
+    return Shard(int(dim), Partition.parse(partition), int(outer or 1))
 
 
 R = Replicated()
@@ -96,7 +117,7 @@ I = Invariant()  # noqa: E741 - the type's name everywhere in the field's notati
 P = Partial()
 
 
-def local_shape(placement: Placement, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+def local_shape(placement: Placement, shape: tuple[Size, ...], rank: int) -> tuple[Size, ...]:
     """Shape that ``rank`` holds of a tensor of global ``shape``."""
     return placement.local_shape(shape, rank) if isinstance(placement, Shard) else tuple(shape)
 

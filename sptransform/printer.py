@@ -15,6 +15,7 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.placement import Placement, Shard
+from sptransform.sizes import size_of
 
 _DTYPES = {
     torch.bfloat16: "bf16",
@@ -29,11 +30,11 @@ _DTYPES = {
 
 def tensor_type(value: torch.Tensor, placement: Placement | None, *, is_local: bool = False) -> str:
     """Dtype, shape and placement of a tensor; ``value`` has global sizes unless ``is_local``."""
-    sizes = [str(int(size)) for size in value.shape]
+    sizes = [str(size_of(size)) for size in value.shape]
     suffix = ""
     if isinstance(placement, Shard):
         local = [placement.outer * n for n in placement.partition.local_sizes]
-        size = str(local[0]) if len(set(local)) == 1 else f"{max(local)}..{min(local)}"
+        size = str(local[0]) if placement.partition.is_even else f"{max(local)}..{min(local)}"
         sizes[placement.dim] = f"{sizes[placement.dim] if is_local else size}@sp"
     elif placement is not None:
         suffix = f" {placement}"

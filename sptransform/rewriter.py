@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from sptransform import annotations
 from sptransform.placement import Placement
 from sptransform.rules import map_nodes
+from sptransform.sizes import node_of
 
 
 def redistribute(xs: list[Any], transitions: tuple[tuple[Placement, Placement], ...]) -> list[Any]:
@@ -88,6 +90,9 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
     """``emit(target, args, kwargs)`` that adds a node in front of ``before``, in its name, with its fake value."""
 
     def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        args, kwargs = map_nodes(
+            (args, kwargs), lambda x: node_of(x, before) if isinstance(x, sympy.Expr) else x
+        )
         with before.graph.inserting_before(before):
             node = before.graph.call_function(target, args, kwargs)
         annotations.copy(before, node)

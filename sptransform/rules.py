@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -21,9 +22,10 @@ from sptransform import annotations
 from sptransform.errors import RuleError
 from sptransform.partition import Partition
 from sptransform.placement import I, P, Placement, R, Shard
+from sptransform.sizes import Size, size_of
 
 Dims = tuple[tuple[str, ...], ...]
-Shape = tuple[int, ...]
+Shape = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,11 @@ class OpCall:
             if isinstance(x, fx.Node) and annotations.is_tensor(x):
                 shapes.append(annotations.shape(x))
                 return Operand(len(shapes) - 1)
-            return x
+            value = annotations.value(x) if isinstance(x, fx.Node) else x
+            return size_of(value) if isinstance(value, torch.SymInt) else x
 
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
-        return OpCall(
-            node.target, args, kwargs, tuple(shapes), tuple(tuple(v.shape) for v in annotations.values(node))
-        )
+        return OpCall(node.target, args, kwargs, tuple(shapes), annotations.shapes(node))
 
     def argument(self, name: str) -> Any:
         """The argument called ``name`` in the op's schema, its default where it was not given."""
@@ -108,7 +109,7 @@ class OpRule:
 
     operands: tuple[Dims, ...]
     results: tuple[Dims, ...]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Size]
     reduce: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()

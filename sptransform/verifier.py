@@ -56,10 +56,10 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
                         "a placement is not what the decision gives", node=node, found=f"{note.placements}, {given}"
                     )
                 )
-        for value, placement in zip(tensors, note.placements, strict=True):
-            if isinstance(placement, Shard) and value.shape[placement.dim] != placement.dim_size:
+        for shape, placement in zip(annotations.shapes(node), note.placements, strict=True):
+            if isinstance(placement, Shard) and shape[placement.dim] != placement.dim_size:
                 raise VerificationError(
-                    describe("a shard does not fit its tensor", node=node, found=f"{placement.spec}, {value.shape}")
+                    describe("a shard does not fit its tensor", node=node, found=f"{placement.spec}, {shape}")
                 )
 
 
@@ -131,7 +131,7 @@ def check_local(graph: fx.Graph, context: Context) -> None:
     """Run on fake shards, every node gave the local shape and dtype its placement and the global graph say."""
     for node in graph.nodes:
         stated = annotations.note(node).local_types
-        found = tuple((tuple(v.shape), v.dtype) for v in annotations.values(node))
+        found = tuple(zip(annotations.shapes(node), (v.dtype for v in annotations.values(node)), strict=True))
         if stated is not None and found != stated:
             raise VerificationError(
                 describe("a shard is not what its placement says", node=node, found=f"{found}, stated {stated}")

@@ -11,11 +11,11 @@ import torch
 
 from sptransform.partition import Partition
 from sptransform.rules import Dims, Local, OpCall, OpEntry, OpRule, Resize, RuleFn, Shape
+from sptransform.sizes import Size, order
 
 aten = torch.ops.aten
 
 _LINEAR = (frozenset({0}),)
-_END = 2**63 - 1
 
 
 def _dims(shape: Shape, names: Sequence[str]) -> Dims:
@@ -31,7 +31,7 @@ def _sizes(*tensors: tuple[Dims, Shape]) -> dict[str, int]:
     }
 
 
-def _bounds(shape: Shape) -> list[int]:
+def _bounds(shape: Shape) -> list[Size]:
     """Products of trailing sizes: the strides at which a row-major index carries into the next dimension."""
     bounds = [1]
     for size in reversed(shape):
@@ -48,12 +48,12 @@ def reshape(call: OpCall) -> OpRule | None:
     source, target = call.operand_shapes[0], call.result_shapes[0]
     if 0 in source:
         return None
-    bounds = sorted({*_bounds(source), *_bounds(target)})
-    common = sorted(set(_bounds(source)) & set(_bounds(target)))
-    factors: list[tuple[str, int, int]] = []  # name, stride, size
-    opaque: list[tuple[int, int]] = []
+    bounds = sorted({*_bounds(source), *_bounds(target)}, key=order)
+    common = sorted(set(_bounds(source)) & set(_bounds(target)), key=order)
+    factors: list[tuple[str, Size, Size]] = []  # name, stride, size
+    opaque: list[tuple[Size, Size]] = []
     for lo, hi in pairwise(common):
-        inside = [b for b in bounds if lo <= b <= hi]
+        inside = [b for b in bounds if order(lo) <= order(b) <= order(hi)]
         pairs = list(pairwise(inside))
         if all(b % a == 0 for a, b in pairs):
             factors.extend((f"f{a}", a, b // a) for a, b in pairs)
@@ -66,12 +66,12 @@ def reshape(call: OpCall) -> OpRule | None:
         stride = 1
         for size in reversed(shape):
             top = stride * size
-            if any(lo <= stride and top <= hi for lo, hi in opaque) and size != 1:
+            if any(order(lo) <= order(stride) and order(top) <= order(hi) for lo, hi in opaque) and size != 1:
                 name = f"{side}{stride}"
                 sizes[name] = size
                 found.append((name,))
             else:
-                found.append(tuple(name for name, s, _ in reversed(factors) if stride <= s < top))
+                found.append(tuple(n for n, s, _ in reversed(factors) if order(stride) <= order(s) < order(top)))
             stride = top
         return tuple(reversed(found))
 
@@ -162,9 +162,14 @@ def _repeat_local(call: OpCall, local: Local) -> Any:
     return local.run(call, repeats=repeats)
 
 
-def _bounds_of_slice(call: OpCall, size: int) -> tuple[int, int, int]:
-    start, end = call.argument("start"), call.argument("end")
-    return slice(start, None if end == _END else end, call.argument("step")).indices(size)
+def _bounds_of_slice(call: OpCall, dim: int) -> tuple[Size, Size, int]:
+    """First index, the one after the last, and step. What the result has left says where a slice of step 1 ends."""
+    size, start, step = call.operand_shapes[0][dim], call.argument("start") or 0, call.argument("step")
+    if isinstance(size, int) and isinstance(start, int):
+        start = slice(start, None).indices(size)[0]
+    elif isinstance(start, int) and start < 0:
+        start = size + start
+    return start, start + call.result_shapes[0][dim] * step, step
 
 
 def slice_(call: OpCall) -> OpRule | None:
@@ -174,7 +179,7 @@ def slice_(call: OpCall) -> OpRule | None:
     """
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
-    start, stop, step = _bounds_of_slice(call, shape[dim])
+    start, stop, step = _bounds_of_slice(call, dim)
     dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
     sizes = _sizes((dims, shape))
     factor = f"i{dim}"
@@ -188,11 +193,10 @@ def slice_(call: OpCall) -> OpRule | None:
 
 
 def _slice_local(call: OpCall, local: Local) -> Any:
-    size = call.operand_shapes[0][call.argument("dim")]
     dim = call.argument("dim") % len(call.operand_shapes[0])
     if local.decision.factor != f"i{dim}" or not local.rule.resize:  # without resize nothing is cut off
         return local.run(call)
-    start, stop, _ = _bounds_of_slice(call, size)
+    start, stop, _ = _bounds_of_slice(call, dim)
     owned = local.decision.partition.owned[local.rank]
 
     def num_owned_below(bound: int) -> int:

@@ -53,7 +53,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.invariant:
-            return collectives.all_gather(grad, Shard.parse(ctx.spec), ctx.group), None, None, None
+            return collectives.all_gather(grad, Shard.parse(ctx.spec, part=grad), ctx.group), None, None, None
         return _sp.place(grad, ctx.spec, ctx.group), None, None, None
 
 
@@ -63,13 +63,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: str, group: str, invariant: bool) -> Tensor:
         ctx.spec, ctx.group, ctx.invariant = spec, group, invariant
-        return collectives.all_gather(x, Shard.parse(spec), group)
+        return collectives.all_gather(x, Shard.parse(spec, part=x), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.invariant:
             return _sp.take(grad, ctx.spec, ctx.group), None, None, None
-        return collectives.reduce_scatter(grad, Shard.parse(ctx.spec), ctx.group), None, None, None
+        return collectives.reduce_scatter(grad, Shard.parse(ctx.spec, whole=grad), ctx.group), None, None, None
 
 
 class _SumScatter(torch.autograd.Function):
@@ -78,11 +78,11 @@ class _SumScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: str, group: str) -> Tensor:
         ctx.spec, ctx.group = spec, group
-        return collectives.reduce_scatter(x, Shard.parse(spec), group)
+        return collectives.reduce_scatter(x, Shard.parse(spec, whole=x), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return collectives.all_gather(grad, Shard.parse(ctx.spec), ctx.group), None, None
+        return collectives.all_gather(grad, Shard.parse(ctx.spec, part=grad), ctx.group), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -125,7 +125,12 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchange(xs: list[Tensor], sources: list[str], targets: list[str], group: str) -> list[Tensor]:
-    return collectives.exchange(xs, [Shard.parse(s) for s in sources], [Shard.parse(t) for t in targets], group)
+    return collectives.exchange(
+        xs,
+        [Shard.parse(source, part=x) for source, x in zip(sources, xs, strict=True)],
+        [Shard.parse(target, whole=x) for target, x in zip(targets, xs, strict=True)],
+        group,
+    )
 
 
 @composite("replicate(Tensor[] xs, str group_name) -> Tensor[]")

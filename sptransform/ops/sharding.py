@@ -37,28 +37,27 @@ def first_rank_for(x: Tensor, rank: int) -> Tensor:
 
 def _local_size(shard: Shard, group: str) -> int:
     # an even partition must not ask who we are: fake tensors have no rank
-    sizes = set(shard.partition.local_sizes)
-    return shard.outer * (sizes.pop() if len(sizes) == 1 else shard.partition.local_size(rank_in(group)))
+    return shard.local_dim_size(0 if shard.partition.is_even else rank_in(group))
 
 
 def _fake_take(x: Tensor, spec: str, group: str) -> Tensor:
-    shard = Shard.parse(spec)
+    shard = Shard.parse(spec, whole=x)
     return x.new_empty([*x.shape[: shard.dim], _local_size(shard, group), *x.shape[shard.dim + 1 :]])
 
 
 def _fake_place(x: Tensor, spec: str, group: str) -> Tensor:
-    shard = Shard.parse(spec)
+    shard = Shard.parse(spec, part=x)
     return x.new_empty([*x.shape[: shard.dim], shard.dim_size, *x.shape[shard.dim + 1 :]])
 
 
 @primitive("take(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_take)
 def take(x: Tensor, spec: str, group_name: str) -> Tensor:
-    return take_for(x, Shard.parse(spec), rank_in(group_name))
+    return take_for(x, Shard.parse(spec, whole=x), rank_in(group_name))
 
 
 @primitive("place(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_place)
 def place(x: Tensor, spec: str, group_name: str) -> Tensor:
-    return place_for(x, Shard.parse(spec), rank_in(group_name))
+    return place_for(x, Shard.parse(spec, part=x), rank_in(group_name))
 
 
 @primitive("on_first_rank(Tensor x, str group_name) -> Tensor", fake=lambda x, group_name: torch.empty_like(x))

@@ -19,8 +19,8 @@ from sptransform.placement import Shard
 _PER_RANK: dict[str, Callable[..., Tensor]] = {
     "dropout_mask": lambda rank, x, p, group: mask_for(x, p, rank),
     "on_first_rank": lambda rank, x, group: first_rank_for(x, rank),
-    "place": lambda rank, x, spec, group: place_for(x, Shard.parse(spec), rank),
-    "take": lambda rank, x, spec, group: take_for(x, Shard.parse(spec), rank),
+    "place": lambda rank, x, spec, group: place_for(x, Shard.parse(spec, part=x), rank),
+    "take": lambda rank, x, spec, group: take_for(x, Shard.parse(spec, whole=x), rank),
 }
 
 

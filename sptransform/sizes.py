@@ -1,0 +1,97 @@
+"""Sizes as rules and partitions see them: ints, or integer polynomials where Dynamo left a length symbolic.
+
+A symbolic length ``s`` that ``num_ranks`` divides is written ``num_ranks * k``: ``k`` is what a rank holds of it, every
+size of the graph is then a polynomial in such ``k``, equality is structural, and no guard is added by looking.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import sympy
+import torch
+from torch import fx
+
+Size = int | sympy.Expr
+
+# ShapeEnv -> {s: num_ranks * k}. A graph's sizes belong to its ShapeEnv, and so does what its symbols stand for.
+_LENGTHS: WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = WeakKeyDictionary()
+
+
+class SymbolicSizeError(ValueError):
+    """A symbolic size is asked something only a number can answer; the graph must be captured for its value."""
+
+
+def split_length(length: torch.SymInt, num_ranks: int) -> None:
+    """Guard that ``num_ranks`` divides a symbolic length, and write it ``num_ranks * k``; else fix it to its value.
+
+    Either way the guard is Dynamo's: a length it does not hold for is compiled anew.
+    """
+    expression = length.node.expr
+    if not isinstance(expression, sympy.Symbol):
+        return
+    if bool(length % num_ranks == 0):
+        local = sympy.Symbol(f"k_{expression.name}", integer=True, positive=True)
+        _LENGTHS.setdefault(length.node.shape_env, {})[expression] = num_ranks * local
+    else:
+        int(length)
+
+
+def size_of(x: int | torch.SymInt) -> Size:
+    """The size behind an int or SymInt."""
+    if not isinstance(x, torch.SymInt):
+        return x
+    expression = x.node.expr.xreplace(_LENGTHS.get(x.node.shape_env, {}))
+    return int(expression) if expression.is_Integer else expression
+
+
+def order(size: Size) -> int:
+    """A number by which sizes sort so that a divisor never comes after its multiple."""
+    if isinstance(size, int):
+        return size
+    return int(size.subs(dict.fromkeys(size.free_symbols, 1_000_003)))
+
+
+def node_of(size: sympy.Expr, before: fx.Node) -> fx.Node:
+    """Nodes in front of ``before`` that compute a symbolic size from the graph's symbolic inputs."""
+    graph = before.graph
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(before):
+            node = graph.call_function(target, args)
+        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+        return node
+
+    def build(expression: sympy.Expr) -> Any:
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Symbol:
+            source, factor = _length_of(expression, graph)
+            return call(operator.floordiv, source, factor)
+        if isinstance(expression, sympy.Add | sympy.Mul):
+            target = operator.add if isinstance(expression, sympy.Add) else operator.mul
+            first, *rest = map(build, expression.args)
+            for term in rest:
+                first = call(target, first, term)
+            return first
+        raise SymbolicSizeError(f"cannot compute {expression} in the graph")
+
+    return build(size)
+
+
+def _length_of(local: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int]:
+    """(input, num_ranks) for the symbol of a rank's share of it."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt):
+            whole = _lengths(value).get(value.node.expr)
+            if whole is not None and local in whole.free_symbols:
+                return node, int(whole / local)
+    raise SymbolicSizeError(f"no input of the graph is the length behind {local}")
+
+
+def _lengths(x: torch.SymInt) -> Mapping[sympy.Symbol, sympy.Expr]:
+    return _LENGTHS.get(x.node.shape_env, {})
