@@ -23,6 +23,7 @@ import cProfile
 import math
 import pstats
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 
 
 def show(times: list[Times], inner_backend: str) -> None:
-    title = f"Transform time, Llama, Ulysses, {WORLD_SIZE} ranks, {inner_backend}, torch {torch.__version__}; processor s"
+    setting = f"Llama, Ulysses, {WORLD_SIZE} ranks, {inner_backend}, torch {torch.__version__}"
+    title = f"Transform time: {setting}; seconds of processor time"
     table = Table(title=title, title_justify="left")
     columns = ("layers", "nodes", "whole", "rest", "capture", "passes", "inner", "transform", "of the whole")
     for name in (*columns, "exponent"):
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, metavar="LAYERS", help="profile the transform at this depth instead")
     args = parser.parse_args()
 
+    warnings.filterwarnings("ignore", message=".*force_disable_caches")  # disabling them is meant
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
     measure(min(args.layers), args.backend)

@@ -6,7 +6,9 @@ Packed into buckets, whose gradients travel together::
     %p0, %p1, ... = redistribute([%w0, %w1, ...], I -> R)
 
 1. Buckets hold parameters of one dtype, at most ``bucket_bytes`` in all, in the order in which the forward first reads
-   them; the backward finishes them last to first, so a bucket is reduced while earlier layers still compute.
+   them.
+2. A bucket stands right before its first reader: autograd runs last to first, so a bucket is reduced while the layers
+   before it still compute. It stays in front of autocast and grad-mode regions, where gradients might not pass.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ class BucketGradients(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         order = {node: position for position, node in enumerate(graph.nodes)}
         moves = [node for node in graph.nodes if is_redistribute(node) and _is_of_input(node)]
-        moves.sort(key=lambda node: min(order[reader] for output in node.users for reader in output.users))
+        first_reader = {
+            move: min((reader for output in move.users for reader in output.users), key=order.__getitem__)
+            for move in moves
+        }
+        moves.sort(key=lambda move: order[first_reader[move]])
         buckets: list[list[fx.Node]] = []
         room: dict[object, tuple[list[fx.Node], int]] = {}
         for node in moves:
@@ -45,9 +51,15 @@ class BucketGradients(Pass):
                 buckets.append(bucket)
             bucket.append(node)
             room[value.dtype] = (bucket, left - size)
-        for bucket in reversed(buckets):  # each is put in front of those before it
-            if len(bucket) > 1:
-                _merge(bucket, next(node for node in graph.nodes if node.op != "placeholder"))
+        region = next((node for node in graph.nodes if _opens_region(node)), None)
+        for bucket in buckets:
+            places = [first_reader[bucket[0]]] if region is None else [first_reader[bucket[0]], region]
+            _merge(bucket, min(places, key=order.__getitem__))
+
+
+def _opens_region(node: fx.Node) -> bool:
+    """Autocast and grad-mode nodes compute nothing."""
+    return node.op == "call_function" and annotations.value(node) is None and not annotations.handles_tensors(node)
 
 
 def _is_of_input(node: fx.Node) -> bool:

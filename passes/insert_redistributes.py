@@ -63,8 +63,8 @@ class InsertRedistributes(Pass):
             elif note.decision is not None:
                 operands = annotations.operands(node)
                 for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
-                    producer, _ = operands[index]
-                    self._satisfy(node, index, producer, demanded, inserter)
+                    if demanded is not None:
+                        self._satisfy(node, index, operands[index][0], demanded, inserter)
             elif node.op == "call_function" and not annotations.handles_tensors(node):
                 inserter.region += 1
 

@@ -41,7 +41,7 @@ _LOOK = 0.1  # seconds between looks at who is still missing, and whether it is 
 _GRACE = 1.0  # seconds the others have to arrive once one has failed
 _NEWS = 0.5  # seconds for the news of a death to arrive after a collective broke
 _TEXTS = 30.0  # seconds for the texts of differing programs to arrive
-_LONGEST = 4000  # characters of an error passed on
+_LONGEST = 1500  # characters of an error passed on
 
 
 class Agreement:

@@ -15,7 +15,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.partition import Partition
 from sptransform.rules import Dims, OpRule, Resize
-from sptransform.sizes import Size
+from sptransform.sizes import Size, quotient
 
 
 class Atom:
@@ -55,12 +55,12 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
             continue
         if x.size == y.size:
             y.merged = x
-        elif x.size % y.size == 0:
-            x.parts = (Atom(y.size), Atom(x.size // y.size))
+        elif (rest := quotient(x.size, y.size)) is not None:
+            x.parts = (Atom(y.size), Atom(rest))
             a.extend(resolve([x])[::-1])
             b.append(y)
-        elif y.size % x.size == 0:
-            y.parts = (Atom(x.size), Atom(y.size // x.size))
+        elif (rest := quotient(y.size, x.size)) is not None:
+            y.parts = (Atom(x.size), Atom(rest))
             b.extend(resolve([y])[::-1])
             a.append(x)
         else:

@@ -33,7 +33,8 @@ class Mesh:
     def pretended(world_size: int, rank: int = 0) -> Mesh:
         """A mesh without processes, to make and inspect graphs. Raises UsageError for an impossible rank."""
         if world_size < 1 or not 0 <= rank < world_size:
-            raise UsageError(describe("no such rank", found=f"rank {rank} of world_size {world_size}"))
+            fix = f"a rank from 0 to {world_size - 1}" if world_size > 0 else "world_size=1 or more"
+            raise UsageError(describe("no such rank", found=f"rank {rank} of world_size {world_size}", fix=fix))
         return Mesh(world_size, rank, PRETENDED_GROUP)
 
     @staticmethod

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import sympy
 
-from sptransform.sizes import Size, SymbolicSizeError
+from sptransform.sizes import Size, SymbolicSizeError, quotient
 
 Interval = tuple[Size, Size]
 Intervals = tuple[Interval, ...]
@@ -69,9 +69,9 @@ class Partition:
         Raises:
             SymbolicSizeError: a symbolic size is not known to be a multiple.
         """
-        if isinstance(size, sympy.Expr) and size % num_ranks != 0:
+        block = quotient(size, num_ranks) if isinstance(size, sympy.Expr) else size // num_ranks
+        if block is None:
             raise SymbolicSizeError(f"{size} is not known to be a multiple of {num_ranks}")
-        block = size / num_ranks if isinstance(size, sympy.Expr) else size // num_ranks
         return Partition(size, tuple(((rank * block, (rank + 1) * block),) for rank in range(num_ranks)))
 
     @staticmethod
@@ -141,11 +141,11 @@ class Partition:
 
     def coarsen(self, factor: int) -> Partition | None:
         """Inverse of :meth:`refine`; None where an interval does not begin and end on a multiple of ``factor``."""
-        if self.size % factor or any(bound % factor for own in self.owned for interval in own for bound in interval):
+        size = quotient(self.size, factor)
+        owned = [[(quotient(lo, factor), quotient(hi, factor)) for lo, hi in own] for own in self.owned]
+        if size is None or any(bound is None for own in owned for interval in own for bound in interval):
             return None
-        return Partition.of(
-            self.size // factor, ([(lo // factor, hi // factor) for lo, hi in own] for own in self.owned)
-        )
+        return Partition.of(size, owned)
 
     def quotient(self, factor: int) -> Partition:
         """The indices ``i // factor`` each rank needs to serve its own ``i``, each once: key heads for query heads."""

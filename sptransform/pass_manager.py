@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
@@ -16,7 +16,9 @@ from sptransform.mesh import Mesh
 from sptransform.placement import Placement
 from sptransform.printer import text
 from sptransform.rules import RuleTable
-from sptransform.strategies import Strategy
+
+if TYPE_CHECKING:
+    from sptransform.strategies import Strategy
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -21,7 +22,9 @@ from sptransform import annotations
 from sptransform.axes import Axes
 from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.rules import Decision, OpRule, Pending, Replicate, Sharded, decision_for, demands, outcomes
-from sptransform.strategies import Strategy
+
+if TYPE_CHECKING:
+    from sptransform.strategies import Strategy
 
 
 @dataclass
@@ -110,7 +113,8 @@ class Propagation:
             elif (decision := annotations.note(user).decision) is not None:
                 operands = annotations.operands(user)
                 wanted = demands(annotations.note(user).rule, decision, len(operands))
-                asked.extend(w for (producer, _), w in zip(operands, wanted, strict=True) if producer is node)
+                pairs = zip(operands, wanted, strict=True)
+                asked.extend(want for (producer, _), want in pairs if producer is node and want is not None)
         return asked
 
     def _backward(self, node: fx.Node) -> Decision:

@@ -22,7 +22,7 @@ from sptransform import annotations
 from sptransform.errors import RuleError
 from sptransform.partition import Partition
 from sptransform.placement import I, P, Placement, R, Shard
-from sptransform.sizes import Size, size_of
+from sptransform.sizes import Size, quotient, size_of
 
 Dims = tuple[tuple[str, ...], ...]
 Shape = tuple[Size, ...]
@@ -104,6 +104,7 @@ class OpRule:
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
         roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
+        unread: operands that lend their dtype or device only; they may be placed anyhow.
         heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
     """
 
@@ -115,6 +116,7 @@ class OpRule:
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[int] = frozenset()
     heavy: bool = False
 
     @property
@@ -198,14 +200,16 @@ def placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: D
     return None
 
 
-def demands(rule: OpRule | None, decision: Decision, num_operands: int) -> tuple[Placement, ...]:
-    """Placements a node asks of its operands."""
+def demands(rule: OpRule | None, decision: Decision, num_operands: int) -> tuple[Placement | None, ...]:
+    """Placements a node asks of its operands; None of those it does not read."""
     if isinstance(decision, Replicate):
-        return (decision.placement,) * num_operands
-    if isinstance(decision, Pending):
-        return tuple(P if i in decision.operands else R for i in range(num_operands))
-    assert rule is not None and isinstance(decision, Sharded)
-    return tuple(placement_of(rule, decision, "operand", i, dims) or R for i, dims in enumerate(rule.operands))
+        asked = [decision.placement] * num_operands
+    elif isinstance(decision, Pending):
+        asked = [P if i in decision.operands else R for i in range(num_operands)]
+    else:
+        assert rule is not None and isinstance(decision, Sharded)
+        asked = [placement_of(rule, decision, "operand", i, dims) or R for i, dims in enumerate(rule.operands)]
+    return tuple(None if rule is not None and i in rule.unread else placement for i, placement in enumerate(asked))
 
 
 def outcomes(rule: OpRule | None, decision: Decision, num_results: int) -> tuple[Placement, ...]:
@@ -224,14 +228,13 @@ def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:
     for at, factor in enumerate(factors):
         before = prod(rule.sizes[f] for f in factors[:at])
         after = prod(rule.sizes[f] for f in factors[at + 1 :])
-        size = rule.sizes[factor]
-        if factor in rule.whole or shard.outer % before or size % (shard.outer // before):
+        outer = quotient(shard.outer, before)
+        if factor in rule.whole or outer is None:
             continue
         if shard.outer != before and any(name == factor for _, _, name in rule.resize):
             continue
         partition = shard.partition.coarsen(after) if after > 1 else shard.partition
-        outer = shard.outer // before
-        if partition is not None and outer * partition.size == size:
+        if partition is not None and outer * partition.size == rule.sizes[factor]:
             return Sharded(factor, partition, outer)
     return None
 
@@ -304,7 +307,9 @@ def rule(
         for factors, size in unsolved:
             missing = [f for f in factors if f not in sizes]
             if len(missing) == 1:
-                sizes[missing[0]] = size // prod(sizes[f] for f in factors if f in sizes)
+                # a misfit leaves a size that ``check`` then finds wrong
+                known_size = prod(sizes[f] for f in factors if f in sizes)
+                sizes[missing[0]] = quotient(size, known_size) or 0
         present = [f for dims in (*operands, *results) for factors in dims for f in factors]
         unsized = {f for f in present if f not in sizes}
         if unsized:

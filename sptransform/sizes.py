@@ -48,6 +48,19 @@ def size_of(x: int | torch.SymInt) -> Size:
     return int(expression) if expression.is_Integer else expression
 
 
+def quotient(size: Size, divisor: Size) -> Size | None:
+    """``size / divisor`` where it is a whole number whatever the lengths are; else None."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return size // divisor if divisor and size % divisor == 0 else None
+    ratio = sympy.expand(sympy.cancel(sympy.sympify(size) / divisor))
+    if not ratio.is_polynomial(*ratio.free_symbols):
+        return None
+    coefficients = sympy.Poly(ratio, *ratio.free_symbols).coeffs() if ratio.free_symbols else [ratio]
+    if not all(coefficient.is_Integer for coefficient in coefficients):
+        return None
+    return int(ratio) if ratio.is_Integer else ratio
+
+
 def order(size: Size) -> int:
     """A number by which sizes sort so that a divisor never comes after its multiple."""
     if isinstance(size, int):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +16,7 @@ from torch import fx
 # Private: structured traces have no public writer; tlparse shows every "artifact" by its name.
 from torch._logging import trace_structured
 
-from sptransform.explain.counting import count_collectives
+from sptransform.explain.counting import kinds_by_node
 from sptransform.pass_manager import Context
 from sptransform.printer import text
 
@@ -37,10 +36,12 @@ def traced(graph: fx.Graph, context: Context) -> Iterator[None]:
 
 def summary(graph: fx.Graph, context: Context) -> str:
     """``Ulysses(split='heads') on 4 ranks: 5 collectives forward, 6 backward, 0 fallbacks``."""
-    counts = Counter(collective.direction for collective in count_collectives(graph, context.mesh))
+    kinds = kinds_by_node(graph).values()
+    forward = sum(ahead is not None for ahead, _ in kinds)
+    backward = sum(behind is not None for _, behind in kinds)
     return (
-        f"{context.strategy} on {context.mesh.size} ranks: {counts['forward']} collectives forward, "
-        f"{counts['backward']} backward, {len(context.fallbacks)} fallbacks"
+        f"{context.strategy} on {context.mesh.size} ranks: {forward} collectives forward, "
+        f"{backward} backward, {len(context.fallbacks)} fallbacks"
     )
 
 

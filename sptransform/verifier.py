@@ -109,7 +109,7 @@ def _check_operands(node: fx.Node) -> None:
     asked = demands(note.rule, note.decision, len(operands))
     for index, ((producer, _), demanded) in enumerate(zip(operands, asked, strict=True)):
         actual = annotations.placement(producer)
-        if not satisfies(actual, demanded, annotations.note(producer).differentiable):
+        if demanded is not None and not satisfies(actual, demanded, annotations.note(producer).differentiable):
             raise VerificationError(
                 describe(
                     f"operand {index} (%{producer.name}) is not placed as its consumer demands",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C import DispatchKey, DispatchKeySet
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +39,9 @@ def num_by_name(collectives: Iterable[Collective]) -> dict[str, int]:
 class CountCollectives(TorchDispatchMode):
     """Records each functional collective that runs inside, in order, in `collectives`."""
 
+    # attention in a checkpointed region and checks of errors come wrapped in such operators; none holds a collective
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
@@ -57,6 +61,8 @@ class CountCollectives(TorchDispatchMode):
         kwargs = kwargs or {}
         # Tracing dispatches collectives of fake tensors: they move nothing.
         if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
         if func.namespace == "_c10d_functional" and func.overloadpacket.__name__ != "wait_tensor":
             self.collectives.extend(_collectives(func, args, kwargs))

@@ -447,22 +447,6 @@ def test_dropout_of_attention_with_a_seed_of_its_own_on_every_rank_head() -> Non
 # ---- sizes
 
 
-def test_every_length_is_a_graph_of_its_own() -> None:
-    """Dynamo would make a length symbolic at its second value; capture has it guarded instead."""
-    sizes: list[tuple[int, ...]] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        traced = capture(gm, inputs)
-        sizes.extend(annotations.shape(node) for node in nodes_of(traced, aten.sin.default))
-        return traced
-
-    torch._dynamo.reset()
-    call = torch.compile(lambda x: x.sin(), backend=backend, fullgraph=True)
-    for length in (4, 6, 8):
-        call(torch.zeros(2, length))
-    assert sizes == [(2, 4), (2, 6), (2, 8)]
-
-
 def test_constants_of_the_graph_have_values() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         return x * torch.tensor([1.0, 2.0, 3.0])

@@ -20,21 +20,16 @@ FILES = {
 # A module may import modules of its own tier and of those above it in this list.
 TIERS: tuple[tuple[str, ...], ...] = (
     # types, and access to the graph
-    ("annotations", "errors", "mesh", "partition", "placement", "printer"),
+    ("annotations", "errors", "mesh", "partition", "placement", "printer", "sizes"),
     # the engine: knows no op and no strategy by name
     ("axes", "pass_manager", "propagation", "rewriter", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it
     ("capture", "functionalize", "op_rules", "ops", "passes", "strategies"),
     # what users call
-    ("backend", "explain", "options", "parallelize", "rewrite", "stand_ins", "trace"),
+    ("agreement", "backend", "explain", "faults", "fingerprint", "options", "parallelize")
+    + ("rewrite", "stand_ins", "trace"),
     ("",),
 )
-
-# Imports against the tiers, each for the name of a type only.
-EXCEPTIONS = {
-    ("sptransform.pass_manager", "sptransform.strategies"),
-    ("sptransform.propagation", "sptransform.strategies"),
-}
 
 ENGINE = ("axes", "pass_manager", "propagation", "rewriter", "verifier")
 MODELS = ("bert", "deepseek", "falcon", "gemma", "gpt", "llama", "mistral", "mixtral", "opt-", "phi", "qwen", "vit")
@@ -74,14 +69,7 @@ def imports_of(file: Path) -> list[str]:
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_obey_the_tiers(module: str) -> None:
     for imported in imports_of(FILES[module]):
-        if (module, imported) in EXCEPTIONS:
-            continue
         assert tier_of(imported) <= tier_of(module), f"{module} imports {imported}, of a later tier"
-
-
-def test_exceptions_are_still_needed() -> None:
-    for module, imported in EXCEPTIONS:
-        assert imported in imports_of(FILES[module]), f"{module} obeys the tiers now: take it out of the exceptions"
 
 
 def test_no_import_goes_round() -> None:

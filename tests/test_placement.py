@@ -74,5 +74,5 @@ def test_transitions_are_transposed() -> None:
 
 def test_every_placement_can_be_reached_from_every_other() -> None:
     pairs = {(a, b) for a in "IPRS" for b in "IPRS" if a != b or a == "S"}
-    # no op has a use for a shard as a pending sum
-    assert set(TRANSITIONS) == pairs - {("S", "P")}
+    # nothing has a use for a shard or a replicated value as a pending sum
+    assert set(TRANSITIONS) == pairs - {("S", "P"), ("R", "P")}

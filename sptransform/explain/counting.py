@@ -53,15 +53,21 @@ def count_collectives(graph: fx.Graph, mesh: Mesh) -> list[Collective]:
 
 def collectives_by_node(graph: fx.Graph, mesh: Mesh) -> dict[fx.Node, tuple[Collective | None, Collective | None]]:
     """Of every redistribution, in the graph's order: what it sends forward, and backward."""
+    return {
+        node: (_collective(node, ahead, "forward", mesh), _collective(node, behind, "backward", mesh))
+        for node, (ahead, behind) in kinds_by_node(graph).items()
+    }
+
+
+def kinds_by_node(graph: fx.Graph) -> dict[fx.Node, tuple[str | None, str | None]]:
+    """Of every redistribution, in the graph's order: the collective of its forward, and of its backward."""
     reached = _with_gradients(graph)
     found = {}
     for node in graph.nodes:
         if annotations.note(node).transitions:
-            ahead, behind = TRANSITIONS[tuple(map(kind, annotations.note(node).transitions[0]))]
-            found[node] = (
-                _collective(node, ahead, "forward", mesh),
-                _collective(node, behind, "backward", mesh) if node in reached else None,
-            )
+            source, target = annotations.note(node).transitions[0]
+            ahead, behind = TRANSITIONS[kind(source), kind(target)]
+            found[node] = ahead, behind if node in reached else None
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Section:
     columns: Row = ()
     rows: Sequence[Row] = ()
     sentences: Sequence[str] = ()
-    numbers: frozenset[str] = frozenset({"bytes", "bytes sent", "count", "parameters"})
+    numbers: frozenset[str] = frozenset({"bytes each", "bytes sent", "count", "parameters"})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def _redistributions(explanation: Explanation) -> Section:
     shown = [r for r in explanation.redistributions if not r.parameters]
     sending = [r for r in shown if r.forward is not None or r.backward is not None]
     num_local = len(shown) - len(sending)
-    columns = ("module", "count", "from -> to", "forward", "bytes", "backward", "bytes", "read by")
+    columns = ("module", "count", "from -> to", "forward", "bytes each", "backward", "bytes each", "read by")
     rows = [
         (path or "(model)", str(count), r.change, *_cells(r), _short(r.source_line))
         for path, count, r in _alike(sending)
@@ -119,7 +120,7 @@ def _parameter_gradients(explanation: Explanation) -> Section:
     ]
     return Section(
         "Parameter gradients, summed over the ranks in the backward",
-        ("count", "collective", "bytes", "parameters", "of"),
+        ("count", "collective", "bytes each", "parameters", "of"),
         rows,
     )
 
@@ -133,23 +134,28 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _fallbacks(explanation: Explanation) -> Section:
-    rows = [(f.op, f.node, f"{f.gathered_bytes:,}", _short(f.source)) for f in explanation.fallbacks]
+    rows = [(f.op, f"{f.gathered_bytes:,}", _short(f.source)) for f in explanation.fallbacks]
     title = "Fallbacks: ops without a sharding rule, run whole on every rank"
-    return Section(title, ("op", "node", "bytes gathered", "line"), rows, numbers=frozenset({"bytes gathered"}))
+    return Section(title, ("count", "op", "bytes each", "line"), _counted(rows))
 
 
 def _gathered(explanation: Explanation) -> Section:
-    rows = [(g.op, g.node, f"{g.gathered_bytes:,}", _short(g.source_line)) for g in explanation.gathered]
+    rows = [(g.op, f"{g.gathered_bytes:,}", _short(g.source_line)) for g in explanation.gathered]
     title = "Gathered: tensors made whole for an op that cannot run on shards"
-    return Section(title, ("read by", "node", "bytes gathered", "line"), rows, numbers=frozenset({"bytes gathered"}))
+    return Section(title, ("count", "read by", "bytes each", "line"), _counted(rows))
 
 
-_MEANINGS = {"I": "whole on every rank", "S": "this rank's part", "R": "whole on every rank"}
+_MEANINGS = {"I": "whole on every rank", "R": "whole on every rank", "S": "this rank's part"}
 
 
 def _outputs(explanation: Explanation) -> Section:
-    rows = [(o.node, o.type, o.placement, _MEANINGS.get(o.placement[0], "")) for o in explanation.outputs]
-    return Section("Outputs", ("node", "type", "placement", "meaning"), rows)
+    rows = [(o.type, o.placement, _MEANINGS.get(o.placement[0], "")) for o in explanation.outputs]
+    return Section("Outputs", ("count", "type", "placement", "meaning"), _counted(rows))
+
+
+def _counted(rows: Iterable[Row]) -> list[Row]:
+    """Equal rows once, with how many there are in front."""
+    return [(str(count), *row) for row, count in Counter(rows).items()]
 
 
 def _short(source_line: str | None) -> str:

@@ -44,7 +44,7 @@ def attention(call: OpCall) -> OpRule | None:
             resize["operand", index, "h"] = Resize(lambda p: p.quotient(group), links=False)
     for shape in call.operand_shapes[3:]:
         operands.append(dims("bhst"[4 - len(shape) :], shape))
-    sizes = {f: size for f, size in names.items() if size != 1 or f == "h"}
+    sizes = {f: size for f, size in names.items() if size != 1}
     roles = {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
     return OpRule(
         tuple(operands),

@@ -24,8 +24,8 @@ def uniform(call: OpCall) -> OpRule:
         own = tuple((f"o{index}.{d}",) if size != 1 else () for d, size in enumerate(shape))
         sizes |= {factors[0]: size for factors, size in zip(own, shape, strict=True) if factors}
         operands.append(own)
-    unread = frozenset(factors[0] for own in operands for factors in own if factors)
-    return OpRule(tuple(operands), (dims,), sizes, whole=unread)
+    whole = frozenset(factors[0] for own in operands for factors in own if factors)
+    return OpRule(tuple(operands), (dims,), sizes, whole=whole, unread=frozenset(range(len(operands))))
 
 
 def counting(call: OpCall) -> OpRule:

@@ -11,7 +11,7 @@ import torch
 
 from sptransform.partition import Partition
 from sptransform.rules import Dims, Local, OpCall, OpEntry, OpRule, Resize, RuleFn, Shape
-from sptransform.sizes import Size, order
+from sptransform.sizes import Size, order, quotient
 
 aten = torch.ops.aten
 
@@ -55,8 +55,9 @@ def reshape(call: OpCall) -> OpRule | None:
     for lo, hi in pairwise(common):
         inside = [b for b in bounds if order(lo) <= order(b) <= order(hi)]
         pairs = list(pairwise(inside))
-        if all(b % a == 0 for a, b in pairs):
-            factors.extend((f"f{a}", a, b // a) for a, b in pairs)
+        ratios = [quotient(b, a) for a, b in pairs]
+        if None not in ratios:
+            factors.extend((f"f{a}", a, ratio) for (a, _), ratio in zip(pairs, ratios, strict=True))
         else:
             opaque.append((lo, hi))
     sizes = {name: size for name, _, size in factors}
