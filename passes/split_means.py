@@ -27,15 +27,16 @@ from sptransform.op_rules.loss import MEAN, SUM
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
 from sptransform.rules import OpCall
+from sptransform.sizes import Size, broadcast
 
 aten = torch.ops.aten
 
 
-def _count_labels(node: fx.Node, call: OpCall) -> fx.Node | int:
+def _count_labels(node: fx.Node, call: OpCall) -> fx.Node | Size:
     logits, labels = (producer for producer, _ in annotations.operands(node)[:2])
     shape = annotations.shape(logits)
     if annotations.value(labels).is_floating_point():
-        return prod(shape) // shape[1 if len(shape) > 1 else 0]
+        return prod(size for dim, size in enumerate(shape) if dim != (1 if len(shape) > 1 else 0))
     valid = emit_like(node, aten.ne.Scalar, labels, call.argument("ignore_index"))
     weight = call.operand("weight")
     if weight is None:
@@ -45,11 +46,11 @@ def _count_labels(node: fx.Node, call: OpCall) -> fx.Node | int:
     return emit_like(node, aten.sum.default, emit_like(node, aten.mul.Tensor, weights, valid))
 
 
-def _count_elements(node: fx.Node, call: OpCall) -> int:
-    return prod(torch.broadcast_shapes(*call.operand_shapes))
+def _count_elements(node: fx.Node, call: OpCall) -> Size:
+    return prod(broadcast(*call.operand_shapes) or ())
 
 
-_COUNTS: dict[object, Callable[[fx.Node, OpCall], fx.Node | int]] = {
+_COUNTS: dict[object, Callable[[fx.Node, OpCall], fx.Node | Size]] = {
     aten.binary_cross_entropy_with_logits.default: _count_elements,
     aten.cross_entropy_loss.default: _count_labels,
     aten.huber_loss.default: _count_elements,

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard as DTensorShard
 import sptransform.ops
 from sptransform import annotations
 from sptransform.agreement import Agreement
-from sptransform.capture import capture, fix_sizes
+from sptransform.capture import capture, fix_sizes, has_symbolic_sizes
 from sptransform.errors import UsageError, describe
 from sptransform.fingerprint import Program, captured_lines, schedule_lines, settings
 from sptransform.mesh import Mesh
@@ -89,7 +89,10 @@ def rewrite_graph(
     try:
         fix_sizes(gm, mesh.size)
         return _rewrite_graph(gm, inputs, options, mesh, see, whole)
-    except SymbolicSizeError as error:
+    # a comparison of sizes that depends on the length raises TypeError in sympy
+    except (SymbolicSizeError, TypeError) as error:
+        if not has_symbolic_sizes(gm):
+            raise
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
         return _rewrite_graph(gm, inputs, options, mesh, see, whole)

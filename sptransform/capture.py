@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sptransform import annotations
 from sptransform.functionalize import functionalize
 from sptransform.rewriter import rename
-from sptransform.sizes import split_length
+from sptransform.sizes import size_of, split_length
 
 _regions = itertools.count(1)
 
@@ -69,6 +70,11 @@ def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
             int(size)
         else:
             split_length(size, num_ranks)
+
+
+def has_symbolic_sizes(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo left any input size open."""
+    return any(isinstance(size_of(size), sympy.Expr) for size in _symbolic_sizes(gm))
 
 
 def _symbolic_sizes(gm: fx.GraphModule) -> Iterator[torch.SymInt]:

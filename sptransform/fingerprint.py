@@ -70,8 +70,12 @@ def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
 
 
 def captured_lines(graph: fx.Graph) -> list[Line]:
-    """Every node of the captured graph, inputs with their global shapes among them."""
-    return [Line(_OWN.sub("", line(node)), annotations.source_line(node)) for node in graph.nodes]
+    """Every node of the captured graph, inputs with their global shapes among them.
+
+    Whether a size is an input too depends on the shapes this process has seen before; it has one value all the same.
+    """
+    nodes = [node for node in graph.nodes if node.op != "placeholder" or annotations.is_tensor(node)]
+    return [Line(_OWN.sub("", line(node)), annotations.source_line(node)) for node in nodes]
 
 
 def schedule_lines(graph: fx.Graph) -> list[Line]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.agreement import Agreement
 from sptransform.backend import sptransform_backend
 from sptransform.errors import SPTransformError, UsageError, describe
+from sptransform.generation import whole_with_cache
 from sptransform.mesh import Mesh
 from sptransform.options import Options, check_torch_version
 from sptransform.strategies import Strategy
@@ -28,7 +29,7 @@ def parallelize(
     *,
     mesh: DeviceMesh | None = None,
     backend: str = "inductor",
-    outputs: str = "dtensor",
+    outputs: str | None = None,
     grad_sync: bool = True,
     strict: bool = False,
     sequence_dims: Mapping[str, int] | None = None,
@@ -47,12 +48,13 @@ def parallelize(
         backend: inner ``torch.compile`` backend that compiles the rewritten graph.
         outputs: how outputs that keep a sharded sequence come back: "dtensor" (``.full_tensor()`` gathers), "full"
             (gathered in the graph), "local" (this rank's part). Others, the loss among them, are plain tensors, equal
-            on all ranks.
+            on all ranks. Default: "dtensor"; with ``fullgraph=False`` "full", and nothing else.
         grad_sync: True: ``.grad`` of every parameter is complete on every rank. False: ``.grad`` is this rank's term
             of a sum over the ranks, for whoever reduces it.
         strict: raise for an op without a sharding rule instead of running it replicated on gathered operands.
         sequence_dims: input name -> its sequence dim, for graphs without attention to tell it.
-        fullgraph: as in ``torch.compile``: a graph break is an error.
+        fullgraph: as in ``torch.compile``: a graph break is an error. False: parts between breaks are sharded each by
+            itself, and hand each other whole tensors.
         check_timeout: before each call of the model and of its backward, ranks make sure that all are about to run the
             same program; how many seconds a rank waits there for the slowest, compile time included.
 
@@ -65,24 +67,73 @@ def parallelize(
         raise UsageError(
             describe("parallelize takes an nn.Module", found=type(model).__name__, fix="pass the model itself")
         )
+    if not isinstance(fullgraph, bool):
+        raise UsageError(describe("fullgraph is a bool", found=repr(fullgraph), fix="True or False"))
     options = Options(
         strategy=strategy,
         mesh=mesh,
         backend=backend,
-        outputs=outputs,
+        outputs=("dtensor" if fullgraph else "full") if outputs is None else outputs,
         grad_sync=grad_sync,
         strict=strict,
         sequence_dims={} if sequence_dims is None else sequence_dims,
         check_timeout=check_timeout,
     )
-    if not isinstance(fullgraph, bool):
-        raise UsageError(describe("fullgraph is a bool", found=repr(fullgraph), fix="True or False"))
+    if not fullgraph and options.outputs != "full":
+        raise UsageError(
+            describe(
+                "after a graph break the model goes on with the outputs of the part before it, so they must be whole",
+                found=f"fullgraph=False, outputs={outputs!r}",
+                fix="outputs='full', or fullgraph=True",
+            )
+        )
     where = Mesh.of(mesh)  # a wrong mesh is an error here, not at the first call
     _check_module(model, where)
-    model.compile(backend=partial(sptransform_backend, options, whole=fullgraph), fullgraph=fullgraph)
+    compiler = _Compiler(partial(sptransform_backend, options, whole=fullgraph))
+    model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
-    model._compiled_call_impl = _telling(configured(model._compiled_call_impl), Agreement.of(where))
+    call = _telling(configured(model._compiled_call_impl), Agreement.of(where))
+    if where.size > 1:
+        call = whole_with_cache(model, compiler.checked(call))
+    model._compiled_call_impl = call
     return model
+
+
+class _Compiler:
+    """A backend that knows whether what it compiled is what runs."""
+
+    def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
+        self._backend = backend
+        self._num_runs = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = self._backend(gm, inputs)
+
+        def run(*args: Any) -> Any:
+            self._num_runs += 1
+            return compiled(*args)
+
+        return run
+
+    def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``; an error where Dynamo ran the model as it was, which some modes make it do without a word."""
+
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = self._num_runs
+            result = call(*args, **kwargs)
+            if self._num_runs == before:
+                raise UsageError(
+                    describe(
+                        "the model ran as it was, not sharded",
+                        found="torch.compile was kept from compiling it: a stance, a TorchDispatchMode, "
+                        "or TORCHDYNAMO_DISABLE",
+                        fix="call it outside of that; a copy.deepcopy of the model is the one-device model",
+                    )
+                )
+            return result
+
+        return run
 
 
 def _check_module(model: nn.Module, mesh: Mesh) -> None:
@@ -148,6 +199,8 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
             optimize_ddp=False,
+            # with graph breaks allowed, Dynamo would go on with the model as it was, unsharded, and not say so
+            fail_on_recompile_limit_hit=True,
         ):
             return call(*args, **kwargs)
 

@@ -61,6 +61,19 @@ def quotient(size: Size, divisor: Size) -> Size | None:
     return int(ratio) if ratio.is_Integer else ratio
 
 
+def broadcast(*shapes: tuple[Size, ...]) -> tuple[Size, ...] | None:
+    """``torch.broadcast_shapes`` of sizes that may be symbolic; None where they do not broadcast."""
+    result: list[Size] = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for at, size in enumerate(shape, start=len(result) - len(shape)):
+            if size == 1:
+                continue
+            if result[at] not in (1, size):
+                return None
+            result[at] = size
+    return tuple(result)
+
+
 def order(size: Size) -> int:
     """A number by which sizes sort so that a divisor never comes after its multiple."""
     if isinstance(size, int):

@@ -431,7 +431,6 @@ def test_sequence_dims_say_what_attention_does_not(sequence_dims: dict[str, int]
     assert_equal(without_attention, state_inputs(), itself, sequence_dims=sequence_dims)
 
 
-@pytest.mark.xfail(strict=True, reason="names and dims are not checked against the graph's inputs yet")
 @pytest.mark.parametrize("sequence_dims", [{"token": 1}, {"tokens": 2}])
 def test_sequence_dims_of_no_input_are_refused(sequence_dims: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="tokens"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sptransform.rules import OpCall, OpEntry, Operand, OpRule, RuleFn, rule
+from sptransform.sizes import broadcast
 
 aten = torch.ops.aten
 
@@ -59,21 +60,20 @@ def index(call: OpCall) -> OpRule | None:
         return None
     indexed = sorted(positions)
     index_shapes = [call.operand_shapes[i] for i in positions.values()]
-    try:
-        broadcast = torch.broadcast_shapes(*index_shapes)
-    except RuntimeError:
+    spread_shape = broadcast(*index_shapes)
+    if spread_shape is None:
         return None
     kept = [d for d in range(len(shape)) if d not in positions]
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if adjacent else 0
     new_shape = [shape[d] for d in kept]
-    if (*new_shape[:at], *broadcast, *new_shape[at:]) != call.result_shapes[0]:
+    if (*new_shape[:at], *spread_shape, *new_shape[at:]) != call.result_shapes[0]:
         return None  # a boolean index
     sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
     operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
-    num = len(broadcast)
-    sizes |= {f"b{num - i}": size for i, size in enumerate(broadcast) if size != 1}
-    spread = tuple((f"b{num - i}",) if size != 1 else () for i, size in enumerate(broadcast))
+    num = len(spread_shape)
+    sizes |= {f"b{num - i}": size for i, size in enumerate(spread_shape) if size != 1}
+    spread = tuple((f"b{num - i}",) if size != 1 else () for i, size in enumerate(spread_shape))
     operands = {0: operand}
     for position in positions.values():
         own = call.operand_shapes[position]

@@ -1,0 +1,81 @@
+"""Lengths that change between calls: one graph for all that the ranks share evenly, another compile for others."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.equality import Result, assert_equal_to_one_device, run_one_device
+from tests.gloo_pool import get_pool
+from tests.models import MODELS, build
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tuple[list[Result], int]:
+    """One parallelized model called with every length; its results, and how often it was compiled."""
+    import sptransform
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    model, _ = build(name)
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    results = []
+    for length in lengths:
+        _, inputs = build(name, seq_len=length)
+        model.zero_grad()
+        results.append(run_one_device(model, inputs))
+    return results, counters["stats"]["unique_graphs"]
+
+
+def run_logits(rank: int, world_size: int, lengths: list[int]) -> list[tuple[bool, torch.Tensor]]:
+    """Logits of every length: whether they came as DTensors, and the whole of them."""
+    import sptransform
+
+    model, _ = build("llama_nocache")
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    found = []
+    for length in lengths:
+        _, inputs = build("llama_nocache", seq_len=length)
+        logits = model(**inputs).logits
+        found.append((isinstance(logits, DTensor), logits.full_tensor().detach()))
+    return found
+
+
+def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_compiles: int) -> None:
+    for results, num_compiles in get_pool(num_ranks).run(run_lengths, name, lengths, timeout=200):
+        assert num_compiles <= most_compiles
+        for length, result in zip(lengths, results, strict=True):
+            model, inputs = build(name, seq_len=length)
+            assert_equal_to_one_device(run_one_device(model, inputs), result, MODELS[name].tolerance)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"])
+def test_five_lengths_compile_at_most_twice(name: str, num_ranks: int) -> None:
+    """Torch makes the length symbolic at its second value, and the graph of it serves all the others."""
+    lengths = random.Random(num_ranks).sample(range(2 * num_ranks, 129, num_ranks), 5)
+    assert_lengths_equal(name, num_ranks, lengths, most_compiles=2)
+
+
+def test_a_length_the_ranks_do_not_share_evenly_is_compiled_for_itself() -> None:
+    assert_lengths_equal("llama_nocache", 3, [63, 61, 30, 62, 99], most_compiles=5)
+
+
+def test_a_clipped_sequence_is_compiled_for_every_length() -> None:
+    """``x[:, :-1]`` gives the last rank one less: sizes in its graph are those of one length."""
+    assert_lengths_equal("sdpa_transformer", 2, [64, 32, 48], most_compiles=3)
+
+
+def test_dtensors_have_the_length_of_their_call() -> None:
+    lengths = [64, 32, 48, 128]
+    expected: list[Any] = []
+    for length in lengths:
+        model, inputs = build("llama_nocache", seq_len=length)
+        expected.append(model(**inputs).logits.detach())
+    for found in get_pool(2).run(run_logits, lengths, timeout=200):
+        for (is_dtensor, logits), reference in zip(found, expected, strict=True):
+            assert is_dtensor
+            torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-6)

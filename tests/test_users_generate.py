@@ -1,0 +1,95 @@
+"""Text generation with a parallelized model: the tokens of one device, and a word that nothing is sharded."""
+
+import logging
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import sptransform
+from tests.collective_counts import CountCollectives
+from tests.gloo_pool import get_pool
+from tests.models import build
+
+pytestmark = pytest.mark.timeout(240)
+
+NEW = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def prompt(name: str) -> torch.Tensor:
+    return build(name)[1]["input_ids"][:, :16]
+
+
+def generate(rank: int, world_size: int, name: str, **options: object) -> tuple[torch.Tensor, list[str], int]:
+    """The tokens, what was logged, and the number of collectives."""
+    model = sptransform.parallelize(build(name)[0], "ulysses", backend="aot_eager")
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sptransform").addHandler(handler)
+    try:
+        with CountCollectives() as counted:
+            tokens = model.generate(prompt(name), **NEW, **options)
+    finally:
+        logging.getLogger("sptransform").removeHandler(handler)
+    return tokens, [m for m in messages if "cache" in m], len(counted.collectives)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_greedy_generation_gives_the_tokens_of_one_device_and_says_that_it_is_not_sharded(name: str) -> None:
+    expected = build(name)[0].generate(prompt(name), **NEW)
+    for tokens, messages, num_collectives in get_pool(2).run(generate, name):
+        assert torch.equal(tokens, expected)
+        assert num_collectives == 0
+        assert len(messages) == 1 and "not sharded" in messages[0]
+
+
+def test_sampling_and_beams_draw_the_same_on_ranks_seeded_alike() -> None:
+    for options in ({"do_sample": True, "temperature": 1.0}, {"num_beams": 2}):
+        torch.manual_seed(0)
+        expected = build("llama")[0].generate(prompt("llama"), **NEW | options)
+        for tokens, _, _ in get_pool(2).run(generate_seeded, options):
+            assert torch.equal(tokens, expected)
+
+
+def generate_seeded(rank: int, world_size: int, options: dict[str, object]) -> tuple[torch.Tensor, list[str], int]:
+    torch.manual_seed(0)
+    model = sptransform.parallelize(build("llama")[0], "ulysses", backend="aot_eager")
+    return model.generate(prompt("llama"), **NEW | options), [], 0
+
+
+def trains_after_generating(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    model, inputs = build("llama")
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    before = model(**inputs).loss.detach()
+    model.generate(inputs["input_ids"][:, :16], **NEW)
+    with CountCollectives() as counted:
+        after = model(**inputs).loss.detach()
+    return before, after, len(counted.collectives)
+
+
+def test_generating_between_steps_leaves_training_sharded() -> None:
+    for before, after, num_collectives in get_pool(2).run(trains_after_generating):
+        assert torch.equal(before, after)
+        assert num_collectives > 0
+
+
+def cached_by_position(rank: int, world_size: int) -> tuple[torch.Tensor, int]:
+    """A cache that the user passes by position, without gradients."""
+    model, inputs = build("llama")
+    sptransform.parallelize(model.eval(), "ulysses", backend="aot_eager")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :16], None, None, cache)
+        with CountCollectives() as counted:
+            logits = model(inputs["input_ids"][:, 16:17], None, None, cache).logits
+    return logits, len(counted.collectives)
+
+
+def test_a_cache_of_the_users_own() -> None:
+    model, inputs = build("llama")
+    with torch.no_grad():
+        expected = model.eval()(inputs["input_ids"][:, :17]).logits[:, -1:]
+    for logits, num_collectives in get_pool(2).run(cached_by_position):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert num_collectives == 0
