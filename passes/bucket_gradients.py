@@ -45,6 +45,9 @@ class BucketGradients(Pass):
         for node in moves:
             (value,) = annotations.values(node)
             size = value.numel() * value.element_size()
+            if size > self.bucket_bytes:
+                buckets.append([node])
+                continue
             bucket, left = room.get(value.dtype, (None, 0))
             if bucket is None or size > left:
                 bucket, left = [], self.bucket_bytes

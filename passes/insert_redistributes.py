@@ -64,7 +64,7 @@ class InsertRedistributes(Pass):
                 operands = annotations.operands(node)
                 for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
                     if demanded is not None:
-                        self._satisfy(node, index, operands[index][0], demanded, inserter)
+                        self._satisfy(node, index, operands[index], demanded, inserter)
             elif node.op == "call_function" and not annotations.handles_tensors(node):
                 inserter.region += 1
 
@@ -76,7 +76,7 @@ class InsertRedistributes(Pass):
             replace_operand(node, index, inserter.moved(producer, demanded, node))
 
     def _return(self, node: fx.Node, inserter: _Inserter, context: Context) -> None:
-        for index, (producer, _) in enumerate(annotations.operands(node)):
+        for index, producer in enumerate(annotations.operands(node)):
             actual = annotations.placement(producer)
             if context.outputs == "full" or not _is_chunked(actual):
                 self._satisfy(node, index, producer, I, inserter)

@@ -58,7 +58,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     note = annotations.note(node)
     local = Local(
         emit=emitter(node),
-        operands=tuple(producer for producer, _ in annotations.operands(node)),
+        operands=tuple(annotations.operands(node)),
         result_shapes=tuple(shape for shape, _ in note.local_types),
         rule=note.rule,
         decision=note.decision,

@@ -80,7 +80,7 @@ def unrepeated(x: fx.Node, dim: int, rules: RuleTable) -> tuple[fx.Node, int] | 
             if not unify(atoms, [atom for name in names for atom in factors[name]]):
                 return None
         want = [[atom for name in names for atom in factors[name]] for names in rule.operands[0]]
-        current = annotations.operands(current)[0][0]
+        current = annotations.operands(current)[0]
         found = _repeated(dims, want, dim)
         if found is not None:
             return current, found

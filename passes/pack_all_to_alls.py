@@ -43,7 +43,7 @@ def _pack(nodes: list[fx.Node]) -> None:
     """Replace redistributes that stand next to each other by one, put where the last of them is."""
     if len(nodes) < 2:
         return
-    sources = [producer for node in nodes for producer, _ in annotations.operands(node)]
+    sources = [producer for node in nodes for producer in annotations.operands(node)]
     transitions = [t for node in nodes for t in annotations.note(node).transitions]
     old = [user for node in nodes for user in sorted(node.users, key=lambda user: user.args[1])]
     new = insert_redistribute(nodes[0], sources, transitions)

@@ -57,7 +57,7 @@ class Place(Pass):
             return
         gathered = [
             producer
-            for producer, _ in annotations.operands(node)
+            for producer in annotations.operands(node)
             if isinstance(annotations.placement(producer), Shard)
         ]
         if not gathered:

@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 
 def _count_labels(node: fx.Node, call: OpCall) -> fx.Node | Size:
-    logits, labels = (producer for producer, _ in annotations.operands(node)[:2])
+    logits, labels = annotations.operands(node)[:2]
     shape = annotations.shape(logits)
     if annotations.value(labels).is_floating_point():
         return prod(size for dim, size in enumerate(shape) if dim != (1 if len(shape) > 1 else 0))
@@ -42,7 +42,7 @@ def _count_labels(node: fx.Node, call: OpCall) -> fx.Node | Size:
     if weight is None:
         return emit_like(node, aten.sum.default, valid)
     classes = emit_like(node, aten.mul.Tensor, labels, valid)
-    weights = emit_like(node, aten.index.Tensor, annotations.operands(node)[weight][0], [classes])
+    weights = emit_like(node, aten.index.Tensor, annotations.operands(node)[weight], [classes])
     return emit_like(node, aten.sum.default, emit_like(node, aten.mul.Tensor, weights, valid))
 
 

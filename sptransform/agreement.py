@@ -25,6 +25,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+# Private: how Dynamo begins a compile anew, and how a checkpointed region stops recomputing; neither is a failure.
+from torch._dynamo.exc import RestartAnalysis
+from torch.utils.checkpoint import _StopRecomputationError
+
 from sptransform.errors import (
     RankError,
     RankFailedError,
@@ -42,6 +46,7 @@ _GRACE = 1.0  # seconds the others have to arrive once one has failed
 _NEWS = 0.5  # seconds for the news of a death to arrive after a collective broke
 _TEXTS = 30.0  # seconds for the texts of differing programs to arrive
 _LONGEST = 1500  # characters of an error passed on
+_CONTROL_FLOW = (RestartAnalysis, _StopRecomputationError)
 
 
 class Agreement:
@@ -85,7 +90,8 @@ class Agreement:
 
         def run(*args: Any) -> Any:
             nonlocal has_backward
-            self.agree(program, "forward", timeout)
+            # the lengths of this call, where the graph serves several
+            self.agree(program, "forward", timeout, [x for x in args if isinstance(x, int)])
             with self.running():
                 outputs = compiled(*args)
             if not has_backward:
@@ -94,8 +100,8 @@ class Agreement:
 
         return run
 
-    def agree(self, program: Program, direction: str, timeout: float) -> None:
-        """Return when every rank is about to run the same program in the same direction.
+    def agree(self, program: Program, direction: str, timeout: float, lengths: Sequence[int] = ()) -> None:
+        """Return when every rank is about to run the same program in the same direction, for the same lengths.
 
         Raises:
             RankFailedError: another rank failed before it came here.
@@ -103,7 +109,7 @@ class Agreement:
             RankMissingError: a rank did not come within ``timeout`` seconds.
             ScheduleMismatchError: a rank is about to run something else.
         """
-        mine = f"{direction} {program.digest}"
+        mine = " ".join([direction, program.digest, *map(str, lengths)])
         with self._lock, self._reaching_the_store():
             call = self._calls
             self._calls += 1
@@ -118,7 +124,7 @@ class Agreement:
     def fail(self, error: Exception) -> None:
         """Tell the ranks that wait in the next call that this one will not come. An error is told once."""
         error = getattr(error, "inner_exception", error)  # of Dynamo's BackendCompilerFailed
-        if isinstance(error, RankError) or getattr(error, "_sptransform_told", False):
+        if isinstance(error, (RankError, *_CONTROL_FLOW)) or getattr(error, "_sptransform_told", False):
             return
         error._sptransform_told = True  # type: ignore[attr-defined]
         with self._lock, suppress(RuntimeError):  # a store that is gone tells nobody
@@ -141,7 +147,7 @@ class Agreement:
         call = self._calls
         try:
             yield
-        except RankError:
+        except (RankError, *_CONTROL_FLOW):
             raise
         except Exception as error:
             cause = self._cause(error, call)
@@ -204,7 +210,8 @@ class Agreement:
                 fix="on every rank call the model, and backward, equally often and in the same order",
             )
         else:
-            message = difference(self._programs({rank: slot.split()[1] for rank, slot in slots.items()}, program))
+            programs = self._programs({rank: slot.split()[1] for rank, slot in slots.items()}, program)
+            message = difference(programs, {rank: slot.split()[2:] for rank, slot in slots.items()})
         raise ScheduleMismatchError(message, self._ranks)
 
     def _programs(self, digests: dict[int, str], program: Program) -> dict[int, Program]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from sptransform.sizes import Size, size_of
 
@@ -92,16 +91,16 @@ def projection(node: fx.Node) -> tuple[fx.Node, int] | None:
     return None
 
 
-def operands(node: fx.Node) -> list[tuple[fx.Node, int]]:
-    """The tensor arguments in the order rules number them, each as (producer, output index)."""
-    found: list[tuple[fx.Node, int]] = []
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Producers of the tensor arguments, in the order in which rules number them."""
+    found: list[fx.Node] = []
 
-    def visit(x: Any) -> Any:
-        if isinstance(x, fx.Node) and is_tensor(x):
-            found.append((x, 0))
+    def visit(x: fx.Node) -> fx.Node:
+        if is_tensor(x):
+            found.append(x)
         return x
 
-    pytree.tree_map(visit, (node.args, dict(node.kwargs)))
+    fx.map_arg((node.args, node.kwargs), visit)
     return found
 
 

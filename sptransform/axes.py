@@ -124,7 +124,7 @@ class Axes:
         self._factors[node] = factors
         operands = annotations.operands(node)
         for side, index, dims in rule.tensors():
-            owner = operands[index] if side == "operand" else (node, index)
+            owner = (operands[index], 0) if side == "operand" else (node, index)
             self._equate(node, rule, side, index, dims, self._dims.get(owner, []))
         for role in ("queries", "keys"):
             if role in rule.roles:

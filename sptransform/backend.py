@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sptransform import annotations
 from sptransform.agreement import Agreement
 from sptransform.capture import capture, fix_sizes, has_symbolic_sizes
 from sptransform.errors import UsageError, describe
-from sptransform.fingerprint import Program, captured_lines, schedule_lines, settings
+from sptransform.fingerprint import Line, Program, captured_lines, schedule_lines, settings
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options, check_torch_version
@@ -34,6 +35,7 @@ from sptransform.pass_manager import Context, run_passes
 from sptransform.passes import PIPELINE
 from sptransform.placement import Placement, Shard
 from sptransform.sizes import SymbolicSizeError
+from sptransform.trace import traced
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +65,13 @@ def _compile(
 ) -> tuple[Callable[..., Any], Program, Context]:
     _check_not_split_by_ddp()
     _check_devices(gm, inputs, mesh)
-    lines = settings(options, mesh, _version())
-    rewritten, context = rewrite_graph(
-        gm, inputs, options, mesh, lambda captured: lines.extend(captured_lines(captured)), whole
-    )
-    program = Program((*lines, *schedule_lines(rewritten.graph)))
+    captured: list[Line] = []
+
+    def see(graph: fx.Graph) -> None:
+        captured[:] = captured_lines(graph)
+
+    rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
+    program = Program((*settings(options, mesh, _version()), *captured, *schedule_lines(rewritten.graph)))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptransform-{_version()}"):
         return lookup_backend(options.backend)(rewritten, list(inputs)), program, context
 
@@ -87,8 +91,9 @@ def rewrite_graph(
     the whole model.
     """
     try:
-        fix_sizes(gm, mesh.size)
-        return _rewrite_graph(gm, inputs, options, mesh, see, whole)
+        with _no_garbage_collection():
+            fix_sizes(gm, mesh.size)
+            return _rewrite_graph(gm, inputs, options, mesh, see, whole)
     # a comparison of sizes that depends on the length raises TypeError in sympy
     except (SymbolicSizeError, TypeError) as error:
         if not has_symbolic_sizes(gm):
@@ -96,6 +101,18 @@ def rewrite_graph(
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
         return _rewrite_graph(gm, inputs, options, mesh, see, whole)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Graphs are webs of objects that stay alive: looking through them for garbage takes a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _rewrite_graph(
@@ -119,7 +136,8 @@ def _rewrite_graph(
     _check_sequence_dims(captured.graph, options.sequence_dims, whole)
     if see is not None:
         see(captured.graph)
-    rewritten = run_passes(captured, PIPELINE, context)
+    with traced(captured.graph, context):
+        rewritten = run_passes(captured, PIPELINE, context)
     for fallback in context.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",

@@ -98,6 +98,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         traced = make_fx(lambda *args: _Inliner(gm).run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     for node in traced.graph.nodes:
         annotations.note(node).differentiable = _is_tracked(node.meta.get("tensor_meta"))
+        picked = annotations.projection(node)
+        if picked is not None and annotations.note(node).differentiable:
+            annotations.note(picked[0]).differentiable = True  # ops of several outputs carry no metadata themselves
         if node.op == "get_attr" and isinstance(constant := getattr(traced, node.target), torch.Tensor):
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,8 @@ from sptransform.printer import line
 
 # What a process may have of its own in the text of an argument: which device it drives, addresses of objects.
 _OWN = re.compile(r"(?<=\b(?:cuda|mtia)):\d+|(?<=\bxpu):\d+| at 0x[0-9a-f]+")
+
+_SYMBOLIC = re.compile(r"^%\w+ : \w+\[[^\]]*\bk?_?s\d+[^\]]*\].* = input$")
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,23 @@ def schedule_lines(graph: fx.Graph) -> list[Line]:
     return found
 
 
-def difference(programs: Mapping[int, Program]) -> str:
-    """The message that names the first line in which the ranks' programs differ, the same on every rank."""
+def difference(programs: Mapping[int, Program], lengths: Mapping[int, Sequence[str]] | None = None) -> str:
+    """The message that names the first line in which the ranks' programs differ, the same on every rank.
+
+    ``lengths`` are those of each rank's call, where its program serves several. If nothing else differs, the message
+    names the first input they are lengths of.
+    """
+    lengths = lengths or {}
     by_rank = {rank: program.lines for rank, program in sorted(programs.items())}
-    length = max(map(len, by_rank.values()))
-    at = next(i for i in range(length) if len({_text(lines, i) for lines in by_rank.values()}) > 1)
+    texts = {rank: [x.text for x in lines] for rank, lines in by_rank.items()}
+    for rank, values in lengths.items():
+        if values:
+            at = next((i for i, text in enumerate(texts[rank]) if _SYMBOLIC.search(text)), 0)
+            texts[rank][at] += f", now for {', '.join(values)}"
+    num_lines = max(map(len, by_rank.values()))
+    at = next(i for i in range(num_lines) if len({_text(lines, i) for lines in texts.values()}) > 1)
     ranks_of: dict[str, list[int]] = {}
-    for rank, lines in by_rank.items():
+    for rank, lines in texts.items():
         ranks_of.setdefault(_text(lines, at), []).append(rank)
     first = next(lines[at] for lines in by_rank.values() if at < len(lines))
     name = first.text.split(" ")[0].rstrip(":")
@@ -118,5 +130,5 @@ def name_ranks(ranks: Iterable[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def _text(lines: tuple[Line, ...], index: int) -> str:
-    return lines[index].text if index < len(lines) else "nothing more"
+def _text(lines: Sequence[str], index: int) -> str:
+    return lines[index] if index < len(lines) else "nothing more"

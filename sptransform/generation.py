@@ -6,8 +6,8 @@ caller's from one call to the next, whole. Such a call is recognised by its argu
 
 from __future__ import annotations
 
-import inspect
 import logging
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,27 +17,19 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
-# what Hugging Face models call the cache that generate() hands to every call, the first included
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-
 
 def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, but without gradients and with a cache ``model`` as it was. Logs a warning the first time."""
-    parameters = list(inspect.signature(model.forward).parameters)
-    positions = {name: parameters.index(name) for name in CACHE_ARGUMENTS if name in parameters}
-    if not positions:
-        return call
     is_told = False
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal is_told
-        given = (kwargs.get(name, args[at] if at < len(args) else None) for name, at in positions.items())
-        if torch.is_grad_enabled() or all(cache is None for cache in given):
+        if torch.is_grad_enabled() or not _has_cache(args, kwargs):
             return call(*args, **kwargs)
         if not is_told:
             log.warning(
-                "%s was called with a key/value cache, without gradients, as for text generation: "
+                "%s was called with a key/value cache and without gradients, as for text generation: "
                 "such calls are not sharded, every rank runs the whole of them",
                 type(model).__name__,
             )
@@ -45,3 +37,12 @@ def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[...
         return model._call_impl(*args, **kwargs)  # what nn.Module calls when it is not compiled
 
     return run
+
+
+def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an argument is a cache of Hugging Face's, whatever the model calls it, or a tuple in a cache's place."""
+    if kwargs.get("past_key_values") is not None:
+        return True
+    cache_utils = sys.modules.get("transformers.cache_utils")
+    kind = getattr(cache_utils, "Cache", None)
+    return kind is not None and any(isinstance(x, kind) for x in (*args, *kwargs.values()))

@@ -137,6 +137,8 @@ class Partition:
 
     def refine(self, factor: int) -> Partition:
         """The same ownership of an axis in which every index became ``factor`` consecutive ones."""
+        if factor == 1:
+            return self
         return Partition.of(self.size * factor, ([(lo * factor, hi * factor) for lo, hi in own] for own in self.owned))
 
     def coarsen(self, factor: int) -> Partition | None:

@@ -76,7 +76,7 @@ class Propagation:
         if candidates:
             return max(candidates, key=lambda decision: self._preference(node, rule, decision))
         pending = frozenset(
-            i for i, (producer, _) in enumerate(annotations.operands(node)) if annotations.placement(producer) == P
+            i for i, producer in enumerate(annotations.operands(node)) if annotations.placement(producer) == P
         )
         return Pending(pending) if pending and pending in rule.linear else Replicate(I)
 
@@ -99,7 +99,7 @@ class Propagation:
     def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:
         kept = any(decision.factor in factors for dims in rule.results for factors in dims)
         asked = demands(rule, decision, len(rule.operands))
-        actual = [annotations.placement(producer) for producer, _ in annotations.operands(node)]
+        actual = [annotations.placement(producer) for producer in annotations.operands(node)]
         return kept, sum(a == d for a, d in zip(actual, asked, strict=True) if isinstance(d, Shard))
 
     def demanded(self, node: fx.Node) -> list[Placement]:
@@ -114,7 +114,7 @@ class Propagation:
                 operands = annotations.operands(user)
                 wanted = demands(annotations.note(user).rule, decision, len(operands))
                 pairs = zip(operands, wanted, strict=True)
-                asked.extend(want for (producer, _), want in pairs if producer is node and want is not None)
+                asked.extend(want for producer, want in pairs if producer is node and want is not None)
         return asked
 
     def _backward(self, node: fx.Node) -> Decision:

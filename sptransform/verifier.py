@@ -84,7 +84,7 @@ def check_typed(graph: fx.Graph, context: Context) -> None:
     for node in graph.nodes:
         note = annotations.note(node)
         if is_redistribute(node):
-            for (producer, _), (source, target) in zip(annotations.operands(node), note.transitions, strict=True):
+            for producer, (source, target) in zip(annotations.operands(node), note.transitions, strict=True):
                 if annotations.placement(producer) != source:
                     raise VerificationError(
                         describe(
@@ -107,7 +107,7 @@ def _check_operands(node: fx.Node) -> None:
     note = annotations.note(node)
     operands = annotations.operands(node)
     asked = demands(note.rule, note.decision, len(operands))
-    for index, ((producer, _), demanded) in enumerate(zip(operands, asked, strict=True)):
+    for index, (producer, demanded) in enumerate(zip(operands, asked, strict=True)):
         actual = annotations.placement(producer)
         if demanded is not None and not satisfies(actual, demanded, annotations.note(producer).differentiable):
             raise VerificationError(
@@ -120,7 +120,7 @@ def _check_operands(node: fx.Node) -> None:
 
 
 def _check_outputs(node: fx.Node, context: Context) -> None:
-    for x, _ in annotations.operands(node):
+    for x in annotations.operands(node):
         actual = annotations.placement(x)
         kept = isinstance(actual, Shard) and context.outputs != "full"
         if not kept and not satisfies(actual, I, annotations.note(x).differentiable):

@@ -190,6 +190,8 @@ def work(rank: int, scenario: Scenario, init_method: str, outcomes: str) -> None
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=scenario.num_ranks)
+    # else a rank that has seen another shape alone has another graph from then on, which is a difference of its own
+    torch._dynamo.config.automatic_dynamic_shapes = False
     healthy = parallel(Mortal)
     waiting = parallel(Mortal, check_timeout=CHECK_TIMEOUT)
     if scenario.starts_well:

@@ -106,7 +106,7 @@ Move = tuple[Placement, Placement, tuple[int, ...], int]  # from, to, global sha
 def _moves(node: fx.Node) -> Iterable[Move]:
     """Every tensor a redistribution moves, as its forward does."""
     transitions = annotations.note(node).transitions
-    for (source, target), (producer, _) in zip(transitions, annotations.operands(node), strict=True):
+    for (source, target), producer in zip(transitions, annotations.operands(node), strict=True):
         value = annotations.value(producer)
         yield source, target, global_shape(source, tuple(value.shape)), value.element_size()
 

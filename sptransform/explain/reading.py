@@ -37,7 +37,7 @@ def read(rewritten: Rewritten) -> Explanation:
 
 def _redistribution(node: fx.Node, forward: Collective | None, backward: Collective | None) -> Redistribution:
     transitions = annotations.note(node).transitions
-    sources = [producer for producer, _ in annotations.operands(node)]
+    sources = annotations.operands(node)
     parameters = ()
     if all(change == ("I", "R") for change in _printed(transitions)) and all(s.op == "placeholder" for s in sources):
         parameters = tuple(annotations.note(source).input_name or source.name for source in sources)
@@ -60,7 +60,7 @@ def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str,
 def _gathered(redistributions: list[fx.Node], fallbacks: set[str]) -> Iterator[Gathered]:
     """Gathers that an op with a rule asks for: one entry a reader."""
     for node in redistributions:
-        for (source, target), (producer, _) in zip(
+        for (source, target), producer in zip(
             annotations.note(node).transitions, annotations.operands(node), strict=True
         ):
             if not isinstance(source, Shard) or isinstance(target, Shard):
@@ -75,7 +75,7 @@ def _gathered(redistributions: list[fx.Node], fallbacks: set[str]) -> Iterator[G
 
 def _outputs(graph: fx.Graph) -> Iterator[Output]:
     (output,) = (node for node in graph.nodes if node.op == "output")
-    for producer, _ in annotations.operands(output):
+    for producer in annotations.operands(output):
         placement = annotations.placement(producer)
         kind = tensor_type(annotations.value(producer), placement, is_local=True)
         yield Output(producer.name, "whole" if placement is None else str(placement), kind)

@@ -22,7 +22,7 @@ BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(PackAllToAlls) + 1]
 
 def buckets(gm: fx.GraphModule) -> list[list[str]]:
     return [
-        [producer.name for producer, _ in annotations.operands(node)]
+        [producer.name for producer in annotations.operands(node)]
         for node in gm.graph.nodes
         if is_redistribute(node) and set(annotations.note(node).transitions) == {(I, R)}
     ]
