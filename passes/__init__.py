@@ -9,6 +9,7 @@ from sptransform.passes.insert_redistributes import InsertRedistributes
 from sptransform.passes.localize import Localize
 from sptransform.passes.lower_redistributes import LowerRedistributes
 from sptransform.passes.move_keys_unrepeated import MoveKeysUnrepeated
+from sptransform.passes.open_checkpointed import OpenCheckpointed
 from sptransform.passes.pack_all_to_alls import PackAllToAlls
 from sptransform.passes.place import Place
 from sptransform.passes.split_means import SplitMeans
@@ -26,4 +27,5 @@ PIPELINE: tuple[Pass, ...] = (
     # from abstract to concrete; sizes become local last, when nothing needs global ones any more
     LowerRedistributes(),
     Localize(),
+    OpenCheckpointed(),  # after all that reads captured ops
 )

@@ -76,8 +76,13 @@ class Agreement:
         self._calls = 0
         self._lock = threading.RLock()  # backward may run on a thread of its own
 
-    def checked(self, compiled: Callable[..., Any], program: Program, timeout: float) -> Callable[..., Any]:
-        """``compiled``, run only in agreement, its backward too; whatever breaks a collective is named."""
+    def checked(
+        self, compiled: Callable[..., Any], program: Program, lengths_at: Sequence[tuple[int, int]], timeout: float
+    ) -> Callable[..., Any]:
+        """``compiled``, run only in agreement, its backward too; whatever breaks a collective is named.
+
+        ``lengths_at`` are the (argument, dim) whose sizes the program leaves open.
+        """
         has_backward = False
 
         def around(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,8 +95,7 @@ class Agreement:
 
         def run(*args: Any) -> Any:
             nonlocal has_backward
-            # the lengths of this call, where the graph serves several
-            self.agree(program, "forward", timeout, [x for x in args if isinstance(x, int)])
+            self.agree(program, "forward", timeout, [args[i].shape[dim] for i, dim in lengths_at])
             with self.running():
                 outputs = compiled(*args)
             if not has_backward:

@@ -116,6 +116,16 @@ def fork(source: fx.Node, target: fx.Node) -> None:
     target.meta = {**source.meta, _KEY: replace(note(source))}
 
 
+def give_policies(graph: fx.Graph, policies: dict[int, Any]) -> None:
+    """Keep with the graph what decides in its selectively checkpointed regions, by their ``ac_graph_id``."""
+    graph.owning_module.meta[_KEY] = policies
+
+
+def take_policies(graph: fx.Graph) -> dict[int, Any]:
+    """What :func:`give_policies` kept; it is kept no longer."""
+    return graph.owning_module.meta.pop(_KEY, {})
+
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>.*)')
 
 

@@ -27,7 +27,7 @@ from sptransform import annotations
 from sptransform.agreement import Agreement
 from sptransform.capture import capture, fix_sizes, has_symbolic_sizes
 from sptransform.errors import UsageError, describe
-from sptransform.fingerprint import Line, Program, captured_lines, schedule_lines, settings
+from sptransform.fingerprint import Line, Program, captured_lines, lengths_at, schedule_lines, settings
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options, check_torch_version
@@ -52,9 +52,9 @@ def sptransform_backend(
         return lookup_backend(options.backend)(gm, list(inputs))
     agreement = Agreement.of(mesh)
     with nullcontext() if agreement is None else agreement.telling_failure():
-        compiled, program, context = _compile(options, gm, inputs, mesh, whole)
+        compiled, program, lengths, context = _compile(options, gm, inputs, mesh, whole)
     if agreement is not None:
-        compiled = agreement.checked(compiled, program, options.check_timeout)
+        compiled = agreement.checked(compiled, program, lengths, options.check_timeout)
     if options.outputs != "dtensor":
         return compiled
     return _with_dtensors(compiled, context)
@@ -62,18 +62,20 @@ def sptransform_backend(
 
 def _compile(
     options: Options, gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh, whole: bool
-) -> tuple[Callable[..., Any], Program, Context]:
+) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context]:
     _check_not_split_by_ddp()
-    _check_devices(gm, inputs, mesh)
+    _check_devices(inputs, mesh)
     captured: list[Line] = []
+    lengths: list[tuple[int, int]] = []
 
     def see(graph: fx.Graph) -> None:
         captured[:] = captured_lines(graph)
+        lengths[:] = lengths_at(graph)
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
     program = Program((*settings(options, mesh, _version()), *captured, *schedule_lines(rewritten.graph)))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptransform-{_version()}"):
-        return lookup_backend(options.backend)(rewritten, list(inputs)), program, context
+        return lookup_backend(options.backend)(rewritten, list(inputs)), program, lengths, context
 
 
 def rewrite_graph(
@@ -168,7 +170,7 @@ def _check_not_split_by_ddp() -> None:
         )
 
 
-def _check_devices(gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh) -> None:
+def _check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
     found = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
     expected = mesh.device_mesh.device_type if mesh.device_mesh is not None else None
     if expected is not None and found and expected not in found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -22,9 +22,11 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
+from sptransform.errors import CaptureError, describe
 from sptransform.functionalize import functionalize
 from sptransform.rewriter import rename
 from sptransform.sizes import size_of, split_length
@@ -33,7 +35,14 @@ _regions = itertools.count(1)
 
 
 class _Inliner(fx.Interpreter):
-    """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be."""
+    """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be.
+
+    Of selectively checkpointed regions ``policies`` gets the mode that decides, for passes/open_checkpointed.py.
+    """
+
+    def __init__(self, gm: fx.GraphModule, policies: dict[int, Any]) -> None:
+        super().__init__(gm)
+        self._policies = policies
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._autocasts: list[torch.autocast] = []
@@ -50,7 +59,9 @@ class _Inliner(fx.Interpreter):
             for node in body.graph.nodes:
                 node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
                 node.meta["ac_graph_id"] = region
-            return _Inliner(body).run(*operands)
+            if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
+                self._policies[region] = _policy_of(contexts)
+            return _Inliner(body, self._policies).run(*operands)
         # torch's tracer notes these two calls without making them; entered as a user would, they are noted and hold
         if target is torch.amp.autocast_mode._enter_autocast:
             self._autocasts.append(torch.autocast(*args, **kwargs))
@@ -58,6 +69,20 @@ class _Inliner(fx.Interpreter):
         if target is torch.amp.autocast_mode._exit_autocast:
             return self._autocasts.pop().__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
+
+
+def _policy_of(contexts: Callable[[], Any]) -> TorchDispatchMode:
+    """The mode that torch.utils.checkpoint would run a region's forward in. Raises CaptureError for other contexts."""
+    forward, _ = contexts()
+    if not isinstance(forward, TorchDispatchMode):
+        raise CaptureError(
+            describe(
+                "checkpoint's context_fn gives contexts that say nothing of what to save",
+                found=type(forward).__name__,
+                fix="torch.utils.checkpoint.create_selective_checkpoint_contexts",
+            )
+        )
+    return forward
 
 
 def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
@@ -95,7 +120,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
     fakes = [_fake(x, mode, context) if isinstance(x, torch.Tensor) else x for x in inputs]
     with mode, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
-        traced = make_fx(lambda *args: _Inliner(gm).run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        run = _Inliner(gm, policies := {}).run
+        traced = make_fx(lambda *args: run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    annotations.give_policies(traced.graph, policies)
     for node in traced.graph.nodes:
         annotations.note(node).differentiable = _is_tracked(node.meta.get("tensor_meta"))
         picked = annotations.projection(node)

@@ -23,6 +23,7 @@ from sptransform.errors import describe
 from sptransform.mesh import Mesh
 from sptransform.options import Options
 from sptransform.printer import line
+from sptransform.sizes import size_of
 
 # What a process may have of its own in the text of an argument: which device it drives, addresses of objects.
 _OWN = re.compile(r"(?<=\b(?:cuda|mtia)):\d+|(?<=\bxpu):\d+| at 0x[0-9a-f]+")
@@ -78,6 +79,18 @@ def captured_lines(graph: fx.Graph) -> list[Line]:
     """
     nodes = [node for node in graph.nodes if node.op != "placeholder" or annotations.is_tensor(node)]
     return [Line(_OWN.sub("", line(node)), annotations.source_line(node)) for node in nodes]
+
+
+def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
+    """(input, dim) of every length the graph leaves open, each once; they are part of what a call runs."""
+    found: dict[str, tuple[int, int]] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for index, node in enumerate(placeholders):
+        if annotations.is_tensor(node):
+            for dim, size in enumerate(annotations.value(node).shape):
+                if isinstance(size, torch.SymInt) and not isinstance(size_of(size), int):
+                    found.setdefault(str(size), (index, dim))
+    return list(found.values())
 
 
 def schedule_lines(graph: fx.Graph) -> list[Line]:

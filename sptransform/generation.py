@@ -7,7 +7,6 @@ caller's from one call to the next, whole. Such a call is recognised by its argu
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -40,9 +39,7 @@ def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[...
 
 
 def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an argument is a cache of Hugging Face's, whatever the model calls it, or a tuple in a cache's place."""
-    if kwargs.get("past_key_values") is not None:
-        return True
-    cache_utils = sys.modules.get("transformers.cache_utils")
-    kind = getattr(cache_utils, "Cache", None)
-    return kind is not None and any(isinstance(x, kind) for x in (*args, *kwargs.values()))
+    """Whether an argument is a cache: of a class that is, or derives from, a ``Cache``; or named as caches were."""
+    return kwargs.get("past_key_values") is not None or any(
+        kind.__name__ == "Cache" for x in (*args, *kwargs.values()) for kind in type(x).__mro__
+    )

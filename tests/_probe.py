@@ -46,3 +46,22 @@ def work(rank, ws, name, ck, sharded):
     model(**inputs) if 0 else None
     r=run_one_device(model, inputs)
     return describe()
+
+def selective(rank, ws, sharded, amp=False):
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+    from functools import partial
+    aten=torch.ops.aten
+    ctx=partial(create_selective_checkpoint_contexts,[aten.addmm.default, aten.mm.default, aten._scaled_dot_product_flash_attention_for_cpu.default])
+    model, inputs = build("sdpa_transformer", dtype=torch.float32 if amp else torch.float64)
+    for b in model.blocks:
+        f=b.forward
+        b.forward = (lambda f: lambda x: checkpoint(f, x, use_reentrant=False, context_fn=ctx))(f)
+    if sharded:
+        if "keep_graphs" not in torch._dynamo.list_backends(exclude_tags=()):
+            torch._dynamo.register_backend(be, name="keep_graphs")
+        model = sptransform.parallelize(model,"ulysses",backend="keep_graphs")
+    else:
+        model.compile(backend=be, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        r=run_one_device(model, inputs)
+    return describe(), r

@@ -1,5 +1,8 @@
 """A small decoder of any number of heads, for lengths, heads and batches that do not divide by the number of ranks."""
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -7,6 +10,52 @@ from torch.nn import functional
 from tests.models import IGNORED, MAX_LENGTH, Inputs
 
 VOCAB, HEAD_DIM = 31, 4
+HEADS = [(8, 8), (8, 2), (8, 1), (6, 2), (5, 5), (3, 1), (7, 7), (28, 4), (12, 3)]
+BATCHES = [1, 2, 3, 5]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape on a number of ranks; `outputs` matters for models that return more than a loss."""
+
+    num_ranks: int
+    heads: tuple[int, int]
+    seq_len: int
+    batch: int
+    repeat: bool = False
+    split: str = "heads"
+
+    def __str__(self) -> str:
+        heads, key_heads = self.heads
+        form = "-repeat" * self.repeat + "-batch" * (self.split == "batch")
+        return f"N{self.num_ranks}-H{heads}-K{key_heads}-S{self.seq_len}-B{self.batch}{form}"
+
+
+def lengths(num_ranks: int) -> list[int]:
+    return [n for n in dict.fromkeys((64, 61, 7, num_ranks - 1, 1)) if n > 0]
+
+
+# Every number of ranks, length, pair of heads and batch at least once; each odd one with an even and an odd other.
+SOME = [
+    Case(1, (8, 8), 64, 2),
+    Case(2, (5, 5), 61, 3),
+    Case(2, (6, 2), 7, 5, repeat=True),
+    Case(2, (7, 7), 1, 2),
+    Case(3, (8, 1), 64, 3, repeat=True),
+    Case(3, (28, 4), 61, 1),
+    Case(3, (3, 1), 2, 5, split="batch"),
+    Case(4, (8, 2), 64, 1),
+    Case(4, (12, 3), 61, 2, repeat=True),
+    Case(4, (3, 1), 7, 2),
+    Case(4, (8, 8), 3, 5, split="batch"),
+]
+# All numbers of ranks, heads, lengths and batches; the two ways to write and to split take turns.
+ALL = [
+    Case(num_ranks, heads, seq_len, batch, repeat=i % 2 == 1, split="batch" if i % 3 == 2 and batch > 1 else "heads")
+    for num_ranks in (1, 2, 3, 4)
+    for heads in HEADS
+    for i, (seq_len, batch) in enumerate(itertools.product(lengths(num_ranks), BATCHES))
+]
 
 
 def build_shape(

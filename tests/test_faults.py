@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +203,13 @@ def work(rank: int, scenario: Scenario, init_method: str, outcomes: str) -> None
         if is_late:
             step(waiting)  # a short time-out leaves no time to compile
         dist.barrier()
-        note(lambda: meet(fault, rank, waiting if is_late else healthy))
+        note(partial(meet, fault, rank, waiting if is_late else healthy))
         dist.barrier()
         if is_late and rank == fault.victim:
-            note(lambda: step(waiting))  # a rank that comes too late learns what the others concluded
+            note(partial(step, waiting))  # a rank that comes too late learns what the others concluded
     step(healthy)
     dist.barrier()
-    note(lambda: die_in_time(scenario, rank, healthy))
+    note(partial(die_in_time, scenario, rank, healthy))
     os._exit(0)
 
 
