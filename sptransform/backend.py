@@ -74,7 +74,8 @@ def _compile(
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
     program = Program((*settings(options, mesh, _version()), *captured, *schedule_lines(rewritten.graph)))
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sptransform-{_version()}"):
+    tag = f"sptransform-{_version()}{_recompute_tags(rewritten.graph)}"
+    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         return lookup_backend(options.backend)(rewritten, list(inputs)), program, lengths, context
 
 
@@ -226,6 +227,17 @@ def _with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[.
         return tuple(map(wrap, outputs, context.output_placements))
 
     return run
+
+
+def _recompute_tags(graph: fx.Graph) -> str:
+    """What is recomputed, hashed; "" for nothing. Compile caches see the ops of a graph, not what is said of them."""
+    regions: dict[Any, int] = {}  # the numbers of checkpointed regions are the process's, their order is the model's
+    tags = [
+        (index, node.meta["recompute"].value, regions.setdefault(node.meta.get("ac_graph_id"), len(regions)))
+        for index, node in enumerate(graph.nodes)
+        if "recompute" in node.meta
+    ]
+    return f"-{hashlib.sha256(repr(tags).encode()).hexdigest()[:16]}" if tags else ""
 
 
 @cache

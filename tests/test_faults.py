@@ -28,6 +28,7 @@ from torch import nn
 import sptransform
 from sptransform import Ulysses
 from tests.gloo_pool import PRELOAD
+from tests.golden import Golden
 from tests.models import Inputs
 from tests.tiny import AttentionWithLoss, token_inputs
 
@@ -283,7 +284,7 @@ def run(scenario: Scenario, directory: Path) -> list[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("seed", range(NUM_SCENARIOS))
-def test_every_rank_raises_and_names_the_one_at_fault(seed: int, tmp_path: Path) -> None:
+def test_every_rank_raises_and_names_the_one_at_fault(seed: int, tmp_path: Path, golden: Golden) -> None:
     scenario = Scenario.of(seed)
     outcomes = run(scenario, tmp_path)
     for fault in scenario.soft:
@@ -309,6 +310,8 @@ def test_every_rank_raises_and_names_the_one_at_fault(seed: int, tmp_path: Path)
         assert survivor["error"] == "RankLostError", context
         assert survivor["ranks"] == [scenario.hard.victim], context
         assert survivor["at"] - death["died"] < NAMED_WITHIN, context
+        message = survivor["message"].replace(f"rank {scenario.hard.victim}", "rank N")
+        golden.check("agreement_lost", message=message)
 
 
 def test_there_are_fifty_faults_of_all_kinds() -> None:
