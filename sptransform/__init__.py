@@ -2,7 +2,12 @@
 
 from sptransform.errors import (
     CaptureError,
+    RankError,
+    RankFailedError,
+    RankLostError,
+    RankMissingError,
     RuleError,
+    ScheduleMismatchError,
     SPTransformError,
     UnsupportedOpError,
     UsageError,
@@ -17,9 +22,14 @@ from sptransform.strategies import Strategy, Ulysses
 __all__ = [
     "CaptureError",
     "Explanation",
+    "RankError",
+    "RankFailedError",
+    "RankLostError",
+    "RankMissingError",
     "Rewritten",
     "RuleError",
     "SPTransformError",
+    "ScheduleMismatchError",
     "Strategy",
     "Ulysses",
     "UnsupportedOpError",

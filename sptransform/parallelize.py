@@ -137,6 +137,14 @@ class _Compiler:
 
 
 def _check_module(model: nn.Module, mesh: Mesh) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            describe(
+                "torch.compile cannot see through the forward of DistributedDataParallel",
+                found=f"DistributedDataParallel around {type(model.module).__name__}",
+                fix="parallelize the model it wraps, before or after: parallelize(ddp.module, ...)",
+            )
+        )
     if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
         raise UsageError(
             describe(

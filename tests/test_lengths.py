@@ -16,8 +16,9 @@ pytestmark = pytest.mark.timeout(300)
 
 def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tuple[list[Result], int]:
     """One parallelized model called with every length; its results, and how often it was compiled."""
-    import sptransform
     from torch._dynamo.utils import counters
+
+    import sptransform
 
     counters.clear()
     model, _ = build(name)

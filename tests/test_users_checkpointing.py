@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -43,7 +43,7 @@ LINEAR = [aten.addmm.default, aten.mm.default]
 class Checkpointed(CausalTransformer):
     """Every block recomputed in the backward."""
 
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
@@ -169,7 +169,7 @@ def saved(forward: fx.GraphModule) -> Counter[str]:
 
 # The loss is a sum over the ranks' labels divided by their number, and parameter gradients are summed over the ranks.
 OF_RANKS = Counter({"all_to_all_single": 2 * LAYERS, "all_reduce": 1, "div": 1})
-# Recomputed by torch alone for nothing but an all-to-all, whose result is kept: projections, and rotating what they give.
+# Recomputed by torch alone for nothing but an all-to-all, whose result is kept: projections, and their rotation.
 ONLY_FOR_EXCHANGES = {
     "all": Counter({"addmm": LAYERS}),
     "attention": Counter({"addmm": LAYERS}),

@@ -74,7 +74,8 @@ def _attention_local(call: OpCall, local: Local) -> Any:
     per_key = max(len(heads) // num_keys, 1)
     uniform = heads == [i // per_key for i in range(len(heads))]
     dropout_p = call.argument("dropout_p")
-    if uniform and not repeated and dropout_p == 0.0:
+    is_empty = 0 in local.result_shapes[0]
+    if uniform and not repeated and dropout_p == 0.0 and not is_empty:
         return local.run(call)
     query, key, value, *mask = local.operands
     arguments = (query, key, value, mask[0] if mask else None, dropout_p, call.argument("is_causal"))

@@ -1,4 +1,4 @@
-"""Pointwise ops. Those torch tags ``pointwise`` need no line here unless a pending sum passes through them."""
+"""Pointwise ops. Those torch tags ``pointwise`` need no line here unless a pending sum passes through them; a few it forgot to tag have one."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.div.Tensor, pointwise(_LINEAR)),
     (aten.dropout.default, OpEntry(pointwise(), _dropout)),
     (aten.gelu.default, pointwise()),
+    (aten.leaky_relu.default, pointwise()),
     (aten.lift_fresh_copy.default, pointwise()),
     (aten.mul.Scalar, pointwise(_LINEAR)),
     (aten.mul.Tensor, pointwise(_LINEAR_IN_EACH)),

@@ -31,10 +31,12 @@ def attention(
 
     Query head i reads key head ``key_head_of[i]`` (itself where the list is empty). With ``group_name`` dropout
     draws a mask of this rank's own; fused kernels seed themselves alike on ranks seeded alike, so the probabilities
-    are then computed in the open.
+    are then computed in the open. A rank without heads runs no kernel: some kernels end the process on empty input.
     """
     if key_head_of:
         key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
+    if 0 in query.shape:
+        return query @ key.transpose(-2, -1) @ value
     if dropout_p == 0.0 or not group_name:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
@@ -44,7 +46,8 @@ def attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    probabilities = scores.softmax(-1)
+    # a row that sees nothing gives zeros, as the op itself does
+    probabilities = torch.ops.aten._safe_softmax(scores, -1)
     mask = torch.ops.sptransform.dropout_mask(probabilities, dropout_p, group_name)
     return (probabilities * mask / (1 - dropout_p)) @ value
 

@@ -1,0 +1,129 @@
+"""Several models, several groups, data parallelism over sequence parallelism."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import sptransform
+from sptransform import UsageError
+from tests.collective_counts import CountCollectives
+from tests.equality import Result, assert_equal_to_one_device, run_one_device
+from tests.gloo_pool import get_pool
+from tests.models import FLOAT64, Inputs, build
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def parallel(model: nn.Module, **options: Any) -> nn.Module:
+    return sptransform.parallelize(model, "ulysses", **{"backend": "aot_eager"} | options)
+
+
+def assert_equals_one_device(name: str, result: Result, **shape: int) -> None:
+    assert_equal_to_one_device(run_one_device(*build(name, **shape)), result, FLOAT64)
+
+
+# --- two models in one process --------------------------------------------------------------------------------
+
+
+def by_turns(rank: int, world_size: int, meshes: str) -> list[tuple[Result, set[int]]]:
+    """Two steps of each of two models by turns, and the sizes of the groups that communicated."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))
+    first, second = (mesh["near"], mesh["far"]) if meshes == "different" else (mesh["near"], mesh["near"])
+    models = [("bert", first), ("sdpa_transformer", second)]
+    built = [(parallel(model, mesh=sub), inputs) for (model, inputs), sub in ((build(n), s) for n, s in models)]
+    results = []
+    for _ in range(2):
+        for model, inputs in built:
+            model.zero_grad()
+            with CountCollectives() as counted:
+                result = run_one_device(model, inputs)
+            results.append((result, {collective.group_size for collective in counted.collectives}))
+    return results
+
+
+@pytest.mark.parametrize("meshes", ["same", "different"])
+def test_two_models_by_turns(meshes: str) -> None:
+    for results in get_pool(4).run(by_turns, meshes, timeout=180):
+        for (result, group_sizes), name in zip(results, ["bert", "sdpa_transformer"] * 2, strict=True):
+            assert_equals_one_device(name, result)
+            assert group_sizes == {2}
+
+
+def each_its_own(rank: int, world_size: int) -> tuple[str, Result]:
+    """Half of the ranks train one model, half another: they need not be in step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("job", "sp"))
+    name = ("bert", "sdpa_transformer")[mesh["job"].get_local_rank()]
+    model, inputs = build(name)
+    parallel(model, mesh=mesh["sp"])
+    for _ in range(1 + rank // 2):
+        model.zero_grad()
+        result = run_one_device(model, inputs)
+    return name, result
+
+
+def test_groups_with_a_model_each() -> None:
+    results = get_pool(4).run(each_its_own, timeout=180)
+    assert [name for name, _ in results] == ["bert", "bert", "sdpa_transformer", "sdpa_transformer"]
+    for name, result in results:
+        assert_equals_one_device(name, result)
+
+
+# --- data parallelism over sequence parallelism ---------------------------------------------------------------
+
+BATCH = 4
+
+
+def global_batch() -> Inputs:
+    """As many labels in each half, so that the mean over the whole is the mean of the halves' means."""
+    ids = build("sdpa_transformer", batch=BATCH)[1]["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
+def replicated(rank: int, world_size: int, order: str, num_micro: int) -> Result:
+    """A step on this rank's half of the batch, in micro-batches; its loss and the gradients DDP leaves."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    group = mesh["dp"].get_group()
+    model, _ = build("sdpa_transformer")
+    if order == "parallelize first":
+        wrapped = DistributedDataParallel(parallel(model, mesh=mesh["sp"]), process_group=group)
+    else:
+        wrapped = DistributedDataParallel(model, process_group=group)
+        parallel(wrapped.module, mesh=mesh["sp"])
+    mine = {name: x.chunk(2)[mesh["dp"].get_local_rank()] for name, x in global_batch().items()}
+    batches = [{name: x.chunk(num_micro)[i] for name, x in mine.items()} for i in range(num_micro)]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, batch in enumerate(batches):
+        wrapped.require_backward_grad_sync = i == num_micro - 1  # what no_sync() does
+        with CountCollectives() as counted:
+            loss = wrapped(**batch) / num_micro
+        assert any(collective.name == "all_to_all_single" for collective in counted.collectives)
+        loss.backward()
+        total += loss.detach()
+    return Result(total, {name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize("order", ["parallelize first", "its module after"])
+def test_ddp_over_dp_x_sp_is_one_device_with_the_global_batch(order: str, num_micro: int) -> None:
+    reference = run_one_device(build("sdpa_transformer")[0], global_batch())
+    results = get_pool(4).run(replicated, order, num_micro, timeout=180)
+    assert torch.equal(results[0].loss, results[1].loss) and torch.equal(results[2].loss, results[3].loss)
+    loss = (results[0].loss + results[2].loss) / 2
+    for result in results:
+        assert_equal_to_one_device(reference, Result(loss, result.grads), FLOAT64)
+
+
+def parallelizes_ddp(rank: int, world_size: int) -> str:
+    with pytest.raises(UsageError) as error:
+        parallel(DistributedDataParallel(build("sdpa_transformer")[0]))
+    return str(error.value)
+
+
+def test_parallelizing_what_ddp_wraps_is_asked_for() -> None:
+    """torch.compile cannot see through DDP's own forward."""
+    for message in get_pool(2).run(parallelizes_ddp):
+        assert "DistributedDataParallel" in message and "module" in message
