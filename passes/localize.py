@@ -60,6 +60,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         emit=emitter(node),
         operands=tuple(annotations.operands(node)),
         result_shapes=tuple(shape for shape, _ in note.local_types),
+        result_dtypes=tuple(dtype for _, dtype in note.local_types),
         rule=note.rule,
         decision=note.decision,
         rank=context.mesh.rank,

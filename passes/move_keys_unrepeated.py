@@ -61,7 +61,6 @@ class MoveKeysUnrepeated(Pass):
                 scale=call.argument("scale"),
                 key_head_of=[i // group for i in range(annotations.shape(query)[_HEADS])],
             )
-            annotations.note(new).differentiable = annotations.note(node).differentiable
             succeed(node, new)
         graph.eliminate_dead_code()
 

@@ -3,7 +3,7 @@
 1. Rules are looked up and applied to global shapes; axes are inferred from them.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
 3. Propagation decides (see :mod:`sptransform.propagation`).
-4. An op without a rule that would have to gather a shard is recorded, or with ``strict`` refused.
+4. An op without a rule that gathers a shard, or works on trainable tensors, is recorded, or with ``strict`` refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Place(Pass):
             raise UsageError(
                 describe(
                     "nothing in this graph says which dimension is the sequence",
-                    found="no attention op (scaled_dot_product_attention)",
+                    found="no scaled_dot_product_attention of queries [batch, heads, sequence, head size]",
                     fix="pass sequence_dims={'<input name>': <dim>}; inputs of this graph: "
                     + ", ".join(_user_inputs(graph)),
                 )
@@ -53,21 +53,23 @@ class Place(Pass):
         return R if annotations.note(node).differentiable and not context.grad_sync else I
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
-        if annotations.note(node).rule is not None:
+        note = annotations.note(node)
+        if note.rule is not None:
             return
         gathered = [
             producer
             for producer in annotations.operands(node)
             if isinstance(annotations.placement(producer), Shard)
         ]
-        if not gathered:
+        # positions and masks are whole on every rank anyway; work on trainable tensors is not meant to be
+        if not gathered and not note.differentiable:
             return
         if context.strict:
             raise UnsupportedOpError(
                 describe(
                     f"{node.target} has no sharding rule, and strict=True forbids running it replicated",
                     node=node,
-                    found=", ".join(f"%{x.name} placed {annotations.placement(x)}" for x in gathered),
+                    found=", ".join(f"%{x.name} placed {annotations.placement(x)}" for x in annotations.operands(node)),
                     fix="pass strict=False to gather its operands, or add a rule for it",
                 )
             )

@@ -11,6 +11,7 @@ so that a shard contributes its sum, and nobody divides by its own count.
 1. Cross-entropy and NLL with class indices count the labels that are not ``ignore_index``, each with its class weight.
 2. Cross-entropy with class probabilities counts every position.
 3. Losses that are pointwise before their reduction count every element.
+4. A loss of 16 bits is summed in float32: on one device its mean is accumulated so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import fx
 
 from sptransform import annotations
-from sptransform.op_rules.loss import MEAN, SUM
+from sptransform.op_rules.loss import MEAN, NONE, SUM
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
 from sptransform.rules import OpCall
@@ -75,13 +76,22 @@ class SplitMeans(Pass):
             if call.argument("reduction") != MEAN:
                 continue
             count = _COUNTS[node.target](node, call)
-            args, kwargs = _with_reduction(node, SUM)
-            total = emit_like(node, node.target, *args, **kwargs)
             divide = aten.div.Tensor if isinstance(count, fx.Node) else aten.div.Scalar
-            loss = emit_like(node, divide, total, count)
-            for new in (total, loss):
-                annotations.note(new).differentiable = annotations.note(node).differentiable
-            succeed(node, loss)
+            succeed(node, _narrowed(node, emit_like(node, divide, _total(node), count)))
+
+
+def _total(node: fx.Node) -> fx.Node:
+    """The loss summed; in float32 where 16 bits would not hold the sum."""
+    if annotations.value(node).dtype.itemsize > 2:
+        args, kwargs = _with_reduction(node, SUM)
+        return emit_like(node, node.target, *args, **kwargs)
+    args, kwargs = _with_reduction(node, NONE)
+    return emit_like(node, aten.sum.default, emit_like(node, node.target, *args, **kwargs), dtype=torch.float32)
+
+
+def _narrowed(node: fx.Node, loss: fx.Node) -> fx.Node:
+    dtype = annotations.value(node).dtype
+    return loss if annotations.value(loss).dtype == dtype else emit_like(node, aten.to.dtype, loss, dtype)
 
 
 def _with_reduction(node: fx.Node, reduction: int) -> tuple[list[object], dict[str, object]]:

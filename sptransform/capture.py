@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import sympy
 import torch
+import torch._functorch.predispatch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
@@ -29,9 +29,14 @@ from sptransform import annotations
 from sptransform.errors import CaptureError, describe
 from sptransform.functionalize import functionalize
 from sptransform.rewriter import rename
-from sptransform.sizes import size_of, split_length
+from sptransform.sizes import split_length
 
 _regions = itertools.count(1)
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
+# functorch's transforms enter and leave a level of their own; what runs there is not the graph's to see
+_TRANSFORMS = {
+    getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")
+} | {fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")}
 
 
 class _Inliner(fx.Interpreter):
@@ -68,7 +73,32 @@ class _Inliner(fx.Interpreter):
             return self._autocasts[-1].__enter__()
         if target is torch.amp.autocast_mode._exit_autocast:
             return self._autocasts.pop().__exit__(None, None, None)
+        if isinstance(target, torch._ops.HigherOrderOperator) or target in _TRANSFORMS:
+            raise CaptureError(
+                describe(
+                    "the graph cannot show what this does to gradients or control flow",
+                    found=f"{target}: a custom autograd.Function, a functorch transform, or control flow as an op",
+                    node=self._at,
+                    fix="write it with torch ops, or register it as an op with torch.library and register_autograd",
+                )
+            )
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _HOOKS:
+            raise CaptureError(
+                describe(
+                    "a hook on a tensor is no part of the graph, and would be lost",
+                    found=f"Tensor.{target} in a forward",
+                    node=self._at,
+                    fix="write what the hook does as an op, or register it on a parameter outside of the forward",
+                )
+            )
+        return super().call_method(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._at = n
+        return super().run_node(n)
 
 
 def _policy_of(contexts: Callable[[], Any]) -> TorchDispatchMode:
@@ -90,24 +120,27 @@ def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
 
     None fixes them all to their values. The guards are Dynamo's: another size is another compile, never a wrong run.
     """
-    for size in _symbolic_sizes(gm):
+    for size, is_length in _symbolic(gm):
         if num_ranks is None:
             int(size)
-        else:
+        elif is_length:  # a number that is an input of its own may stay open
             split_length(size, num_ranks)
 
 
 def has_symbolic_sizes(gm: fx.GraphModule) -> bool:
     """Whether Dynamo left any input size open."""
-    return any(isinstance(size_of(size), sympy.Expr) for size in _symbolic_sizes(gm))
+    return any(not size.node.expr.is_number for size, _ in _symbolic(gm))
 
 
-def _symbolic_sizes(gm: fx.GraphModule) -> Iterator[torch.SymInt]:
+def _symbolic(gm: fx.GraphModule) -> Iterator[tuple[torch.SymInt, bool]]:
+    """Every symbolic int among the inputs, and whether it is a tensor's size."""
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             example = node.meta.get("example_value")
-            sizes = example.shape if isinstance(example, torch.Tensor) else [example]
-            yield from (size for size in sizes if isinstance(size, torch.SymInt))
+            is_tensor = isinstance(example, torch.Tensor)
+            for size in example.shape if is_tensor else [example]:
+                if isinstance(size, torch.SymInt):
+                    yield size, is_tensor
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

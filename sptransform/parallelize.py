@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.agreement import Agreement
@@ -95,6 +95,7 @@ def parallelize(
     call = _telling(configured(model._compiled_call_impl), Agreement.of(where))
     if where.size > 1:
         call = whole_with_cache(model, compiler.checked(call))
+        model.register_forward_pre_hook(_compiled_by_itself)
     model._compiled_call_impl = call
     return model
 
@@ -189,17 +190,42 @@ def _telling(call: Callable[..., Any], agreement: Agreement | None) -> Callable[
     return run
 
 
+_is_capturing = False  # Dynamo reads it when it traces the hook below
+
+
+def _compiled_by_itself(module: nn.Module, args: Any) -> None:
+    """A hook that keeps Dynamo, where it compiles what calls ``module``, from taking the module as it was along.
+
+    The call is then made from outside of that graph, and sharded. Copies of ``module`` are not parallelized.
+    """
+    if torch.compiler.is_compiling() and not _is_capturing and module._compiled_call_impl is not None:
+        torch._dynamo.graph_break("a parallelized model is compiled by itself: call it outside of a whole graph")
+
+
 def configured(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` under the Dynamo configuration that captures whole models; our errors come as they were raised."""
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        global _is_capturing
+        before, _is_capturing = _is_capturing, True
         try:
             return in_configuration(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
             raise
+        except FailOnRecompileLimitHit as error:
+            raise UsageError(
+                describe(
+                    "the model was compiled for as many different inputs as Dynamo allows",
+                    found=str(error).split("\n")[0],
+                    fix="pad lengths to a multiple of the number of ranks, which one graph then serves; pass numbers "
+                    "that change as tensors; or raise torch._dynamo.config.recompile_limit",
+                )
+            ) from error
+        finally:
+            _is_capturing = before
 
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(
@@ -209,6 +235,8 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             optimize_ddp=False,
             # with graph breaks allowed, Dynamo would go on with the model as it was, unsharded, and not say so
             fail_on_recompile_limit_hit=True,
+            # a float argument left open arrives as a tensor's item, which a graph traced anew cannot read
+            specialize_float=True,
         ):
             return call(*args, **kwargs)
 

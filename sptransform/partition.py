@@ -100,9 +100,19 @@ class Partition:
     @cached_property
     def is_exact(self) -> bool:
         """Every index is owned by one rank only."""
-        runs = sorted(interval for intervals in self.owned for interval in intervals)
-        edges = [0, *(hi for _, hi in runs)]
-        return edges[-1] == self.size and all(lo == edge for (lo, _), edge in zip(runs, edges, strict=False))
+        return self.is_covering and sum(self.local_sizes) == self.size
+
+    @cached_property
+    def is_covering(self) -> bool:
+        """Every index is owned."""
+        if self.is_blocks:
+            return True
+        end = 0
+        for lo, hi in sorted(interval for own in self.owned for interval in own):
+            if lo > end:
+                return False
+            end = max(end, hi)
+        return end == self.size
 
     @cached_property
     def is_blocks(self) -> bool:

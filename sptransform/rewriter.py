@@ -98,6 +98,7 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
             node = before.graph.call_function(target, args, kwargs)
         annotations.copy(before, node)
         compute_value(node)
+        annotations.note(node).differentiable = any(annotations.note(x).differentiable for x in node.all_input_nodes)
         return node
 
     return emit

@@ -22,7 +22,7 @@ from sptransform import annotations
 from sptransform.errors import RuleError
 from sptransform.partition import Partition
 from sptransform.placement import I, P, Placement, R, Shard
-from sptransform.sizes import Size, quotient, size_of
+from sptransform.sizes import Size, is_size, quotient, size_of
 
 Dims = tuple[tuple[str, ...], ...]
 Shape = tuple[Size, ...]
@@ -54,7 +54,8 @@ class OpCall:
                 shapes.append(annotations.shape(x))
                 return Operand(len(shapes) - 1)
             value = annotations.value(x) if isinstance(x, fx.Node) else x
-            return size_of(value) if isinstance(value, torch.SymInt) else x
+            # a number that is no size is passed on as it is
+            return size_of(value) if isinstance(value, torch.SymInt) and is_size(value) else x
 
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
         return OpCall(node.target, args, kwargs, tuple(shapes), annotations.shapes(node))
@@ -347,13 +348,14 @@ class Local:
     """What a ``localize`` function may use.
 
     ``emit(target, args, kwargs)`` runs an op (adds a node, or computes at once in tests); ``operands`` are the local
-    operands; ``result_shapes`` the local result shapes; ``rank`` is to be read for uneven partitions only, so that
-    even ones give every rank the same graph.
+    operands; ``result_shapes`` and ``result_dtypes`` what is to come out of it here; ``rank`` is to be read for uneven
+    partitions only, so that even ones give every rank the same graph; ``group`` is the process group's name.
     """
 
     emit: Callable[..., Any]
     operands: tuple[Any, ...]
     result_shapes: tuple[Shape, ...]
+    result_dtypes: tuple[torch.dtype, ...]
     rule: OpRule
     decision: Sharded
     rank: int

@@ -41,11 +41,32 @@ def split_length(length: torch.SymInt, num_ranks: int) -> None:
 
 
 def size_of(x: int | torch.SymInt) -> Size:
-    """The size behind an int or SymInt."""
+    """The size behind an int or SymInt.
+
+    Raises:
+        SymbolicSizeError: it is no integer polynomial in ranks' shares of lengths: rounded, or of another input.
+    """
     if not isinstance(x, torch.SymInt):
         return x
-    expression = x.node.expr.xreplace(_LENGTHS.get(x.node.shape_env, {}))
+    if not is_size(x):
+        raise SymbolicSizeError(f"{x.node.expr} is no polynomial in lengths that the ranks share evenly")
+    expression = x.node.expr.xreplace(_lengths(x))
     return int(expression) if expression.is_Integer else expression
+
+
+def is_size(x: torch.SymInt) -> bool:
+    """Whether a SymInt is an integer polynomial in ranks' shares of lengths, or a number."""
+    lengths = _lengths(x)
+    expression = x.node.expr.xreplace(lengths)
+    known = {symbol for whole in lengths.values() for symbol in whole.free_symbols}
+    return expression.free_symbols <= known and (expression.is_Integer or _is_integer_polynomial(expression))
+
+
+def _is_integer_polynomial(expression: sympy.Expr) -> bool:
+    symbols = sorted(expression.free_symbols, key=str)
+    if not expression.is_polynomial(*symbols):
+        return False
+    return all(coefficient.is_Integer for coefficient in sympy.Poly(expression, *symbols).coeffs())
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:
@@ -53,12 +74,9 @@ def quotient(size: Size, divisor: Size) -> Size | None:
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if divisor and size % divisor == 0 else None
     ratio = sympy.expand(sympy.cancel(sympy.sympify(size) / divisor))
-    if not ratio.is_polynomial(*ratio.free_symbols):
-        return None
-    coefficients = sympy.Poly(ratio, *ratio.free_symbols).coeffs() if ratio.free_symbols else [ratio]
-    if not all(coefficient.is_Integer for coefficient in coefficients):
-        return None
-    return int(ratio) if ratio.is_Integer else ratio
+    if ratio.is_Integer:
+        return int(ratio)
+    return ratio if ratio.free_symbols and _is_integer_polynomial(ratio) else None
 
 
 def broadcast(*shapes: tuple[Size, ...]) -> tuple[Size, ...] | None:

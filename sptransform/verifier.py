@@ -61,6 +61,8 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
                 raise VerificationError(
                     describe("a shard does not fit its tensor", node=node, found=f"{placement.spec}, {shape}")
                 )
+            if isinstance(placement, Shard) and not placement.partition.is_covering:
+                raise VerificationError(describe("a part of a tensor has no owner", node=node, found=placement.spec))
 
 
 def _check_decision(node: fx.Node) -> None:
@@ -92,6 +94,10 @@ def check_typed(graph: fx.Graph, context: Context) -> None:
                             node=node,
                             found=f"{annotations.placement(producer)}, stated {source}",
                         )
+                    )
+                if isinstance(source, Shard) and not source.partition.is_exact:
+                    raise VerificationError(
+                        describe("a tensor of which ranks share parts cannot be moved on", node=node, found=source.spec)
                     )
                 if (kind(source), kind(target)) not in TRANSITIONS:
                     raise VerificationError(

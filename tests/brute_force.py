@@ -243,7 +243,7 @@ def _check_decision(
     for rank in range(num_ranks):
         parts = _leaves(call, [_part(x, p, rank) for x, p in zip(operands, asked, strict=True)])
         shapes = tuple(local_shape(p, tuple(x.shape), rank) for x, p in zip(results, given, strict=True))
-        local = Local(emit, parts, shapes, rule, decision, rank, GROUP)
+        local = Local(emit, parts, shapes, tuple(x.dtype for x in results), rule, decision, rank, GROUP)
         entry = DEFAULT_RULES[call.target]
         with pretend(GROUP, rank):
             got = _as_tuple(local.run(call) if entry.localize is None else entry.localize(call, local))

@@ -1,9 +1,11 @@
 """Graph breaks, and the recompile limit: right, or an error; never unsharded without a word."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import Unsupported
 
 import sptransform
 from sptransform import UsageError
@@ -111,7 +113,8 @@ def exceeds_the_limit(rank: int, world_size: int, fullgraph: bool) -> int:
             with CountCollectives() as counted:
                 try:
                     model(batched, batched)
-                except FailOnRecompileLimitHit:
+                except UsageError as error:
+                    assert "recompile_limit" in str(error)
                     return batch - 1
             assert counted.collectives
     return 5
@@ -133,3 +136,49 @@ def kept_from_compiling(rank: int, world_size: int) -> str:
 def test_a_model_that_was_not_compiled_is_an_error() -> None:
     for message in get_pool(2).run(kept_from_compiling):
         assert "not sharded" in message
+
+
+class Twice(nn.Module):
+    """Something around a parallelized model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 2 * self.model(input_ids, labels)
+
+
+def compiled_around(rank: int, world_size: int) -> tuple[torch.Tensor, int, str]:
+    """The loss and all-to-alls where the user compiles around a parallelized model, and the error of a whole graph."""
+    model = Twice(broken(CausalTransformer))
+    sptransform.parallelize(model.model, "ulysses", backend="aot_eager")
+    with CountCollectives() as counted:
+        loss = torch.compile(model, backend="aot_eager")(**inputs())
+    torch._dynamo.reset()  # what was compiled with breaks would serve the next call
+    with pytest.raises(Unsupported) as error:
+        torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs())
+    return loss.detach(), len(counted.collectives), str(error.value)
+
+
+def test_compiling_around_a_parallelized_model_leaves_it_sharded() -> None:
+    reference = Twice(broken(CausalTransformer))(**inputs()).detach()
+    for loss, num_collectives, message in get_pool(2).run(compiled_around):
+        torch.testing.assert_close(loss, reference, rtol=FLOAT64, atol=0)
+        assert num_collectives > 0
+        assert "a parallelized model is compiled by itself" in message
+
+
+def copied(rank: int, world_size: int) -> tuple[torch.Tensor, int]:
+    model = broken(CausalTransformer)
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")(**inputs())
+    with CountCollectives() as counted:
+        loss = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)(**inputs())
+    return loss.detach(), len(counted.collectives)
+
+
+def test_a_copy_is_the_users_to_compile() -> None:
+    reference = broken(CausalTransformer)(**inputs()).detach()
+    for loss, num_collectives in get_pool(2).run(copied):
+        torch.testing.assert_close(loss, reference, rtol=FLOAT64, atol=0)
+        assert num_collectives == 0

@@ -85,6 +85,7 @@ def _train(world_size: int, directory: str, outputs: str, **arguments: Any) -> d
         report_to=[],
         use_cpu=True,
         save_strategy="no",
+        per_device_eval_batch_size=8,  # the last batch is short
         prediction_loss_only=outputs == "dtensor",
         disable_tqdm=True,
         **arguments,

@@ -1,4 +1,7 @@
-"""Pointwise ops. Those torch tags ``pointwise`` need no line here unless a pending sum passes through them; a few it forgot to tag have one."""
+"""Pointwise ops. Those torch tags ``pointwise`` need no line here unless a pending sum passes through them.
+
+A few that it did not tag in every version have a line too.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,10 @@ def converted(call: OpCall) -> OpRule:
 def default_entry(target: Any) -> OpEntry | None:
     """The entry of an op without a line of its own: pointwise if torch says so and it draws no random numbers."""
     tags = getattr(target, "tags", ())
-    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
-        return OpEntry(pointwise())
-    return None
+    if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+        return None
+    gives_tensors = all(isinstance(result.type, torch.TensorType) for result in target._schema.returns)
+    return OpEntry(pointwise()) if gives_tensors else None
 
 
 def _dropout(call: OpCall, local: Local) -> Any:

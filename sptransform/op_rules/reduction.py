@@ -35,7 +35,9 @@ def _reduction(summed: bool) -> RuleFn:
         result = tuple(() if d in reduced else f for d, f in enumerate(operand) if keeps or d not in reduced)
         sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
         gone = frozenset(f"i{d}" for d in reduced if shape[d] != 1)
-        kinds = {"reduce": gone, "linear": _LINEAR} if summed else {"whole": gone}
+        # converted before it is summed, a pending term is rounded by itself
+        linear = _LINEAR if summed and call.argument("dtype") is None else ()
+        kinds = {"reduce": gone, "linear": linear} if summed else {"whole": gone}
         return OpRule((operand,), (result,) * len(call.result_shapes), sizes, **kinds)
 
     return apply
@@ -52,8 +54,13 @@ def _mean_local(call: OpCall, local: Local) -> Any:
     (x,) = local.operands
     dims = sorted(_reduced_dims(call))
     keepdim = len(call.result_shapes[0]) == len(shape)
-    total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": call.argument("dtype")})
-    return local.emit(aten.div.Scalar, (total, count), {})
+    dtype = local.result_dtypes[0]
+    if dtype.itemsize > 2:
+        total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": call.argument("dtype")})
+        return local.emit(aten.div.Scalar, (total, count), {})
+    # 16 bits do not hold a sum; a mean is accumulated in float32 on one device too
+    total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": torch.float32})
+    return local.emit(aten.to.dtype, (local.emit(aten.div.Scalar, (total, count), {}), dtype), {})
 
 
 def along_dim(call: OpCall) -> OpRule:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from sptransform.partition import Partition
 from sptransform.rules import Dims, Local, OpCall, OpEntry, OpRule, Resize, RuleFn, Shape
 from sptransform.sizes import Size, order, quotient
 
@@ -79,6 +78,12 @@ def reshape(call: OpCall) -> OpRule | None:
     operand, result = dims(source, "o"), dims(target, "r")
     whole = frozenset(name for name in sizes if not name.startswith("f"))
     return OpRule((operand,), (result,), sizes, whole=whole, linear=_LINEAR)
+
+
+def view_as(call: OpCall) -> OpRule | None:
+    """The second operand lends its shape only."""
+    base = reshape(call)
+    return None if base is None else replace(base, operands=(base.operands[0], base.results[0]), unread=frozenset({1}))
 
 
 def _reshape_local(call: OpCall, local: Local) -> Any:
@@ -188,9 +193,13 @@ def slice_(call: OpCall) -> OpRule | None:
         return None
     if not dims[dim] or (start, stop, step) == (0, shape[dim], 1):
         return OpRule((dims,), (dims,), sizes, linear=_LINEAR)
-    whole = frozenset({factor}) if step != 1 else frozenset()
+    if step != 1:
+        taken = ("taken",) if call.result_shapes[0][dim] != 1 else ()
+        sizes["taken"] = call.result_shapes[0][dim]
+        result = (*dims[:dim], taken, *dims[dim + 1 :])
+        return OpRule((dims,), (result,), sizes, whole=frozenset({factor, "taken"}), linear=_LINEAR)
     resize = {("result", 0, factor): Resize(lambda p: p.slice(start, stop))}
-    return OpRule((dims,), (dims,), sizes, whole=whole, linear=_LINEAR, resize=resize)
+    return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize=resize)
 
 
 def _slice_local(call: OpCall, local: Local) -> Any:
@@ -268,23 +277,22 @@ def stack(call: OpCall) -> OpRule:
 
 
 def pad(call: OpCall) -> OpRule | None:
-    """Constant padding: a padded dimension keeps its axis; the owners of its ends own the padding. Else None."""
+    """Constant padding: a padded dimension keeps its axis; the owners of its ends own the padding.
+
+    None for other modes, negative amounts, and dimensions too short for both ends to have an owner.
+    """
     if call.target is aten.pad.default and call.argument("mode") != "constant":
         return None
     amounts = _pad_amounts(call)
     shape = call.operand_shapes[0]
     dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
     sizes = _sizes((dims, shape))
-    resize, whole = {}, set()
+    resize = {}
     for dim, (before, after) in amounts.items():
-        if before < 0 or after < 0 or shape[dim] == 1:
+        if before < 0 or after < 0 or shape[dim] in (0, 1):
             return None
-        resize["result", 0, f"i{dim}"] = Resize(lambda p, b=before, a=after: _padded(p, b, a))
-    return OpRule((dims,), (dims,), sizes, whole=frozenset(whole), resize=resize)
-
-
-def _padded(partition: Partition, before: int, after: int) -> Partition:
-    return partition.pad(before, after)
+        resize["result", 0, f"i{dim}"] = Resize(lambda p, before=before, after=after: p.pad(before, after))
+    return OpRule((dims,), (dims,), sizes, resize=resize)
 
 
 def _pad_amounts(call: OpCall) -> dict[int, tuple[int, int]]:
@@ -339,13 +347,5 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.unflatten.int, _RESHAPE),
     (aten.unsqueeze.default, _RESHAPE),
     (aten.view.default, _RESHAPE),
-    (aten.view_as.default, OpEntry(lambda call: _first_only(call), _reshape_local)),
+    (aten.view_as.default, OpEntry(view_as, _reshape_local)),
 ]
-
-
-def _first_only(call: OpCall) -> OpRule | None:
-    """``view_as``: the second operand lends its shape only, and may be cut as the result is."""
-    base = reshape(call)
-    if base is None:
-        return None
-    return replace(base, operands=(base.operands[0], base.results[0]))

@@ -55,4 +55,6 @@ def assemble(parts: Sequence[Tensor], dim: int, partition: Partition) -> Tensor:
             shape = list(parts[0].shape)
             shape[dim] = hi - lo
             segments.append(parts[0].new_zeros(shape))
+    if not segments:  # the axis is empty
+        return parts[0].narrow(dim, 0, 0)
     return segments[0] if len(segments) == 1 else torch.cat(segments, dim)

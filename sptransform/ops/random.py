@@ -15,7 +15,8 @@ def mask_for(x: Tensor, p: float, rank: int) -> Tensor:
     One number is drawn from the default generator whatever the shape, so that ranks seeded alike stay alike and a
     replicated dropout elsewhere draws the same mask on all of them.
     """
-    seed = int(torch.randint(2**62, ()).item())
+    # from the generator of x's device: it is the one that recomputing a checkpointed region rewinds
+    seed = int(torch.randint(2**62, (), device=x.device).item())
     generator = torch.Generator(device=x.device)
     generator.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
     return torch.rand(x.shape, device=x.device, generator=generator) >= p

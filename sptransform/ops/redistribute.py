@@ -17,8 +17,6 @@ from sptransform.placement import Shard
 
 _sp = torch.ops.sptransform
 
-# Buckets keep their gradients in one flat tensor per dtype; see passes/bucket_gradients.py for their size.
-
 
 class _Replicate(torch.autograd.Function):
     """I -> R: nothing / all-reduce, many tensors in one message per dtype."""
@@ -26,20 +24,21 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
+        ctx.set_materialize_grads(False)  # a parameter that got no gradient keeps none
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         summed: dict[int, Tensor] = {}
-        for dtype in dict.fromkeys(grad.dtype for grad in grads):
-            members = [i for i, grad in enumerate(grads) if grad.dtype == dtype]
+        for dtype in dict.fromkeys(grad.dtype for grad in grads if grad is not None):
+            members = [i for i, grad in enumerate(grads) if grad is not None and grad.dtype == dtype]
             if len(members) == 1:
                 summed[members[0]] = collectives.all_reduce(grads[members[0]], ctx.group)
                 continue
             flat = torch.cat([grads[i].reshape(-1) for i in members])
             parts = collectives.all_reduce(flat, ctx.group).split([grads[i].numel() for i in members])
             summed |= {i: part.view(grads[i].shape) for i, part in zip(members, parts, strict=True)}
-        return None, *(summed[i] for i in range(len(grads)))
+        return None, *map(summed.get, range(len(grads)))
 
 
 class _Cut(torch.autograd.Function):

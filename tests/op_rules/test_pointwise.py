@@ -51,6 +51,7 @@ CASES = [
     case(aten.dropout.default, randn(4, 6), 1.0, True),
     case(aten.gelu.default, randn(4, 6)),
     case(aten.gelu.default, randn(4, 6), approximate="tanh"),
+    case(aten.leaky_relu.default, randn(4, 6)),
     case(aten.lift_fresh_copy.default, randn(4, 6)),
     case(aten.mul.Scalar, randn(4, 6), 3.0),
     case(aten.mul.Tensor, randn(2, 4, 6), randn(4, 1)),
@@ -93,7 +94,6 @@ DEFAULTS = [
     case(aten.exp.default, randn(4, 6)),
     case(aten.ge.Tensor, integers(6, 4, 1), integers(6, 6)),
     case(aten.le.Tensor, integers(6, 4, 1), integers(6, 6)),
-    case(aten.leaky_relu.default, randn(4, 6)),
     case(aten.log.default, positive(4, 6)),
     case(aten.logical_and.default, booleans(4, 6), booleans(6)),
     case(aten.logical_not.default, booleans(4, 6)),
@@ -150,7 +150,7 @@ def test_dropout_draws_a_mask_for_each_rank_and_keeps_generators_in_step() -> No
     for rank in range(3):
         torch.manual_seed(3)
         part = take_for(x.detach(), Shard(0, decision.partition), rank)
-        local = Local(emit, (part,), (tuple(part.shape),), rule, decision, rank, GROUP)
+        local = Local(emit, (part,), (tuple(part.shape),), (part.dtype,), rule, decision, rank, GROUP)
         with pretend(GROUP, rank):
             dropped = DEFAULT_RULES[call.target].localize(call, local)
         kept = dropped != 0
