@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sptransform import annotations
+from sptransform.decisions import demands
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import I, Placement, R, Shard
 from sptransform.rewriter import insert_redistribute, replace_operand
-from sptransform.rules import demands
 from sptransform.verifier import satisfies
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.decisions import Sharded
 from sptransform.ops.groups import pretend
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import local_shape
 from sptransform.rewriter import compute_value, emitter, succeed
-from sptransform.rules import Local, OpCall, Sharded
+from sptransform.rule_table import Local
+from sptransform.rules import OpCall
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from sptransform.axes import Atom, resolve, unify
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
-from sptransform.rules import OpCall, RuleTable
+from sptransform.rule_table import RuleTable
+from sptransform.rules import OpCall
 
 _HEADS = 1
 

@@ -13,8 +13,9 @@ from torch import fx
 from sptransform.sizes import Size, size_of
 
 if TYPE_CHECKING:
+    from sptransform.decisions import Decision
     from sptransform.placement import Placement
-    from sptransform.rules import Decision, OpRule
+    from sptransform.rules import OpRule
 
 _KEY = "sptransform"
 

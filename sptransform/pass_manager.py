@@ -15,7 +15,7 @@ from sptransform.errors import VerificationError
 from sptransform.mesh import Mesh
 from sptransform.placement import Placement
 from sptransform.printer import text
-from sptransform.rules import RuleTable
+from sptransform.rule_table import RuleTable
 
 if TYPE_CHECKING:
     from sptransform.strategies import Strategy

@@ -20,8 +20,9 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.axes import Axes
+from sptransform.decisions import Decision, Pending, Replicate, Sharded, decision_for, demands, outcomes
 from sptransform.placement import I, P, Placement, R, Shard
-from sptransform.rules import Decision, OpRule, Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.rules import OpRule
 
 if TYPE_CHECKING:
     from sptransform.strategies import Strategy

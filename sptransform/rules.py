@@ -1,4 +1,4 @@
-"""Sharding rules: one op's dimensions as factors, written like einsum, and what follows from sharding one of them.
+"""Sharding rules: one op's dimensions as factors, written like einsum.
 
 A rule names the *factors* of an op (Shardy's word): independent iteration spaces. ``"i k, k j -> i j"`` says that
 output row ``i`` needs only operand row ``i``; a factor that leaves the output is either summed (``reduce``: sharding
@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 from sptransform import annotations
 from sptransform.errors import RuleError
 from sptransform.partition import Partition
-from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.sizes import Size, is_size, quotient, size_of
 
 Dims = tuple[tuple[str, ...], ...]
@@ -156,93 +155,6 @@ class OpRule:
         return self
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Decisions: what one node does on one mesh dim, and what that asks of operands and gives to results.
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Base: how a node runs."""
-
-
-@dataclass(frozen=True)
-class Sharded(Decision):
-    """Each rank computes its part of ``factor``, itself seen as ``outer x partition.size``."""
-
-    factor: str
-    partition: Partition
-    outer: int = 1
-
-
-@dataclass(frozen=True)
-class Replicate(Decision):
-    """Every rank computes the whole; ``placement`` is I or R."""
-
-    placement: Placement = I
-
-
-@dataclass(frozen=True)
-class Pending(Decision):
-    """The op is linear in ``operands``, which are pending sums, and so is its result."""
-
-    operands: frozenset[int]
-
-
-def placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
-    """Where ``decision`` cuts one tensor; None where the tensor does not have the factor."""
-    for dim, factors in enumerate(dims):
-        if decision.factor in factors:
-            at = factors.index(decision.factor)
-            before = prod(rule.sizes[f] for f in factors[:at])
-            after = prod(rule.sizes[f] for f in factors[at + 1 :])
-            resize = rule.resize.get((side, index, decision.factor))
-            partition = resize.partition(decision.partition) if resize else decision.partition
-            return Shard(dim, partition.refine(after), before * decision.outer)
-    return None
-
-
-def demands(rule: OpRule | None, decision: Decision, num_operands: int) -> tuple[Placement | None, ...]:
-    """Placements a node asks of its operands; None of those it does not read."""
-    if isinstance(decision, Replicate):
-        asked = [decision.placement] * num_operands
-    elif isinstance(decision, Pending):
-        asked = [P if i in decision.operands else R for i in range(num_operands)]
-    else:
-        assert rule is not None and isinstance(decision, Sharded)
-        asked = [placement_of(rule, decision, "operand", i, dims) or R for i, dims in enumerate(rule.operands)]
-    return tuple(None if rule is not None and i in rule.unread else placement for i, placement in enumerate(asked))
-
-
-def outcomes(rule: OpRule | None, decision: Decision, num_results: int) -> tuple[Placement, ...]:
-    """Placements of a node's results."""
-    if isinstance(decision, Replicate):
-        return (decision.placement,) * num_results
-    if isinstance(decision, Pending):
-        return (P,) * num_results
-    assert rule is not None and isinstance(decision, Sharded)
-    return tuple(placement_of(rule, decision, "result", i, dims) or P for i, dims in enumerate(rule.results))
-
-
-def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:
-    """The decision that gives a tensor with ``dims`` the placement ``shard``; None where no factor does."""
-    factors = dims[shard.dim]
-    for at, factor in enumerate(factors):
-        before = prod(rule.sizes[f] for f in factors[:at])
-        after = prod(rule.sizes[f] for f in factors[at + 1 :])
-        outer = quotient(shard.outer, before)
-        if factor in rule.whole or outer is None:
-            continue
-        if shard.outer != before and any(name == factor for _, _, name in rule.resize):
-            continue
-        partition = shard.partition.coarsen(after) if after > 1 else shard.partition
-        if partition is not None and outer * partition.size == rule.sizes[factor]:
-            return Sharded(factor, partition, outer)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The einsum-like form.
-
 RuleFn = Callable[[OpCall], OpRule | None]
 
 
@@ -326,95 +238,3 @@ def rule(
         )
 
     return apply
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tables.
-
-
-@dataclass(frozen=True)
-class OpEntry:
-    """A rule and, for ops whose arguments or meaning hold global sizes, how to run the op on a shard.
-
-    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`.
-    """
-
-    rule: RuleFn
-    localize: Callable[[OpCall, Local], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Local:
-    """What a ``localize`` function may use.
-
-    ``emit(target, args, kwargs)`` runs an op (adds a node, or computes at once in tests); ``operands`` are the local
-    operands; ``result_shapes`` and ``result_dtypes`` what is to come out of it here; ``rank`` is to be read for uneven
-    partitions only, so that even ones give every rank the same graph; ``group`` is the process group's name.
-    """
-
-    emit: Callable[..., Any]
-    operands: tuple[Any, ...]
-    result_shapes: tuple[Shape, ...]
-    result_dtypes: tuple[torch.dtype, ...]
-    rule: OpRule
-    decision: Sharded
-    rank: int
-    group: str
-
-    def arguments(self, call: OpCall, **changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's arguments with operands put back and those named in ``changed`` replaced."""
-        args, kwargs = map_nodes(
-            (call.args, dict(call.kwargs)), lambda x: self.operands[x.index] if isinstance(x, Operand) else x
-        )
-        args = list(args)
-        for position, argument in enumerate(call.target._schema.arguments):
-            if argument.name in changed:
-                if position < len(args) and not argument.kwarg_only:
-                    args[position] = changed[argument.name]
-                else:
-                    kwargs[argument.name] = changed[argument.name]
-        return tuple(args), kwargs
-
-    def run(self, call: OpCall, **changed: Any) -> Any:
-        """Run the call's own op on the local operands, with the arguments named in ``changed`` replaced."""
-        args, kwargs = self.arguments(call, **changed)
-        return self.emit(call.target, args, kwargs)
-
-
-class RuleTable(Mapping[Any, OpEntry]):
-    """Overload -> entry, from alphabetical lists of pairs; ``default`` answers for overloads in none of them.
-
-    Raises:
-        RuleError: an overload stands in two lists.
-    """
-
-    def __init__(
-        self,
-        *tables: list[tuple[Any, OpEntry | RuleFn]],
-        default: Callable[[Any], OpEntry | None] = lambda target: None,
-    ) -> None:
-        self._default = default
-        self._entries: dict[Any, OpEntry] = {}
-        for table in tables:
-            for target, entry in table:
-                if target in self._entries:
-                    raise RuleError(f"two rules for {target}")
-                self._entries[target] = entry if isinstance(entry, OpEntry) else OpEntry(entry)
-
-    def __getitem__(self, target: Any) -> OpEntry:
-        entry = self._entries.get(target) or self._default(target)
-        if entry is None:
-            raise KeyError(target)
-        return entry
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def rule_of(self, call: OpCall) -> OpRule | None:
-        """The rule applied to a call, checked against its shapes; None where the op has none for it."""
-        entry = self.get(call.target)
-        applied = None if entry is None else entry.rule(call)
-        return None if applied is None else applied.check(call)

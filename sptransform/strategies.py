@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from sptransform.decisions import Sharded
 from sptransform.errors import UsageError, describe
 from sptransform.partition import Partition
-from sptransform.rules import OpRule, Sharded
+from sptransform.rules import OpRule
 
 log = logging.getLogger(__name__)
 

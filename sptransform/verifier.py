@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from sptransform import annotations
+from sptransform.decisions import Pending, Sharded, demands, outcomes
 from sptransform.errors import VerificationError, describe
 from sptransform.placement import TRANSITIONS, I, Placement, Shard, kind
 from sptransform.rewriter import is_redistribute
-from sptransform.rules import Pending, Sharded, demands, outcomes
 
 if TYPE_CHECKING:
     from sptransform.pass_manager import Context

@@ -17,24 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sptransform.decisions import Pending, Sharded, decision_for, demands, outcomes
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.ops.groups import pretend
 from sptransform.ops.pieces import assemble, conceal, expose
 from sptransform.ops.sharding import take_for
 from sptransform.partition import Partition
 from sptransform.placement import P, Placement, R, Shard, local_shape
-from sptransform.rules import (
-    Local,
-    OpCall,
-    Operand,
-    OpRule,
-    Pending,
-    Sharded,
-    decision_for,
-    demands,
-    map_nodes,
-    outcomes,
-)
+from sptransform.rule_table import Local
+from sptransform.rules import OpCall, Operand, OpRule, map_nodes
 
 GROUP = "ranks"
 

@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     # types, and access to the graph
     ("annotations", "errors", "mesh", "partition", "placement", "printer", "sizes"),
     # the engine: knows no op and no strategy by name
-    ("axes", "pass_manager", "propagation", "rewriter", "rules", "verifier"),
+    ("axes", "decisions", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it
     ("capture", "functionalize", "op_rules", "ops", "passes", "strategies"),
     # what users call

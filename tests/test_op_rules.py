@@ -8,25 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sptransform.decisions import Pending, Replicate, Sharded, decision_for, demands, outcomes
 from sptransform.errors import RuleError
 from sptransform.op_rules import DEFAULT_RULES, TABLES, attention, creation, pointwise, reduction, shape
 from sptransform.partition import Partition
 from sptransform.placement import P, R, Shard
-from sptransform.rules import (
-    OpCall,
-    OpEntry,
-    Operand,
-    OpRule,
-    Pending,
-    Replicate,
-    RuleTable,
-    Shape,
-    Sharded,
-    decision_for,
-    demands,
-    outcomes,
-    rule,
-)
+from sptransform.rule_table import OpEntry, RuleTable
+from sptransform.rules import OpCall, Operand, OpRule, Shape, rule
 from tests.brute_force import Case, call_of, case, check_case, randn
 from tests.op_rules import (
     test_attention,

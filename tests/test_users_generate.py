@@ -8,8 +8,9 @@ from transformers import DynamicCache
 
 import sptransform
 from tests.collective_counts import CountCollectives
+from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
-from tests.models import build
+from tests.models import MODELS, build
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -93,3 +94,29 @@ def test_a_cache_of_the_users_own() -> None:
     for logits, num_collectives in get_pool(2).run(cached_by_position):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         assert num_collectives == 0
+
+
+def given(model: torch.nn.Module) -> DynamicCache:
+    """Keys and values of a prefix, learned elsewhere."""
+    generator, config = torch.Generator().manual_seed(0), model.config
+    shape = (2, config.num_key_value_heads, 8, config.hidden_size // config.num_attention_heads)
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, *shape, generator=generator, dtype=torch.float64), layer)
+    return cache
+
+
+def trains_behind_a_prefix(rank: int, world_size: int) -> Result:
+    model, inputs = build("llama")
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    with CountCollectives() as counted:
+        result = run_one_device(model, inputs | {"past_key_values": given(model)})
+    assert counted.collectives
+    return result
+
+
+def test_training_with_a_cache_is_sharded() -> None:
+    model, inputs = build("llama")
+    reference = run_one_device(model, inputs | {"past_key_values": given(model)})
+    for result in get_pool(2).run(trains_behind_a_prefix):
+        assert_equal_to_one_device(reference, result, MODELS["llama"].tolerance)

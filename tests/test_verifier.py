@@ -10,6 +10,7 @@ from torch import fx
 from torch.nn import functional
 
 from sptransform import annotations
+from sptransform.decisions import Pending, Replicate, Sharded, outcomes
 from sptransform.errors import VerificationError
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, run_passes
@@ -21,7 +22,6 @@ from sptransform.passes.pack_all_to_alls import PackAllToAlls
 from sptransform.passes.place import Place
 from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.rewriter import insert_redistribute, is_redistribute, redistribute, replace_operand
-from sptransform.rules import Pending, Replicate, Sharded, outcomes
 from sptransform.verifier import INVARIANTS, satisfies
 from tests.golden import Golden
 from tests.graphs import a_context, after, captured, nodes_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, reduction, shape
-from sptransform.rules import RuleTable
+from sptransform.rule_table import RuleTable
 
 TABLES = (
     attention.TABLE,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
-from sptransform.rules import Local, OpCall, OpEntry, OpRule, Resize, RuleFn
+from sptransform.rule_table import Local, OpEntry
+from sptransform.rules import OpCall, OpRule, Resize, RuleFn
 
 aten = torch.ops.aten
 

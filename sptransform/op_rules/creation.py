@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sptransform.rules import Local, OpCall, OpEntry, OpRule, RuleFn
+from sptransform.rule_table import Local, OpEntry
+from sptransform.rules import OpCall, OpRule, RuleFn
 
 aten = torch.ops.aten
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sptransform.rules import OpCall, OpEntry, Operand, OpRule, RuleFn, rule
+from sptransform.rule_table import OpEntry
+from sptransform.rules import OpCall, Operand, OpRule, RuleFn, rule
 from sptransform.sizes import broadcast
 
 aten = torch.ops.aten

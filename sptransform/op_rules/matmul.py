@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sptransform.rules import OpCall, OpEntry, OpRule, RuleFn, rule
+from sptransform.rule_table import OpEntry
+from sptransform.rules import OpCall, OpRule, RuleFn, rule
 
 aten = torch.ops.aten
 

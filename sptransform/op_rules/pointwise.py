@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sptransform.rules import Local, OpCall, OpEntry, OpRule, RuleFn, rule
+from sptransform.rule_table import Local, OpEntry
+from sptransform.rules import OpCall, OpRule, RuleFn, rule
 
 aten = torch.ops.aten
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sptransform.rules import Dims, Local, OpCall, OpEntry, OpRule, Resize, RuleFn, Shape
+from sptransform.rule_table import Local, OpEntry
+from sptransform.rules import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.sizes import Size, order, quotient
 
 aten = torch.ops.aten

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sptransform.decisions import Sharded
 from sptransform.op_rules import DEFAULT_RULES, pointwise
 from sptransform.ops.groups import pretend
 from sptransform.ops.sharding import take_for
 from sptransform.partition import Partition
 from sptransform.placement import Shard
-from sptransform.rules import Local, Sharded
+from sptransform.rule_table import Local
 from tests.brute_force import (
     GROUP,
     Case,
