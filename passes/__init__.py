@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sptransform.pass_manager import Pass
 from sptransform.passes.bucket_gradients import BucketGradients
+from sptransform.passes.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.drop_empty_pieces import DropEmptyPieces
 from sptransform.passes.insert_redistributes import InsertRedistributes
 from sptransform.passes.localize import Localize
@@ -18,6 +19,7 @@ PIPELINE: tuple[Pass, ...] = (
     # what one device computes, in the form the rules read best
     DropEmptyPieces(),
     MoveKeysUnrepeated(),  # before placing: attention must not demand repeated heads
+    CastAttentionInputs(),  # the keys as they are, now that attention reads those
     SplitMeans(),
     # placements, then what they cost
     Place(),

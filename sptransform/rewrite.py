@@ -14,6 +14,7 @@ from torch import fx, nn
 from sptransform import annotations
 from sptransform.backend import rewrite_graph
 from sptransform.capture import capture
+from sptransform.dynamo import configured
 from sptransform.errors import SPTransformError
 from sptransform.explain.counting import Collective
 from sptransform.explain.explanation import Explanation
@@ -21,7 +22,6 @@ from sptransform.explain.reading import read
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options
-from sptransform.parallelize import configured
 from sptransform.pass_manager import Context
 from sptransform.printer import line, text
 from sptransform.stand_ins import without_meta

@@ -15,10 +15,10 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import sptransform.ops  # noqa: F401 - registers the ops a rewritten graph calls
 from sptransform.capture import capture
+from sptransform.dynamo import configured
 from sptransform.mesh import PRETENDED_GROUP, Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.ops.groups import pretend
-from sptransform.parallelize import configured
 from sptransform.pass_manager import Context, Pass, run_passes
 from sptransform.passes import PIPELINE
 from sptransform.strategies import Ulysses

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from sptransform.backend import rewrite_graph
+from sptransform.dynamo import configured
 from sptransform.mesh import Mesh
 from sptransform.options import Options
-from sptransform.parallelize import configured
 from sptransform.pass_manager import Context
 from tests.equality import Result
 from tests.models import Inputs, build

@@ -26,7 +26,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     # what is known of ops and strategies, and what passes do with it
     ("capture", "functionalize", "op_rules", "ops", "passes", "strategies"),
     # what users call
-    ("agreement", "backend", "explain", "faults", "fingerprint", "generation", "options", "parallelize")
+    ("agreement", "backend", "dynamo", "explain", "faults", "fingerprint", "generation", "options", "parallelize")
     + ("rewrite", "stand_ins", "trace"),
     ("",),
 )

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import sptransform
 from sptransform import backend
+from sptransform.dynamo import configured
 from sptransform.errors import CaptureError
-from sptransform.parallelize import configured
 from tests.collective_counts import CountCollectives, num_by_name
 from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
