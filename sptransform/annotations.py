@@ -35,7 +35,10 @@ class Note:
 
 def note(node: fx.Node) -> Note:
     """The node's note, made on first access."""
-    return node.meta.setdefault(_KEY, Note())
+    found = node.meta.get(_KEY)
+    if found is None:
+        found = node.meta[_KEY] = Note()
+    return found
 
 
 def placement(node: fx.Node) -> Placement | None:

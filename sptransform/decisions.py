@@ -41,6 +41,13 @@ class Pending(Decision):
 
 def placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
     """Where ``decision`` cuts one tensor; None where the tensor does not have the factor."""
+    key = (decision, side, index)
+    if key not in rule.placements:
+        rule.placements[key] = _placement_of(rule, decision, side, index, dims)
+    return rule.placements[key]
+
+
+def _placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
     for dim, factors in enumerate(dims):
         if decision.factor in factors:
             at = factors.index(decision.factor)

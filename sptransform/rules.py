@@ -105,6 +105,7 @@ class OpRule:
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
         roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
         unread: operands that lend their dtype or device only; they may be placed anyhow.
+        placements: what decisions were found to ask of tensors and give to them; see ``decisions.placement_of``.
         heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
     """
 
@@ -118,6 +119,7 @@ class OpRule:
     roles: Mapping[str, str] = field(default_factory=dict)
     unread: frozenset[int] = frozenset()
     heavy: bool = False
+    placements: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def has_sequence(self) -> bool:
