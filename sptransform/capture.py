@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch._functorch.predispatch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 # Private: the fake mode Dynamo traced with. Values of another mode cannot meet its own.
 from torch._guards import TracingContext
@@ -152,7 +151,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
     fakes = [_fake(x, mode, context) if isinstance(x, torch.Tensor) else x for x in inputs]
-    with mode, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
+    with mode, fx.traceback.preserve_node_meta():
         run = _Inliner(gm, policies := {}).run
         traced = make_fx(lambda *args: run(*args), pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     annotations.give_policies(traced.graph, policies)
