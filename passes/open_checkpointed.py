@@ -74,7 +74,7 @@ def _open(node: fx.Node, policy: Any) -> None:
     if len(calls) == 1 and calls[0].target is node.target:
         node.meta["recompute"] = calls[0].meta["recompute"]
         return
-    if any(inner.op == "get_attr" or _writes(inner) for inner in traced.nodes) or not calls:
+    if any(inner.op == "get_attr" or annotations.writes(inner) for inner in traced.nodes) or not calls:
         return
     placeholders = [inner for inner in traced.nodes if inner.op == "placeholder"]
     copies = dict(zip(placeholders, node.all_input_nodes, strict=True))
@@ -122,11 +122,6 @@ def _leaf(node: fx.Node) -> Any:
         return value
     is_tracked = annotations.note(node).differentiable and value.dtype.is_floating_point
     return value.detach().requires_grad_(is_tracked)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _state(new: fx.Node, old: fx.Node, which: slice) -> None:

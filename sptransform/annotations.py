@@ -84,6 +84,12 @@ def handles_tensors(node: fx.Node) -> bool:
     return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether the node's op writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(value(node), torch.Tensor)
 

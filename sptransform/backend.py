@@ -75,7 +75,7 @@ def _compile(
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
     program = Program((*settings(options, mesh, _version()), *captured, *schedule_lines(rewritten.graph)))
     # local sizes of uneven shares may stand nowhere in the graph: they are the rank's own
-    share = "" if is_even(rewritten.graph) else f"-{mesh.rank}/{mesh.size}"
+    share = "" if _is_even(rewritten.graph) else f"-{mesh.rank}/{mesh.size}"
     tag = f"sptransform-{_version()}{share}{_recompute_tags(rewritten.graph)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         return lookup_backend(options.backend)(rewritten, list(inputs)), program, lengths, context
@@ -242,7 +242,7 @@ def _recompute_tags(graph: fx.Graph) -> str:
     return f"-{hashlib.sha256(repr(tags).encode()).hexdigest()[:16]}" if tags else ""
 
 
-def is_even(graph: fx.Graph) -> bool:
+def _is_even(graph: fx.Graph) -> bool:
     """Whether every rank has an equal share of whatever is cut: then the graph is the same on all of them."""
     notes = [annotations.note(node) for node in graph.nodes]
     ends = [end for note in notes for transition in note.transitions for end in transition]

@@ -46,13 +46,8 @@ def functionalize(graph: fx.Graph) -> None:
     Raises:
         CaptureError: an op writes through a view that cannot be written back, naming op and user line.
     """
-    if any(_is_write(node) for node in graph.nodes):
+    if any(annotations.writes(node) for node in graph.nodes):
         _Functionalizer(graph).run()
-
-
-def _is_write(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 class _Functionalizer:
@@ -69,7 +64,7 @@ class _Functionalizer:
         for node in list(self.graph.nodes):
             if node.op == "output":
                 self._write_back_inputs(node)
-            written = node.args[0] if _is_write(node) else None
+            written = node.args[0] if annotations.writes(node) else None
             self._note_alias(node)
             node.args = fx.map_arg(node.args, lambda x, at=node: self._read(x, at))
             node.kwargs = fx.map_arg(node.kwargs, lambda x, at=node: self._read(x, at))

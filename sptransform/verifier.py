@@ -31,8 +31,7 @@ def satisfies(actual: Placement | None, demanded: Placement, differentiable: boo
 def check_functional(graph: fx.Graph, context: Context) -> None:
     """No op writes into a tensor, but for write-backs into placeholders (buffers) at the end."""
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
+        if annotations.writes(node):
             target = node.args[0]
             if not (isinstance(target, fx.Node) and target.op == "placeholder"):
                 raise VerificationError(describe("an op writes into a tensor of the graph", node=node))
