@@ -65,6 +65,11 @@ class Shard(Placement):
         """Global size of the dimension."""
         return self.outer * self.partition.size
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether DTensor's ``Shard(dim)`` means the same cut."""
+        return self.outer == 1 and self.partition.is_contiguous
+
     def local_dim_size(self, rank: int) -> Size:
         return self.outer * self.partition.local_size(rank)
 
@@ -94,13 +99,14 @@ class Shard(Placement):
         """
         if "?" not in text:
             return _parse(text)
-        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?\?/(\d+)\)", text)
+        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?\?/(\d+)(z?)\)", text)
         x = whole if part is None else part
         if match is None or x is None:
             raise ValueError(f"not a shard: {text!r}")
-        dim, outer, num_ranks = (int(group or 1) for group in match.groups())
+        dim, outer, num_ranks = (int(group or 1) for group in match.groups()[:3])
         extent = x.shape[dim] // outer * (1 if part is None else num_ranks)
-        return Shard(dim, Partition.blocks(extent, num_ranks), outer)
+        form = Partition.zigzag if match[4] else Partition.blocks
+        return Shard(dim, form(extent, num_ranks), outer)
 
 
 @lru_cache(maxsize=4096)
@@ -143,3 +149,16 @@ def kind(placement: Placement) -> str:
     """The placement's letter: S, R, I or P."""
     return str(placement)[0]
 
+
+def cut_alike(source: Placement, target: Placement) -> bool:
+    """Whether both are shards of the same dimension."""
+    return isinstance(source, Shard) and isinstance(target, Shard) and source.dim == target.dim
+
+
+def repartitions(source: Placement, target: Placement) -> bool:
+    """Whether a dimension stays cut along the same axis and each index, of one owner before and after, only moves."""
+    if not isinstance(source, Shard) or not isinstance(target, Shard) or not cut_alike(source, target):
+        return False
+    before, after = source.partition, target.partition
+    same_axis = source.outer == target.outer and before.size == after.size
+    return same_axis and before.is_exact and after.is_exact

@@ -18,7 +18,7 @@ import sptransform.ops  # noqa: F401 - registers the ops
 from sptransform.ops.sharding import take_for
 from sptransform.partition import Partition
 from sptransform.placement import I, P, Placement, R, Shard
-from tests.brute_force import randn, together, zigzag
+from tests.brute_force import randn, together
 
 PerRank = list[list[Tensor]]  # [rank][tensor]
 
@@ -49,6 +49,8 @@ class Change:
         """The op that does it."""
         source, target = self.sources[0], self.targets[0]
         match source, target:
+            case Shard(), Shard() if source.dim == target.dim:
+                return "repartition", (source.spec, target.spec, "group")
             case Shard(), Shard():
                 return "all_to_all", ([s.spec for s in self.sources], [t.spec for t in self.targets], "group")
             case (_, Shard()) if source in (I, R):
@@ -153,6 +155,10 @@ def _balanced(dim: int, size: int, num_ranks: int) -> Shard:
     return Shard(dim, Partition.balanced(size, num_ranks))
 
 
+def _zigzag(dim: int, size: int, num_ranks: int, outer: int = 1) -> Shard:
+    return Shard(dim, Partition.zigzag(size, num_ranks), outer)
+
+
 def _to_and_from(shape: tuple[int, ...], shard: Shard) -> list[Change]:
     pairs = ((I, shard), (R, shard), (shard, I), (shard, R), (P, shard))
     return [change(shape, source, target) for source, target in pairs]
@@ -162,8 +168,10 @@ def _both_ways(shape: tuple[int, ...], one: Shard, other: Shard) -> list[Change]
     return [change(shape, one, other), change(shape, other, one)]
 
 
-_sequence, _heads, _zigzag = _contiguous(1, 8, 4), _contiguous(2, 4, 4), Shard(1, zigzag(8, 4))
-_flat = _contiguous(0, 8, 4, outer=3)
+_sequence, _heads, _folded = _contiguous(1, 8, 4), _contiguous(2, 4, 4), _zigzag(1, 16, 4)
+_flat, _flat_folded = _contiguous(0, 8, 4, outer=3), _zigzag(0, 8, 4, outer=3)
+# equally many indices a rank, in chunks that are not equal
+_twelve = _zigzag(1, 12, 4)
 # two key heads of four query heads, and one of four: each on the ranks that need it
 _two_keys, _one_key = (Shard(2, Partition.contiguous(4, 4).quotient(group)) for group in (2, 4))
 
@@ -177,21 +185,31 @@ EVEN = [
     *_to_and_from((2, 8, 3), _sequence),
     *_to_and_from((16,), _contiguous(0, 16, 4)),
     *_to_and_from((24, 2), _flat),
-    *_to_and_from((2, 8), _zigzag),
+    *_to_and_from((2, 8), _zigzag(1, 8, 4)),
+    *_to_and_from((2, 16, 3), _folded),
+    *_to_and_from((24, 2), _flat_folded),
+    *_to_and_from((2, 12), _twelve),
     *_both_ways((2, 8, 4, 3), _sequence, _heads),
-    *_both_ways((2, 8, 4), _zigzag, _heads),
+    *_both_ways((2, 8, 4), _zigzag(1, 8, 4), _heads),
+    *_both_ways((2, 16, 4, 3), _folded, _heads),
+    *_both_ways((2, 12, 4), _twelve, _heads),
+    *_both_ways((16, 2, 8), _zigzag(0, 16, 4), _zigzag(2, 8, 4)),
     *_both_ways((24, 4), _flat, _contiguous(1, 4, 4)),
     *_both_ways((24, 8), _flat, _contiguous(1, 4, 4, outer=2)),
+    *_both_ways((24, 8), _flat_folded, _contiguous(1, 4, 4, outer=2)),
+    *_both_ways((2, 16, 3), _folded, _contiguous(1, 16, 4)),
+    *_both_ways((24, 2), _flat_folded, _flat),
+    *_both_ways((2, 12), _twelve, _contiguous(1, 12, 4)),
     change((2, 8, 2, 3), _sequence, _two_keys),
     change((2, 8, 1, 3), _sequence, _one_key),
     change((24, 2), _flat, Shard(1, _two_keys.partition)),
-    change((2, 8, 2), _zigzag, _two_keys),
+    change((2, 16, 2), _folded, _two_keys),
     packed(
         change((2, 8, 4, 3), _sequence, _heads),
         change((2, 8, 2, 3), _sequence, _two_keys),
         change((2, 8, 8), _sequence, _contiguous(2, 8, 4)),
     ),
-    packed(change((24, 4), _flat, _contiguous(1, 4, 4)), change((2, 8, 4), _zigzag, _heads)),
+    packed(change((24, 4), _flat, _contiguous(1, 4, 4)), change((2, 8, 4), _zigzag(1, 8, 4), _heads)),
 ]
 
 _uneven, _empty = _contiguous(1, 7, 3), _contiguous(1, 4, 3)
@@ -202,11 +220,17 @@ UNEVEN = [
     *_to_and_from((2, 7, 2), _uneven),
     *_to_and_from((2, 4), _empty),
     *_to_and_from((14, 2), _contiguous(0, 7, 3, outer=2)),
-    *_to_and_from((2, 8), Shard(1, zigzag(8, 3))),
+    *_to_and_from((2, 8), _zigzag(1, 8, 3)),
+    *_to_and_from((2, 2), _zigzag(1, 2, 3)),
     *_both_ways((2, 7, 5), _uneven, _five),
     *_both_ways((2, 6, 5), _contiguous(1, 6, 3), _five),
     *_both_ways((2, 4, 5), _empty, _five),
     *_both_ways((14, 10), _contiguous(0, 7, 3, outer=2), _contiguous(1, 5, 3, outer=2)),
+    *_both_ways((2, 7, 5), _zigzag(1, 7, 3), _five),
+    *_both_ways((2, 7), _zigzag(1, 7, 3), _uneven),
+    *_both_ways((14, 2), _zigzag(0, 7, 3, outer=2), _contiguous(0, 7, 3, outer=2)),
+    *_both_ways((2, 4), _empty, _zigzag(1, 4, 3)),
+    change((6, 2), Shard(0, Partition.contiguous(7, 3).slice(1, 7)), _contiguous(0, 6, 3)),
     change((2, 7, 2, 3), _uneven, _shared_key),
     change((2, 6, 1), _contiguous(1, 6, 3), Shard(2, Partition.contiguous(3, 3).quotient(3))),
     packed(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
+import sympy
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sptransform.partition import Partition
-from sptransform.placement import TRANSITIONS, I, P, Placement, R, Shard, kind, local_shape
+from sptransform.placement import TRANSITIONS, I, P, Placement, R, Shard, kind, local_shape, repartitions
 from tests.test_partition import partitions
 
 
@@ -25,6 +30,7 @@ def test_printed_form(placement: Placement, text: str) -> None:
         (Shard(0, Partition.contiguous(64, 4)), "S(0:64/4)"),
         (Shard(0, Partition.contiguous(64, 4), outer=2), "S(0:2*64/4)"),
         (Shard(2, Partition.contiguous(5, 2), outer=3), "S(2:3*5[0:3|3:5])"),
+        (Shard(0, Partition.zigzag(64, 4), outer=2), "S(0:2*64/4z)"),
     ],
     ids=str,
 )
@@ -43,6 +49,44 @@ def test_parse_inverts_spec(partition: Partition, dim: int, outer: int) -> None:
 def test_parse_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError):
         Shard.parse(text)
+
+
+@pytest.mark.parametrize("outer", [1, 3])
+@pytest.mark.parametrize("form", [Partition.blocks, Partition.zigzag])
+def test_an_open_size_is_that_of_the_tensor(form: Callable[[int, int], Partition], outer: int) -> None:
+    k = sympy.Symbol("k", integer=True, positive=True)
+    spec = Shard(1, form(8 * k, 4), outer).spec
+    assert spec == f"S(1:{'3*' if outer == 3 else ''}?/4{'z' if form is Partition.zigzag else ''})"
+    for length in (8, 24):
+        shard = Shard(1, form(length, 4), outer)
+        assert Shard.parse(spec, whole=torch.empty(2, outer * length)) == shard
+        assert Shard.parse(spec, part=torch.empty(2, outer * length // 4)) == shard
+    with pytest.raises(ValueError, match="not a shard"):
+        Shard.parse(spec)
+
+
+def test_what_only_gives_indices_other_owners() -> None:
+    blocks, zigzag = (Shard(1, form(8, 2)) for form in (Partition.contiguous, Partition.zigzag))
+    assert repartitions(blocks, zigzag) and repartitions(zigzag, blocks)
+    shared = Shard(1, Partition.of(8, [[(0, 8)], [(4, 8)]]))
+    others = (I, Shard(2, zigzag.partition), replace(zigzag, outer=2), Shard(1, Partition.contiguous(6, 2)), shared)
+    for other in others:
+        assert not repartitions(blocks, other) and not repartitions(other, blocks)
+
+
+@pytest.mark.parametrize(
+    ("shard", "contiguous"),
+    [
+        (Shard(0, Partition.contiguous(64, 4)), True),
+        (Shard(0, Partition.contiguous(5, 4)), True),
+        (Shard(0, Partition.contiguous(64, 4), outer=2), False),
+        (Shard(0, Partition.balanced(6, 4)), False),
+        (Shard(0, Partition.zigzag(64, 4)), False),
+    ],
+    ids=lambda x: x.spec if isinstance(x, Shard) else str(x),
+)
+def test_what_dtensor_can_express(shard: Shard, contiguous: bool) -> None:
+    assert shard.is_contiguous == contiguous
 
 
 def test_local_shape() -> None:

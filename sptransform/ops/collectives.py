@@ -1,7 +1,7 @@
 """Functional collectives, and the sharded exchanges made of them. The only place that emits ``_c10d_functional``.
 
 Everything here works on plain tensors, knows nothing of gradients, and is traced through by AOTAutograd, so that
-Inductor sees the collectives it knows. Where a partition has equal blocks nothing depends on the rank.
+Inductor sees the collectives it knows. Where ranks own equally much nothing depends on the rank.
 """
 
 from __future__ import annotations
@@ -34,35 +34,93 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> T
 def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Every rank's part -> the whole. Uneven parts travel padded to the largest."""
     x, dim = expose(x, shard)
-    sizes = shard.partition.local_sizes
-    largest = max(sizes)
-    front = _pad_to(x.movedim(dim, 0), largest).contiguous()
-    whole = _c10d.wait_tensor(_c10d.all_gather_into_tensor(front, len(sizes), group))
-    if shard.partition.is_blocks:
-        full = whole
-    else:
-        parts = [whole.narrow(0, rank * largest, size) for rank, size in enumerate(sizes)]
-        full = assemble(parts, 0, shard.partition)
-    return conceal(full.movedim(0, dim).contiguous(), shard)
+    partition = shard.partition
+    front = x.movedim(dim, 0)
+    if not partition.is_even:
+        front = _pad_to(front, max(partition.local_sizes))
+    parts = _c10d.wait_tensor(_c10d.all_gather_into_tensor(front.contiguous(), partition.num_ranks, group))
+    return conceal(_in_order(parts, 0, partition).movedim(0, dim).contiguous(), shard)
 
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Pending sum of wholes -> every rank's part of the sum."""
     x, dim = expose(x, shard)
     partition = shard.partition
-    front = x.movedim(dim, 0)
-    largest = max(partition.local_sizes)
-    if not partition.is_blocks:
-        front = torch.cat([_pad_to(select(front, 0, own), largest) for own in partition.owned])
-    mine = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(front.contiguous(), "sum", partition.num_ranks, group))
+    parts = _by_rank(x.movedim(dim, 0), 0, partition)
+    mine = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts.contiguous(), "sum", partition.num_ranks, group))
     if not partition.is_even:
         mine = mine.narrow(0, 0, partition.local_size(rank_in(group)))
     return conceal(mine.movedim(0, dim).contiguous(), shard)
 
 
-def _pad_to(x: Tensor, size: int) -> Tensor:
-    missing = size - x.shape[0]
-    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
+    """:func:`all_gather` of several tensors of one dtype, in one message."""
+    fronts, finish = [], []
+    for x, shard in zip(xs, shards, strict=True):
+        x, dim = expose(x, shard)
+        front = x.movedim(dim, 0)
+        if not shard.partition.is_even:
+            front = _pad_to(front, max(shard.partition.local_sizes))
+        fronts.append(front)
+        finish.append((dim, shard))
+    num_ranks = shards[0].partition.num_ranks
+    flat = torch.cat([front.reshape(-1) for front in fronts])
+    came = _c10d.wait_tensor(_c10d.all_gather_into_tensor(flat, num_ranks, group)).view(num_ranks, -1)
+    wholes = []
+    for part, front, (dim, shard) in zip(came.split([f.numel() for f in fronts], 1), fronts, finish, strict=True):
+        parts = part.reshape(num_ranks * front.shape[0], *front.shape[1:])
+        wholes.append(conceal(_in_order(parts, 0, shard.partition).movedim(0, dim).contiguous(), shard))
+    return wholes
+
+
+def reduce_scatter_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
+    """:func:`reduce_scatter` of several tensors of one dtype, in one message."""
+    num_ranks = shards[0].partition.num_ranks
+    parts, finish = [], []
+    for x, shard in zip(xs, shards, strict=True):
+        x, dim = expose(x, shard)
+        part = _by_rank(x.movedim(dim, 0), 0, shard.partition)
+        parts.append(part.reshape(num_ranks, -1))
+        finish.append((dim, shard, [part.shape[0] // num_ranks, *part.shape[1:]]))
+    flat = torch.cat(parts, 1).reshape(-1)
+    came = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(flat, "sum", num_ranks, group))
+    mine = []
+    for own, (dim, shard, shape) in zip(came.split([part.shape[1] for part in parts]), finish, strict=True):
+        front = own.view(shape)
+        if not shard.partition.is_even:
+            front = front.narrow(0, 0, shard.partition.local_size(rank_in(group)))
+        mine.append(conceal(front.movedim(0, dim).contiguous(), shard))
+    return mine
+
+
+def _by_rank(x: Tensor, dim: int, partition: Partition) -> Tensor:
+    """The axis ``dim`` rearranged: every rank's part, one after the other, each padded to the largest."""
+    if partition.is_blocks:
+        return x
+    if partition.is_zigzag:
+        first, last = x.unflatten(dim, (2, partition.num_ranks, -1)).unbind(dim)
+        return torch.stack([first, last.flip(dim)], dim + 1).flatten(dim, dim + 2)
+    largest = max(partition.local_sizes)
+    return torch.cat([_pad_to(select(x, dim, own), largest, dim) for own in partition.owned], dim)
+
+
+def _in_order(parts: Tensor, dim: int, partition: Partition) -> Tensor:
+    """Inverse of :func:`_by_rank`; what several ranks own is summed over them."""
+    if partition.is_blocks:
+        return parts
+    if partition.is_zigzag:
+        first, last = parts.unflatten(dim, (partition.num_ranks, 2, -1)).unbind(dim + 1)
+        return torch.cat([first, last.flip(dim)], dim).flatten(dim, dim + 1)
+    largest = max(partition.local_sizes)
+    own = [parts.narrow(dim, rank * largest, size) for rank, size in enumerate(partition.local_sizes)]
+    return assemble(own, dim, partition)
+
+
+def _pad_to(x: Tensor, size: int, dim: int = 0) -> Tensor:
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim)
 
 
 def exchange(xs: list[Tensor], sources: list[Shard], targets: list[Shard], group: str) -> list[Tensor]:
@@ -118,7 +176,7 @@ class _Move:
         x, num = self.x, self.target.partition.num_ranks
         copies = _copies(self.target.partition)
         if copies == 1:
-            x = x.unflatten(dim, (num, -1))
+            x = _by_rank(x, dim, self.target.partition).unflatten(dim, (num, -1))
         else:
             x = x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], copies, *x.shape[dim + 1 :])
             x = x.flatten(dim, dim + 1).unsqueeze(dim + 1)
@@ -132,7 +190,7 @@ class _Move:
         x = blocks.reshape(num, *self.block_shape)
         copies = _copies(self.source.partition)
         if copies == 1:
-            x = x.movedim(0, dim).flatten(dim, dim + 1)
+            x = _in_order(x.movedim(0, dim).flatten(dim, dim + 1), dim, self.source.partition)
         else:
             x = x.unflatten(0, (-1, copies)).sum(1).movedim(0, dim).flatten(dim, dim + 1)
         return self._finish(x)
@@ -143,7 +201,8 @@ class _Move:
     def shape_from(self, rank: int) -> list[int]:
         shape = list(self.x.shape)
         shape[self.dims[0]] = self.source.partition.local_size(rank)
-        shape[self.dims[1]] = self.target.partition.local_size(rank_in(self.group))
+        even = self.target.partition.is_even  # then who we are makes no difference to the graph
+        shape[self.dims[1]] = self.target.partition.local_size(0 if even else rank_in(self.group))
         return shape
 
     def from_pieces(self, pieces: list[Tensor]) -> Tensor:
@@ -155,8 +214,8 @@ class _Move:
 
 
 def _copies(partition: Partition) -> int | None:
-    """1 for equal blocks; c where each single index belongs to c consecutive ranks; else None."""
-    if partition.is_blocks:
+    """1 for equal blocks or chunks; c where each single index belongs to c consecutive ranks; else None."""
+    if partition.is_blocks or partition.is_zigzag:
         return 1
     num = partition.num_ranks
     if partition.size and num % partition.size == 0:

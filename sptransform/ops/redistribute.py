@@ -6,14 +6,20 @@ a pending sum, of ``S`` its part.
 
 from __future__ import annotations
 
+from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sptransform.ops import collectives
-from sptransform.ops.library import composite
-from sptransform.placement import Shard
+from sptransform.ops.exchanges import Start, Steps, Wait, communicating
+from sptransform.ops.groups import rank_in
+from sptransform.ops.library import LIBRARY, composite
+from sptransform.ops.pieces import conceal, expose
+from sptransform.partition import Intervals, common
+from sptransform.placement import Shard, repartitions
 
 _sp = torch.ops.sptransform
 
@@ -69,6 +75,21 @@ class _Gather(torch.autograd.Function):
         if ctx.invariant:
             return _sp.take(grad, ctx.spec, ctx.group), None, None, None
         return collectives.reduce_scatter(grad, Shard.parse(ctx.spec, whole=grad), ctx.group), None, None, None
+
+
+class _GatherPacked(torch.autograd.Function):
+    """S -> R: all-gather / reduce-scatter, several tensors in one message."""
+
+    @staticmethod
+    def forward(ctx: Any, specs: list[str], group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.specs, ctx.group = specs, group
+        shards = [Shard.parse(spec, part=x) for spec, x in zip(specs, xs, strict=True)]
+        return tuple(collectives.all_gather_packed(list(xs), shards, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        shards = [Shard.parse(spec, whole=grad) for spec, grad in zip(ctx.specs, grads, strict=True)]
+        return None, None, *collectives.reduce_scatter_packed(list(grads), shards, ctx.group)
 
 
 class _SumScatter(torch.autograd.Function):
@@ -147,6 +168,11 @@ def gather(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
     return _Gather.apply(x, spec, group_name, invariant)
 
 
+@composite("gather_packed(Tensor[] xs, str[] specs, str group_name) -> Tensor[]")
+def gather_packed(xs: list[Tensor], specs: list[str], group_name: str) -> list[Tensor]:
+    return list(_GatherPacked.apply(specs, group_name, *xs))
+
+
 @composite("sum_scatter(Tensor x, str spec, str group_name) -> Tensor")
 def sum_scatter(x: Tensor, spec: str, group_name: str) -> Tensor:
     return _SumScatter.apply(x, spec, group_name)
@@ -165,3 +191,74 @@ def first_rank(x: Tensor, group_name: str, mask_value: bool) -> Tensor:
 @composite("all_to_all(Tensor[] xs, str[] sources, str[] targets, str group_name) -> Tensor[]")
 def all_to_all(xs: list[Tensor], sources: list[str], targets: list[str], group_name: str) -> list[Tensor]:
     return list(_Exchange.apply(sources, targets, group_name, *xs))
+
+
+# ---- S -> S along one axis: the only change that reads the rank to know what to send, so that compilers see one op
+
+
+def _ends(x: Tensor, source: str, target: str) -> tuple[Shard, Shard]:
+    # sizes left open are shared evenly, so x is as large as a part of either
+    ends = Shard.parse(source, part=x), Shard.parse(target, part=x)
+    if not repartitions(*ends):
+        raise ValueError(f"a repartition keeps the axis and one owner of each index, not {source} to {target}")
+    return ends
+
+
+def _fake_repartition(x: Tensor, source: str, target: str, group_name: str) -> Tensor:
+    before, after = _ends(x, source, target)
+    if before.partition.is_even and after.partition.is_even:
+        return x.new_empty(x.shape)
+    size = after.local_dim_size(0 if after.partition.is_even else rank_in(group_name))
+    return x.new_empty([*x.shape[: after.dim], size, *x.shape[after.dim + 1 :]])
+
+
+@communicating("repartition(Tensor x, str source, str target, str group_name) -> Tensor", fake=_fake_repartition)
+def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str) -> Steps[Tensor]:
+    """Send every other rank what it owns in ``target`` of this rank's part in ``source``: one all-to-all.
+
+    Args:
+        x: this rank's part, ``[.., outer * local size, ..]``.
+        source, target: specs of shards along the same axis of the same dimension.
+
+    Raises:
+        ValueError: shards of different axes, or of which ranks share indices.
+    """
+    before, after = _ends(x, source, target)
+    x, dim = expose(x, before)
+    mine, wanted = before.partition.owned[rank], after.partition.owned[rank]
+    leaving = [_stored(mine, common(mine, theirs)) for theirs in after.partition.owned]
+    coming = [_stored(wanted, common(theirs, wanted)) for theirs in before.partition.owned]
+    lead, tail = x.shape[:dim], x.shape[dim + 1 :]
+    entry = prod(lead) * prod(tail)
+    sent, received = ([entry * sum(hi - lo for lo, hi in own) for own in peers] for peers in (leaving, coming))
+    pieces = (x.narrow(dim, lo, hi - lo).reshape(-1) for lo, hi in chain.from_iterable(leaving))
+    pending = yield Start(torch.cat([x.new_empty(0), *pieces]), sent, received)
+    came = yield Wait(pending)
+    places = [*chain.from_iterable(coming)]
+    parts = zip(places, came.split([entry * (hi - lo) for lo, hi in places]), strict=True)
+    found = {(lo, hi): part.view(*lead, hi - lo, *tail) for (lo, hi), part in parts}
+    # a rank may own nothing
+    return conceal(torch.cat([x.narrow(dim, 0, 0), *(found[place] for place in sorted(places))], dim), after)
+
+
+def _stored(own: Intervals, part: Intervals) -> Intervals:
+    """Where in its storage a rank that owns ``own`` has ``part`` of it."""
+    places = []
+    for lo, hi in part:
+        before = 0
+        for start, stop in own:
+            if start <= lo < stop:
+                places.append((before + lo - start, before + hi - start))
+            before += stop - start
+    return tuple(places)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.source, ctx.target, ctx.group = inputs
+
+
+def _repartition_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _sp.repartition(grad, ctx.target, ctx.source, ctx.group), None, None, None
+
+
+torch.library.register_autograd("sptransform::repartition", _repartition_back, setup_context=_remember, lib=LIBRARY)
