@@ -2,9 +2,9 @@
 
     results = in_lockstep(4, lambda rank: graphs[rank](*inputs[rank]))
 
-A rank runs until it meets a functional collective, leaves its tensor there and passes the turn on; when the turn
-comes back everybody's tensor is there. No process group exists and nothing runs at the same time, so runs are
-exactly repeatable. Beside `tests/simulated.py`, which runs one graph on all ranks:
+A rank runs until it meets a functional collective, or an exchange of an op that communicates inside, leaves its tensor
+there and passes the turn on; when the turn comes back everybody's tensor is there. No process group exists and nothing
+runs at the same time, so runs are exactly repeatable. Beside `tests/simulated.py`, which runs one graph on all ranks:
 
 - Sizes may differ between ranks, so this is for lengths that the ranks do not divide.
 - Each rank has a random generator of its own, all of them seeded alike, as in real runs.
@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sptransform.mesh import PRETENDED_GROUP
+from sptransform.mesh import Mesh
+from sptransform.ops.exchanges import COMMUNICATING, Start, drive, group_of
 from sptransform.ops.groups import pretend
 
 T = TypeVar("T")
@@ -29,8 +32,8 @@ T = TypeVar("T")
 class _Stage:
     """Whose turn it is, and what every rank brought to each collective."""
 
-    def __init__(self, num_ranks: int, seed: int) -> None:
-        self.num_ranks = num_ranks
+    def __init__(self, num_ranks: int, seed: int, inner: int) -> None:
+        self.num_ranks, self.inner = num_ranks, inner
         self.brought: list[list[tuple[str, tuple[Any, ...]]]] = [[] for _ in range(num_ranks)]
         self.errors: dict[int, BaseException] = {}
         self._seed = seed
@@ -56,8 +59,19 @@ class _Stage:
         self._finished.add(rank)
         self._pass_on(rank)
 
-    def meet(self, rank: int, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Every rank's arguments of this collective, in rank order."""
+    def mesh_of(self, rank: int) -> tuple[Mesh, ...]:
+        """The ranks as one mesh dim, and as the two that `Mesh.split` makes of them."""
+        mesh = Mesh.pretended(self.num_ranks, rank)
+        return mesh, *mesh.split(self.num_ranks // self.inner, self.inner)
+
+    def members(self, rank: int, group: str) -> list[int]:
+        """Who is in the rank's group of that name."""
+        dim = [mesh.group for mesh in self.mesh_of(rank)].index(group)
+        place = [[mesh.rank for at, mesh in enumerate(self.mesh_of(r)[1:], 1) if at != dim] for r in range(self.num_ranks)]
+        return [r for r in range(self.num_ranks) if dim == 0 or place[r] == place[rank]]
+
+    def meet(self, rank: int, group: str, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The arguments of this collective of every rank in the group, in rank order."""
         mine = self.brought[rank]
         mine.append((name, args))
         at = len(mine) - 1
@@ -70,7 +84,7 @@ class _Stage:
                 raise RuntimeError(f"rank {other} ended before collective {at}, {name}, of rank {rank}")
             if theirs[at][0] != name:
                 raise RuntimeError(f"collective {at} is {name} on rank {rank} and {theirs[at][0]} on rank {other}")
-        return [theirs[at][1] for theirs in self.brought]
+        return [self.brought[other][at][1] for other in self.members(rank, group)]
 
 
 class _Collectives(TorchDispatchMode):
@@ -83,12 +97,20 @@ class _Collectives(TorchDispatchMode):
         self.stage, self.rank = stage, rank
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "namespace", "") != "_c10d_functional":
-            return func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
+        kwargs = kwargs or {}
+        namespace = getattr(func, "namespace", "")
+        name = func._schema.name.split("::")[1] if namespace else ""
+        if namespace == "sptransform" and name in COMMUNICATING and group_of(name, args, kwargs):
+            steps = COMMUNICATING[name](self._rank_in(group_of(name, args, kwargs)), *args, **kwargs)
+            group = group_of(name, args, kwargs)
+            return drive(steps, lambda asked: self._exchange(name, group, asked), lambda came: came)
+        if namespace != "_c10d_functional":
+            return func(*args, **kwargs)
         if name == "wait_tensor":
             return args[0]
-        everyone = self.stage.meet(self.rank, name, args)
+        if name == "all_to_all_single":
+            return self._exchange(name, args[-1], Start(args[0], sent=list(args[2]), received=list(args[1])))
+        everyone = self.stage.meet(self.rank, args[-1], name, args)
         tensors = [theirs[0] for theirs in everyone]
         if name == "all_reduce":
             assert len({(t.shape, t.dtype) for t in tensors}) == 1, f"all_reduce of {[t.shape for t in tensors]}"
@@ -96,20 +118,27 @@ class _Collectives(TorchDispatchMode):
         if name == "all_gather_into_tensor":
             assert len({(t.shape, t.dtype) for t in tensors}) == 1, f"all_gather of {[t.shape for t in tensors]}"
             return torch.cat(tensors)
-        if name == "reduce_scatter_tensor":
-            assert len({(t.shape, t.dtype) for t in tensors}) == 1, f"reduce_scatter of {[t.shape for t in tensors]}"
-            return torch.stack(tensors).sum(0).chunk(len(tensors))[self.rank].clone()
-        assert name == "all_to_all_single", name
-        expected = args[1]
-        pieces = [theirs[0].split(list(theirs[2]))[self.rank] for theirs in everyone]
+        assert name == "reduce_scatter_tensor", name
+        assert len({(t.shape, t.dtype) for t in tensors}) == 1, f"reduce_scatter of {[t.shape for t in tensors]}"
+        return torch.stack(tensors).sum(0).chunk(len(tensors))[self._rank_in(args[-1])].clone()
+
+    def _rank_in(self, group: str) -> int:
+        return self.stage.members(self.rank, group).index(self.rank)
+
+    def _exchange(self, name: str, group: str, asked: Start) -> Tensor:
+        everyone = self.stage.meet(self.rank, group, name, (asked,))
+        pieces = [theirs.x.split(theirs.sent)[self._rank_in(group)] for (theirs,) in everyone]
         came = [len(piece) for piece in pieces]
-        assert came == list(expected), f"rank {self.rank} was sent {came}, and expected {expected}"
+        assert came == list(asked.received), f"rank {self.rank} was sent {came}, and expected {asked.received}"
         return torch.cat(pieces)
 
 
-def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0) -> list[T]:
-    """`run(rank)` on every rank; the results in rank order. The first rank's exception is raised here."""
-    stage = _Stage(num_ranks, seed)
+def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner: int = 1) -> list[T]:
+    """`run(rank)` on every rank; the results in rank order. The first rank's exception is raised here.
+
+    `inner`: how many neighbouring ranks form the second dim, where the ranks are used as a mesh of two.
+    """
+    stage = _Stage(num_ranks, seed, inner)
     results: dict[int, T] = {}
     # what is in force around the call; a thread starts without it
     autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
@@ -117,7 +146,11 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0) -> li
     def work(rank: int) -> None:
         stage.start(rank)
         try:
-            with pretend(PRETENDED_GROUP, rank), torch.autocast("cpu", *autocast), _Collectives(stage, rank):
+            with ExitStack() as stack:
+                for mesh in stage.mesh_of(rank):
+                    stack.enter_context(pretend(mesh.group, mesh.rank))
+                stack.enter_context(torch.autocast("cpu", *autocast))
+                stack.enter_context(_Collectives(stage, rank))
                 results[rank] = run(rank)
         except BaseException as error:
             stage.errors[rank] = error

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sptransform.ops import attention, random, redistribute, sharding
+from sptransform.ops import attention, random, redistribute, ring, sharding
 
-__all__ = ["attention", "random", "redistribute", "sharding"]
+__all__ = ["attention", "random", "redistribute", "ring", "sharding"]

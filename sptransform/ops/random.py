@@ -10,7 +10,7 @@ from sptransform.ops.library import primitive
 
 
 def mask_for(x: Tensor, p: float, rank: int) -> Tensor:
-    """Boolean mask of x's shape, True with probability ``1 - p``, drawn for ``rank``.
+    """Boolean mask of x's shape, True with probability ``1 - p``, drawn for ``rank``, any number of its own.
 
     One number is drawn from the default generator whatever the shape, so that ranks seeded alike stay alike and a
     replicated dropout elsewhere draws the same mask on all of them.
@@ -32,4 +32,8 @@ def _fake_mask(x: Tensor, p: float, group_name: str) -> Tensor:
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 def dropout_mask(x: Tensor, p: float, group_name: str) -> Tensor:
-    return mask_for(x, p, rank_in(group_name))
+    """Of several mesh dims ``group_name`` has all the groups, separated by commas."""
+    number = 0
+    for group in group_name.split(","):
+        number = number << 20 | rank_in(group)
+    return mask_for(x, p, number)

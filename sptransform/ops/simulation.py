@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 # Private, and the only simulation of ranks torch has; the tests that use it name it when it moves.
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.distributed._local_tensor._c10d import _prepare_collective_groups
+from torch.utils import _pytree as pytree
 
+from sptransform.ops.exchanges import COMMUNICATING, Steps, group_of, perform_together
 from sptransform.ops.random import mask_for
 from sptransform.ops.sharding import first_rank_for, place_for, take_for
 from sptransform.placement import Shard
@@ -27,14 +31,49 @@ _PER_RANK: dict[str, Callable[..., Tensor]] = {
 @cache
 def register() -> None:
     """Teach ``LocalTensorMode`` the ops of this package; further calls do nothing."""
-    for name, per_rank in _PER_RANK.items():
-        torch.library.register_torch_dispatch(f"sptransform::{name}", LocalTensorMode, _on_all_ranks(per_rank))
+    rules = {name: _on_all_ranks(per_rank) for name, per_rank in _PER_RANK.items()}
+    rules |= {name: _on_all_ranks_together(name, steps) for name, steps in COMMUNICATING.items()}
+    for name, rule in rules.items():
+        torch.library.register_torch_dispatch(f"sptransform::{name}", LocalTensorMode, rule)
+
+
+def _groups(mode: LocalTensorMode, name: str) -> list[list[int]]:
+    """All ranks, group by group: the group of that name is rank 0's, and the others lie like it."""
+    if not name:
+        return [[rank] for rank in sorted(mode.ranks)]
+    members, offsets, _ = _prepare_collective_groups(distributed_c10d._resolve_process_group(name))
+    return [[offset + member for member in members] for offset in offsets]
 
 
 def _on_all_ranks(per_rank: Callable[..., Tensor]) -> Callable[..., Any]:
     def run(mode: LocalTensorMode, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         x, *rest = args
         parts = x._local_tensors if isinstance(x, LocalTensor) else dict.fromkeys(mode.ranks, x)
-        return LocalTensor({rank: per_rank(rank, part, *rest) for rank, part in parts.items()})
+        numbers = dict.fromkeys(parts, 0)
+        for name in rest[-1].split(","):  # a number of its own on several mesh dims
+            for group in _groups(mode, name):
+                numbers |= {rank: numbers[rank] << 20 | at for at, rank in enumerate(group)}
+        return LocalTensor({rank: per_rank(numbers[rank], part, *rest) for rank, part in parts.items()})
+
+    return run
+
+
+def _on_all_ranks_together(name: str, steps: Callable[..., Steps[Any]]) -> Callable[..., Any]:
+    def run(mode: LocalTensorMode, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+
+        def of(rank: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            """What the rank has of the arguments; a plain tensor is the same on all."""
+            return pytree.tree_map_only(LocalTensor, lambda x: x._local_tensors[rank], (args, kwargs))
+
+        results: dict[int, Any] = {}
+        for group in _groups(mode, group_of(name, args, kwargs)):
+            own = {at: of(rank) for at, rank in enumerate(group)}
+            found = perform_together({at: steps(at, *own_args, **rest) for at, (own_args, rest) in own.items()})
+            results |= {rank: found[at] for at, rank in enumerate(group)}
+        flat = {rank: pytree.tree_flatten(result) for rank, result in results.items()}
+        spec = flat[0][1]
+        merged = [LocalTensor({rank: leaves[i] for rank, (leaves, _) in flat.items()}) for i in range(spec.num_leaves)]
+        return pytree.tree_unflatten(merged, spec)
 
     return run

@@ -1,0 +1,262 @@
+"""The ops that a ring is made of: attention of one block, its backward, and putting blocks together.
+
+Each is one node of an expanded graph. Results of blocks are float32, float64 for float64 inputs, whatever the kernel;
+they lie in memory as ``[B, s, H, D]``, as the kernels and the models around them have it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sptransform.ops.library import primitive
+from sptransform.ops.ring.kernels import Case, Kernel, choose, compute_dtype
+from sptransform.ops.ring.merging import raise_sunk, sink, weigh
+
+_OPTIONS = (
+    "bool causal, *, float? scale=None, float dropout_p=0.0, Tensor? seed=None, int stream=0, int[] key_head_of=[]"
+)
+
+
+def new_rows(x: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Empty [B, H, size, dim] beside x [B, H, .., ..], laid out as results of blocks are."""
+    return x.new_empty((x.shape[0], size, x.shape[1], dim), dtype=dtype).transpose(1, 2)
+
+
+def lay_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in the dtype and the layout of results; itself where it has them."""
+    x = x.to(dtype)
+    return x if x.transpose(1, 2).is_contiguous() else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, **options):
+    dtype = compute_dtype(query.dtype)
+    return new_rows(query, query.shape[2], value.shape[-1], dtype), query.new_empty(query.shape[:3], dtype=dtype)
+
+
+@primitive(
+    f"attention_block(Tensor query, Tensor key, Tensor value, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_block,
+)
+def attention_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    key_head_of: list[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Attention of query [B, H, s, D] over key [B, K, t, D] and value [B, K, t, E], none of them empty.
+
+    Args:
+        mask: boolean (True is visible) or added to the scores; broadcasts to [B, H, s, t].
+        causal: the n-th query sees the first n + 1 keys; then s == t, and no mask.
+        seed, stream: which random numbers dropout uses.
+        key_head_of: query head i reads key head ``key_head_of[i]``; ``i // (H // K)`` where it is empty.
+
+    Returns:
+        out [B, H, s, E]; lse [B, H, s], ``-inf`` where a row sees nothing. Dropout does not enter lse.
+    """
+    dtype = compute_dtype(query.dtype)
+    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p))
+    heads = _heads(query, key, key_head_of, kernel)
+    if heads is not None:
+        key, value = key.index_select(1, heads), value.index_select(1, heads)
+    bias = None if mask is None else _bias(mask, key.shape[2], dtype)
+    kept = _kept(query, key, dropout_p, seed, stream)
+    out, lse = kernel.forward(query, key, value, bias, causal, _scale(query, scale), *kept)
+    if mask is not None:
+        if mask.is_floating_point():
+            lse = sink(lse, bias)
+        lse = lse.masked_fill(_sees_nothing(mask), -math.inf)
+    return lay_out(out, dtype), lse.contiguous()
+
+
+def _fake_block_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    **options,
+):
+    dtype = compute_dtype(query.dtype)
+    return tuple(new_rows(x, x.shape[2], x.shape[3], dtype) for x in (query, key, value))
+
+
+@primitive(
+    "attention_block_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, "
+    f"Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_block_backward,
+)
+def attention_block_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    key_head_of: list[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the block of :func:`attention_block` adds to the gradients of its query, key and value.
+
+    ``grad`` and ``out`` [B, H, s, E] and ``lse`` [B, H, s] are those of all keys that the queries see.
+    """
+    dtype = compute_dtype(query.dtype)
+    num_heads = key.shape[1]
+    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p))
+    heads = _heads(query, key, key_head_of, kernel)
+    if heads is not None:
+        key, value = key.index_select(1, heads), value.index_select(1, heads)
+    bias = None
+    if mask is not None:
+        bias = _bias(mask, key.shape[2], dtype)
+        if mask.is_floating_point():
+            grad, lse = raise_sunk(grad, lse, bias)
+        lse = lse.masked_fill(lse == -math.inf, 0)  # all probabilities are exp(-inf - 0)
+    kept = _kept(query, key, dropout_p, seed, stream)
+    grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), *kept)
+    grad_query, grad_key, grad_value = (lay_out(x, dtype) for x in grads)
+    if heads is not None:
+        grad_key, grad_value = (_sum_heads(x, heads, num_heads) for x in (grad_key, grad_value))
+    return grad_query, grad_key, grad_value
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def _heads(query: Tensor, key: Tensor, key_head_of: list[int], kernel: Kernel) -> Tensor | None:
+    """The key head of each query head, where keys must be repeated for the kernel."""
+    times = query.shape[1] // key.shape[1]
+    regular = [i // times for i in range(query.shape[1])] if times else []
+    if list(key_head_of or regular) == regular and (kernel.grouped or times == 1):
+        return None
+    return torch.tensor(key_head_of or regular, device=key.device)
+
+
+def _sum_heads(x: Tensor, heads: Tensor, num_heads: int) -> Tensor:
+    batch, _, size, dim = x.shape
+    return x.new_zeros((batch, size, num_heads, dim)).index_add_(2, heads, x.transpose(1, 2)).transpose(1, 2)
+
+
+def _bias(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """``mask`` as what is added to the scores: 4 dimensions, all keys."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.expand(*mask.shape[:3], num_keys)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).contiguous()
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
+def _sees_nothing(mask: Tensor) -> Tensor:
+    return ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
+
+
+def _kept(query: Tensor, key: Tensor, p: float, seed: Tensor | None, stream: int) -> tuple[Tensor, ...]:
+    """What dropout multiplies the probabilities by: 0 or 1 / (1 - p), the same for the same seed and stream."""
+    if p == 0:
+        return ()
+    generator = torch.Generator(device=query.device)
+    generator.manual_seed((int(seed.item()) + stream * 0x9E3779B97F4A7C15) % 2**63)
+    drawn = torch.rand((*query.shape[:3], key.shape[2]), device=query.device, generator=generator)
+    return ((drawn >= p).to(compute_dtype(query.dtype)) * (1 / (1 - p) if p < 1 else 0.0),)
+
+
+def _fake_seed(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+@primitive("dropout_seed(Tensor like) -> Tensor", fake=_fake_seed, tags=(torch.Tag.nondeterministic_seeded,))
+def dropout_seed(like: Tensor) -> Tensor:
+    """A number to seed dropout with, different on every process.
+
+    One number is drawn whatever the shape: generators of ranks seeded alike stay in step.
+    """
+    # ranks of other groups, that have other heads or another batch, need other masks too
+    process = dist.get_rank() if dist.is_initialized() else 0
+    drawn = torch.randint(2**62, (), device=like.device)
+    return drawn ^ (process * 0x9E3779B97F4A7C15 % 2**62)
+
+
+@primitive(
+    "band_mask(Tensor like, int[] queries, int[] keys, int? nearest, int? farthest) -> Tensor",
+    fake=lambda like, queries, keys, nearest, farthest: like.new_empty(
+        (sum(queries[1::2]) - sum(queries[::2]), sum(keys[1::2]) - sum(keys[::2])), dtype=torch.bool
+    ),
+)
+def band_mask(like: Tensor, queries: list[int], keys: list[int], nearest: int | None, farthest: int | None) -> Tensor:
+    """[queries, keys]: which keys lie from ``nearest`` to ``farthest`` positions before a query.
+
+    ``queries`` and ``keys`` are bounds of intervals of positions, ``lo, hi, lo, hi ..``.
+    """
+    distance = positions(queries, like.device)[:, None] - positions(keys, like.device)
+    if nearest is None and farthest is None:
+        return torch.ones_like(distance, dtype=torch.bool)
+    visible = None if nearest is None else distance >= nearest
+    if farthest is None:
+        return visible
+    return distance <= farthest if visible is None else visible & (distance <= farthest)
+
+
+def positions(bounds: list[int], device: torch.device) -> Tensor:
+    """The positions in intervals ``lo, hi, lo, hi ..``."""
+    runs = [torch.arange(lo, hi, device=device) for lo, hi in zip(bounds[::2], bounds[1::2], strict=True)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+@primitive(
+    "merge_block(Tensor out, Tensor lse, Tensor block_out, Tensor block_lse, int start, bool sinks) "
+    "-> (Tensor, Tensor)",
+    fake=lambda out, lse, block_out, block_lse, start, sinks: (torch.empty_like(out), torch.empty_like(lse)),
+)
+def merge_block(
+    out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, sinks: bool
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse``, in which the rows from ``start`` on have also seen a block's keys; see :mod:`merging`."""
+    out, lse = out.clone(), lse.clone()
+    merge_block_(out, lse, block_out, block_lse, start, sinks)
+    return out, lse
+
+
+def merge_block_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, sinks: bool) -> None:
+    """:func:`merge_block` in place."""
+    size = block_lse.shape[2]
+    out, lse = out.narrow(2, start, size), lse.narrow(2, start, size)
+    weight, total = weigh(lse, block_lse, sinks)
+    out.lerp_(block_out, weight)
+    lse.copy_(total)
+
+
+@primitive(
+    "add_block(Tensor total, Tensor block, int start) -> Tensor",
+    fake=lambda total, block, start: torch.empty_like(total),
+)
+def add_block(total: Tensor, block: Tensor, start: int) -> Tensor:
+    """``total`` [B, H, s, D] with ``block`` added to its rows from ``start`` on."""
+    total = total.clone()
+    add_block_(total, block, start)
+    return total
+
+
+def add_block_(total: Tensor, block: Tensor, start: int) -> None:
+    """:func:`add_block` in place."""
+    total.narrow(2, start, block.shape[2]).add_(block)

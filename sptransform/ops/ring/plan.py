@@ -1,0 +1,167 @@
+"""Which calls of a block attention kernel cover what one rank's queries see of one block of keys.
+
+Queries and keys are given by the intervals of positions that they own, in the order in which they are stored. A query
+at position i sees the key at position j iff ``nearest <= i - j <= farthest``; None is no limit. So the keys that a
+query sees, of keys that ascend, are a range ``low .. high - 1``, and both ends of it grow with the query: not at all,
+or one for one. A :class:`Run` is some consecutive queries between two changes of that. All calls are read off the runs:
+
+====================  ==================================================  ===============================
+run                   rows                                                calls
+====================  ==================================================  ===============================
+neither end grows     all see the same keys                               ``full``
+the upper end grows   row n sees n + 1 keys more than ``low .. high - 1``  ``full``, and a square ``causal``
+the lower end grows   a window that slides, or leaves what it saw         ``band`` a tile of rows
+====================  ==================================================  ===============================
+
+Under causal zigzag (rank r owns chunks r and 2N-1-r) that is one call a block: ``causal`` for a rank's own keys,
+``full`` over half of the keys of an earlier rank, ``full`` for half of the queries over the keys of a later one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from sptransform.partition import Intervals
+
+# rows of a call whose mask is computed: masks stay small, and a sliding window looks at few keys in vain
+TILE = 512
+
+
+@dataclass(frozen=True)
+class Call:
+    """Queries ``q_start .. q_stop - 1`` over keys ``k_start .. k_stop - 1``, numbered as stored.
+
+    ``kind`` is "full" (all see all), "causal" (as many keys as queries; the n-th query sees the first n + 1 keys), or
+    "band" (positions decide).
+    """
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Row n of ``q_start .. q_stop - 1`` sees the keys from ``low`` to below ``high``.
+
+    With ``closes`` they begin at ``low + n``, with ``opens`` they end below ``high + n + 1``.
+    """
+
+    q_start: int
+    q_stop: int
+    low: int
+    high: int
+    closes: bool
+    opens: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def num_pairs(self) -> int:
+        rows = self.num_rows
+        grown = rows * (rows + 1) // 2 if self.opens else 0
+        shrunk = rows * (rows - 1) // 2 if self.closes else 0
+        return rows * (self.high - self.low) + grown - shrunk
+
+    def followed_by(self, other: Run) -> bool:
+        """Whether ``other`` goes on as this run would have."""
+        return (
+            (self.q_stop, self.closes, self.opens) == (other.q_start, other.closes, other.opens)
+            and other.low == self.low + (self.num_rows if self.closes else 0)
+            and other.high == self.high + (self.num_rows if self.opens else 0)
+        )
+
+
+@lru_cache(maxsize=4096)
+def plan_calls(
+    queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, *, masked: bool = False
+) -> tuple[Call, ...]:
+    """The calls that cover every visible pair once, and no other pair but those that a ``band`` hides.
+
+    With ``masked`` every call has a mask computed for it: no call is ``causal``, and all are cut into tiles.
+    """
+    calls = [call for run in _runs(queries, keys, nearest, farthest) for call in _calls(run, masked)]
+    return tuple(calls)
+
+
+def attended_pairs(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None) -> int:
+    """How many pairs of a query and a key are visible: a measure of work."""
+    return sum(run.num_pairs for run in _runs(queries, keys, nearest, farthest))
+
+
+def _calls(run: Run, masked: bool) -> Iterator[Call]:
+    if not masked and not run.closes:
+        if run.high > run.low:
+            yield Call(run.q_start, run.q_stop, run.low, run.high, "full")
+        if run.opens:
+            yield Call(run.q_start, run.q_stop, run.high, run.high + run.num_rows, "causal")
+        return
+    kind = "band" if run.opens or run.closes else "full"
+    for start in range(run.q_start, run.q_stop, TILE):
+        stop = min(start + TILE, run.q_stop)
+        low = run.low + (start - run.q_start if run.closes else 0)
+        high = run.high + (stop - run.q_start if run.opens else 0)
+        yield Call(start, stop, low, high, kind)
+
+
+def _runs(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None) -> list[Run]:
+    if nearest is not None and farthest is not None and nearest > farthest:
+        return []
+    runs: list[Run] = []
+    for first, ascending in _ascending(keys):
+        of_group: list[Run] = []
+        for run in _runs_over(queries, first, ascending, nearest, farthest):
+            if of_group and of_group[-1].followed_by(run):
+                last = of_group.pop()
+                run = Run(last.q_start, run.q_stop, last.low, last.high, last.closes, last.opens)
+            of_group.append(run)
+        runs += [run for run in of_group if run.num_pairs]
+    return runs
+
+
+def _ascending(keys: Intervals) -> Iterator[tuple[int, Intervals]]:
+    """Groups of intervals whose positions ascend, each with the number of keys stored before it."""
+    group: list[tuple[int, int]] = []
+    first = at = 0
+    for lo, hi in keys:
+        if group and lo < group[-1][1]:
+            yield first, tuple(group)
+            group, first = [], at
+        group.append((lo, hi))
+        at += hi - lo
+    if group:
+        yield first, tuple(group)
+
+
+def _runs_over(
+    queries: Intervals, first: int, keys: Intervals, nearest: int | None, farthest: int | None
+) -> Iterator[Run]:
+    """Runs over ascending keys, the first one stored at ``first``; cut wherever an end begins or stops to grow."""
+    bounds = [bound for interval in keys for bound in interval]
+    stored = [first]
+    for lo, hi in keys:
+        stored += [stored[-1] + hi - lo, stored[-1] + hi - lo]
+
+    def below(position: int) -> tuple[int, bool]:
+        """Where the first key not below ``position`` is stored, and whether it is at that position."""
+        at = bisect_left(bounds, position + 1)  # bounds passed: odd within an interval
+        inside = at % 2 == 1
+        return (stored[at] - (bounds[at] - position) if inside else stored[at]), inside
+
+    shifts = [limit for limit in (nearest, farthest) if limit is not None]
+    at = 0
+    for q_lo, q_hi in queries:
+        cuts = {q_lo, q_hi, *(x for shift in shifts for b in bounds if q_lo < (x := b + shift) < q_hi)}
+        for start, stop in pairwise(sorted(cuts)):
+            low, closes = (first, False) if farthest is None else below(start - farthest)
+            high, opens = (stored[-1], False) if nearest is None else below(start - nearest)
+            yield Run(at + start - q_lo, at + stop - q_lo, low, high, closes, opens)
+        at += q_hi - q_lo

@@ -1,0 +1,155 @@
+"""What one rank has in a call of ring attention, and what it computes with each block of keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sptransform.ops.exchanges import Start
+from sptransform.ops.mask_program import block_mask
+from sptransform.ops.ring.blocks import lay_out, positions
+from sptransform.ops.ring.messages import unpack
+from sptransform.ops.ring.plan import Call, plan_calls
+from sptransform.partition import Intervals, Partition
+
+_sp = torch.ops.sptransform
+
+
+@lru_cache(maxsize=1024)
+def partition_of(text: str, local_size: int) -> Partition | None:
+    """The partition that ``text`` writes; a size it leaves open is that of ``local_size`` a rank. None for no text."""
+    if not text:
+        return None
+    even = re.fullmatch(r"\?/(\d+)z?", text)
+    return Partition.parse(text.replace("?", str(local_size * int(even[1]))) if even else text)
+
+
+class RankView:
+    """One rank's share of the arguments of ``ring_attention``; block j are the keys of rank j.
+
+    Raises:
+        ValueError: a tensor has not as many queries or keys as the rank owns.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        seed: Tensor,
+        *,
+        mask: str = "",
+        nearest: int | None = None,
+        farthest: int | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        key_head_of: Sequence[int] = (),
+        queries: str = "",
+        keys: str = "",
+        group_name: str = "",
+    ) -> None:
+        if not query.dtype == key.dtype == value.dtype:
+            raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not of one dtype")
+        # kernels may lay out their results as the queries: so once, and not every block
+        self.query = lay_out(query, query.dtype)
+        self.rank, self.key, self.value = rank, key, value
+        self.rows, self.columns, self.program = rows, columns, mask
+        self.limits = nearest, farthest
+        self.options = {"scale": scale, "key_head_of": list(key_head_of)}
+        if dropout_p > 0:
+            self.options |= {"dropout_p": dropout_p, "seed": seed}
+        self.partition = partition_of(keys, key.shape[2])
+        self.num_ranks = self.partition.num_ranks if self.partition else 1
+        self.own = self.block_at(0)
+        self.positions = _owned(partition_of(queries, query.shape[2]), rank, query.shape[2], "queries")
+        _owned(self.partition, self.own, key.shape[2], "keys")
+
+    def block_at(self, step: int) -> int:
+        """Whose keys this rank has at a step."""
+        return (self.rank - step) % self.num_ranks
+
+    def keys_of(self, block: int) -> Intervals:
+        return self.partition.owned[block] if self.partition else ((0, self.key.shape[2]),)
+
+    def _shapes_of(self, block: int) -> list[tuple[int, ...]]:
+        size = sum(hi - lo for lo, hi in self.keys_of(block))
+        return [(*x.shape[:2], size, x.shape[3]) for x in (self.key, self.value)]
+
+    def numel_of(self, block: int) -> int:
+        """Entries of a message with the keys and values of a block."""
+        return sum(map(prod, self._shapes_of(block)))
+
+    def pack(self) -> Tensor:
+        """This rank's keys and values as one message."""
+        return _sp.pack_block(self.key, self.value)
+
+    def unpack(self, message: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """A block's keys and values, or their gradients, in a message."""
+        return unpack(message, *self._shapes_of(block))
+
+    def hop(self, message: Tensor, coming: int) -> Start:
+        """Send ``message`` to the next rank; a message for or of block ``coming`` is received from the one before."""
+        sent, received = [0] * self.num_ranks, [0] * self.num_ranks
+        sent[(self.rank + 1) % self.num_ranks] = message.numel()
+        received[(self.rank - 1) % self.num_ranks] = self.numel_of(coming)
+        return Start(message, sent, received)
+
+    def plan(self, block: int) -> tuple[Call, ...]:
+        if 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3]):
+            return ()  # some kernels end the process on empty input
+        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=bool(self.program))
+
+    def reach(self, block: int) -> tuple[int, int]:
+        """From which to which of a block's keys this rank's queries look at any."""
+        calls = self.plan(block)
+        return min((call.k_start for call in calls), default=0), max((call.k_stop for call in calls), default=0)
+
+    def calls(self, block: int) -> Iterator[tuple[Call, Tensor | None, dict[str, Any]]]:
+        """What this rank's queries compute with a block: calls, their masks, and the options of the block ops."""
+        for index, call in enumerate(self.plan(block)):
+            options = self.options
+            if "seed" in options:
+                # distinct for every block that any rank computes
+                options = {**options, "stream": ((self.rank * self.num_ranks + block) << 20) + index}
+            yield call, self._mask(call, block), options
+
+    def _mask(self, call: Call, block: int) -> Tensor | None:
+        keys = _bounds(self.keys_of(block), call.k_start, call.k_stop)
+        band = None
+        if call.kind == "band":
+            band = _sp.band_mask(self.query, _bounds(self.positions, call.q_start, call.q_stop), keys, *self.limits)
+        if not self.program:
+            return band
+        at = slice(*keys) if len(keys) == 2 else positions(keys, self.query.device)
+        mask = block_mask(self.program, self.rows, self.columns, call.q_start, call.q_stop, at)
+        if band is None:
+            return mask
+        return mask & band if mask.dtype == torch.bool else mask.masked_fill(~band, -torch.inf)
+
+
+def _owned(partition: Partition | None, rank: int, size: int, what: str) -> Intervals:
+    if partition is None:
+        return ((0, size),) if size else ()
+    if partition.local_size(rank) != size:
+        raise ValueError(f"rank {rank} has {size} {what}, and owns {partition.local_size(rank)} in {partition}")
+    return partition.owned[rank]
+
+
+def _bounds(intervals: Intervals, start: int, stop: int) -> list[int]:
+    """Bounds ``lo, hi, lo, hi ..`` of the positions stored at ``start .. stop - 1``."""
+    bounds, at = [], 0
+    for lo, hi in intervals:
+        first, last = max(start, at), min(stop, at + hi - lo)
+        if first < last:
+            bounds += [lo + first - at, lo + last - at]
+        at += hi - lo
+    return bounds

@@ -1,0 +1,173 @@
+"""Ring attention's two rings, as steps of :mod:`sptransform.ops.exchanges` (Liu et al., arXiv 2310.01889).
+
+Rank r begins with its own keys and values, and sends to rank r + 1 what it has from rank r - 1: at step s it has those
+of rank r - s. The next ones are on their way while a step computes, forward and backward.
+
+    forward    K,V (one message)         N - 1 hops
+    backward   K,V again                 N - 1 hops, ahead of
+               their gradients, in sum   N - 1 hops: begun by rank j + 1 for rank j, who adds its own part at the end
+
+At any time a rank holds its own K,V, those it computes with, and those that arrive. Results are summed in float32
+(float64 for float64 inputs), which is also what gradients travel in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sptransform.ops.exchanges import Steps, Wait
+from sptransform.ops.ring.blocks import lay_out
+from sptransform.ops.ring.kernels import compute_dtype
+from sptransform.ops.ring.rank_view import RankView
+from sptransform.ops.ring.sums import IN_PLACE, Sums
+
+_sp = torch.ops.sptransform
+
+
+def forward_steps(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    *,
+    sums: Sums = IN_PLACE,
+    **options: Any,
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """The steps of ``ring_attention``; ``options`` are its keyword arguments."""
+    dropout = options.get("dropout_p", 0.0) > 0
+    seed = _sp.dropout_seed(query) if dropout else query.new_zeros((), dtype=torch.int64)
+    view = RankView(rank, query, key, value, rows, columns, seed, **options)
+    result = None
+    held = view.pack() if view.num_ranks > 1 else None
+    for step in range(view.num_ranks):
+        is_last = step + 1 == view.num_ranks
+        if not is_last:
+            coming = yield view.hop(held, view.block_at(step + 1))
+        result = _attend(view, sums, step, held, result)
+        if not is_last:
+            held = yield Wait(coming)
+    out, lse = result or _nothing(query, value)
+    return lay_out(out, query.dtype), lse, seed
+
+
+def backward_steps(
+    rank: int,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    *,
+    sums: Sums = IN_PLACE,
+    **options: Any,
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """The steps of ``ring_attention_backward``: gradients of query, key and value."""
+    view = RankView(rank, query, key, value, rows, columns, seed, **options)
+    whole = (grad, out, lse)
+    grad_query = returning = None
+    held = view.pack() if view.num_ranks > 1 else None
+    for step in range(view.num_ranks):
+        is_last = step + 1 == view.num_ranks
+        if not is_last:
+            coming = yield view.hop(held, view.block_at(step + 1))
+        grad_query, first, parts = _attend_backward(view, sums, step, held, whole, grad_query)
+        if step == 0:
+            own = parts  # of all its keys
+        else:
+            message = _no_gradients(view, step) if returning is None else (yield Wait(returning))
+            message = sums.add_to_message(message, *parts, first)
+            returning = yield view.hop(message, view.block_at(step + 1))
+        if not is_last:
+            held = yield Wait(coming)
+    if returning is not None:
+        others = view.unpack((yield Wait(returning)), view.own)
+        own = [sums.add(mine, other, 0) for mine, other in zip(own, others, strict=True)]
+    if grad_query is None:
+        grad_query = _zeros(query, query.shape[2])
+    return tuple(lay_out(x, query.dtype) for x in (grad_query, *own))
+
+
+def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: Any) -> Any:
+    """``result``, the (out, lse) of earlier steps or None, with this step's block."""
+    key, value = _keys_at(view, step, held)
+    for call, mask, options in view.calls(view.block_at(step)):
+        sinks = mask is not None and mask.is_floating_point()
+        query = _part(view.query, call.q_start, call.q_stop)
+        keys = [_part(x, call.k_start, call.k_stop) for x in (key, value)]
+        found = _sp.attention_block(query, *keys, mask, call.kind == "causal", **options)
+        if result is None and query.shape[2] == view.query.shape[2]:
+            result = found
+        else:
+            result = sums.merge(*(result or _nothing(view.query, value)), *found, call.q_start, sinks)
+    return result
+
+
+def _attend_backward(
+    view: RankView, sums: Sums, step: int, held: Tensor | None, whole: tuple[Tensor, ...], grad_query: Tensor | None
+) -> tuple[Tensor | None, int, list[Tensor]]:
+    """``grad_query`` with this step's block; gradients of its keys and values, and the first key that these are of."""
+    block = view.block_at(step)
+    keys = _keys_at(view, step, held)
+    first, stop = (0, keys[0].shape[2]) if step == 0 else view.reach(block)
+    parts: list[Tensor | None] = [None, None]
+    for call, mask, options in view.calls(block):
+        grad, query, out = (_part(x, call.q_start, call.q_stop) for x in (whole[0], view.query, whole[1]))
+        lse = _part(whole[2], call.q_start, call.q_stop)
+        key, value = (_part(x, call.k_start, call.k_stop) for x in keys)
+        found, *of_keys = _sp.attention_block_backward(
+            grad, query, key, value, mask, out, lse, call.kind == "causal", **options
+        )
+        grad_query = _add(sums, grad_query, found, call.q_start, view.query.shape[2])
+        parts = [
+            _add(sums, total, x, call.k_start - first, stop - first) for total, x in zip(parts, of_keys, strict=True)
+        ]
+    return (
+        grad_query,
+        first,
+        [_zeros(x, stop - first) if part is None else part for part, x in zip(parts, keys, strict=True)],
+    )
+
+
+def _keys_at(view: RankView, step: int, held: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (view.key, view.value) if step == 0 else view.unpack(held, view.block_at(step))
+
+
+def _add(sums: Sums, total: Tensor | None, block: Tensor, start: int, size: int) -> Tensor:
+    """``total``, or zeros of ``size`` rows, with ``block`` added from row ``start`` on."""
+    if total is None:
+        if block.shape[2] == size:
+            return block
+        total = _zeros(block, size)
+    return sums.add(total, block, start)
+
+
+def _no_gradients(view: RankView, step: int) -> Tensor:
+    return view.query.new_zeros(view.numel_of(view.block_at(step)), dtype=compute_dtype(view.query.dtype))
+
+
+def _part(x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of x [B, H, s, ..]."""
+    return x if stop - start == x.shape[2] else x.narrow(2, start, stop - start)
+
+
+def _zeros(x: Tensor, size: int) -> Tensor:
+    batch, heads, _, dim = x.shape
+    return x.new_zeros((batch, size, heads, dim), dtype=compute_dtype(x.dtype)).transpose(1, 2)
+
+
+def _nothing(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries that have seen no key."""
+    batch, heads, size, _ = query.shape
+    dtype = compute_dtype(query.dtype)
+    out = query.new_zeros((batch, size, heads, value.shape[3]), dtype=dtype).transpose(1, 2)
+    return out, query.new_full((batch, heads, size), -torch.inf, dtype=dtype)

@@ -1,0 +1,43 @@
+"""How running sums over blocks are updated: in place, or as nodes of a graph in which nothing writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sptransform.ops.ring.blocks import add_block_, merge_block_
+from sptransform.ops.ring.messages import add_to_message_
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The ops ``merge_block``, ``add_block`` and ``add_to_message``; each may write into what it adds to."""
+
+    merge: Callable[..., tuple[Tensor, Tensor]]
+    add: Callable[[Tensor, Tensor, int], Tensor]
+    add_to_message: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _merge(out: Tensor, lse: Tensor, *block: Any) -> tuple[Tensor, Tensor]:
+    merge_block_(out, lse, *block)
+    return out, lse
+
+
+def _add(total: Tensor, block: Tensor, start: int) -> Tensor:
+    add_block_(total, block, start)
+    return total
+
+
+def _add_to_message(message: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
+    add_to_message_(message, key, value, start)
+    return message
+
+
+_sp = torch.ops.sptransform
+
+IN_PLACE = Sums(_merge, _add, _add_to_message)
+AS_NODES = Sums(_sp.merge_block.default, _sp.add_block.default, _sp.add_to_message.default)

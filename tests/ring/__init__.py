@@ -1,0 +1,1 @@
+"""Tests of ring attention, mirroring `sptransform/ops/ring`."""
