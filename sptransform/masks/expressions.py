@@ -1,0 +1,102 @@
+"""A mask as an expression: pointwise ops over leaves, tensors of the graph with a place in the shape of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.ops.mask_program import MaskProgram, Ref, Step
+
+QUERIES, KEYS = -2, -1
+
+# For each dimension of a tensor, the dimension of scores it is, counted from the right; None for one of size 1
+Places = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tensor of the graph. ``reader`` is the node that it was read for, itself where it is the mask."""
+
+    node: fx.Node
+    places: Places
+    reader: fx.Node = field(repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return annotations.value(self.node).dtype
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether its dimensions are where broadcasting puts them."""
+        return self.places == from_the_right(len(self.places))
+
+    def has(self, place: int) -> bool:
+        """Whether it has the queries', or the keys', dimension, and not of one entry."""
+        return has(self.node, self.places, place)
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """A pointwise op; ``args`` and ``kwargs`` hold expressions, numbers and dtypes."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    @property
+    def operands(self) -> list[Expression]:
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Leaf | Apply)]
+
+
+Expression = Leaf | Apply
+
+
+def has(node: fx.Node, places: Places, place: int) -> bool:
+    return any(p == place and size != 1 for p, size in zip(places, annotations.shape(node), strict=True))
+
+
+def from_the_right(ndim: int) -> Places:
+    """How a tensor of ``ndim`` dimensions broadcasts."""
+    return tuple(range(-ndim, 0))
+
+
+def parts_of(root: Expression) -> Iterator[Expression]:
+    """The expression and all that is in it, each once, operands before what reads them."""
+    done: set[Expression] = set()
+    stack = [(root, False)]
+    while stack:
+        part, is_ready = stack.pop()
+        if part in done:
+            continue
+        if is_ready or isinstance(part, Leaf):
+            done.add(part)
+            yield part
+        else:
+            stack.append((part, True))
+            stack.extend((operand, False) for operand in reversed(part.operands))
+
+
+def program_of(root: Expression) -> tuple[MaskProgram, list[Leaf], list[Leaf]]:
+    """The program of an expression, its rows and its columns."""
+    parts = list(parts_of(root))
+    leaves = [part for part in parts if isinstance(part, Leaf)]
+    rows = [leaf for leaf in leaves if leaf.has(QUERIES)]
+    columns = [leaf for leaf in leaves if not leaf.has(QUERIES)]
+    index = {leaf: Ref(i) for i, leaf in enumerate([*rows, *columns])}
+    steps = []
+
+    def written(x: Any) -> Any:
+        return index[x] if isinstance(x, Leaf | Apply) else x
+
+    for part in parts:
+        if isinstance(part, Apply):
+            kwargs = tuple((key, written(x)) for key, x in sorted(part.kwargs.items()))
+            steps.append(Step(part.target, tuple(map(written, part.args)), kwargs))
+            index[part] = Ref(len(index))
+    return MaskProgram(len(leaves), tuple(steps)), rows, columns

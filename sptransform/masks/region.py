@@ -1,0 +1,110 @@
+"""From a mask in the graph to an expression over tensors that have the query dimension, or the key dimension, not both.
+
+The walk goes back from the mask through ops whose result has both dimensions:
+
+1. Pointwise ops become part of the expression.
+2. Rearranging ops (expand, unsqueeze, a view of another number of dimensions) are left out: what they read gets another
+   place in the shape of scores. They need no sizes, and a program none.
+3. Conversions keep their dtype only.
+4. A tensor of equal entries becomes a scalar; ``tril`` and ``triu`` become pointwise ops over positions.
+5. Anything else is a leaf although it has both dimensions: exact, and materialised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, Places, from_the_right, has
+from sptransform.op_rules.masks import CONVERT, FILLED, OPENED, RETYPED, filled
+from sptransform.op_rules.rearrangement import REARRANGEMENTS
+from sptransform.ops.mask_program import is_elementwise
+from sptransform.rule_table import RuleTable
+from sptransform.rules import OpCall, map_nodes
+
+
+class Regions:
+    """Reads masks of one graph; what several masks share is read once."""
+
+    def __init__(self, rules: RuleTable) -> None:
+        self._rules = rules
+        self._read: dict[tuple[fx.Node, Places], Expression] = {}
+
+    def expression(self, mask: fx.Node) -> Expression:
+        """The mask, as it broadcasts to scores."""
+        return self._expression(mask, from_the_right(len(annotations.shape(mask))), mask)
+
+    def _expression(self, node: fx.Node, places: Places, reader: fx.Node) -> Expression:
+        key = (node, places)
+        if key not in self._read:
+            inside = None
+            if node.op == "call_function" and has(node, places, QUERIES) and has(node, places, KEYS):
+                inside = self._inside(node, places)
+            self._read[key] = Leaf(node, places, reader) if inside is None else inside
+        return self._read[key]
+
+    def _inside(self, node: fx.Node, places: Places) -> Expression | None:
+        """What ``node`` computes; None where it is a leaf."""
+        operands = annotations.operands(node)
+        if node.target in FILLED:
+            value = FILLED[node.target](OpCall.of_node(node))
+            return None if isinstance(value, fx.Node) else Leaf(filled(node, value), (), node)
+        if node.target in OPENED:
+            return self._expression(OPENED[node.target](node), places, node)
+        if node.target in RETYPED:
+            return self._retyped(node, operands[0], places)
+        if node.target in REARRANGEMENTS:
+            return self._rearranged(node, places)
+        if is_elementwise(node.target):
+            return self._applied(node, places)
+        return None
+
+    def _retyped(self, node: fx.Node, operand: fx.Node, places: Places) -> Expression | None:
+        new, old = annotations.value(node), annotations.value(operand)
+        if new.device != old.device:
+            return None
+        inside = self._expression(operand, places, node)
+        return inside if new.dtype == old.dtype else Apply(CONVERT, (inside, new.dtype), {}, new.dtype)
+
+    def _rearranged(self, node: fx.Node, places: Places) -> Expression | None:
+        rule = self._rules.rule_of(OpCall.of_node(node))
+        if rule is None:
+            return None
+        place_of: dict[tuple[str, ...], int | None] = dict(zip(rule.results[0], places, strict=True))
+        if any(factors and factors not in place_of for factors in rule.operands[0]):
+            return None  # a dimension is split, joined or repeated
+        (operand,) = annotations.operands(node)
+        own = tuple(place_of[factors] if factors else None for factors in rule.operands[0])
+        # dimensions of one entry have no factor; where they line up they keep their place
+        if len(own) <= len(places) and all(a is None or a == b for a, b in zip(own, places[-len(own) :], strict=True)):
+            own = places[-len(own) :]
+        inside = self._expression(operand, own, node)
+        # what is a leaf anyway is best one that needs no view
+        is_whole = isinstance(inside, Leaf) and inside.has(QUERIES) and inside.has(KEYS)
+        if is_whole and not inside.broadcasts and places == from_the_right(len(places)):
+            return None
+        return inside
+
+    def _applied(self, node: fx.Node, places: Places) -> Expression | None:
+        arguments = (*node.args, *node.kwargs.values())
+        device = annotations.value(node).device
+        if any(isinstance(x, fx.Node) and not _is_operand(x, device) for x in arguments):
+            return None
+        if any(not isinstance(x, fx.Node | bool | int | float | str | torch.dtype | None) for x in arguments):
+            return None
+
+        def read(x: Any) -> Any:
+            if not isinstance(x, fx.Node):
+                return x
+            return self._expression(x, places[len(places) - len(annotations.shape(x)) :], node)
+
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), read)
+        return Apply(node.target, tuple(args), kwargs, annotations.value(node).dtype)
+
+
+def _is_operand(x: fx.Node, device: torch.device) -> bool:
+    """A tensor on the device, or a scalar tensor, which may be elsewhere."""
+    return annotations.is_tensor(x) and (annotations.value(x).device == device or not annotations.shape(x))

@@ -1,0 +1,311 @@
+"""Masks as users write them, with what is to be read in each, and how the two are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sptransform import annotations
+from sptransform.capture import capture
+from sptransform.ops.mask_program import block_mask
+from sptransform.pass_manager import run_passes
+from sptransform.passes import PIPELINE
+from sptransform.passes.read_masks import ReadMasks
+from sptransform.strategies import Ring
+from tests.graphs import a_context, nodes_of, run_once
+
+BATCH, HEADS, LENGTH, WIDTH = 2, 3, 6, 4
+PASSES = PIPELINE[: [type(step) for step in PIPELINE].index(ReadMasks) + 1]
+RING = torch.ops.sptransform.ring_attention.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+Mask = Callable[..., Tensor]
+
+
+def attend(mask: Mask | None, *inputs: Tensor, **options: Any) -> Tensor:
+    query, key, value, *rest = inputs
+    return functional.scaled_dot_product_attention(query, key, value, mask(*rest) if mask else None, **options)
+
+
+def heads(heads: int = HEADS, length: int = LENGTH, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(BATCH, heads, length, WIDTH, dtype=dtype, requires_grad=True)
+
+
+def traced(model: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
+    """The model captured without Dynamo, which would take most of the time here."""
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
+    graph.output((graph.call_function(model, tuple(placeholders)),))
+    return capture(fx.GraphModule({}, graph), inputs)
+
+
+class _Arguments(fx.Interpreter):
+    """Runs a graph up to its attention, and keeps what that is called with."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (RING, SDPA):
+            self.found = args, kwargs
+        return super().call_function(target, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Read:
+    """One attention before and after the pass."""
+
+    before: fx.GraphModule
+    gm: fx.GraphModule
+    inputs: list[Tensor]
+
+    @property
+    def node(self) -> fx.Node:
+        (node,) = nodes_of(self.gm, RING)
+        return node
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        return self.node.kwargs.get("nearest"), self.node.kwargs.get("farthest")
+
+    @property
+    def program(self) -> str:
+        return self.node.kwargs["mask"]
+
+    @property
+    def squares(self) -> list[str]:
+        """Nodes that have the dimensions of scores."""
+        tensors = [node for node in self.gm.graph.nodes if annotations.is_tensor(node)]
+        return [node.name for node in tensors if annotations.shape(node)[-2:] == (LENGTH, LENGTH)]
+
+    def assert_same_mask(self) -> None:
+        """What is added to scores, from band and program, is what is added by the mask."""
+        runs = []
+        for gm in (self.before, self.gm):
+            runs.append(_Arguments(gm))
+            runs[-1].run(*self.inputs)
+        args, kwargs = runs[1].found
+        distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+        nearest, farthest = self.band
+        hidden = (distance < (-LENGTH if nearest is None else nearest)) | (
+            distance > (LENGTH if farthest is None else farthest)
+        )
+        found = torch.zeros((), dtype=torch.float64)
+        if kwargs["mask"]:
+            found = added(block_mask(kwargs["mask"], args[3], args[4], 0, LENGTH, slice(0, LENGTH)))
+        found = found.expand(BATCH, HEADS, LENGTH, LENGTH).masked_fill(hidden, -math.inf)
+        torch.testing.assert_close(found, added(runs[0].found[0][3]).expand_as(found), rtol=0.0, atol=0.0)
+
+    def assert_same_attention(self) -> None:
+        # not fused: the backward of torch's CPU kernel is wrong for a row of scores that are all the lowest number
+        with sdpa_kernel(SDPBackend.MATH):
+            reference = run_once(self.before, self.inputs)
+        found = run_once(self.gm, self.inputs)
+        torch.testing.assert_close(found.outputs, reference.outputs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.grads, reference.grads, rtol=1e-12, atol=1e-12)
+
+
+def added(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)
+    return mask.double()
+
+
+def read(mask: Mask | None, *inputs: Tensor, **options: Any) -> Read:
+    torch.manual_seed(0)
+    all_inputs = [heads(), heads(), heads(), *inputs]
+
+    def model(*inputs: Tensor) -> Tensor:
+        return attend(mask, *inputs, **options)
+
+    gm = run_passes(traced(model, all_inputs), PASSES, a_context(strategy=Ring()))
+    return Read(traced(model, all_inputs), gm, all_inputs)
+
+
+def queries() -> Tensor:
+    return torch.arange(LENGTH)[:, None]
+
+
+def keys() -> Tensor:
+    return torch.arange(LENGTH)[None]
+
+
+def causal() -> Tensor:
+    return keys() <= queries()
+
+
+def ones(dtype: torch.dtype = torch.bool) -> Tensor:
+    return torch.ones(LENGTH, LENGTH, dtype=dtype)
+
+
+def zeros() -> Tensor:
+    return torch.zeros(LENGTH, LENGTH, dtype=torch.float64)
+
+
+def hide(visible: Tensor) -> Tensor:
+    return torch.where(visible, 0.0, torch.tensor(-math.inf, dtype=torch.float64))
+
+
+def of_counted_tokens() -> Tensor:
+    """Positions as a module makes them from what the user passes, of whose shape only they depend."""
+    positions = torch.ones_like(torch.zeros(BATCH, LENGTH, dtype=torch.long)).cumsum(-1) - 1
+    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, :LENGTH]
+
+
+BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {
+    "key <= query": (causal, (0, None)),
+    "query >= key": (lambda: queries() >= keys(), (0, None)),
+    "key < query": (lambda: keys() < queries(), (1, None)),
+    "not key > query": (lambda: ~(keys() > queries()), (0, None)),
+    "diagonal": (lambda: keys() == queries(), (0, 0)),
+    "window": (lambda: causal() & (queries() - keys() < 3), (0, 2)),
+    "window by shifted keys": (lambda: (keys() > queries() - 3) & causal(), (0, 2)),
+    "two sides": (lambda: (queries() - keys()).abs() <= 2, (-2, 2)),
+    "keys ahead only": (lambda: (keys() - queries()).clamp(-3, 3) >= 1, (None, -1)),
+    "offsets": (lambda: queries() + 10 >= keys() + 8, (-2, None)),
+    "from the end": (lambda: -keys() >= -queries(), (0, None)),
+    "sum": (lambda: queries() + (5 - keys()) > 5, (1, None)),
+    "floating point": (lambda: queries().float() - keys().double() > -0.5, (0, None)),
+    "expanded before": (lambda: queries().expand(6, 6) - 2 < keys().expand(1, 6, 6), (None, 1)),
+    "tril": (lambda: ones().tril(), (0, None)),
+    "tril of numbers": (lambda: ones(torch.float32).tril(1).bool(), (-1, None)),
+    "triu of -inf": (lambda: torch.full((6, 6), -math.inf, dtype=torch.float64).triu(1), (0, None)),
+    "tril and triu": (lambda: ones().tril(1) & ones().triu(-2), (-1, 2)),
+    "not tril": (lambda: ~ones().tril(-1), (None, 0)),
+    "where": (lambda: hide(causal()), (0, None)),
+    "where, the other way": (lambda: torch.where(keys() > queries(), -math.inf, zeros()), (0, None)),
+    "masked_fill": (lambda: zeros().masked_fill(~causal(), -math.inf), (0, None)),
+    "log": (lambda: causal().double().log(), (0, None)),
+    "sum of -inf": (lambda: hide(causal()) + hide(queries() - keys() < 3), (0, 2)),
+    "not or": (lambda: ~((keys() > queries()) | (queries() - keys() > 3)), (0, 3)),
+    "nested": (lambda: causal() & ~(~(queries() - keys() < 4) | (queries() - keys() > 2)), (0, 2)),
+    "exclusive or": (lambda: (keys() > queries()) ^ torch.tensor(True), (0, None)),
+    "numbers": (lambda: (causal().int() * (queries() - keys() < 3).int()) == 1, (0, 2)),
+    "all": (lambda: ones() & torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool), (None, None)),
+    "no padding": (lambda: causal() & torch.ones(BATCH, LENGTH)[:, None, None].bool(), (0, None)),
+    "always within": (lambda: causal() & (queries() - keys() < 100), (0, None)),
+    "batch and heads": (lambda: causal()[None, None].expand(BATCH, HEADS, LENGTH, LENGTH).contiguous(), (0, None)),
+    "counted tokens": (of_counted_tokens, (0, None)),
+    "transposed": (lambda: (queries() <= keys()).transpose(0, 1), (0, None)),
+    "viewed": (lambda: causal().view(1, 1, LENGTH, LENGTH).clone(), (0, None)),
+    "a rounded zero": (lambda: -hide(causal()) * -1.0, (0, None)),
+}
+
+
+PADDING = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
+BIAS = torch.randn(BATCH, 1, LENGTH, LENGTH, dtype=torch.float64)
+LOWEST = torch.finfo(torch.float64).min
+
+
+def alibi() -> Tensor:
+    slopes = torch.pow(2.0, -torch.arange(1, HEADS + 1, dtype=torch.float64))
+    return (keys() - queries()) * slopes[:, None, None]
+
+
+def same_document(x: Tensor) -> Tensor:
+    return x[:, None, :, None] == x[:, None, None]
+
+
+def unmasked(padding: Tensor) -> Tensor:
+    return padding[:, None, None].bool()
+
+
+def old_style(padding: Tensor) -> Tensor:
+    """Added to scores, with a number that hides no key from a query that sees nothing else."""
+    upper = torch.full((LENGTH, LENGTH), LOWEST, dtype=torch.float64).triu(1)
+    return upper[None, None].expand(BATCH, 1, -1, -1).masked_fill(padding[:, None, None] == 0, LOWEST)
+
+
+# mask, its inputs, the band, how many rows and columns the program reads
+PROGRAMS: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tuple[int, int]]] = {
+    "padding": (lambda x: causal() & unmasked(x), [PADDING], (0, None), (0, 1)),
+    "padding under not or": (lambda x: ~((keys() > queries()) | ~unmasked(x)), [PADDING], (0, None), (0, 1)),
+    "padding of queries": (lambda x: causal() & x[:, None, :, None].bool(), [PADDING], (0, None), (1, 0)),
+    "padding added": (lambda x: hide(causal()) + hide(unmasked(x)), [PADDING], (0, None), (0, 1)),
+    "documents": (lambda x: causal() & same_document(x), [DOCUMENTS], (0, None), (1, 1)),
+    "positions of the user": (
+        lambda x: x[:, None, None] <= x[:, None, :, None],
+        [POSITIONS],
+        (None, None),
+        (1, 1),
+    ),
+    "documents in three dimensions": (
+        lambda x: (x[:, :, None] == x[:, None]).unsqueeze(1) & causal(),
+        [DOCUMENTS],
+        (0, None),
+        (1, 1),
+    ),
+    "transposed": (
+        lambda x: (x[:, None] <= x[:, :, None]).transpose(1, 2).view(BATCH, 1, LENGTH, LENGTH),
+        [DOCUMENTS],
+        (None, None),
+        (1, 1),
+    ),
+    "heads first": (
+        lambda x: (
+            (x[:, None, :, None] == x[:, None, None]).expand(-1, HEADS, -1, -1).permute(1, 0, 3, 2).transpose(0, 1)
+        ),
+        [DOCUMENTS],
+        (None, None),
+        (1, 1),
+    ),
+    "or a prefix": (lambda: causal() | (keys() < 3), [], (None, None), (1, 2)),
+    "or documents": (lambda x: causal() | same_document(x), [DOCUMENTS], (None, None), (2, 2)),
+    "clamped positions": (lambda: queries().clamp(max=3) >= keys(), [], (None, None), (1, 1)),
+    "halved positions": (lambda: queries() // 2 >= keys() // 2, [], (None, None), (1, 1)),
+    "doubled difference": (lambda: torch.sub(queries(), keys(), alpha=2) >= 0, [], (None, None), (1, 1)),
+    "sum of positions": (lambda: queries() + keys() < 7, [], (None, None), (1, 1)),
+    "every other": (lambda: causal() & ((queries() - keys()) % 2 == 0), [], (0, None), (1, 1)),
+    "not the diagonal": (lambda: queries() != keys(), [], (None, None), (1, 1)),
+    "nothing is visible": (lambda: queries() - keys() > 100, [], (None, None), (1, 1)),
+    "a window the user chooses": (lambda x: causal() & (queries() - keys() < x), [torch.tensor(3)], (0, None), (1, 2)),
+    "rounded positions": (
+        lambda: (queries() + 1000).bfloat16() >= (keys() + 1000).bfloat16(),
+        [],
+        (None, None),
+        (1, 1),
+    ),
+    "numbers of the padding": (
+        lambda x: (causal().long() + x[:, None, None]) == 2,
+        [PADDING],
+        (None, None),
+        (1, 2),
+    ),
+    "bias by distance": (alibi, [], (None, None), (1, 2)),
+    "bias and causal": (lambda: alibi() + hide(causal()), [], (0, None), (1, 2)),
+    "bias under causal": (lambda: alibi().masked_fill(~causal(), -math.inf), [], (0, None), (1, 2)),
+    "bias where causal": (lambda: torch.where(causal(), alibi(), -math.inf), [], (0, None), (1, 2)),
+    "bias, causal and padding": (
+        lambda x: (alibi() + hide(unmasked(x))).masked_fill(~causal(), -math.inf),
+        [PADDING],
+        (0, None),
+        (1, 3),
+    ),
+    "bias in another dtype": (
+        lambda: (alibi().float() + hide(causal()).float()).double(),
+        [],
+        (0, None),
+        (1, 2),
+    ),
+    "lowest number": (old_style, [PADDING], (None, None), (1, 3)),
+    "lowest number where": (lambda: torch.where(causal(), zeros(), LOWEST), [], (None, None), (1, 2)),
+}
+
+# these have an operand with both dimensions: masks that are inputs, or come from ops that are not understood
+WHOLE: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None]]] = {
+    "an input": (lambda x: x, [BIAS > 0], (None, None)),
+    "an input of two dimensions": (lambda x: x, [BIAS[0, 0] > 0], (None, None)),
+    "an input of three dimensions": (lambda x: x.unsqueeze(1), [BIAS[:, 0] > 0], (None, None)),
+    "a bias": (lambda x: x, [BIAS], (None, None)),
+    "an input and causal": (lambda x: x & causal(), [BIAS > 0], (0, None)),
+    "a bias and causal": (lambda x: x.masked_fill(~causal(), -math.inf), [BIAS], (0, None)),
+    "a bias with tril": (lambda x: x.tril(), [BIAS], (None, None)),
+    "an input, converted": (lambda x: x.bool() & causal(), [(BIAS > 0).long()], (0, None)),
+    "concatenated": (lambda: torch.cat([ones()[:, :2], causal()[:, 2:]], 1), [], (None, None)),
+    "counted": (lambda: ones(torch.long).cumsum(0) >= 3, [], (None, None)),
+}
