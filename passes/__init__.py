@@ -11,23 +11,36 @@ from sptransform.passes.localize import Localize
 from sptransform.passes.lower_redistributes import LowerRedistributes
 from sptransform.passes.move_keys_unrepeated import MoveKeysUnrepeated
 from sptransform.passes.open_checkpointed import OpenCheckpointed
-from sptransform.passes.pack_all_to_alls import PackAllToAlls
+from sptransform.passes.pack_moves import PackMoves
 from sptransform.passes.place import Place
+from sptransform.passes.read_masks import ReadMasks
+from sptransform.passes.regather_keys import RegatherKeys
 from sptransform.passes.split_means import SplitMeans
 
-PIPELINE: tuple[Pass, ...] = (
-    # what one device computes, in the form the rules read best
+# what one device computes, in the form the rules read best
+NORMALIZE: tuple[Pass, ...] = (
     DropEmptyPieces(),
     MoveKeysUnrepeated(),  # before placing: attention must not demand repeated heads
     CastAttentionInputs(),  # the keys as they are, now that attention reads those
+    ReadMasks(),  # after the passes that look for attention as the model wrote it
     SplitMeans(),
+)
+
+# one mesh dim; of several, the graph of one rank of the first is what the next distributes
+DISTRIBUTE: tuple[Pass, ...] = (
     # placements, then what they cost
     Place(),
     InsertRedistributes(),
-    PackAllToAlls(),
+    PackMoves(),
     BucketGradients(),
     # from abstract to concrete; sizes become local last, when nothing needs global ones any more
     LowerRedistributes(),
+    RegatherKeys(),  # of what lowering marks as saved, some is not to be
     Localize(),
+)
+
+FINISH: tuple[Pass, ...] = (
     OpenCheckpointed(),  # after all that reads captured ops
 )
+
+PIPELINE: tuple[Pass, ...] = (*NORMALIZE, *DISTRIBUTE, *FINISH)

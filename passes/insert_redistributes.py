@@ -8,13 +8,15 @@ Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is dem
 1. Edges from one producer to the same placement share a redistribute, within one grad-mode region.
 2. A redistribute stands right before its first reader; one of a placeholder to R stands after the placeholders, where
    neither autocast nor ``no_grad`` regions are open.
-3. S -> S along the same dimension (ownership differs) goes through I: the types have no shorter way yet.
-4. Tensors the graph returns become I, except a sharded dimension DTensor can express where ``outputs`` keeps it.
+3. S -> S along the same axis, where each index only gets another owner, is one redistribute; S -> S along two axes of
+   the same dimension, or where ranks share indices, goes through I.
+4. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
+   express: contiguous chunks in the original order, or I where its axis is only a part of the dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -22,7 +24,7 @@ from sptransform import annotations
 from sptransform.decisions import demands
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import I, Placement, R, Shard
+from sptransform.placement import I, Placement, R, Shard, cut_alike, repartitions
 from sptransform.rewriter import insert_redistribute, replace_operand
 from sptransform.verifier import satisfies
 
@@ -40,7 +42,7 @@ class _Inserter:
         hoisted = producer.op == "placeholder" and target == R
         key = (producer, target, -1 if hoisted else self.region)
         if key not in self.made:
-            if isinstance(source, Shard) and isinstance(target, Shard) and source.dim == target.dim:
+            if cut_alike(source, target) and not repartitions(source, target):
                 producer, source = self.moved(producer, I, before), I
             (self.made[key],) = insert_redistribute(
                 self.first if hoisted else before, [producer], [(source, target)]
@@ -77,18 +79,16 @@ class InsertRedistributes(Pass):
 
     def _return(self, node: fx.Node, inserter: _Inserter, context: Context) -> None:
         for index, producer in enumerate(annotations.operands(node)):
-            actual = annotations.placement(producer)
-            if context.outputs == "full" or not _is_chunked(actual):
-                self._satisfy(node, index, producer, I, inserter)
+            self._satisfy(node, index, producer, _returned(annotations.placement(producer), context), inserter)
         leaves = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
         context.output_placements = tuple(
             annotations.placement(x) if isinstance(x, fx.Node) and annotations.is_tensor(x) else None for x in leaves
         )
 
 
-def _is_chunked(placement: Placement | None) -> bool:
-    """Whether DTensor's ``Shard(dim)`` means the same cut."""
-    if not isinstance(placement, Shard) or placement.outer != 1:
-        return False
-    partition = placement.partition
-    return partition == Partition.contiguous(partition.size, partition.num_ranks)
+def _returned(actual: Placement | None, context: Context) -> Placement:
+    """What a tensor so placed becomes when the graph returns it."""
+    if context.outputs == "full" or not isinstance(actual, Shard):
+        return I
+    chunks = replace(actual, partition=Partition.contiguous(actual.partition.size, actual.partition.num_ranks))
+    return chunks if chunks.is_contiguous and (actual == chunks or repartitions(actual, chunks)) else I

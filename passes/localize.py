@@ -10,18 +10,18 @@ Before: ``%v : f32[2,64,8,8] = aten.view(%x, [2, 64, 8, 8])`` with dim 1 cut ove
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from sptransform import annotations
-from sptransform.decisions import Sharded
+from sptransform.decisions import Circular, Sharded
 from sptransform.ops.groups import pretend
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import local_shape
-from sptransform.rewriter import compute_value, emitter, succeed
+from sptransform.rewriter import compute_value, emitter, keep_result, succeed
 from sptransform.rule_table import Local
 from sptransform.rules import OpCall
 
@@ -42,7 +42,7 @@ class Localize(Pass):
                 note.local_types = tuple(
                     (local_shape(placement, shape, context.mesh.rank), value.dtype) for placement, shape, value in pairs
                 )
-        with _fakes(graph), pretend(context.mesh.group, context.mesh.rank):
+        with _fakes(graph), _ranks_of(graph, context):
             for node in nodes:
                 if node in calls:
                     _localize(node, calls[node], context)
@@ -51,7 +51,7 @@ class Localize(Pass):
 
 
 def _has_local_form(node: fx.Node, context: Context) -> bool:
-    if node.op != "call_function" or not isinstance(annotations.note(node).decision, Sharded):
+    if node.op != "call_function" or not isinstance(annotations.note(node).decision, Sharded | Circular):
         return False
     return context.rules[node.target].localize is not None
 
@@ -71,8 +71,21 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new = context.rules[node.target].localize(call, local)
     new_note = annotations.note(new)
     new_note.placements, new_note.local_types = note.placements, note.local_types
-    new_note.differentiable = note.differentiable
+    new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
+    if isinstance(note.decision, Circular):
+        new_note.mesh = context.mesh
+        keep_result(new)
     succeed(node, new)
+
+
+@contextmanager
+def _ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
+    """Ops that ask for their rank are told, on this mesh dim and on those distributed before it."""
+    meshes = {note.mesh for note in map(annotations.note, graph.nodes) if note.mesh is not None} | {context.mesh}
+    with ExitStack() as stack:
+        for mesh in meshes:
+            stack.enter_context(pretend(mesh.group, mesh.rank))
+        yield
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Before: ``%q1 : S(1) = redistribute([%q], S(2) -> S(1))``; after: ``%q1 = sptransform.all_to_all([%q], ...)``.
 
-1. Packed moves (S -> S, and I -> R of gradient buckets) become one op of several tensors.
+1. Packed moves (S -> S to another dimension, I -> R of gradient buckets, S -> R of keys and values) become one op of
+   several tensors.
 2. Others become one op a tensor, of the tensor alone.
 3. In a checkpointed region the result is saved, not recomputed: recomputing would communicate again.
 """
@@ -15,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import kind
-from sptransform.rewriter import is_redistribute, rename, succeed
+from sptransform.placement import cut_alike, kind
+from sptransform.rewriter import is_redistribute, keep_result, rename, succeed
 
 _ops = torch.ops.sptransform
 
@@ -35,6 +35,7 @@ _SINGLE: dict[tuple[str, str], tuple[Any, Callable[[Any, Any, str], tuple[Any, .
     ("R", "S"): (_ops.cut.default, lambda s, t, group: (t.spec, group, False)),
     ("S", "I"): (_ops.gather.default, lambda s, t, group: (s.spec, group, True)),
     ("S", "R"): (_ops.gather.default, lambda s, t, group: (s.spec, group, False)),
+    ("S", "S"): (_ops.repartition.default, lambda s, t, group: (s.spec, t.spec, group)),
 }
 
 
@@ -47,11 +48,15 @@ class LowerRedistributes(Pass):
         for node in list(graph.nodes):
             if not is_redistribute(node):
                 continue
-            kinds = {(kind(source), kind(target)) for source, target in annotations.note(node).transitions}
-            if kinds == {("S", "S")}:
-                transitions = annotations.note(node).transitions
+            annotations.note(node).mesh = context.mesh
+            transitions = annotations.note(node).transitions
+            kinds = {(kind(source), kind(target)) for source, target in transitions}
+            if kinds == {("S", "S")} and not cut_alike(*transitions[0]):
                 specs = [source.spec for source, _ in transitions], [target.spec for _, target in transitions]
                 _relabel(node, _ops.all_to_all.default, (node.args[0], *specs, context.mesh.group))
+            elif kinds == {("S", "R")} and len(transitions) > 1:
+                specs = [source.spec for source, _ in transitions]
+                _relabel(node, _ops.gather_packed.default, (node.args[0], specs, context.mesh.group))
             elif kinds == {("I", "R")}:
                 _relabel(node, _ops.replicate.default, (node.args[0], context.mesh.group))
             else:
@@ -61,12 +66,7 @@ class LowerRedistributes(Pass):
 def _relabel(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     node.target, node.args = target, args
     rename(node, target._schema.name.split("::")[1])
-    _save(node)
-
-
-def _save(node: fx.Node) -> None:
-    if "recompute" in node.meta:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    keep_result(node)
 
 
 def _lower_single(node: fx.Node, group: str) -> None:
@@ -79,9 +79,9 @@ def _lower_single(node: fx.Node, group: str) -> None:
     new.meta["val"] = annotations.value(output)
     note = annotations.note(new)
     note.transitions = ((source, target),)
-    note.differentiable = annotations.note(node).differentiable
+    note.differentiable, note.mesh = annotations.note(node).differentiable, annotations.note(node).mesh
     annotations.set_placement(new, target)
-    _save(new)
+    keep_result(new)
     succeed(output, new)
     node.graph.erase_node(node)
 

@@ -1,8 +1,9 @@
-"""Send what one op needs in one all-to-all.
+"""Send what one op needs in one message.
 
 Before, queries, keys and values each move on their own; after, one redistribute moves all three.
 
-1. Packed are S(i) -> S(j) redistributes of the same dtype that stand right before the same node.
+1. Packed are redistributes of the same dtype and kind that stand right before the same node: S(i) -> S(j), i and j
+   differing, and S -> R.
 """
 
 from __future__ import annotations
@@ -14,29 +15,34 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import Shard
+from sptransform.placement import cut_alike, kind
 from sptransform.rewriter import insert_redistribute, is_redistribute, succeed
 
 
 @dataclass(frozen=True)
-class PackAllToAlls(Pass):
+class PackMoves(Pass):
     requires = frozenset({"typed"})
     ensures = frozenset({"functional", "placed", "typed"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        waiting: dict[torch.dtype, list[fx.Node]] = {}
+        waiting: dict[tuple[torch.dtype, str], list[fx.Node]] = {}
         for node in list(graph.nodes):
             if is_redistribute(node):
-                if _is_exchange(node):
-                    waiting.setdefault(annotations.values(node)[0].dtype, []).append(node)
+                if (packable := _packable(node)) is not None:
+                    waiting.setdefault((annotations.values(node)[0].dtype, packable), []).append(node)
             elif annotations.projection(node) is None or not is_redistribute(annotations.projection(node)[0]):
                 for group in waiting.values():
                     _pack(group)
                 waiting = {}
 
 
-def _is_exchange(node: fx.Node) -> bool:
-    return all(isinstance(end, Shard) for transition in annotations.note(node).transitions for end in transition)
+def _packable(node: fx.Node) -> str | None:
+    """The kind of message that may carry this and others; None for what travels alone."""
+    transitions = annotations.note(node).transitions
+    kinds = {kind(source) + kind(target) for source, target in transitions}
+    if kinds == {"SS"} and not cut_alike(*transitions[0]):
+        return "all_to_all"
+    return "gather" if kinds == {"SR"} else None
 
 
 def _pack(nodes: list[fx.Node]) -> None:

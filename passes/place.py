@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -31,9 +32,11 @@ class Place(Pass):
             if annotations.handles_tensors(node):
                 annotations.note(node).rule = context.rules.rule_of(OpCall.of_node(node))
         light = light_nodes(graph)
-        axes = Axes(graph, context.mesh.size, context.sequence_dims, ignored=light)
-        has_attention = any(note.rule is not None and note.rule.roles for note in map(annotations.note, graph.nodes))
-        if not has_attention and not axes.has_sequence:
+        rules = [note.rule for note in map(annotations.note, graph.nodes) if note.rule is not None]
+        is_causal = any(rule.is_causal for rule in rules)
+        divide = partial(context.strategy.partition, num_ranks=context.mesh.size, is_causal=is_causal)
+        axes = Axes(graph, divide, context.sequence_dims, ignored=light)
+        if not any(rule.roles for rule in rules) and not axes.has_sequence:
             raise UsageError(
                 describe(
                     "nothing in this graph says which dimension is the sequence",
@@ -54,7 +57,7 @@ class Place(Pass):
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
         note = annotations.note(node)
-        if note.rule is not None:
+        if note.rule is not None or any(known.node == node.name for known in context.fallbacks):
             return
         gathered = [
             producer

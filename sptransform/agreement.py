@@ -50,27 +50,31 @@ _CONTROL_FLOW = (RestartAnalysis, _StopRecomputationError)
 
 
 class Agreement:
-    """The numbered calls of one process group; one object per group and process."""
+    """The numbered calls of some ranks; one object per process group, or per mesh of several dims, and process."""
 
     @staticmethod
     def of(mesh: Mesh) -> Agreement | None:
         """The agreement of the mesh's group; None where there is no other process to agree with."""
         if mesh.device_mesh is None or mesh.size == 1:
             return None
-        group = mesh.device_mesh.get_group()
+        # the ranks of two mesh dims have no group of their own: they meet in that of everybody
+        of_all = mesh.device_mesh.ndim > 1
+        group = dist.group.WORLD if of_all else mesh.device_mesh.get_group()
         if dist.get_backend(group) == "fake":
             return None
-        if group not in _agreements:
-            _agreements[group] = Agreement(group)
-        return _agreements[group]
+        name = "sptransform/calls" + "".join(f"-{rank}" for rank in mesh.ranks if of_all)
+        agreements = _agreements.setdefault(group, {})
+        if name not in agreements:
+            agreements[name] = Agreement(mesh.ranks, dist.PrefixStore(name, group.get_group_store()))
+        return agreements[name]
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, ranks: list[int], store: dist.Store) -> None:
         world = dist.group.WORLD
         if world not in _peers:
             _peers[world] = Peers(world.get_group_store(), dist.get_rank())
         self._peers = _peers[world]
-        self._store = dist.PrefixStore("sptransform/calls", group.get_group_store())
-        self._ranks = dist.get_process_group_ranks(group)
+        self._store = store
+        self._ranks = ranks
         self._me = dist.get_rank()
         self._others = [rank for rank in self._ranks if rank != self._me]
         self._calls = 0
@@ -268,7 +272,7 @@ class Agreement:
             ) from error
 
 
-_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, Agreement] = weakref.WeakKeyDictionary()
+_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Agreement]] = weakref.WeakKeyDictionary()
 _peers: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()
 
 

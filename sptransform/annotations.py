@@ -14,6 +14,7 @@ from sptransform.sizes import Size, size_of
 
 if TYPE_CHECKING:
     from sptransform.decisions import Decision
+    from sptransform.mesh import Mesh
     from sptransform.placement import Placement
     from sptransform.rules import OpRule
 
@@ -31,6 +32,7 @@ class Note:
     placements: tuple[Placement, ...] | None = None  # one per output of the node
     local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # stated shape, dtype per output
     transitions: tuple[tuple[Placement, Placement], ...] = ()  # of a redistribute node: (from, to) per tensor
+    mesh: Mesh | None = None  # of a lowered node that communicates: over which ranks
 
 
 def note(node: fx.Node) -> Note:
@@ -124,6 +126,13 @@ def copy(source: fx.Node, target: fx.Node) -> None:
 def fork(source: fx.Node, target: fx.Node) -> None:
     """Let ``target``, another form of ``source``, start with all that is known of it, and a note of its own."""
     target.meta = {**source.meta, _KEY: replace(note(source))}
+
+
+def forget_placements(graph: fx.Graph) -> None:
+    """Keep of the notes what does not depend on a mesh dim, and what was sent: the graph is about to be placed anew."""
+    for node in graph.nodes:
+        kept = ("differentiable", "input_name", "transitions", "mesh")
+        node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept})
 
 
 def give_policies(graph: fx.Graph, policies: dict[int, Any]) -> None:

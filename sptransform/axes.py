@@ -7,7 +7,7 @@ whatever is unified with, or linked to, the query or key factor of an attention 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -83,7 +83,7 @@ class Axes:
 
     Args:
         graph: every node annotated with its rule, if it has one.
-        num_ranks: over how many ranks a sequence axis is partitioned.
+        divide: gives the partition of a sequence axis of some size.
         sequence_dims: input name -> dimension that is a sequence, for graphs whose ops do not say.
         ignored: nodes whose links say nothing about ownership (their values are replicated anyway).
     """
@@ -91,11 +91,11 @@ class Axes:
     def __init__(
         self,
         graph: fx.Graph,
-        num_ranks: int,
+        divide: Callable[[Size], Partition],
         sequence_dims: Mapping[str, int],
         ignored: frozenset[fx.Node] = frozenset(),
     ) -> None:
-        self._num_ranks = num_ranks
+        self.divide = divide
         self._dims: dict[tuple[fx.Node, int], list[list[Atom]]] = {}
         self._factors: dict[fx.Node, dict[str, list[Atom]]] = {}
         self._links: list[_Link] = []
@@ -170,9 +170,9 @@ class Axes:
         return resolve(self._factors[node][name])
 
     def partition(self, atom: Atom) -> Partition:
-        """Who owns what of a sequence axis: what the op that derived it says, else contiguous blocks."""
+        """Who owns what of a sequence axis: what the op that derived it says, else what ``divide`` gives."""
         if atom not in self._partitions:
-            self._partitions[atom] = Partition.contiguous(atom.size, self._num_ranks)
+            self._partitions[atom] = self.divide(atom.size)
             for link in self._links:
                 if link.node in self._ignored:
                     continue

@@ -19,7 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 # Private: whether DDP would split the graph; DDP itself knows whether it is running.
 from torch._dynamo.utils import get_optimize_ddp_mode
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 
 import sptransform.ops
@@ -31,10 +31,10 @@ from sptransform.fingerprint import Line, Program, captured_lines, lengths_at, s
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options, check_torch_version
-from sptransform.pass_manager import Context, run_passes
-from sptransform.passes import PIPELINE
+from sptransform.pass_manager import Context
 from sptransform.placement import Placement, Shard
 from sptransform.sizes import SymbolicSizeError
+from sptransform.stages import distribute
 from sptransform.trace import traced
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def sptransform_backend(
 
     Where this fails the other ranks are told, see :mod:`sptransform.agreement`.
     """
-    mesh = Mesh.of(options.mesh)
+    mesh = Mesh.of(options.mesh, options.strategy)
     if mesh.size == 1:
         return lookup_backend(options.backend)(gm, list(inputs))
     agreement = Agreement.of(mesh)
@@ -65,15 +65,20 @@ def _compile(
 ) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context]:
     _check_not_split_by_ddp()
     _check_devices(inputs, mesh)
-    captured: list[Line] = []
+    lines: list[Line] = []
     lengths: list[tuple[int, int]] = []
+    is_even = True
 
-    def see(graph: fx.Graph) -> None:
-        captured[:] = captured_lines(graph)
-        lengths[:] = lengths_at(graph)
+    def see(graph: fx.Graph, part: Context | None) -> None:
+        nonlocal is_even
+        if part is None:
+            lines[:], lengths[:] = captured_lines(graph), lengths_at(graph)
+        elif is_even:  # after an uneven mesh dim ranks do the next in sizes of their own, which follow from the rest
+            lines.extend(schedule_lines(graph, part.mesh))
+            is_even = _is_even(graph)
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
-    program = Program((*settings(options, mesh, _version()), *captured, *schedule_lines(rewritten.graph)))
+    program = Program((*settings(options, mesh, _version()), *lines))
     # local sizes of uneven shares may stand nowhere in the graph: they are the rank's own
     share = "" if _is_even(rewritten.graph) else f"-{mesh.rank}/{mesh.size}"
     tag = f"sptransform-{_version()}{share}{_recompute_tags(rewritten.graph)}"
@@ -86,18 +91,18 @@ def rewrite_graph(
     inputs: Sequence[Any],
     options: Options,
     mesh: Mesh,
-    see: Callable[[fx.Graph], None] | None = None,
+    see: Callable[[fx.Graph, Context | None], None] = lambda graph, part: None,
     whole: bool = True,
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
     Lengths Dynamo left symbolic stay so where every rank gets an equal share whatever they are; where something needs
-    the number itself, they are fixed to it. ``see`` is shown the captured graph before it changes; ``whole``: ``gm`` is
-    the whole model.
+    the number itself, they are fixed to it. ``see`` is shown the captured graph before it changes, and what each mesh
+    dim makes of it, with that dim's context; ``whole``: ``gm`` is the whole model.
     """
     try:
         with _no_garbage_collection():
-            fix_sizes(gm, mesh.size)
+            fix_sizes(gm, options.strategy.multiple(mesh.size))
             return _rewrite_graph(gm, inputs, options, mesh, see, whole)
     # a comparison of sizes that depends on the length raises TypeError in sympy
     except (SymbolicSizeError, TypeError) as error:
@@ -125,7 +130,7 @@ def _rewrite_graph(
     inputs: Sequence[Any],
     options: Options,
     mesh: Mesh,
-    see: Callable[[fx.Graph], None] | None,
+    see: Callable[[fx.Graph, Context | None], None],
     whole: bool,
 ) -> tuple[fx.GraphModule, Context]:
     context = Context(
@@ -139,10 +144,9 @@ def _rewrite_graph(
     )
     captured = capture(gm, inputs)
     _check_sequence_dims(captured.graph, options.sequence_dims, whole)
-    if see is not None:
-        see(captured.graph)
+    see(captured.graph, None)
     with traced(captured.graph, context):
-        rewritten = run_passes(captured, PIPELINE, context)
+        distribute(captured, context, see)
     for fallback in context.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
@@ -150,7 +154,7 @@ def _rewrite_graph(
             fallback.gathered_bytes,
             fallback.source,
         )
-    return rewritten, context
+    return captured, context
 
 
 def sptransform(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
@@ -213,20 +217,25 @@ def _check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whol
 def _with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[..., Any]:
     """Return sharded outputs as DTensors: ``full_tensor()`` gathers, nothing gathers behind the user's back."""
 
-    def wrap(x: Any, placement: Placement | None) -> Any:
-        if not isinstance(placement, Shard):
+    meshes = [part.mesh for part in context.parts]
+    device_mesh = meshes[0].device_mesh if len(meshes) == 1 else context.mesh.grid(*(mesh.size for mesh in meshes))
+
+    def wrap(x: Any, *placements: Placement | None) -> Any:
+        if not any(isinstance(placement, Shard) for placement in placements):
             return x
-        # an even partition may be of any length; what the call had is what the part says
-        whole = x.shape[placement.dim] * context.mesh.size if placement.partition.is_even else placement.dim_size
-        shape = torch.Size([*x.shape[: placement.dim], whole, *x.shape[placement.dim + 1 :]])
+        shape = list(x.shape)
+        for placement, mesh in reversed(list(zip(placements, meshes, strict=True))):
+            if isinstance(placement, Shard):
+                # an even partition may be of any length; what the call had is what the part says
+                whole = shape[placement.dim] * mesh.size if placement.partition.is_even else placement.dim_size
+                shape[placement.dim] = whole
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            x, context.mesh.device_mesh, [DTensorShard(placement.dim)], run_check=False, shape=shape, stride=stride
-        )
+        dims = [DTensorShard(p.dim) if isinstance(p, Shard) else Replicate() for p in placements]
+        return DTensor.from_local(x, device_mesh, dims, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
-        return tuple(map(wrap, outputs, context.output_placements))
+        return tuple(map(wrap, outputs, *(part.output_placements for part in context.parts)))
 
     return run
 

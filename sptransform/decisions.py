@@ -26,6 +26,16 @@ class Sharded(Decision):
 
 
 @dataclass(frozen=True)
+class Circular(Decision):
+    """Each rank computes its part of ``factor`` and holds its part of ``circling``, which the op passes round itself."""
+
+    factor: str
+    partition: Partition
+    circling: str
+    parts: Partition
+
+
+@dataclass(frozen=True)
 class Replicate(Decision):
     """Every rank computes the whole; ``placement`` is I or R."""
 
@@ -39,11 +49,16 @@ class Pending(Decision):
     operands: frozenset[int]
 
 
-def placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
+def placement_of(rule: OpRule, decision: Sharded | Circular, side: str, index: int, dims: Dims) -> Shard | None:
     """Where ``decision`` cuts one tensor; None where the tensor does not have the factor."""
     key = (decision, side, index)
     if key not in rule.placements:
-        rule.placements[key] = _placement_of(rule, decision, side, index, dims)
+        if isinstance(decision, Circular):
+            cuts = [Sharded(decision.factor, decision.partition), Sharded(decision.circling, decision.parts)]
+            found = [placement_of(rule, cut, side, index, dims) for cut in cuts]
+            rule.placements[key] = found[0] or found[1]
+        else:
+            rule.placements[key] = _placement_of(rule, decision, side, index, dims)
     return rule.placements[key]
 
 
@@ -66,7 +81,7 @@ def demands(rule: OpRule | None, decision: Decision, num_operands: int) -> tuple
     elif isinstance(decision, Pending):
         asked = [P if i in decision.operands else R for i in range(num_operands)]
     else:
-        assert rule is not None and isinstance(decision, Sharded)
+        assert rule is not None and isinstance(decision, Sharded | Circular)
         asked = [placement_of(rule, decision, "operand", i, dims) or R for i, dims in enumerate(rule.operands)]
     return tuple(None if rule is not None and i in rule.unread else placement for i, placement in enumerate(asked))
 
@@ -77,8 +92,11 @@ def outcomes(rule: OpRule | None, decision: Decision, num_results: int) -> tuple
         return (decision.placement,) * num_results
     if isinstance(decision, Pending):
         return (P,) * num_results
-    assert rule is not None and isinstance(decision, Sharded)
-    return tuple(placement_of(rule, decision, "result", i, dims) or P for i, dims in enumerate(rule.results))
+    assert rule is not None and isinstance(decision, Sharded | Circular)
+    return tuple(
+        R if i in rule.own else placement_of(rule, decision, "result", i, dims) or P
+        for i, dims in enumerate(rule.results)
+    )
 
 
 def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:

@@ -1,7 +1,7 @@
 """What a rank is about to run, as lines that are equal on all ranks, and where two ranks' lines first differ.
 
 Three parts, in this order: versions and settings; the captured graph, which has global sizes only; the collective
-schedule, one line for each redistribution with its full placements. Nothing in them depends on the rank, uneven
+schedule, one line for each node of it with its full placements. Nothing in them depends on the rank, uneven
 partitions included. The captured graph stands before the schedule because a difference there is the cause.
 """
 
@@ -93,11 +93,11 @@ def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
     return list(found.values())
 
 
-def schedule_lines(graph: fx.Graph) -> list[Line]:
-    """Every redistribution of the rewritten graph in order, with the partitions its arguments spell out."""
+def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
+    """Every node that communicates over ``mesh``, in order, with the partitions its arguments spell out."""
     found = []
     for node in graph.nodes:
-        if annotations.note(node).transitions:
+        if annotations.note(node).mesh == mesh:
             specs = dict.fromkeys(x for x in pytree.tree_leaves(node.args) if isinstance(x, str))
             found.append(Line(f"{line(node)} # {', '.join(specs)}", annotations.source_line(node)))
     return found

@@ -1,8 +1,13 @@
-"""The ranks a sequence is split over: their number, who we are, and the group's name. Needs no process group."""
+"""The ranks a sequence is split over: their number, who we are, and the group's name. Needs no process group.
+
+A mesh of two dims is split over one dim after the other: :meth:`Mesh.split` gives a mesh for each.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -10,17 +15,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sptransform.errors import UsageError, describe
 
+if TYPE_CHECKING:
+    from sptransform.strategies import Strategy
+
 PRETENDED_GROUP = "sptransform"
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One mesh dim.
+    """Ranks, as one mesh dim.
 
     Attributes:
         size: number of ranks.
         rank: this process's rank among them.
-        group: name of the process group, as graphs hold it.
+        group: name of the process group, as graphs hold it; "" for all ranks of a mesh of two dims.
         device_mesh: the torch mesh behind it; None where ranks are only pretended.
     """
 
@@ -38,11 +46,13 @@ class Mesh:
         return Mesh(world_size, rank, PRETENDED_GROUP)
 
     @staticmethod
-    def of(device_mesh: DeviceMesh | None) -> Mesh:
-        """The mesh behind a one-dimensional DeviceMesh; by default all ranks of the default group.
+    def of(device_mesh: DeviceMesh | None, strategy: Strategy) -> Mesh:
+        """The ranks of a DeviceMesh; by default all ranks of the default group.
+
+        Process groups of parts of it are made here, where every rank comes, if ``strategy`` may need some.
 
         Raises:
-            UsageError: no process group is initialised, or the mesh has more than one dimension.
+            UsageError: no process group is initialised, or the mesh is not what ``strategy`` takes.
         """
         if device_mesh is None:
             if not dist.is_initialized():
@@ -58,10 +68,11 @@ class Mesh:
             raise UsageError(
                 describe("mesh is not a DeviceMesh", found=f"{type(device_mesh).__name__}", fix="use init_device_mesh")
             )
-        if device_mesh.ndim != 1:
+        if device_mesh.ndim > strategy.max_mesh_dims:
+            takes = "one mesh dim" if strategy.max_mesh_dims == 1 else f"at most {strategy.max_mesh_dims} mesh dims"
             raise UsageError(
                 describe(
-                    "a sequence strategy takes one mesh dim",
+                    f"{type(strategy).__name__} takes {takes}",
                     found=f"a mesh of shape {tuple(device_mesh.shape)} with dims {device_mesh.mesh_dim_names}",
                     fix="pass one dim of it, e.g. mesh['sp']",
                 )
@@ -74,8 +85,61 @@ class Mesh:
                     fix="call parallelize on the ranks of the mesh only, each with the mesh it is in",
                 )
             )
-        group = device_mesh.get_group()
-        return Mesh(device_mesh.size(), device_mesh.get_local_rank(), group.group_name, device_mesh)
+        if device_mesh.ndim == 1:
+            group, rank = device_mesh.get_group().group_name, device_mesh.get_local_rank()
+        else:
+            group, rank = "", device_mesh.mesh.flatten().tolist().index(dist.get_rank())
+        mesh = Mesh(device_mesh.size(), rank, group, device_mesh)
+        for shape in strategy.mesh_shapes(mesh.size, tuple(device_mesh.shape)):
+            mesh.split(*shape)
+        return mesh
+
+    def split(self, outer: int, inner: int) -> tuple[Mesh, Mesh]:
+        """The same ranks as ``outer x inner`` of them, a mesh for each dim; the ranks of ``inner`` are neighbours.
+
+        All ranks call it together the first time: process groups may have to be made.
+        """
+        if self.device_mesh is None:
+            return (
+                Mesh(outer, self.rank // inner, f"{self.group}_outer"),
+                Mesh(inner, self.rank % inner, f"{self.group}_inner"),
+            )
+        whole = self.grid(outer, inner)
+        dims = []
+        for dim, size in enumerate((outer, inner)):
+            group = whole.get_group(dim)
+            part = DeviceMesh.from_group(group, whole.device_type)
+            dims.append(Mesh(size, whole.get_local_rank(dim), group.group_name, part))
+        return dims[0], dims[1]
+
+    def grid(self, outer: int, inner: int) -> DeviceMesh:
+        """The torch mesh of two dims behind :meth:`split`."""
+        return self.device_mesh if self.device_mesh.ndim == 2 else _split(self.device_mesh, outer, inner)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks, in order."""
+        return [] if self.device_mesh is None else self.device_mesh.mesh.flatten().tolist()
+
+
+_splits: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int], DeviceMesh]] = WeakKeyDictionary()
+
+
+def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
+    """The mesh as one of two dims; made once, since it takes process groups."""
+    group = device_mesh.get_group()
+    known = _splits.setdefault(group, {})
+    if (outer, inner) not in known:
+        ranks = device_mesh.mesh.reshape(outer, inner)
+        at = (ranks == dist.get_rank()).nonzero()[0].tolist()
+        # only their members have to come: the mesh may be one of several that do not know of each other
+        groups = [
+            dist.new_group(own.tolist(), use_local_synchronization=True) for own in (ranks[:, at[1]], ranks[at[0], :])
+        ]
+        known[outer, inner] = DeviceMesh.from_group(
+            groups, device_mesh.device_type, mesh=ranks, mesh_dim_names=("ring", "ulysses")
+        )
+    return known[outer, inner]
 
 
 def _default_mesh() -> DeviceMesh:

@@ -86,7 +86,7 @@ def parallelize(
                 fix="outputs='full', or fullgraph=True",
             )
         )
-    where = Mesh.of(mesh)  # a wrong mesh is an error here, not at the first call
+    where = Mesh.of(mesh, options.strategy)  # a wrong mesh is an error here, not at the first call
     _check_module(model, where)
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)

@@ -44,6 +44,7 @@ class Context:
         sequence_dims: placeholder name -> its sequence dimension.
         fallbacks: ops that run replicated for want of a rule.
         output_placements: what the graph returns, one per output; None for outputs that are no tensors.
+        parts: of the request as a whole, the contexts of its mesh dims, in the order in which they were distributed.
     """
 
     mesh: Mesh
@@ -55,6 +56,7 @@ class Context:
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     output_placements: tuple[Placement | None, ...] = ()
+    parts: tuple[Context, ...] = ()
 
 
 class Pass:
@@ -77,14 +79,18 @@ class Pass:
         raise NotImplementedError
 
 
-def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], context: Context) -> fx.GraphModule:
-    """Run ``passes`` in order on ``gm`` in place and return it.
+CAPTURED = frozenset({"functional"})
+
+
+def run_passes(
+    gm: fx.GraphModule, passes: Sequence[Pass], context: Context, holds: frozenset[str] = CAPTURED
+) -> fx.GraphModule:
+    """Run ``passes`` in order on ``gm`` in place and return it; ``holds`` are the invariants that it has already.
 
     Raises:
         VerificationError: a pass lacks what it requires, or leaves a graph that breaks an invariant.
     """
     verifier.check_functional(gm.graph, context)
-    holds = {"functional"}
     ran = ["capture"]
     for step in passes:
         missing = step.requires - holds

@@ -21,6 +21,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.axes import Axes
 from sptransform.decisions import Decision, Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.partition import Partition
 from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.rules import OpRule
 
@@ -72,7 +73,7 @@ class Propagation:
         if rule is None:
             return Replicate(I)
         if rule.has_sequence:
-            return self.strategy.place_attention(rule, self.num_ranks)
+            return self.strategy.place_attention(rule, self.num_ranks, lambda factor: self._partition(node, factor))
         candidates = self.sequence_decisions(node, rule)
         if candidates:
             return max(candidates, key=lambda decision: self._preference(node, rule, decision))
@@ -80,6 +81,13 @@ class Propagation:
             i for i, producer in enumerate(annotations.operands(node)) if annotations.placement(producer) == P
         )
         return Pending(pending) if pending and pending in rule.linear else Replicate(I)
+
+    def _partition(self, node: fx.Node, factor: str) -> Partition:
+        """Who owns what of a sequence factor of an attention node, such that every index has one owner."""
+        atoms = self.axes.factor(node, factor)
+        if len(atoms) == 1 and (partition := self.axes.partition(atoms[0])).is_exact:
+            return partition
+        return self.axes.divide(prod(atom.size for atom in atoms))
 
     def sequence_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
         """Every way to shard a sequence axis of the node, in the order of the rule's factors."""

@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
 from sptransform.placement import Placement
@@ -108,6 +109,12 @@ def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Nod
     """Add a node in front of ``before`` in its name, outside any fake mode."""
     with annotations.values(before)[0].fake_mode, torch.no_grad(), autocast_at(before):
         return emitter(before)(target, args, kwargs)
+
+
+def keep_result(node: fx.Node) -> None:
+    """In a checkpointed region, save what the node gives: recomputing it would communicate again."""
+    if "recompute" in node.meta:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 @contextmanager

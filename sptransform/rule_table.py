@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,23 @@ from sptransform.rules import OpCall, Operand, OpRule, RuleFn, Shape, map_nodes
 class OpEntry:
     """A rule and, for ops whose arguments or meaning hold global sizes, how to run the op on a shard.
 
-    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`.
+    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`. Of an op that
+    communicates itself, ``sends(call, operands, rank)`` says what the call sends, forward and backward; it is a call on
+    one rank's parts, ``operands``, which may be fake.
     """
 
     rule: RuleFn
     localize: Callable[[OpCall, Local], Any] | None = None
+    sends: Callable[[OpCall, Sequence[torch.Tensor], int], tuple[Sent, Sent]] | None = None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one rank sends in one direction: the ``kind`` of ``count`` messages, and their bytes in all."""
+
+    kind: str
+    count: int
+    bytes_sent: int
 
 
 @dataclass(frozen=True)

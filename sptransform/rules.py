@@ -101,9 +101,12 @@ class OpRule:
         sizes: extent of every factor.
         reduce: factors summed over; sharding one gives a pending sum.
         whole: factors that cannot be sharded.
+        circling: those of ``whole`` whose parts the op can pass round among the ranks itself (keys, in a ring).
+        is_causal: of an attention op: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
         roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
+        own: results that each rank has of its own, for the op's backward only (a seed); they have no factors.
         unread: operands that lend their dtype or device only; they may be placed anyhow.
         placements: what decisions were found to ask of tensors and give to them; see ``decisions.placement_of``.
         heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
@@ -114,9 +117,12 @@ class OpRule:
     sizes: Mapping[str, Size]
     reduce: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    circling: frozenset[str] = frozenset()
+    is_causal: bool = False
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    own: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
     heavy: bool = False
     placements: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -148,7 +154,8 @@ class OpRule:
                     continue
                 if prod(self.sizes[f] for f in factors) != shape[dim]:
                     raise RuleError(f"{call.target}: dim {dim} of {side} {index} is {shape[dim]}, not {factors}")
-        kept = [{f for factors in dims for f in factors} for dims in self.results]
+        shared = [dims for index, dims in enumerate(self.results) if index not in self.own]
+        kept = [{f for factors in dims for f in factors} for dims in shared]
         read = {f for dims in self.operands for factors in dims for f in factors}
         lost = {f for f in read if not all(f in own for own in kept)} - self.reduce - self.whole
         if lost:

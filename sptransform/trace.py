@@ -16,7 +16,7 @@ from torch import fx
 # Private: structured traces have no public writer; tlparse shows every "artifact" by its name.
 from torch._logging import trace_structured
 
-from sptransform.explain.counting import kinds_by_node
+from sptransform.explain.counting import number_of_messages
 from sptransform.pass_manager import Context
 from sptransform.printer import text
 
@@ -36,9 +36,7 @@ def traced(graph: fx.Graph, context: Context) -> Iterator[None]:
 
 def summary(graph: fx.Graph, context: Context) -> str:
     """``Ulysses(split='heads') on 4 ranks: 5 collectives forward, 6 backward, 0 fallbacks``."""
-    kinds = kinds_by_node(graph).values()
-    forward = sum(ahead is not None for ahead, _ in kinds)
-    backward = sum(behind is not None for _, behind in kinds)
+    forward, backward = number_of_messages(graph)
     return (
         f"{context.strategy} on {context.mesh.size} ranks: {forward} collectives forward, "
         f"{backward} backward, {len(context.fallbacks)} fallbacks"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from sptransform import annotations
-from sptransform.decisions import Pending, Sharded, demands, outcomes
+from sptransform.decisions import Circular, Pending, Sharded, demands, outcomes
 from sptransform.errors import VerificationError, describe
-from sptransform.placement import TRANSITIONS, I, Placement, Shard, kind
+from sptransform.placement import TRANSITIONS, I, Placement, Shard, cut_alike, kind, repartitions
 from sptransform.rewriter import is_redistribute
 
 if TYPE_CHECKING:
@@ -69,9 +69,13 @@ def _check_decision(node: fx.Node) -> None:
     note = annotations.note(node)
     rule, decision = note.rule, note.decision
     allowed = True
-    if isinstance(decision, Sharded):
+    if isinstance(decision, Circular):
+        allowed = rule is not None and decision.circling in rule.circling and decision.factor not in rule.whole
+    elif isinstance(decision, Sharded):
         factor = decision.factor
-        kept = rule is not None and all(any(factor in names for names in dims) for dims in rule.results)
+        kept = rule is not None and all(
+            i in rule.own or any(factor in names for names in dims) for i, dims in enumerate(rule.results)
+        )
         allowed = kept or (rule is not None and factor in rule.reduce)
         allowed = allowed and factor not in rule.whole
     elif isinstance(decision, Pending):
@@ -102,6 +106,14 @@ def check_typed(graph: fx.Graph, context: Context) -> None:
                     raise VerificationError(
                         describe("no transition between these placements", node=node, found=f"{source} -> {target}")
                     )
+                if cut_alike(source, target) and not repartitions(source, target):
+                    raise VerificationError(
+                        describe(
+                            "shards of one dimension differ in more than who owns which index",
+                            node=node,
+                            found=f"{source.spec} -> {target.spec}",
+                        )
+                    )
         elif note.decision is not None:
             _check_operands(node)
         elif node.op == "output":
@@ -127,8 +139,12 @@ def _check_operands(node: fx.Node) -> None:
 def _check_outputs(node: fx.Node, context: Context) -> None:
     for x in annotations.operands(node):
         actual = annotations.placement(x)
-        kept = isinstance(actual, Shard) and context.outputs != "full"
-        if not kept and not satisfies(actual, I, annotations.note(x).differentiable):
+        if isinstance(actual, Shard) and context.outputs != "full":
+            if not actual.is_contiguous:
+                raise VerificationError(
+                    describe("the graph returns a shard in another order than its tensor", node=x, found=actual.spec)
+                )
+        elif not satisfies(actual, I, annotations.note(x).differentiable):
             raise VerificationError(describe("the graph returns a tensor that is not whole", node=x, found=str(actual)))
 
 

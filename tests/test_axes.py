@@ -27,7 +27,7 @@ def inferred(model: Any, *args: Any, sequence_dims: dict[str, int] | None = None
     for node in gm.graph.nodes:
         if annotations.handles_tensors(node):
             annotations.note(node).rule = DEFAULT_RULES.rule_of(OpCall.of_node(node))
-    return gm, Axes(gm.graph, 2, sequence_dims or {})
+    return gm, Axes(gm.graph, lambda size: Partition.contiguous(size, 2), sequence_dims or {})
 
 
 def sequences(axes: Axes, node: fx.Node) -> list[tuple[bool, ...]]:

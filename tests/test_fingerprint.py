@@ -112,7 +112,7 @@ ONE, TWO = Program((Line("%x = one"),)), Program((Line("%x = two"),))
 
 
 def agreement() -> Agreement:
-    found = Agreement.of(Mesh.of(None))
+    found = Agreement.of(Mesh.of(None, Ulysses()))
     assert found is not None
     return found
 

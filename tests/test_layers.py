@@ -24,7 +24,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     # the engine: knows no op and no strategy by name
     ("axes", "decisions", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it
-    ("capture", "functionalize", "op_rules", "ops", "passes", "strategies"),
+    ("capture", "functionalize", "masks", "op_rules", "ops", "passes", "stages", "strategies"),
     # what users call
     ("agreement", "backend", "dynamo", "explain", "faults", "fingerprint", "generation", "options", "parallelize")
     + ("rewrite", "stand_ins", "trace"),

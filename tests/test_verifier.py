@@ -18,7 +18,7 @@ from sptransform.passes import PIPELINE
 from sptransform.passes.insert_redistributes import InsertRedistributes
 from sptransform.passes.localize import Localize
 from sptransform.passes.lower_redistributes import LowerRedistributes
-from sptransform.passes.pack_all_to_alls import PackAllToAlls
+from sptransform.passes.pack_moves import PackMoves
 from sptransform.passes.place import Place
 from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.rewriter import insert_redistribute, is_redistribute, redistribute, replace_operand
@@ -161,6 +161,29 @@ def test_a_shard_is_returned_only_where_asked_for() -> None:
     rejected("typed", gm.graph, context, add)
 
 
+def test_a_shard_is_returned_in_the_original_order() -> None:
+    gm, context = after(InsertRedistributes, Attention(), hidden_states(), context=a_context(outputs="dtensor"))
+    (add,) = nodes_of(gm, aten.add.Tensor)
+    INVARIANTS["typed"](gm.graph, context)
+    annotations.note(add).decision = None
+    for other in (Shard(1, Partition.zigzag(8, 2)), Shard(1, Partition.contiguous(4, 2), outer=2)):
+        annotations.set_placement(add, other)
+        assert "in another order" in rejected("typed", gm.graph, context, add)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [Shard(1, Partition.contiguous(4, 2), outer=2), Shard(1, Partition.of(8, [[(0, 8)], [(4, 8)]]))],
+    ids=lambda shard: shard.spec,
+)
+def test_a_move_along_one_dimension_that_changes_more_than_owners(target: Shard) -> None:
+    graph, context = a_graph(InsertRedistributes)
+    linear = a_linear(graph)
+    insert_redistribute(linear, [linear.args[0]], [(annotations.placement(linear.args[0]), target)])
+    (node,) = [n for n in graph.nodes if is_redistribute(n) and annotations.note(n).placements == (target,)]
+    assert f"S(1:8/2) -> {target.spec}" in rejected("typed", graph, context, node)
+
+
 def test_a_transition_without_a_transpose() -> None:
     graph, context = a_graph(InsertRedistributes)
     node = next(n for n in graph.nodes if is_redistribute(n) and annotations.note(n).transitions[0][0] == I)
@@ -249,7 +272,7 @@ def leave_out(graph: fx.Graph, index: int) -> None:
     raise IndexError(index)
 
 
-@pytest.mark.parametrize("last", [InsertRedistributes, PackAllToAlls])
+@pytest.mark.parametrize("last", [InsertRedistributes, PackMoves])
 @pytest.mark.parametrize("outputs", ["full", "dtensor"])
 def test_no_redistribute_can_be_left_out(last: type, outputs: str) -> None:
     def graph_of() -> tuple[fx.Graph, Context]:

@@ -2,7 +2,9 @@
 
 What is counted is what `ops/` sends, padding included, and not what stays on the rank:
 
-- all-to-all: this rank's part of every tensor, once for each other rank that needs it;
+- all-to-all: this rank's part of every tensor, once for each other rank that needs it; along one axis, what of its
+  part others are to have;
+- what an op sends that communicates itself (a ring), as its table entry says;
 - all-gather, reduce-scatter: one part for each other rank, padded to the largest part;
 - all-reduce: 2(N-1)/N of the buffer, as a reduce-scatter and an all-gather of it; how a library splits it is its own.
 
@@ -17,18 +19,23 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
 from sptransform.mesh import Mesh
-from sptransform.placement import TRANSITIONS, Placement, Shard, kind
+from sptransform.op_rules import DEFAULT_RULES
+from sptransform.partition import common
+from sptransform.placement import TRANSITIONS, Placement, Shard, cut_alike, kind
+from sptransform.rule_table import Sent
+from sptransform.rules import OpCall
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One message of a training step.
+    """One message of a training step, or several alike that one node sends.
 
     Attributes:
-        kind: "all_to_all", "all_gather", "reduce_scatter" or "all_reduce".
+        kind: "all_to_all", "all_gather", "reduce_scatter", "all_reduce"; "send_recv" to and from one neighbour each.
         direction: "forward" or "backward".
         bytes_sent: what this rank sends to others.
         layer: path of the module it stands in.
@@ -44,31 +51,87 @@ class Collective:
     count: int = 1
 
 
+@dataclass(frozen=True)
+class Sending:
+    """What one node of the graph sends.
+
+    Attributes:
+        forward, backward: its own collective in each direction, None where it sends nothing.
+        again: of a node whose forward is not saved, the collective with which the backward does it again first.
+    """
+
+    forward: Collective | None
+    backward: Collective | None
+    again: Collective | None = None
+
+
 def count_collectives(graph: fx.Graph, mesh: Mesh) -> list[Collective]:
     """Every collective of the graph (lowered or not) in order: forward, then backward."""
-    pairs = list(collectives_by_node(graph, mesh).values())
-    forward = [ahead for ahead, _ in pairs if ahead is not None]
-    return [*forward, *(behind for _, behind in reversed(pairs) if behind is not None)]
+    return in_order(sending_by_node(graph, mesh).values())
 
 
-def collectives_by_node(graph: fx.Graph, mesh: Mesh) -> dict[fx.Node, tuple[Collective | None, Collective | None]]:
-    """Of every redistribution, in the graph's order: what it sends forward, and backward."""
-    return {
-        node: (_collective(node, ahead, "forward", mesh), _collective(node, behind, "backward", mesh))
-        for node, (ahead, behind) in kinds_by_node(graph).items()
-    }
+def in_order(sendings: Iterable[Sending]) -> list[Collective]:
+    """The collectives of one step, of sendings in the graph's order."""
+    sendings = list(sendings)
+    forward = [sending.forward for sending in sendings]
+    backward = [collective for sending in reversed(sendings) for collective in (sending.again, sending.backward)]
+    return [collective for collective in (*forward, *backward) if collective is not None]
 
 
-def kinds_by_node(graph: fx.Graph) -> dict[fx.Node, tuple[str | None, str | None]]:
-    """Of every redistribution, in the graph's order: the collective of its forward, and of its backward."""
+def sending_by_node(graph: fx.Graph, mesh: Mesh) -> dict[fx.Node, Sending]:
+    """Of every node that may communicate, in the graph's order: what it sends. Unlowered ones do so over ``mesh``."""
     reached = _with_gradients(graph)
     found = {}
     for node in graph.nodes:
-        if annotations.note(node).transitions:
-            source, target = annotations.note(node).transitions[0]
-            ahead, behind = TRANSITIONS[kind(source), kind(target)]
-            found[node] = ahead, behind if node in reached else None
+        note = annotations.note(node)
+        if note.transitions:
+            ahead, behind = kinds(node)
+            on = note.mesh or mesh
+            found[node] = Sending(
+                _collective(node, ahead, "forward", on),
+                _collective(node, behind, "backward", on) if node in reached else None,
+                _collective(node, ahead, "forward", on, again=True) if node in reached and is_redone(node) else None,
+            )
+        elif note.mesh is not None:
+            forward, backward = _own_messages(node)
+            found[node] = Sending(
+                _of_op(node, forward, "forward"), _of_op(node, backward, "backward") if node in reached else None
+            )
     return found
+
+
+def kinds(node: fx.Node) -> tuple[str | None, str | None]:
+    """The collectives of a redistribution's forward and of its transpose."""
+    source, target = annotations.note(node).transitions[0]
+    return TRANSITIONS[kind(source), kind(target)]
+
+
+def _own_messages(node: fx.Node) -> tuple[Sent, Sent]:
+    operands = [annotations.value(x) for x in annotations.operands(node)]
+    return DEFAULT_RULES[node.target].sends(OpCall.of_node(node), operands, annotations.note(node).mesh.rank)
+
+
+def is_redone(node: fx.Node) -> bool:
+    """Whether the backward runs the node again instead of reading what was saved."""
+    return node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE
+
+
+def number_of_messages(graph: fx.Graph) -> tuple[int, int]:
+    """How many messages the graph sends forward, and backward; open sizes are left open."""
+    reached = _with_gradients(graph)
+    forward = backward = 0
+    for node in graph.nodes:
+        note = annotations.note(node)
+        if note.transitions:
+            ahead, behind = kinds(node)
+            counts = ahead is not None, (behind is not None) + (ahead is not None and is_redone(node))
+        elif note.mesh is not None:
+            counts = tuple(sent.count for sent in _own_messages(node))
+        else:
+            continue
+        forward += counts[0]
+        backward += counts[1] if node in reached else 0
+    return forward, backward
 
 
 def _with_gradients(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -90,14 +153,21 @@ def _may_pass_gradients(node: fx.Node) -> bool:
     return note.placements is None or any(annotations.projection(user) is not None for user in node.users)
 
 
-def _collective(node: fx.Node, kind_: str | None, direction: str, mesh: Mesh) -> Collective | None:
+def _of_op(node: fx.Node, sent: Sent, direction: str) -> Collective:
+    return Collective(sent.kind, direction, sent.bytes_sent, annotations.module_path(node), node.name, sent.count)
+
+
+def _collective(
+    node: fx.Node, kind_: str | None, direction: str, mesh: Mesh, *, again: bool = False
+) -> Collective | None:
     if kind_ is None:
         return None
     moves = []
     for source, target, shape, element_size in _moves(node):
         ends = (source, target) if direction == "forward" else (target, source)
         moves.append((*ends, shape, element_size))
-    return Collective(kind_, direction, _bytes_sent(kind_, moves, mesh), annotations.module_path(node), node.name)
+    num_bytes = _bytes_sent(kind_, moves, mesh)
+    return Collective(kind_, "backward" if again else direction, num_bytes, annotations.module_path(node), node.name)
 
 
 Move = tuple[Placement, Placement, tuple[int, ...], int]  # from, to, global shape, bytes an element
@@ -131,6 +201,10 @@ def _sent_by_exchange(
     source: Placement, target: Placement, shape: tuple[int, ...], element_size: int, rank: int
 ) -> int:
     assert isinstance(source, Shard) and isinstance(target, Shard)
+    if cut_alike(source, target):
+        kept = common(source.partition.owned[rank], target.partition.owned[rank])
+        leaving = source.partition.local_size(rank) - sum(hi - lo for lo, hi in kept)
+        return element_size * source.outer * leaving * prod(n for dim, n in enumerate(shape) if dim != source.dim)
     entry = element_size * source.outer * target.outer
     entry *= prod(size for dim, size in enumerate(shape) if dim not in (source.dim, target.dim))
     to_others = sum(size for other, size in enumerate(target.partition.local_sizes) if other != rank)

@@ -27,6 +27,7 @@ class Redistribution:
         changes: (from, to) of every tensor moved, as printed.
         forward: the collective of its forward; None where nothing is sent.
         backward: the same of its backward, also None where no gradient flows.
+        again: of what is not saved but gathered once more: the collective with which the backward begins.
         parameters: the parameters whose gradients its backward sums; empty for anything else.
     """
 
@@ -36,12 +37,31 @@ class Redistribution:
     changes: tuple[tuple[str, str], ...]
     forward: Collective | None
     backward: Collective | None
+    again: Collective | None = None
     parameters: tuple[str, ...] = ()
 
     @property
     def change(self) -> str:
         """``S(2) -> S(1)``; several, if the tensors change differently."""
         return ", ".join(f"{source} -> {target}" for source, target in dict.fromkeys(self.changes))
+
+
+@dataclass(frozen=True)
+class RingPass:
+    """An attention whose keys and values go round the ranks.
+
+    Attributes:
+        node, layer, source_line: as of a :class:`Redistribution`.
+        kernel: what computes one block.
+        forward, backward: its messages; the backward is None where no gradient flows.
+    """
+
+    node: str
+    layer: str
+    source_line: str | None
+    kernel: str
+    forward: Collective | None
+    backward: Collective | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +108,8 @@ class Explanation:
         world_size: number of ranks; with one, nothing is inserted.
         rank: the rank whose bytes these are; they differ where a length or a number of heads does not divide.
         redistributions: every change of placement, in the graph's order.
+        rings: every attention whose keys go round the ranks.
+        collectives: everything a training step sends, in order: forward, then backward.
         fallbacks: ops that run whole for want of a sharding rule.
         gathered: tensors gathered for an op that has a rule, in the graph's order; what is returned is not among them.
         outputs: the tensors the graph returns.
@@ -99,18 +121,13 @@ class Explanation:
     world_size: int
     rank: int
     redistributions: tuple[Redistribution, ...]
+    rings: tuple[RingPass, ...]
+    collectives: tuple[Collective, ...]
     fallbacks: tuple[Fallback, ...]
     gathered: tuple[Gathered, ...]
     outputs: tuple[Output, ...]
     grad_sync: bool
     rewritten: Rewritten = field(repr=False, compare=False)
-
-    @property
-    def collectives(self) -> tuple[Collective, ...]:
-        """Everything a training step sends, in order: forward, then backward."""
-        forward = [r.forward for r in self.redistributions]
-        backward = [r.backward for r in reversed(self.redistributions)]
-        return tuple(c for c in (*forward, *backward) if c is not None)
 
     @property
     def totals(self) -> tuple[Total, ...]:
@@ -144,7 +161,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for ``json.dumps``; ``graph`` has every module's own lines by its path."""
         data = {f: getattr(self, f) for f in ("strategy", "world_size", "rank", "grad_sync")}
-        for name in ("redistributions", "fallbacks", "gathered", "outputs", "totals"):
+        for name in ("redistributions", "rings", "fallbacks", "gathered", "outputs", "totals"):
             data[name] = [_plain(asdict(entry)) for entry in getattr(self, name)]
         data["graph"] = {path: list(lines) for path, lines in self.rewritten.text_by_layer.items()}
         return data

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sptransform.explain.explanation import Explanation, Redistribution
+    from sptransform.explain.explanation import Explanation, Redistribution, RingPass
 
 Row = tuple[str, ...]
 
@@ -28,7 +28,9 @@ class Section:
     columns: Row = ()
     rows: Sequence[Row] = ()
     sentences: Sequence[str] = ()
-    numbers: frozenset[str] = frozenset({"bytes each", "bytes sent", "count", "parameters"})
+    numbers: frozenset[str] = frozenset(
+        {"bytes back", "bytes each", "bytes sent", "count", "hops", "hops back", "parameters"}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -44,6 +46,7 @@ def sections(explanation: Explanation) -> list[Section]:
     found = [
         _totals(explanation),
         _redistributions(explanation),
+        _rings(explanation),
         _parameter_gradients(explanation),
         _fallbacks(explanation),
         _gathered(explanation),
@@ -83,9 +86,25 @@ def _redistributions(explanation: Explanation) -> Section:
 
 def _cells(r: Redistribution) -> Row:
     cells: list[str] = []
-    for collective in (r.forward, r.backward):
-        cells += ("-", "") if collective is None else (collective.kind, f"{collective.bytes_sent:,}")
+    for collectives in ([r.forward], [r.again, r.backward]):
+        sent = [collective for collective in collectives if collective is not None]
+        num_bytes = sum(collective.bytes_sent for collective in sent)
+        cells += (" + ".join(c.kind for c in sent), f"{num_bytes:,}") if sent else ("-", "")
     return tuple(cells)
+
+
+def _rings(explanation: Explanation) -> Section:
+    groups: dict[tuple[object, ...], list[RingPass]] = {}
+    for ring in explanation.rings:
+        cells = [(str(c.count), f"{c.bytes_sent:,}") if c else ("-", "") for c in (ring.forward, ring.backward)]
+        key = (re.sub(r"\d+", "#", ring.layer), *cells[0], *cells[1], ring.kernel, ring.source_line)
+        groups.setdefault(key, []).append(ring)
+    columns = ("module", "count", "hops", "bytes sent", "hops back", "bytes back", "kernel", "line")
+    rows = [
+        (_joined([r.layer for r in group]), str(len(group)), *key[1:-1], _short(key[-1]))
+        for key, group in groups.items()
+    ]
+    return Section("Ring attention: keys and values go round the ranks", columns, rows)
 
 
 def _alike(redistributions: Iterable[Redistribution]) -> list[tuple[str, int, Redistribution]]:

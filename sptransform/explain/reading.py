@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from sptransform import annotations
-from sptransform.explain.counting import Collective, collectives_by_node, global_shape
-from sptransform.explain.explanation import Explanation, Gathered, Output, Redistribution
+from sptransform.explain.counting import Sending, global_shape, in_order, sending_by_node
+from sptransform.explain.explanation import Explanation, Gathered, Output, Redistribution, RingPass
+from sptransform.ops.ring.kernels import kernel_name
 from sptransform.placement import Shard
 from sptransform.printer import op_name, tensor_type
 
@@ -21,21 +22,24 @@ if TYPE_CHECKING:
 def read(rewritten: Rewritten) -> Explanation:
     """The explanation of ``rewritten``."""
     context, graph = rewritten.context, rewritten.graph_module.graph
-    sent = collectives_by_node(graph, context.mesh)
+    sent = sending_by_node(graph, context.mesh)
+    moves = {node: sending for node, sending in sent.items() if annotations.note(node).transitions}
     return Explanation(
         strategy=str(context.strategy),
         world_size=context.mesh.size,
         rank=context.mesh.rank,
-        redistributions=tuple(_redistribution(node, *pair) for node, pair in sent.items()),
+        redistributions=tuple(_redistribution(node, sending) for node, sending in moves.items()),
+        rings=tuple(_ring(node, sending) for node, sending in sent.items() if node not in moves),
+        collectives=tuple(in_order(sent.values())),
         fallbacks=tuple(context.fallbacks),
-        gathered=tuple(_gathered(list(sent), {fallback.node for fallback in context.fallbacks})),
+        gathered=tuple(_gathered(list(moves), {fallback.node for fallback in context.fallbacks})),
         outputs=tuple(_outputs(graph)),
         grad_sync=context.grad_sync,
         rewritten=rewritten,
     )
 
 
-def _redistribution(node: fx.Node, forward: Collective | None, backward: Collective | None) -> Redistribution:
+def _redistribution(node: fx.Node, sending: Sending) -> Redistribution:
     transitions = annotations.note(node).transitions
     sources = annotations.operands(node)
     parameters = ()
@@ -47,9 +51,24 @@ def _redistribution(node: fx.Node, forward: Collective | None, backward: Collect
         layer="" if parameters else annotations.module_path(node),
         source_line=None if parameters else annotations.source_line(node),
         changes=_printed(transitions),
-        forward=forward,
-        backward=backward,
+        forward=sending.forward,
+        backward=sending.backward,
+        again=sending.again,
         parameters=parameters,
+    )
+
+
+def _ring(node: fx.Node, sending: Sending) -> RingPass:
+    query, _, value, *_ = map(annotations.value, annotations.operands(node))
+    return RingPass(
+        node=node.name,
+        layer=annotations.module_path(node),
+        source_line=annotations.source_line(node),
+        kernel=kernel_name(
+            query, value, masked=bool(node.kwargs.get("mask")), dropout_p=node.kwargs.get("dropout_p", 0.0)
+        ),
+        forward=sending.forward,
+        backward=sending.backward,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, reduction, shape
+from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, redistribution, reduction, shape
 from sptransform.rule_table import RuleTable
 
 TABLES = (
@@ -12,6 +12,7 @@ TABLES = (
     loss.TABLE,
     matmul.TABLE,
     pointwise.TABLE,
+    redistribution.TABLE,
     reduction.TABLE,
     shape.TABLE,
 )

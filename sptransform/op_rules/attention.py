@@ -1,25 +1,33 @@
-"""Scaled dot-product attention: ``b h s d, b h t d, b h t e -> b h s e``, and how its heads are cut."""
+"""Scaled dot-product attention: ``b h s d, b h t d, b h t e -> b h s e``, and how its heads or queries are cut."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
-from sptransform.rule_table import Local, OpEntry
-from sptransform.rules import OpCall, OpRule, Resize, RuleFn
+from sptransform.decisions import Circular, Sharded
+from sptransform.ops.ring.kernels import compute_dtype
+from sptransform.placement import Shard
+from sptransform.rule_table import Local, OpEntry, Sent
+from sptransform.rules import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
-def attention(call: OpCall) -> OpRule | None:
+def _dims(text: str, shape: Shape) -> Dims:
+    return tuple((f,) if size != 1 else () for f, size in zip(text, shape, strict=True))
+
+
+def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | None:
     """Queries, heads and batch are independent; keys and the contracted head size stay whole.
 
     With fewer key heads than query heads, query head ``i`` reads key head ``i // group``: the key heads a rank needs
-    are the quotient of its query heads. A causal mask is known to the op by position, so it keeps queries whole too.
-    None for layouts without a head dimension, for query heads that read key heads in another order, and for one
-    query that several batches of keys share.
+    are the quotient of its query heads. None for layouts without a head dimension, for query heads that read key heads
+    in another order, and for one query that several batches of keys share.
     """
     query, key, value = call.operand_shapes[:3]
     if len(query) != 4:
@@ -27,70 +35,120 @@ def attention(call: OpCall) -> OpRule | None:
     group = query[1] // key[1]
     if query[1] != key[1] * group or key[1] != value[1] or query[0] != call.result_shapes[0][0]:
         return None
-    if call.target is torch.ops.sptransform.attention.default:
+    if call.target is not aten.scaled_dot_product_attention.default:
         key_head_of = list(call.argument("key_head_of"))
         if key_head_of and key_head_of != [i // group for i in range(query[1])]:
             return None
-    names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "d": query[3], "e": value[3]}
-
-    def dims(text: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-        return tuple((f,) if size != 1 else () for f, size in zip(text, shape, strict=True))
-
-    operands = [dims("bhsd", query), dims("bhtd", key), dims("bhte", value)]
+    names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "m": key[2], "d": query[3], "e": value[3]}
+    operands = [_dims("bhsd", query), _dims("bhtd", key), _dims("bhte", value)]
     resize = {}
     if group > 1:
         for index in (1, 2):
             # kept even for one key head: every rank needs it, and it travels with the others
             operands[index] = (operands[index][0], ("h",), *operands[index][2:])
             resize["operand", index, "h"] = Resize(lambda p: p.quotient(group), links=False)
-    for shape in call.operand_shapes[3:]:
-        operands.append(dims("bhst"[4 - len(shape) :], shape))
     sizes = {f: size for f, size in names.items() if size != 1}
     roles = {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
+    whole = {"t", "m", "d", *more.pop("whole", "")}
     return OpRule(
-        tuple(operands),
-        (dims("bhse", call.result_shapes[0]),),
+        (*operands, *masks),
+        tuple(_dims(text, shape) for text, shape in zip(("bhse", "bhs", ""), call.result_shapes, strict=False)),
         sizes,
-        whole=frozenset({"t", "d", *("s" if call.argument("is_causal") else "")} & set(sizes)),
+        whole=frozenset(whole & set(sizes)),
         resize=resize,
         roles={role: f for role, f in roles.items() if f in sizes},
         heavy=True,
+        **more,
+    )
+
+
+def attention(call: OpCall) -> OpRule | None:
+    """Attention under a mask of scores' shape, or a causal one, which the op knows by position: queries stay whole."""
+    masks = tuple(_dims("bhst"[4 - len(shape) :], shape) for shape in call.operand_shapes[3:])
+    is_causal = call.argument("is_causal")
+    return _attention(call, masks, whole="s" if is_causal else "", is_causal=is_causal)
+
+
+def ring_attention(call: OpCall) -> OpRule | None:
+    """Attention that knows the positions of the queries and keys it is given, so that either may be a part.
+
+    It tells masks by position, and passes keys round itself. Once it was given parts, it is cut no further along them.
+    """
+    masks = tuple(_dims("bhsm"[4 - len(shape) :], shape) for shape in call.operand_shapes[3:])
+    nearest, farthest = call.argument("nearest"), call.argument("farthest")
+    is_cut = bool(call.argument("group_name"))
+    return _attention(
+        call,
+        masks,
+        whole="es" if is_cut else "e",
+        own=frozenset({2}),
+        circling=frozenset() if is_cut else frozenset("t"),
+        is_causal=nearest is not None and (farthest is None or nearest + farthest > 0),
     )
 
 
 def _key_head_of(call: OpCall, local: Local) -> list[int]:
     """For each local query head, the local index of the key head it reads."""
     group = call.operand_shapes[0][1] // call.operand_shapes[1][1]
-    if local.decision.factor != "h":
+    if not isinstance(local.decision, Sharded) or local.decision.factor != "h":
         return [i // group for i in range(call.operand_shapes[0][1])]
     queries = [i for lo, hi in local.decision.partition.owned[local.rank] for i in range(lo, hi)]
     keys = [i for lo, hi in local.decision.partition.quotient(group).owned[local.rank] for i in range(lo, hi)]
     return [keys.index(i // group) for i in queries]
 
 
+def _is_regular(heads: list[int]) -> bool:
+    """Whether every key head is read by equally many query heads in a row."""
+    per_key = max(len(heads) // (max(heads, default=0) + 1), 1)
+    return heads == [i // per_key for i in range(len(heads))]
+
+
 def _attention_local(call: OpCall, local: Local) -> Any:
     heads = _key_head_of(call, local)
-    num_keys = max(heads, default=0) + 1
-    repeated = call.target is torch.ops.sptransform.attention.default
-    per_key = max(len(heads) // num_keys, 1)
-    uniform = heads == [i // per_key for i in range(len(heads))]
+    repeated = call.target is sp.attention.default
     dropout_p = call.argument("dropout_p")
     is_empty = 0 in local.result_shapes[0]
-    if uniform and not repeated and dropout_p == 0.0 and not is_empty:
+    if _is_regular(heads) and not repeated and dropout_p == 0.0 and not is_empty:
         return local.run(call)
     query, key, value, *mask = local.operands
     arguments = (query, key, value, mask[0] if mask else None, dropout_p, call.argument("is_causal"))
     named = {
         "scale": call.argument("scale"),
-        "key_head_of": [] if uniform and per_key == 1 else heads,
+        "key_head_of": [] if heads == list(range(len(heads))) else heads,
         "group_name": local.group if dropout_p else "",
     }
-    return local.emit(torch.ops.sptransform.attention.default, arguments, named)
+    return local.emit(sp.attention.default, arguments, named)
+
+
+def _ring_attention_local(call: OpCall, local: Local) -> Any:
+    heads = _key_head_of(call, local)
+    changed: dict[str, Any] = {"key_head_of": [] if _is_regular(heads) else heads}
+    decision = local.decision
+    if isinstance(decision, Circular):
+        changed |= {"queries": str(decision.partition), "keys": str(decision.parts), "group_name": local.group}
+    elif decision.factor == "s":
+        changed |= {"queries": str(decision.partition), "group_name": local.group}
+    return local.run(call, **changed)
+
+
+def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
+    """Keys and values of every other rank once; backward once more, and their gradients in the dtype of sums."""
+    _, key, value = operands[:3]
+    partition = Shard.parse(f"S(2:{call.argument('keys')})", part=key).partition
+    num_ranks = partition.num_ranks
+    entries = key.shape[0] * key.shape[1] * (key.shape[3] + value.shape[3])
+    # at a hop a rank passes on what came from so many ranks before it; gradients begin their way at the next rank
+    sizes = [partition.local_size((rank - hop) % num_ranks) for hop in range(num_ranks)]
+    ahead = entries * sum(sizes[:-1]) * key.element_size()
+    home = entries * sum(sizes[1:]) * compute_dtype(key.dtype).itemsize
+    hops = num_ranks - 1
+    return Sent("send_recv", hops, ahead), Sent("send_recv", 2 * hops, ahead + home)
 
 
 _ATTENTION = OpEntry(attention, _attention_local)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.scaled_dot_product_attention.default, _ATTENTION),
-    (torch.ops.sptransform.attention.default, _ATTENTION),
+    (sp.attention.default, _ATTENTION),
+    (sp.ring_attention.default, OpEntry(ring_attention, _ring_attention_local, _ring_sends)),
 ]

@@ -9,7 +9,7 @@ from torch.nn import functional
 from sptransform import annotations
 from sptransform.passes import PIPELINE
 from sptransform.passes.bucket_gradients import BucketGradients
-from sptransform.passes.pack_all_to_alls import PackAllToAlls
+from sptransform.passes.pack_moves import PackMoves
 from sptransform.placement import I, R
 from sptransform.printer import text
 from sptransform.rewriter import is_redistribute
@@ -17,7 +17,7 @@ from tests.golden import Golden
 from tests.graphs import after, assert_ranks_equal_one_device, on_ranks
 from tests.passes.blocks import Attention, by_repeat_interleave, hidden_states
 
-BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(PackAllToAlls) + 1]
+BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(PackMoves) + 1]
 
 
 def buckets(gm: fx.GraphModule) -> list[list[str]]:

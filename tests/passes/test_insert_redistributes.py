@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import pytest
 import torch
 from torch import fx
 from torch.nn import functional
 
 from sptransform import annotations
-from sptransform.passes.insert_redistributes import InsertRedistributes
-from sptransform.placement import I, R, Shard, kind
+from sptransform.partition import Partition
+from sptransform.passes.insert_redistributes import InsertRedistributes, _Inserter
+from sptransform.placement import I, P, Placement, R, Shard, cut_alike, kind, repartitions
 from sptransform.printer import text
 from sptransform.rewriter import is_redistribute
+from sptransform.sizes import Size
+from sptransform.strategies import Ulysses
 from tests.golden import Golden
 from tests.graphs import a_context, after, assert_ranks_equal_one_device, nodes_of, on_ranks
-from tests.passes.blocks import heads
+from tests.passes.blocks import LENGTH, Attention, heads, hidden_states
 
 
 def redistributes(gm: fx.GraphModule) -> list[fx.Node]:
@@ -95,3 +101,74 @@ def test_a_flattened_output_is_gathered_where_dtensor_has_no_word_for_it() -> No
 
     _, context = after(InsertRedistributes, model, *(heads() for _ in range(3)), context=a_context(outputs="dtensor"))
     assert context.output_placements == (I, I)
+
+
+@dataclass(frozen=True)
+class Folded(Ulysses):
+    """Ulysses over sequences that the ranks share as a zigzag."""
+
+    def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
+        return Partition.zigzag(size, num_ranks)
+
+
+def at_the_output(gm: fx.GraphModule) -> list[tuple[Placement, Placement]]:
+    """How what the graph returns is moved last, of each tensor that is."""
+    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
+    picked = [annotations.projection(node) for node in annotations.operands(output)]
+    return [annotations.note(p[0]).transitions[p[1]] for p in picked if p is not None and is_redistribute(p[0])]
+
+
+@pytest.mark.parametrize("outputs", ["dtensor", "local"])
+def test_a_zigzag_is_returned_in_the_original_order_by_one_exchange(outputs: str) -> None:
+    attention = Attention()
+
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = attention(x)
+        return x.pow(2).mean(), x
+
+    folded, chunks = (Shard(1, form(LENGTH, 2)) for form in (Partition.zigzag, Partition.contiguous))
+    context = a_context(strategy=Folded(), outputs=outputs)
+    gm, _ = after(InsertRedistributes, model, hidden_states(), context=context)
+    assert at_the_output(gm) == [(P, I), (folded, chunks)]
+    assert context.output_placements == (I, chunks)
+    gm, context = after(InsertRedistributes, model, hidden_states(), context=a_context(strategy=Folded()))
+    assert at_the_output(gm) == [(P, I), (folded, I)]
+
+
+def test_a_clipped_output_is_returned_in_chunks_by_one_exchange() -> None:
+    """``[0:3|3:7]``: no rank has to have it whole for DTensor to express it."""
+    attention = Attention()
+    context = a_context(outputs="dtensor")
+    gm, _ = after(InsertRedistributes, lambda x: attention(x)[:, 1:], hidden_states(), context=context)
+    chunks = Shard(1, Partition.contiguous(LENGTH - 1, 2))
+    assert at_the_output(gm) == [(Shard(1, Partition.contiguous(LENGTH, 2).slice(1, LENGTH)), chunks)]
+    assert context.output_placements == (chunks,)
+
+
+def test_two_clips_of_a_sequence_meet_by_one_exchange() -> None:
+    attention = Attention()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        x = attention(x)
+        return (x[:, 1:] * x[:, :-1]).sum()
+
+    gm, _ = after(InsertRedistributes, model, hidden_states())
+    moved = [t for node in redistributes(gm) for t in annotations.note(node).transitions if cut_alike(*t)]
+    assert [repartitions(*t) for t in moved] == [True]
+    assert ("S", "I") not in kinds(gm)
+    for num_ranks in (2, 3):
+        reference, ranks, _ = on_ranks(model, hidden_states(), num_ranks=num_ranks)
+        assert_ranks_equal_one_device(reference, ranks)
+
+
+def test_other_axes_of_one_dimension_meet_by_way_of_the_whole() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 8)
+    source, target = Shard(1, Partition.contiguous(8, 2)), Shard(1, Partition.contiguous(4, 2), outer=2)
+    annotations.set_placement(x, source)
+    output = graph.output(x)
+    moved = _Inserter(output).moved(x, target, output)
+    found = [annotations.note(node).transitions for node in graph.nodes if is_redistribute(node)]
+    assert found == [((source, I),), ((I, target),)]
+    assert annotations.placement(moved) == target

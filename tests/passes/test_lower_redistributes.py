@@ -9,7 +9,7 @@ from sptransform.passes.lower_redistributes import LowerRedistributes
 from sptransform.printer import text
 from sptransform.rewriter import is_redistribute
 from tests.golden import Golden
-from tests.graphs import after
+from tests.graphs import after, nodes_of
 from tests.passes.blocks import Attention, by_repeat_interleave, hidden_states
 
 
@@ -37,3 +37,24 @@ def test_results_in_a_checkpointed_region_are_saved() -> None:
 def test_outside_of_regions_nothing_is_tagged() -> None:
     gm, _ = after(LowerRedistributes, Attention(), hidden_states())
     assert not any("recompute" in node.meta for node in gm.graph.nodes)
+
+
+class Neighbours(Attention):
+    """Every token with the one before it: two clips of the sequence, which the ranks own differently."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x[:, 1:] * x[:, :-1]
+
+
+def test_a_move_along_one_axis_is_one_op() -> None:
+    gm, _ = after(LowerRedistributes, Neighbours(), hidden_states())
+    (node,) = nodes_of(gm, torch.ops.sptransform.repartition.default)
+    assert {*node.args[1:3]} == {"S(1:7[0:3|3:7])", "S(1:7[0:4|4:7])"}
+
+
+def test_a_move_along_one_axis_in_a_checkpointed_region_is_saved() -> None:
+    model = Neighbours()
+    gm, _ = after(LowerRedistributes, lambda x: checkpoint(model, x, use_reentrant=False), hidden_states())
+    (node,) = nodes_of(gm, torch.ops.sptransform.repartition.default)
+    assert node.meta["recompute"] == CheckpointPolicy.MUST_SAVE

@@ -1,0 +1,63 @@
+"""Show what a ring does: its hops, waits, blocks and merges as nodes of the graph.
+
+Before: ``%ring_attention = sptransform.ring_attention(%q, %k, %v, [], [], ...)``; after, on rank 0 of 2::
+
+    %cat = aten.cat([%k_flat, %v_flat])
+    %all_to_all_single = _c10d_functional.all_to_all_single(%cat, [0, 256], [0, 256], ...)
+    %attention_block = sptransform.attention_block(%q, %k, %v, ...)
+    %wait_tensor = _c10d_functional.wait_tensor(%all_to_all_single)
+    ...
+    %merge_block = sptransform.merge_block(...)
+
+1. The nodes come from the steps that the op runs, see ``ops/ring/tracing.py``; they are those of one rank.
+2. For reading: of the expanded forward no backward is derived, the op has one of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sptransform import annotations
+from sptransform.ops.ring import trace_steps
+from sptransform.pass_manager import Context, Pass
+from sptransform.rewriter import succeed
+from sptransform.rules import map_nodes
+
+
+@dataclass(frozen=True)
+class ExpandRings(Pass):
+    requires = frozenset({"lowered", "local"})
+    ensures = frozenset({"functional", "lowered"})
+    breaks = frozenset({"local"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for node in list(graph.nodes):
+            if node.target is torch.ops.sptransform.ring_attention.default:
+                _expand(node)
+
+
+def _expand(node: fx.Node) -> None:
+    mesh = annotations.note(node).mesh
+    args, kwargs = map_nodes(
+        (node.args, dict(node.kwargs)), lambda x: annotations.value(x) if isinstance(x, fx.Node) else x
+    )
+    steps = trace_steps("ring_attention", 0 if mesh is None else mesh.rank, args, kwargs)
+    places = dict(zip(steps.graph.find_nodes(op="placeholder"), annotations.operands(node), strict=True))
+    with node.graph.inserting_before(node):
+        results = node.graph.graph_copy(steps.graph, places)
+    for step, copied in places.items():
+        if step.op != "placeholder":
+            copied.meta = dict(step.meta)
+            annotations.copy(node, copied)
+    for user in list(node.users):
+        _, index = annotations.projection(user)
+        if results[index] is None:
+            continue
+        result = results[index]
+        name = user.name
+        succeed(user, result)
+        result.name = name
+    node.graph.erase_node(node)

@@ -1,0 +1,47 @@
+"""Gather keys and values again in the backward, where the strategy asks for it, instead of saving them.
+
+Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node is
+tagged as what the backward must recompute, and of each rank's keys only its part is saved.
+
+1. A checkpointed region would save the result, as it saves whatever was sent: the strategy's word is the later one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sptransform import annotations
+from sptransform.pass_manager import Context, Pass
+from sptransform.placement import R, Shard
+
+
+@dataclass(frozen=True)
+class RegatherKeys(Pass):
+    requires = frozenset({"lowered"})
+    ensures = frozenset({"functional", "placed", "typed", "lowered"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        if not context.strategy.regather:
+            return
+        for node in graph.nodes:
+            rule = annotations.note(node).rule
+            if rule is not None and rule.roles:
+                for operand in annotations.operands(node):
+                    picked = annotations.projection(operand)
+                    producer = operand if picked is None else picked[0]
+                    if _is_gather(producer):
+                        _recompute(producer)
+
+
+def _is_gather(node: fx.Node) -> bool:
+    changes = annotations.note(node).transitions
+    return bool(changes) and all(isinstance(source, Shard) and target == R for source, target in changes)
+
+
+def _recompute(node: fx.Node) -> None:
+    for part in (node, *(user for user in node.users if annotations.projection(user) is not None)):
+        part.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        part.meta.setdefault("ac_graph_id", 0)  # torch's partitioner reads it wherever it finds the tag

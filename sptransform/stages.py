@@ -1,0 +1,46 @@
+"""From a captured graph to the graph of one rank: one mesh dim after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import fx
+
+from sptransform import annotations
+from sptransform.pass_manager import Context, run_passes
+from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
+from sptransform.rule_table import RuleTable
+from sptransform.rules import OpCall
+
+See = Callable[[fx.Graph, Context], None]
+
+
+def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, part: None) -> None:
+    """Rewrite the captured ``gm`` in place for this rank of ``context.mesh``; notes the mesh dims as ``context.parts``.
+
+    Over two mesh dims: the graph of one rank of the first is a program like any other, for the ranks of the second to
+    share. ``see`` is shown the graph after each, with that dim's context.
+    """
+    run_passes(gm, NORMALIZE, context)
+    for strategy, mesh in context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules)):
+        if mesh.size == 1:
+            continue
+        part = replace(context, strategy=strategy, mesh=mesh, parts=())
+        annotations.forget_placements(gm.graph)
+        run_passes(gm, DISTRIBUTE, part)
+        see(gm.graph, part)
+        context.parts += (part,)
+    run_passes(gm, FINISH, context, frozenset({"functional", "local", "lowered"}))
+
+
+def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:
+    """(query heads, key heads) of every attention op of the graph."""
+    found = []
+    for node in graph.nodes:
+        if annotations.handles_tensors(node):
+            call = OpCall.of_node(node)
+            rule = rules.rule_of(call)
+            if rule is not None and "queries" in rule.roles:
+                found.append((call.operand_shapes[0][1], call.operand_shapes[1][1]))
+    return found
