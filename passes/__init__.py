@@ -9,12 +9,14 @@ from sptransform.passes.drop_empty_pieces import DropEmptyPieces
 from sptransform.passes.insert_redistributes import InsertRedistributes
 from sptransform.passes.localize import Localize
 from sptransform.passes.lower_redistributes import LowerRedistributes
+from sptransform.passes.merge_replicates import MergeReplicates
 from sptransform.passes.move_keys_unrepeated import MoveKeysUnrepeated
 from sptransform.passes.open_checkpointed import OpenCheckpointed
 from sptransform.passes.pack_moves import PackMoves
 from sptransform.passes.place import Place
 from sptransform.passes.read_masks import ReadMasks
 from sptransform.passes.regather_keys import RegatherKeys
+from sptransform.passes.return_in_order import ReturnInOrder
 from sptransform.passes.split_means import SplitMeans
 
 # what one device computes, in the form the rules read best
@@ -40,6 +42,8 @@ DISTRIBUTE: tuple[Pass, ...] = (
 )
 
 FINISH: tuple[Pass, ...] = (
+    MergeReplicates(),
+    ReturnInOrder(),
     OpenCheckpointed(),  # after all that reads captured ops
 )
 

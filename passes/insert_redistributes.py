@@ -90,5 +90,7 @@ def _returned(actual: Placement | None, context: Context) -> Placement:
     """What a tensor so placed becomes when the graph returns it."""
     if context.outputs == "full" or not isinstance(actual, Shard):
         return I
+    if context.outputs == "kept":
+        return actual if actual.outer == 1 and actual.partition.is_exact else I
     chunks = replace(actual, partition=Partition.contiguous(actual.partition.size, actual.partition.num_ranks))
     return chunks if chunks.is_contiguous and (actual == chunks or repartitions(actual, chunks)) else I

@@ -1,7 +1,7 @@
 """Gather keys and values again in the backward, where the strategy asks for it, instead of saving them.
 
-Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node is
-tagged as what the backward must recompute, and of each rank's keys only its part is saved.
+Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node
+is tagged as what the backward must recompute, and of each rank's keys only its part is saved.
 
 1. A checkpointed region would save the result, as it saves whatever was sent: the strategy's word is the later one.
 """

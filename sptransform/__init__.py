@@ -17,9 +17,11 @@ from sptransform.explain.explain import explain
 from sptransform.explain.explanation import Explanation
 from sptransform.parallelize import parallelize
 from sptransform.rewrite import Rewritten, rewrite
-from sptransform.strategies import Strategy, Ulysses
+from sptransform.strategies import USP, AllGatherKV, Ring, Strategy, Ulysses
 
 __all__ = [
+    "USP",
+    "AllGatherKV",
     "CaptureError",
     "Explanation",
     "RankError",
@@ -27,6 +29,7 @@ __all__ = [
     "RankLostError",
     "RankMissingError",
     "Rewritten",
+    "Ring",
     "RuleError",
     "SPTransformError",
     "ScheduleMismatchError",

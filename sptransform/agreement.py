@@ -40,6 +40,7 @@ from sptransform.errors import (
 from sptransform.faults import Peers, wrap_backward
 from sptransform.fingerprint import Program, difference, list_by_ranks, name_ranks
 from sptransform.mesh import Mesh
+from sptransform.ops.groups import group_called
 
 _LOOK = 0.1  # seconds between looks at who is still missing, and whether it is alive
 _GRACE = 1.0  # seconds the others have to arrive once one has failed
@@ -50,31 +51,27 @@ _CONTROL_FLOW = (RestartAnalysis, _StopRecomputationError)
 
 
 class Agreement:
-    """The numbered calls of some ranks; one object per process group, or per mesh of several dims, and process."""
+    """The numbered calls of one process group; one object per group and process."""
 
     @staticmethod
     def of(mesh: Mesh) -> Agreement | None:
         """The agreement of the mesh's group; None where there is no other process to agree with."""
         if mesh.device_mesh is None or mesh.size == 1:
             return None
-        # the ranks of two mesh dims have no group of their own: they meet in that of everybody
-        of_all = mesh.device_mesh.ndim > 1
-        group = dist.group.WORLD if of_all else mesh.device_mesh.get_group()
+        group = group_called(mesh.group)
         if dist.get_backend(group) == "fake":
             return None
-        name = "sptransform/calls" + "".join(f"-{rank}" for rank in mesh.ranks if of_all)
-        agreements = _agreements.setdefault(group, {})
-        if name not in agreements:
-            agreements[name] = Agreement(mesh.ranks, dist.PrefixStore(name, group.get_group_store()))
-        return agreements[name]
+        if group not in _agreements:
+            _agreements[group] = Agreement(group)
+        return _agreements[group]
 
-    def __init__(self, ranks: list[int], store: dist.Store) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         world = dist.group.WORLD
         if world not in _peers:
             _peers[world] = Peers(world.get_group_store(), dist.get_rank())
         self._peers = _peers[world]
-        self._store = store
-        self._ranks = ranks
+        self._store = dist.PrefixStore("sptransform/calls", group.get_group_store())
+        self._ranks = dist.get_process_group_ranks(group)
         self._me = dist.get_rank()
         self._others = [rank for rank in self._ranks if rank != self._me]
         self._calls = 0
@@ -272,7 +269,7 @@ class Agreement:
             ) from error
 
 
-_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Agreement]] = weakref.WeakKeyDictionary()
+_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, Agreement] = weakref.WeakKeyDictionary()
 _peers: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()
 
 

@@ -27,7 +27,7 @@ class Sharded(Decision):
 
 @dataclass(frozen=True)
 class Circular(Decision):
-    """Each rank computes its part of ``factor`` and holds its part of ``circling``, which the op passes round itself."""
+    """Each rank computes its part of ``factor``, and holds one of ``circling``, which the op passes round itself."""
 
     factor: str
     partition: Partition

@@ -98,8 +98,10 @@ def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
     found = []
     for node in graph.nodes:
         if annotations.note(node).mesh == mesh:
-            specs = dict.fromkeys(x for x in pytree.tree_leaves(node.args) if isinstance(x, str))
-            found.append(Line(f"{line(node)} # {', '.join(specs)}", annotations.source_line(node)))
+            # of a mesh of two dims each rank is in groups of its own, with names of their own
+            texts = [x for x in pytree.tree_leaves(node.args) if isinstance(x, str) and x != mesh.group]
+            text = line(node).replace(f"group_name={mesh.group!r}", "group_name=..")
+            found.append(Line(f"{text} # {', '.join(dict.fromkeys(texts))}", annotations.source_line(node)))
     return found
 
 

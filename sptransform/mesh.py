@@ -28,7 +28,7 @@ class Mesh:
     Attributes:
         size: number of ranks.
         rank: this process's rank among them.
-        group: name of the process group, as graphs hold it; "" for all ranks of a mesh of two dims.
+        group: name of the process group, as graphs hold it.
         device_mesh: the torch mesh behind it; None where ranks are only pretended.
     """
 
@@ -85,12 +85,10 @@ class Mesh:
                     fix="call parallelize on the ranks of the mesh only, each with the mesh it is in",
                 )
             )
-        if device_mesh.ndim == 1:
-            group, rank = device_mesh.get_group().group_name, device_mesh.get_local_rank()
-        else:
-            group, rank = "", device_mesh.mesh.flatten().tolist().index(dist.get_rank())
-        mesh = Mesh(device_mesh.size(), rank, group, device_mesh)
-        for shape in strategy.mesh_shapes(mesh.size, tuple(device_mesh.shape)):
+        shapes = strategy.mesh_shapes(device_mesh.size(), tuple(device_mesh.shape))
+        group = device_mesh.get_group() if device_mesh.ndim == 1 else _group_of_all(device_mesh)
+        mesh = Mesh(group.size(), group.rank(), group.group_name, device_mesh)
+        for shape in shapes:
             mesh.split(*shape)
         return mesh
 
@@ -116,13 +114,33 @@ class Mesh:
         """The torch mesh of two dims behind :meth:`split`."""
         return self.device_mesh if self.device_mesh.ndim == 2 else _split(self.device_mesh, outer, inner)
 
-    @property
-    def ranks(self) -> list[int]:
-        """Global ranks, in order."""
-        return [] if self.device_mesh is None else self.device_mesh.mesh.flatten().tolist()
 
-
+# Process groups and what is made of them last as long as their default group.
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 _splits: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int], DeviceMesh]] = WeakKeyDictionary()
+
+
+def _group_of(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of these global ranks, in this order, made once. Only its members have to come."""
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    known = _groups.setdefault(dist.group.WORLD, {})
+    if tuple(ranks) not in known:
+        known[tuple(ranks)] = dist.new_group(ranks, use_local_synchronization=True)
+    return known[tuple(ranks)]
+
+
+def _group_of_all(device_mesh: DeviceMesh) -> dist.ProcessGroup:
+    ranks = device_mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise UsageError(
+            describe(
+                "the ranks of a mesh of two dims are not in order",
+                found=str(device_mesh.mesh.tolist()),
+                fix="init_device_mesh(...), or a slice of the mesh it gives",
+            )
+        )
+    return _group_of(ranks)
 
 
 def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
@@ -131,11 +149,8 @@ def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
     known = _splits.setdefault(group, {})
     if (outer, inner) not in known:
         ranks = device_mesh.mesh.reshape(outer, inner)
-        at = (ranks == dist.get_rank()).nonzero()[0].tolist()
-        # only their members have to come: the mesh may be one of several that do not know of each other
-        groups = [
-            dist.new_group(own.tolist(), use_local_synchronization=True) for own in (ranks[:, at[1]], ranks[at[0], :])
-        ]
+        ring, place = (ranks == dist.get_rank()).nonzero()[0].tolist()
+        groups = [_group_of(own.tolist()) for own in (ranks[:, place], ranks[ring, :])]
         known[outer, inner] = DeviceMesh.from_group(
             groups, device_mesh.device_type, mesh=ranks, mesh_dim_names=("ring", "ulysses")
         )

@@ -54,6 +54,17 @@ def _zigzag(share: Size, num_ranks: int) -> tuple[Intervals, ...]:
     return (*pairs, ((chunks[num_ranks - 1][0], chunks[num_ranks][1]),))
 
 
+def _at(own: Intervals, start: int, stop: int) -> list[Interval]:
+    """The indices stored at ``start .. stop - 1`` by the owner of ``own``."""
+    found, at = [], 0
+    for lo, hi in own:
+        first, last = max(start - at, 0), min(stop - at, hi - lo)
+        if first < last:
+            found.append((lo + first, lo + last))
+        at += hi - lo
+    return found
+
+
 @dataclass(frozen=True)
 class Partition:
     """Ownership of the indices ``0 .. size-1`` of an axis by ``num_ranks`` ranks.
@@ -100,8 +111,8 @@ class Partition:
     def zigzag(size: Size, num_ranks: int) -> Partition:
         """Rank r owns the r-th and the r-th last of ``2 num_ranks`` chunks: equal work under a causal mask.
 
-        As Llama 3 cuts a context (Dubey et al., arXiv 2407.21783, §3.3.2). Any size will do: the ranks' shares differ by
-        at most one index. The odd ones are in front, where a query sees the fewest keys: from 100 indices a rank on,
+        As Llama 3 cuts a context (Dubey et al., arXiv 2407.21783, §3.3.2). Any size will do: ranks' shares differ by at
+        most one index. The odd ones are in front, where a query sees the fewest keys: from 100 indices a rank on,
         the most work is at most 1% above the mean. Chunks may be empty.
 
         Raises:
@@ -200,6 +211,15 @@ class Partition:
                 shifted.append((left, total if hi == self.size else hi + before))
             owned.append(shifted)
         return Partition.of(total, owned)
+
+    def divided(self, num_parts: int) -> Partition:
+        """Every rank's part, in the order in which it stores it, shared by ``num_parts`` ranks in contiguous blocks."""
+        owned = []
+        for own in self.owned:
+            stored = Partition.contiguous(sum(hi - lo for lo, hi in own), num_parts)
+            owned += [[piece for lo, hi in part for piece in _at(own, lo, hi)] for part in stored.owned]
+            owned += [[]] * (num_parts - stored.num_ranks)
+        return Partition.of(self.size, owned)
 
     def refine(self, factor: int) -> Partition:
         """The same ownership of an axis in which every index became ``factor`` consecutive ones."""

@@ -38,7 +38,8 @@ class Context:
     """What passes share: the request, and what they found out on the way.
 
     Attributes:
-        outputs: "dtensor" or "local" let outputs keep a sharded sequence; "full" gathers them in the graph.
+        outputs: "dtensor" or "local" let outputs keep a sharded sequence; "full" gathers them in the graph; "kept", for
+            mesh dims before the last, leaves shards as they are.
         grad_sync: whether parameter gradients are reduced over the ranks in the graph.
         strict: whether an op without a rule is an error.
         sequence_dims: placeholder name -> its sequence dimension.
@@ -79,7 +80,9 @@ class Pass:
         raise NotImplementedError
 
 
+# what holds of a graph before the first pass, and once all mesh dims are done
 CAPTURED = frozenset({"functional"})
+DISTRIBUTED = frozenset({"functional", "local", "lowered"})
 
 
 def run_passes(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from sptransform import annotations
-from sptransform.pass_manager import Context, run_passes
+from sptransform.pass_manager import DISTRIBUTED, Context, run_passes
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
 from sptransform.rule_table import RuleTable
 from sptransform.rules import OpCall
@@ -23,15 +23,16 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
     share. ``see`` is shown the graph after each, with that dim's context.
     """
     run_passes(gm, NORMALIZE, context)
-    for strategy, mesh in context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules)):
-        if mesh.size == 1:
-            continue
-        part = replace(context, strategy=strategy, mesh=mesh, parts=())
+    stages = context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules))
+    for index, (strategy, mesh) in enumerate(stages):
+        keeps = index + 1 < len(stages) and context.outputs != "full"
+        outputs = "kept" if keeps else context.outputs
+        part = replace(context, strategy=strategy, mesh=mesh, outputs=outputs, parts=())
         annotations.forget_placements(gm.graph)
         run_passes(gm, DISTRIBUTE, part)
         see(gm.graph, part)
         context.parts += (part,)
-    run_passes(gm, FINISH, context, frozenset({"functional", "local", "lowered"}))
+    run_passes(gm, FINISH, context, DISTRIBUTED)
 
 
 def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:

@@ -230,7 +230,7 @@ class USP(Strategy):
             ring, ulysses = mesh.device_mesh.shape
         else:
             ring, ulysses = self.degrees(mesh.size, heads)
-        if 1 in (ring, ulysses) and mesh.group:
+        if 1 in (ring, ulysses):
             return [(Ring(self.layout) if ulysses == 1 else Ulysses(), mesh)]
         outer, inner = mesh.split(ring, ulysses)
         return [(Ring(self.layout), outer), (Ulysses(), inner)]

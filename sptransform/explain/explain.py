@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from sptransform.explain.expanding import expanded_rings
 from sptransform.explain.explanation import Explanation
+from sptransform.pass_manager import DISTRIBUTED, run_passes
+from sptransform.passes.expand_rings import ExpandRings
 from sptransform.rewrite import rewrite
 from sptransform.strategies import Strategy
 
@@ -19,6 +23,7 @@ def explain(
     *,
     world_size: int,
     rank: int = 0,
+    expand: bool = False,
     **options: Any,
 ) -> Explanation:
     """Return what ``rank`` of ``world_size`` would run and send in one training step, without processes or devices.
@@ -32,9 +37,15 @@ def explain(
         inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
         world_size: number of ranks.
         rank: whose bytes; they differ only where something does not divide by the number of ranks.
+        expand: show the steps of rings, hop by hop: in the page, as ``expanded``, and as nodes of ``graph()``.
         options: further options of :func:`sptransform.parallelize`.
 
     Raises:
         UsageError: an argument is wrong.
     """
-    return rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options).explain()
+    rewritten = rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options)
+    explanation = rewritten.explain()
+    if expand:
+        explanation = replace(explanation, expanded=expanded_rings(rewritten))
+        run_passes(rewritten.graph_module, [ExpandRings()], rewritten.context, DISTRIBUTED)
+    return explanation

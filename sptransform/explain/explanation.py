@@ -65,6 +65,21 @@ class RingPass:
 
 
 @dataclass(frozen=True)
+class ExpandedRing:
+    """What one rank does in a ring, one line a step: hops, waits, blocks, merges.
+
+    Attributes:
+        node, layer: as of a :class:`RingPass`.
+        forward, backward: the steps in each direction.
+    """
+
+    node: str
+    layer: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Gathered:
     """A sharded tensor that is made whole because an op with a sharding rule reads it whole.
 
@@ -115,6 +130,7 @@ class Explanation:
         outputs: the tensors the graph returns.
         grad_sync: whether parameter gradients are summed over the ranks.
         rewritten: the graph itself.
+        expanded: of ``explain(..., expand=True)``: the steps of every ring.
     """
 
     strategy: str
@@ -128,6 +144,7 @@ class Explanation:
     outputs: tuple[Output, ...]
     grad_sync: bool
     rewritten: Rewritten = field(repr=False, compare=False)
+    expanded: tuple[ExpandedRing, ...] = ()
 
     @property
     def totals(self) -> tuple[Total, ...]:
@@ -161,7 +178,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for ``json.dumps``; ``graph`` has every module's own lines by its path."""
         data = {f: getattr(self, f) for f in ("strategy", "world_size", "rank", "grad_sync")}
-        for name in ("redistributions", "rings", "fallbacks", "gathered", "outputs", "totals"):
+        for name in ("redistributions", "rings", "expanded", "fallbacks", "gathered", "outputs", "totals"):
             data[name] = [_plain(asdict(entry)) for entry in getattr(self, name)]
         data["graph"] = {path: list(lines) for path, lines in self.rewritten.text_by_layer.items()}
         return data

@@ -47,6 +47,7 @@ def sections(explanation: Explanation) -> list[Section]:
         _totals(explanation),
         _redistributions(explanation),
         _rings(explanation),
+        *_expanded(explanation),
         _parameter_gradients(explanation),
         _fallbacks(explanation),
         _gathered(explanation),
@@ -121,6 +122,18 @@ def _joined(paths: list[str]) -> str:
     numbers = zip(*([int(n) for n in re.findall(r"\d+", path)] for path in paths), strict=True)
     ranges = iter([str(min(n)) if min(n) == max(n) else f"{min(n)}..{max(n)}" for n in numbers])
     return re.sub(r"\d+", lambda _: next(ranges), paths[0])
+
+
+def _expanded(explanation: Explanation) -> Iterable[Section]:
+    """The steps of each kind of ring once: layers do the same on other tensors."""
+    shown: set[str] = set()
+    for ring in explanation.expanded:
+        pattern = re.sub(r"\d+", "#", ring.layer)
+        if pattern not in shown:
+            shown.add(pattern)
+            for direction, steps in (("forward", ring.forward), ("backward", ring.backward)):
+                title = f"{ring.node} in {ring.layer or '(model)'}, {direction} on rank {explanation.rank}"
+                yield Section(title, sentences=steps)
 
 
 def _parameter_gradients(explanation: Explanation) -> Section:

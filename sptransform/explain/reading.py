@@ -77,19 +77,30 @@ def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str,
 
 
 def _gathered(redistributions: list[fx.Node], fallbacks: set[str]) -> Iterator[Gathered]:
-    """Gathers that an op with a rule asks for: one entry a reader."""
+    """Gathers that an op with a rule asks for: one entry a reader. What the strategy gathers for attention is none."""
     for node in redistributions:
-        for (source, target), producer in zip(
-            annotations.note(node).transitions, annotations.operands(node), strict=True
-        ):
+        moved = zip(annotations.note(node).transitions, annotations.operands(node), strict=True)
+        for index, ((source, target), producer) in enumerate(moved):
             if not isinstance(source, Shard) or isinstance(target, Shard):
                 continue
             value = annotations.value(producer)
             num_bytes = value.element_size() * prod(global_shape(source, tuple(value.shape)))
-            for reader in node.users:
-                if reader.op != "output" and reader.name not in fallbacks:
+            for reader in _readers(node, index):
+                rule = annotations.note(reader).rule
+                wanted = rule is not None and bool(rule.roles)
+                if reader.op != "output" and reader.name not in fallbacks and not wanted:
                     line = annotations.source_line(reader)
                     yield Gathered(op_name(reader.target), reader.name, line, num_bytes)
+
+
+def _readers(node: fx.Node, index: int) -> Iterator[fx.Node]:
+    """Who reads the node's output of that index; of a node with one output, its users."""
+    for user in node.users:
+        picked = annotations.projection(user)
+        if picked is None:
+            yield user
+        elif picked[1] == index:
+            yield from user.users
 
 
 def _outputs(graph: fx.Graph) -> Iterator[Output]:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, redistribution, reduction, shape
+from sptransform.op_rules import (
+    attention,
+    creation,
+    indexing,
+    loss,
+    matmul,
+    pointwise,
+    redistribution,
+    reduction,
+    shape,
+)
 from sptransform.rule_table import RuleTable
 
 TABLES = (

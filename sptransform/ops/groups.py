@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from torch.distributed import distributed_c10d
+from torch.distributed import ProcessGroup, distributed_c10d
 
 _pretended: ContextVar[dict[str, int]] = ContextVar("sptransform_pretended_ranks", default={})  # noqa: B039
 
@@ -14,10 +14,13 @@ _pretended: ContextVar[dict[str, int]] = ContextVar("sptransform_pretended_ranks
 def rank_in(group: str) -> int:
     """This process's rank in the group of that name."""
     pretended = _pretended.get()
-    if group in pretended:
-        return pretended[group]
+    return pretended[group] if group in pretended else group_called(group).rank()
+
+
+def group_called(name: str) -> ProcessGroup:
+    """The process group of that name."""
     # the name is what a graph holds of a group; only the resolver turns it back
-    return distributed_c10d._resolve_process_group(group).rank()
+    return distributed_c10d._resolve_process_group(name)
 
 
 @contextmanager
