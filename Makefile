@@ -13,7 +13,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make slow    run the tests marked slow"
 	@echo "make lint    run ruff"
-	@echo "make bench   measure the time the transform takes"
+	@echo "make bench   measure the time of the transform, and of attention beside others"
 	@echo "make clean   remove .venv and caches"
 
 demo: $(VENV)/.installed-examples
@@ -29,7 +29,8 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 
 bench: $(VENV)/.installed-examples
-	$(RUN) benchmarks/transform_time.py $(ARGS)
+	$(RUN) benchmarks/transform_time.py
+	$(RUN) benchmarks/attention.py
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)

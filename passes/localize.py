@@ -71,7 +71,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new = context.rules[node.target].localize(call, local)
     new_note = annotations.note(new)
     new_note.placements, new_note.local_types = note.placements, note.local_types
-    new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
+    new_note.differentiable, new_note.mesh, new_note.rule = note.differentiable, note.mesh, note.rule
     if isinstance(note.decision, Circular):
         new_note.mesh = context.mesh
         keep_result(new)

@@ -73,8 +73,8 @@ def _compile(
         nonlocal is_even
         if part is None:
             lines[:], lengths[:] = captured_lines(graph), lengths_at(graph)
-        elif is_even:  # after an uneven mesh dim ranks do the next in sizes of their own, which follow from the rest
-            lines.extend(schedule_lines(graph, part.mesh))
+        else:
+            lines.extend(schedule_lines(graph, part.mesh, sized=is_even))
             is_even = _is_even(graph)
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)

@@ -22,7 +22,7 @@ from sptransform import annotations
 from sptransform.errors import describe
 from sptransform.mesh import Mesh
 from sptransform.options import Options
-from sptransform.printer import line
+from sptransform.printer import line, op_name
 from sptransform.sizes import size_of
 
 # What a process may have of its own in the text of an argument: which device it drives, addresses of objects.
@@ -93,11 +93,17 @@ def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
     return list(found.values())
 
 
-def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
-    """Every node that communicates over ``mesh``, in order, with the partitions its arguments spell out."""
+def schedule_lines(graph: fx.Graph, mesh: Mesh, *, sized: bool = True) -> list[Line]:
+    """Every node that communicates over ``mesh``, in order, with the partitions its arguments spell out.
+
+    Not ``sized``, only what it does is said: after a mesh dim of uneven shares, sizes on the next are a rank's own.
+    """
     found = []
     for node in graph.nodes:
-        if annotations.note(node).mesh == mesh:
+        if annotations.note(node).mesh == mesh and not sized:
+            changes = ", ".join(f"{source} -> {target}" for source, target in annotations.note(node).transitions)
+            found.append(Line(f"%{node.name} = {op_name(node.target)}({changes})", annotations.source_line(node)))
+        elif annotations.note(node).mesh == mesh:
             # of a mesh of two dims each rank is in groups of its own, with names of their own
             texts = [x for x in pytree.tree_leaves(node.args) if isinstance(x, str) and x != mesh.group]
             text = line(node).replace(f"group_name={mesh.group!r}", "group_name=..")

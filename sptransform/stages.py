@@ -8,8 +8,10 @@ from dataclasses import replace
 from torch import fx
 
 from sptransform import annotations
+from sptransform.errors import UsageError, describe
 from sptransform.pass_manager import DISTRIBUTED, Context, run_passes
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
+from sptransform.placement import Shard
 from sptransform.rule_table import RuleTable
 from sptransform.rules import OpCall
 
@@ -32,7 +34,27 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
         run_passes(gm, DISTRIBUTE, part)
         see(gm.graph, part)
         context.parts += (part,)
+        if index + 1 < len(stages):
+            _check_shares(gm.graph, part)
     run_passes(gm, FINISH, context, DISTRIBUTED)
+
+
+def _check_shares(graph: fx.Graph, part: Context) -> None:
+    """Ranks that go on with one token where others have more would not see the same dimensions. Alike on every rank."""
+    for node in graph.nodes:
+        for placement in annotations.note(node).placements or ():
+            if not isinstance(placement, Shard) or placement.partition.is_even:
+                continue
+            sizes = placement.partition.local_sizes
+            if min(sizes) < 2:
+                raise UsageError(
+                    describe(
+                        "a sequence is too short to be split over two mesh dims",
+                        node=node,
+                        found=f"{placement.partition.size} tokens, shares of {', '.join(map(str, sizes))} on the first",
+                        fix=f"pad it to a multiple of {part.mesh.size}, or split it over one dim: strategy='ring'",
+                    )
+                )
 
 
 def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:

@@ -182,7 +182,7 @@ class USP(Strategy):
     max_mesh_dims: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        Ring(self.layout)
+        _check_choice(self, "layout", "contiguous", "zigzag")
         for name in ("ulysses", "ring"):
             degree = getattr(self, name)
             if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):

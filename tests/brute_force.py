@@ -5,19 +5,26 @@ A rule is a set of theorems about one op: *shard this factor and the results are
 decision demands, runs the op as the rewritten graph would, puts results and gradients together as their placements
 say, and compares with one device. A rank that owns nothing runs like any other. All in one process, on plain tensors,
 in float64.
+
+What the op passes round itself (``circling``) is cut along with the queries, and the ranks run together. An op that
+communicates over a mesh dim distributed already is run by all ranks of both dims: where it says "one device", read
+one line of ranks of that first dim, each with operands of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from sptransform.decisions import Pending, Sharded, decision_for, demands, outcomes
+import sptransform.ops  # noqa: F401 - registers the ops named here
+from sptransform.decisions import Circular, Pending, Sharded, decision_for, demands, outcomes
+from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.ops.groups import pretend
 from sptransform.ops.pieces import assemble, conceal, expose
@@ -26,9 +33,12 @@ from sptransform.partition import Partition
 from sptransform.placement import P, Placement, R, Shard, local_shape
 from sptransform.rule_table import Local
 from sptransform.rules import OpCall, Operand, OpRule, map_nodes
+from tests.lockstep import in_lockstep
 
-GROUP = "ranks"
+# of the mesh dim distributed before, and of the one that rules are tried on
+OUTER, GROUP = (mesh.group for mesh in Mesh.pretended(4).split(2, 2))
 
+T = TypeVar("T")
 Tensors = tuple[Tensor, ...]
 
 
@@ -42,6 +52,7 @@ class Case:
             None for all the rule has.
         same_values: False where the op promises no values (``empty``): only shapes are compared.
         tolerance: absolute and relative.
+        outer: number of ranks of ``OUTER``, which the op communicates over.
     """
 
     target: Any
@@ -50,6 +61,7 @@ class Case:
     factors: str | None = None
     same_values: bool = True
     tolerance: float = 1e-12
+    outer: int = 1
 
     def __str__(self) -> str:
         def short(x: Any) -> str:
@@ -91,8 +103,9 @@ def booleans(*shape: int) -> Tensor:
     return torch.rand(shape, generator=_generator) < 0.5
 
 
-# Operands that torch has no gradient for.
+# Operands that have no gradient.
 CONSTANT_OPERANDS: dict[Any, tuple[str, ...]] = {
+    torch.ops.sptransform.ring_attention.default: ("rows", "columns"),
     torch.ops.aten.binary_cross_entropy_with_logits.default: ("weight", "pos_weight"),
     torch.ops.aten.cross_entropy_loss.default: ("weight",),
     torch.ops.aten.nll_loss_nd.default: ("weight",),
@@ -101,6 +114,22 @@ CONSTANT_OPERANDS: dict[Any, tuple[str, ...]] = {
 
 def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
     """The call as :meth:`OpCall.of_node` would make it, with its operands and eager results."""
+    (first, *_) = _lines_of(case)
+    return first.call, first.operands, first.results
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one rank of ``OUTER`` has: "one device", for the ranks of ``GROUP`` to share."""
+
+    call: OpCall
+    operands: Tensors
+    results: Tensors
+    cotangents: Tensors
+    grads: list[Tensor]
+
+
+def _lines_of(case: Case) -> list[Line]:
     operands: list[Tensor] = []
 
     def operand(x: Any) -> Any:
@@ -111,14 +140,34 @@ def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
 
     args, kwargs = map_nodes((case.args, dict(case.kwargs)), operand)
     call = OpCall(case.target, args, kwargs, tuple(tuple(x.shape) for x in operands), ())
-    leaves = _leaves(call, operands)
-    results = run_call(call, leaves)
-    return replace(call, result_shapes=tuple(tuple(x.shape) for x in results)), leaves, results
+    others = [[randn(*x.shape) for x in operands] for _ in range(case.outer - 1)]
+    leaves = [_leaves(call, xs) for xs in (operands, *others)]
+
+    def run(rank: int, number: int) -> Line:
+        results = run_call(call, leaves[rank])
+        cotangents = tuple(randn(*x.shape) for x in results)
+        grads = _gradients(results, leaves[rank], cotangents)
+        made = replace(call, result_shapes=tuple(tuple(x.shape) for x in results))
+        return Line(made, leaves[rank], results, cotangents, grads)
+
+    return _on_ranks(case.outer, 1, run)
+
+
+def _on_ranks(outer: int, num_ranks: int, run: Callable[[int, int], T], at_once: bool = False) -> list[T]:
+    """``run(rank of OUTER, rank of GROUP)`` on all; rank by rank where they do not communicate."""
+    if outer > 1 or at_once:
+        return in_lockstep(outer * num_ranks, lambda rank: run(*divmod(rank, num_ranks)), inner=num_ranks)
+    found = []
+    for rank in range(num_ranks):
+        with pretend(GROUP, rank):
+            found.append(run(0, rank))
+    return found
 
 
 def _leaves(call: OpCall, xs: Sequence[Tensor]) -> Tensors:
-    """Copies of the operands that gradients arrive at, where torch has one."""
-    constant = {call.operand(name) for name in CONSTANT_OPERANDS.get(call.target, ())}
+    """Copies of the operands that gradients arrive at, where the op has one."""
+    named = [call.argument(name) for name in CONSTANT_OPERANDS.get(call.target, ())]
+    constant = {x.index for x in pytree.tree_leaves(named) if isinstance(x, Operand)}
     copies = (x.detach().clone() for x in xs)
     return tuple(x.requires_grad_(x.is_floating_point() and i not in constant) for i, x in enumerate(copies))
 
@@ -170,34 +219,42 @@ def _edges(size: int, num: int) -> list[tuple[int, int]]:
     return list(pairwise(size * r // num for r in range(num + 1)))
 
 
-def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded]:
-    """Every way to cut ``factor``; as an inner part of it too, unless its extent varies between tensors."""
+def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded | Circular]:
+    """Every way to cut ``factor``; as an inner part of it too, unless its extent varies between tensors.
+
+    Of queries whose positions the op is told, not that; but those with keys that circle, cut alike and otherwise.
+    """
     size = rule.sizes[factor]
+    circling = rule.circling if factor == rule.roles.get("queries") else ()
     for partition in partitions(size, num_ranks):
         yield Sharded(factor, partition)
-    if size % 2 == 0 and size > 2 and all(name != factor for _, _, name in rule.resize):
+    if size % 2 == 0 and size > 2 and not circling and all(name != factor for _, _, name in rule.resize):
         for partition in partitions(size // 2, num_ranks):
             yield Sharded(factor, partition, outer=2)
+    for other in circling:
+        queries, keys = (list(partitions(rule.sizes[f], num_ranks)) for f in (factor, other))
+        for at in range(max(len(queries), len(keys))):
+            for shift in (0, 1):
+                yield Circular(factor, queries[at % len(queries)], other, keys[(at + shift) % len(keys)])
 
 
 def check_case(case: Case) -> None:
     """Raise AssertionError where the rule of the case's op, its decisions or its linearity does not hold."""
-    call, operands, results = call_of(case)
+    lines = _lines_of(case)
+    call = lines[0].call
     rule = DEFAULT_RULES.rule_of(call)
     assert rule is not None, f"no rule for {case}"
     present = present_factors(rule)
     shardable = [f for f in present if f not in rule.whole]
     wanted = shardable if case.factors is None else case.factors.split()
     assert sorted(wanted) == sorted(shardable), f"{case}: can shard {shardable}, expected {wanted}"
-    cotangents = tuple(randn(*x.shape) for x in results)
-    expected = _gradients(results, operands, cotangents)
     for factor in shardable:
         for num_ranks in (2, 3):
             for decision in decisions(rule, factor, num_ranks):
-                _check_decision(case, call, rule, decision, operands, results, cotangents, expected)
+                _check_decision(case, rule, decision, lines)
     for linear in rule.linear:
-        if all(operands[i].is_floating_point() for i in linear):  # nothing else is ever pending
-            _check_linear(case, call, linear, operands, results, cotangents, expected)
+        if all(lines[0].operands[i].is_floating_point() for i in linear):  # nothing else is ever pending
+            _check_linear(case, linear, lines)
 
 
 def _gradients(results: Tensors, operands: Tensors, cotangents: Tensors) -> list[Tensor]:
@@ -212,46 +269,48 @@ def _gradients(results: Tensors, operands: Tensors, cotangents: Tensors) -> list
     return [torch.zeros_like(x) if g is None else g for x, g in zip(operands, found, strict=True)]
 
 
-def _check_decision(
-    case: Case,
-    call: OpCall,
-    rule: OpRule,
-    decision: Sharded,
-    operands: Tensors,
-    results: Tensors,
-    cotangents: Tensors,
-    expected: list[Tensor],
-) -> None:
-    what = f"{case}, {decision.factor} cut {decision.outer}*{decision.partition}"
+def _check_decision(case: Case, rule: OpRule, decision: Sharded | Circular, lines: list[Line]) -> None:
+    what = f"{case}, {_spelled(decision)}"
+    call, results = lines[0].call, lines[0].results
     # an operand that is not read may be placed anyhow; whole is one way
-    asked = tuple(placement or R for placement in demands(rule, decision, len(operands)))
+    asked = tuple(placement or R for placement in demands(rule, decision, len(lines[0].operands)))
     given = outcomes(rule, decision, len(results))
-    for placement, dims in zip(given, rule.results, strict=True):
-        _check_decision_for(rule, decision, placement, dims, what)
+    if isinstance(decision, Sharded):
+        for placement, dims in zip(given, rule.results, strict=True):
+            _check_decision_for(rule, decision, placement, dims, what)
     num_ranks = decision.partition.num_ranks
-    local_results: list[Tensors] = []
-    local_grads: list[list[Tensor]] = []
-    for rank in range(num_ranks):
-        parts = _leaves(call, [_part(x, p, rank) for x, p in zip(operands, asked, strict=True)])
+
+    def run(outer: int, rank: int) -> tuple[Tensors, list[Tensor]]:
+        line = lines[outer]
+        parts = _leaves(call, [_part(x, p, rank) for x, p in zip(line.operands, asked, strict=True)])
         shapes = tuple(local_shape(p, tuple(x.shape), rank) for x, p in zip(results, given, strict=True))
         local = Local(emit, parts, shapes, tuple(x.dtype for x in results), rule, decision, rank, GROUP)
         entry = DEFAULT_RULES[call.target]
-        with pretend(GROUP, rank):
-            got = _as_tuple(local.run(call) if entry.localize is None else entry.localize(call, local))
+        got = _as_tuple(local.run(call) if entry.localize is None else entry.localize(call, local))
         assert tuple(tuple(y.shape) for y in got) == shapes, (
             f"{what}: rank {rank} has {[tuple(y.shape) for y in got]}, its placements say {shapes}"
         )
         assert [y.dtype for y in got] == [y.dtype for y in results], f"{what}: dtype differs"
-        local_cotangents = tuple(_part(g, p, rank) for g, p in zip(cotangents, given, strict=True))
-        local_results.append(tuple(y.detach() for y in got))
-        local_grads.append(_gradients(got, parts, local_cotangents))
-    if case.same_values:
-        for index, (y, placement) in enumerate(zip(results, given, strict=True)):
-            _assert_close(case, together([r[index] for r in local_results], placement), y, f"{what}: result {index}")
-    for index, (g, placement) in enumerate(zip(expected, asked, strict=True)):
-        # of S every rank holds the gradient of its part; of R a pending sum
-        whole = together([grads[index] for grads in local_grads], placement)
-        _assert_close(case, whole, g, f"{what}: gradient of operand {index}")
+        cotangents = tuple(_part(g, p, rank) for g, p in zip(line.cotangents, given, strict=True))
+        return tuple(y.detach() for y in got), _gradients(got, parts, cotangents)
+
+    found = _on_ranks(case.outer, num_ranks, run, at_once=isinstance(decision, Circular))
+    for outer, line in enumerate(lines):
+        own = found[outer * num_ranks : (outer + 1) * num_ranks]
+        if case.same_values:
+            for index, (y, placement) in enumerate(zip(line.results, given, strict=True)):
+                whole = together([ys[index] for ys, _ in own], placement)
+                _assert_close(case, whole, y, f"{what}: result {index}")
+        for index, (g, placement) in enumerate(zip(line.grads, asked, strict=True)):
+            # of S every rank holds the gradient of its part; of R a pending sum
+            whole = together([grads[index] for _, grads in own], placement)
+            _assert_close(case, whole, g, f"{what}: gradient of operand {index}")
+
+
+def _spelled(decision: Sharded | Circular) -> str:
+    if isinstance(decision, Circular):
+        return f"{decision.factor} cut {decision.partition}, {decision.circling} circling {decision.parts}"
+    return f"{decision.factor} cut {decision.outer}*{decision.partition}"
 
 
 def _check_decision_for(
@@ -266,36 +325,34 @@ def _check_decision_for(
     assert outcomes(rule, found, len(rule.results))[rule.results.index(dims)] == placement, what
 
 
-def _check_linear(
-    case: Case,
-    call: OpCall,
-    linear: frozenset[int],
-    operands: Tensors,
-    results: Tensors,
-    cotangents: Tensors,
-    expected: list[Tensor],
-) -> None:
+def _check_linear(case: Case, linear: frozenset[int], lines: list[Line]) -> None:
     """A pending sum through ``linear`` operands: summands in, summands out; their gradients are the whole one."""
     what = f"{case}, linear in {sorted(linear)}"
     num_ranks = 3
-    asked = demands(None, Pending(linear), len(operands))
-    summands = [_summands(x, num_ranks) if p == P else [x] * num_ranks for x, p in zip(operands, asked, strict=True)]
-    local_results: list[Tensors] = []
-    local_grads: list[list[Tensor]] = []
-    for rank in range(num_ranks):
-        parts = _leaves(call, [x[rank] for x in summands])
+    call = lines[0].call
+    asked = demands(None, Pending(linear), len(call.operand_shapes))
+    summands = [
+        [_summands(x, num_ranks) if p == P else [x] * num_ranks for x, p in zip(line.operands, asked, strict=True)]
+        for line in lines
+    ]
+
+    def run(outer: int, rank: int) -> tuple[Tensors, list[Tensor]]:
+        parts = _leaves(call, [x[rank] for x in summands[outer]])
         got = run_call(call, parts)
-        local_results.append(tuple(y.detach() for y in got))
-        local_grads.append(_gradients(got, parts, cotangents))
-    for index, y in enumerate(results):
-        _assert_close(case, sum(r[index] for r in local_results), y, f"{what}: result {index}")
-    for index, (g, placement) in enumerate(zip(expected, asked, strict=True)):
-        grads = [found[index] for found in local_grads]
-        if placement == P:
-            for grad in grads:
-                _assert_close(case, grad, g, f"{what}: gradient of operand {index}")
-        else:
-            _assert_close(case, sum(grads), g, f"{what}: gradient of operand {index}")
+        return tuple(y.detach() for y in got), _gradients(got, parts, lines[outer].cotangents)
+
+    found = _on_ranks(case.outer, num_ranks, run)
+    for outer, line in enumerate(lines):
+        own = found[outer * num_ranks : (outer + 1) * num_ranks]
+        for index, y in enumerate(line.results):
+            _assert_close(case, sum(ys[index] for ys, _ in own), y, f"{what}: result {index}")
+        for index, (g, placement) in enumerate(zip(line.grads, asked, strict=True)):
+            grads = [found[index] for _, found in own]
+            if placement == P:
+                for grad in grads:
+                    _assert_close(case, grad, g, f"{what}: gradient of operand {index}")
+            else:
+                _assert_close(case, sum(grads), g, f"{what}: gradient of operand {index}")
 
 
 def _summands(x: Tensor, num: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ OUR_NAMESPACES = ("sp", "sptransform")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective as this rank issued it; `sent_bytes` leave the rank, as a ring would send them."""
+    """One collective as this rank issued it; `sent_bytes` leave the rank, as a ring would send them.
+
+    `call` tells calls of our ops from each other: None outside of them.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,11 +32,37 @@ class Collective:
     group_size: int
     input_splits: tuple[int, ...] | None = None
     output_splits: tuple[int, ...] | None = None
+    call: int | None = None
 
 
 def num_by_name(collectives: Iterable[Collective]) -> dict[str, int]:
     """How many of each, by name."""
     return dict(Counter(collective.name for collective in collectives))
+
+
+RINGS = ("ring_attention", "ring_attention_backward")
+RUN_NAMES = {
+    "all_gather_into_tensor": "all_gather",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+    "hop": "send_recv",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
+
+
+def by_message(collectives: Iterable[Collective]) -> list[tuple[str, int, int]]:
+    """(kind, count, bytes) as `explain` counts them, in order: all hops that one op makes are one entry."""
+    found: list[tuple[str, int, int]] = []
+    last = None
+    for collective in collectives:
+        kind = RUN_NAMES[collective.name]
+        if kind == "send_recv" and last == collective.call:
+            _, count, sent_bytes = found.pop()
+            found.append((kind, count + 1, sent_bytes + collective.sent_bytes))
+        else:
+            found.append((kind, 1, collective.sent_bytes))
+        last = collective.call
+    return found
 
 
 class CountCollectives(TorchDispatchMode):
@@ -45,6 +74,8 @@ class CountCollectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
+        self._calls = 0
+        self._inside: tuple[int, str] | None = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -65,11 +96,24 @@ class CountCollectives(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
         if func.namespace == "_c10d_functional" and func.overloadpacket.__name__ != "wait_tensor":
-            self.collectives.extend(_collectives(func, args, kwargs))
+            self.collectives.extend(self._named(x) for x in _collectives(func, args, kwargs))
         if func.namespace in OUR_NAMESPACES:
-            with self:
-                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
+            outside, self._calls = self._inside, self._calls + 1
+            self._inside = self._calls, func.overloadpacket.__name__
+            try:
+                with self:
+                    return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
+            finally:
+                self._inside = outside
         return func(*args, **kwargs)
+
+    def _named(self, collective: Collective) -> Collective:
+        """What a ring sends is a hop: to one rank, from one rank."""
+        if self._inside is None:
+            return collective
+        call, op = self._inside
+        name = "hop" if op in RINGS else collective.name
+        return replace(collective, name=name, call=call)
 
 
 def _collectives(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Collective]:

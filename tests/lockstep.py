@@ -34,7 +34,8 @@ class _Stage:
 
     def __init__(self, num_ranks: int, seed: int, inner: int) -> None:
         self.num_ranks, self.inner = num_ranks, inner
-        self.brought: list[list[tuple[str, tuple[Any, ...]]]] = [[] for _ in range(num_ranks)]
+        # of each rank, by group: the collectives it came to, in order
+        self.brought: list[dict[str, list[tuple[str, tuple[Any, ...]]]]] = [{} for _ in range(num_ranks)]
         self.errors: dict[int, BaseException] = {}
         self._seed = seed
         self._turn = 0
@@ -67,24 +68,40 @@ class _Stage:
     def members(self, rank: int, group: str) -> list[int]:
         """Who is in the rank's group of that name."""
         dim = [mesh.group for mesh in self.mesh_of(rank)].index(group)
-        place = [[mesh.rank for at, mesh in enumerate(self.mesh_of(r)[1:], 1) if at != dim] for r in range(self.num_ranks)]
+        meshes = [self.mesh_of(other)[1:] for other in range(self.num_ranks)]
+        place = [[mesh.rank for at, mesh in enumerate(own, 1) if at != dim] for own in meshes]
         return [r for r in range(self.num_ranks) if dim == 0 or place[r] == place[rank]]
 
     def meet(self, rank: int, group: str, name: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """The arguments of this collective of every rank in the group, in rank order."""
-        mine = self.brought[rank]
+        """The arguments of this collective of every rank in the group, in rank order.
+
+        What comes in which order matters within a group only, as it does where ranks run at the same time.
+        """
+        mine = self.brought[rank].setdefault(group, [])
         mine.append((name, args))
         at = len(mine) - 1
+        theirs = {other: self.brought[other].setdefault(group, []) for other in self.members(rank, group)}
         state = torch.get_rng_state()
-        self._pass_on(rank)
-        self._wait(rank)
+        while True:
+            before = self._progress()
+            self._pass_on(rank)
+            self._wait(rank)
+            missing = [other for other, brought in theirs.items() if len(brought) <= at]
+            if not missing:
+                break
+            if ended := self._finished & set(missing):
+                raise RuntimeError(f"rank {min(ended)} ended before collective {at}, {name}, of rank {rank}")
+            if self._progress() == before:
+                raise RuntimeError(f"rank {missing[0]} waits for others in collective {at}, {name}, of rank {rank}")
         torch.set_rng_state(state)
-        for other, theirs in enumerate(self.brought):
-            if len(theirs) <= at:
-                raise RuntimeError(f"rank {other} ended before collective {at}, {name}, of rank {rank}")
-            if theirs[at][0] != name:
-                raise RuntimeError(f"collective {at} is {name} on rank {rank} and {theirs[at][0]} on rank {other}")
-        return [self.brought[other][at][1] for other in self.members(rank, group)]
+        for other, brought in theirs.items():
+            if brought[at][0] != name:
+                raise RuntimeError(f"collective {at} is {name} on rank {rank} and {brought[at][0]} on rank {other}")
+        return [brought[at][1] for brought in theirs.values()]
+
+    def _progress(self) -> int:
+        """Grows in each round of turns, unless every rank waits for another."""
+        return len(self._finished) + sum(len(brought) for own in self.brought for brought in own.values())
 
 
 class _Collectives(TorchDispatchMode):
@@ -98,7 +115,8 @@ class _Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        namespace = getattr(func, "namespace", "")
+        # higher-order operators have a namespace, and no schema
+        namespace = func.namespace if isinstance(func, torch._ops.OpOverload) else ""
         name = func._schema.name.split("::")[1] if namespace else ""
         if namespace == "sptransform" and name in COMMUNICATING and group_of(name, args, kwargs):
             steps = COMMUNICATING[name](self._rank_in(group_of(name, args, kwargs)), *args, **kwargs)

@@ -5,22 +5,28 @@ A graph takes Dynamo's inputs, parameters among them, in Dynamo's order; only a 
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-from sptransform.backend import rewrite_graph
+# Private: whether all ranks have the same graph, so that one serves them all.
+from sptransform.backend import _is_even, rewrite_graph
 from sptransform.dynamo import configured
 from sptransform.mesh import Mesh
 from sptransform.options import Options
 from sptransform.pass_manager import Context
+from sptransform.strategies import Strategy
 from tests.equality import Result
+from tests.graphs import copied, while_captured
+from tests.lockstep import in_lockstep
 from tests.models import Inputs, build
 from tests.simulated import per_rank, simulate, to_ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,3 +91,78 @@ def run_on_ranks(graph: Runnable, num_ranks: int) -> list[Result]:
 
 def _on_ranks(x: Any, num_ranks: int) -> Any:
     return to_ranks(x, num_ranks, requires_grad=x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rewritten graph of every rank, pretended; the same object where all ranks have the same."""
+
+    graphs: list[Runnable]
+
+    @property
+    def context(self) -> Context:
+        return self.graphs[0].context
+
+    def run(self, call: Callable[[Runnable], T], seed: int = 0) -> list[T]:
+        """``call`` with its graph on every rank, in lockstep."""
+        parts = self.context.parts
+        inner = parts[1].mesh.size if len(parts) == 2 else 1
+        return in_lockstep(len(self.graphs), lambda rank: call(self.graphs[rank]), seed=seed, inner=inner)
+
+    def results(self) -> list[Result]:
+        """One forward and backward; of what the graph returns, the loss is the scalar."""
+        return self.run(_forward_and_backward)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A strategy on a number of ranks."""
+
+    num_ranks: int
+    strategy: Strategy
+
+    def __str__(self) -> str:
+        return f"{self.strategy} on {self.num_ranks}"
+
+
+def on_pretended_ranks(model: nn.Module, inputs: Inputs, asked: Sequence[Asked], **options: Any) -> dict[Asked, Ranks]:
+    """The model's graphs for all that is asked, captured once; one for all ranks where these share evenly."""
+    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def use(gm: fx.GraphModule, example_inputs: list[Any]) -> dict[Asked, Ranks]:
+        names = [by_identity.get(id(x)) for x in example_inputs]
+        return {each: _for_ranks(gm, example_inputs, names, each, options) for each in asked}
+
+    return while_captured(model, use, **inputs)
+
+
+def function_on_ranks(function: Callable[..., Any], inputs: Sequence[Any], asked: Asked, **options: Any) -> Ranks:
+    """The same of a function that needs no Dynamo: it reads nothing but its inputs."""
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
+    graph.output((graph.call_function(function, tuple(placeholders)),))
+    return _for_ranks(
+        fx.GraphModule({}, graph), list(inputs), [None] * len(inputs), asked, {"outputs": "full"} | options
+    )
+
+
+def _for_ranks(
+    gm: fx.GraphModule, inputs: list[Any], names: list[str | None], asked: Asked, options: dict[str, Any]
+) -> Ranks:
+    request = Options(**{"strategy": asked.strategy, "outputs": "dtensor"} | options)
+    graphs: list[Runnable] = []
+    for rank in range(asked.num_ranks):
+        if graphs and _is_even(graphs[0].graph_module.graph):
+            graphs.append(graphs[0])
+        else:
+            made = rewrite_graph(gm, inputs, request, Mesh.pretended(asked.num_ranks, rank))
+            graphs.append(Runnable(*made, inputs, names))
+    return Ranks(graphs)
+
+
+def _forward_and_backward(graph: Runnable) -> Result:
+    arguments = copied(graph.inputs)
+    (loss,) = [x for x in graph.graph_module(*arguments) if isinstance(x, torch.Tensor) and x.ndim == 0]
+    loss.backward()
+    pairs = zip(graph.names, arguments, strict=True)
+    return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})

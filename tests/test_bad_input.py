@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import sptransform
-from sptransform import Ulysses, UsageError, options
+from sptransform import USP, AllGatherKV, Ring, Ulysses, UsageError, options
 from tests.collective_counts import CountCollectives
 from tests.gloo_pool import get_pool
 from tests.golden import Golden
@@ -83,8 +83,8 @@ def plain(model: nn.Module, inputs: Inputs | None = None, **given: Any) -> None:
     torch.compile(model, backend="sptransform", options={"backend": "aot_eager"} | given)(**(inputs or token_inputs()))
 
 
-def two_dims() -> DeviceMesh:
-    return init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "sp"))
+def dims(*sizes: int) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "sp", "tp")[: len(sizes)])
 
 
 def in_another_torch(version: str) -> Callable[[nn.Module], None]:
@@ -119,9 +119,20 @@ TABLE: dict[str, Bad] = {
     "strategy_nothing_to_split": Bad(
         lambda m: parallel(m, strategy=Ulysses("batch"))(**{name: x[:1] for name, x in token_inputs().items()})
     ),
+    "strategy_layout": Bad(lambda m: parallel(m, strategy=Ring(layout="x"))),
+    "strategy_kv": Bad(lambda m: parallel(m, strategy=Ring(kv="x"))),
+    "strategy_regather": Bad(lambda m: parallel(m, strategy=AllGatherKV(regather=1))),
+    "strategy_degree": Bad(lambda m: parallel(m, strategy=USP(0))),
+    "strategy_degree_type": Bad(lambda m: parallel(m, strategy=USP("2"))),
+    "strategy_ranks": Bad(lambda m: parallel(m, strategy=USP(ulysses=3))),
+    "plain_strategy_ranks": Bad(lambda m: plain(m, strategy=USP(ulysses=3))),
     # meshes
     "mesh_type": Bad(lambda m: parallel(m, mesh=[0, 1])),
-    "mesh_two_dims": Bad(lambda m: parallel(m, mesh=two_dims())),
+    "mesh_two_dims": Bad(lambda m: parallel(m, mesh=dims(2, 1))),
+    "mesh_two_dims_ring": Bad(lambda m: parallel(m, strategy="ring", mesh=dims(2, 1))),
+    "mesh_two_dims_allgather": Bad(lambda m: parallel(m, strategy="allgather", mesh=dims(2, 1))),
+    "mesh_three_dims": Bad(lambda m: parallel(m, strategy="usp", mesh=dims(2, 1, 1))),
+    "mesh_dims_of_usp": Bad(lambda m: parallel(m, strategy=USP(ulysses=2, ring=1), mesh=dims(2, 1))),
     "mesh_of_others": Bad(lambda m: parallel(m, mesh=DeviceMesh("cpu", [1 - dist.get_rank()]))),
     "mesh_device": Bad(lambda m: parallel(m, mesh=DeviceMesh("meta", [0, 1]))),
     # options

@@ -14,7 +14,7 @@ from sptransform import errors
 from sptransform.errors import SPTransformError, UsageError, describe
 from sptransform.mesh import Mesh
 from sptransform.options import Options
-from sptransform.strategies import Ulysses, strategy_of
+from sptransform.strategies import USP, AllGatherKV, Ring, Ulysses, strategy_of
 from tests.golden import FOLDER, Golden
 from tests.graphs import captured, nodes_of
 
@@ -29,9 +29,12 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "rank": lambda: Mesh.pretended(4, 4),
     "sequence_dims": lambda: Options(sequence_dims={"x": "1"}),
     "split": lambda: Ulysses(split="tokens"),
-    "strategy_planned": lambda: strategy_of("ring"),
+    "strategy_planned": lambda: strategy_of("megatron"),
     "strategy_type": lambda: strategy_of(Ulysses),
     "strategy_unknown": lambda: strategy_of("ulises"),
+    "usp_layout": lambda: USP(layout="striped"),
+    "usp_ranks": lambda: USP(ulysses=3).mesh_shapes(4, (4,)),
+    "usp_ranks_of_two_dims": lambda: USP(ulysses=2, ring=4).mesh_shapes(8, (2, 4)),
 }
 
 
@@ -43,6 +46,36 @@ def test_usage_errors(golden: Golden, name: str) -> None:
     if name.endswith("backend"):  # which backends there are depends on what is installed
         message = message.split("\n  fix: one of ")[0] + "\n  fix: one of ..."
     golden.check(f"errors_usage_{name}", message=message)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AllGatherKV("Zigzag"),
+        lambda: AllGatherKV(regather=None),
+        lambda: Ring(["zigzag"]),
+        lambda: Ring(kv=True),
+        lambda: Ulysses(split=None),
+        lambda: USP(True),
+        lambda: USP(2.0),
+        lambda: USP(-1),
+        lambda: USP(ring=0),
+    ],
+)
+def test_other_wrong_options_of_strategies(make: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match=r"\n  found: \w+=.*\n  fix: "):
+        make()
+
+
+@pytest.mark.parametrize("name", ["auto", "megatron"])
+def test_planned_strategies_are_not_unknown(name: str) -> None:
+    with pytest.raises(UsageError, match="not built yet"):
+        strategy_of(name)
+
+
+@pytest.mark.parametrize("name", ["allgather", "ring", "ulysses", "usp"])
+def test_strategies_by_name(name: str) -> None:
+    assert strategy_of(name) == {"allgather": AllGatherKV, "ring": Ring, "ulysses": Ulysses, "usp": USP}[name]()
 
 
 def test_every_message_has_the_one_form() -> None:

@@ -1,5 +1,6 @@
 """`explain`: what it counts is what runs, on every shape; what it shows is stable, and plain data."""
 
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -13,22 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sptransform
-from sptransform import Explanation, Strategy
-from tests.collective_counts import CountCollectives
+from sptransform import USP, AllGatherKV, Explanation, Ring, Strategy
+from sptransform.errors import UnsupportedOpError
+from sptransform.trace import summary
+from tests.collective_counts import CountCollectives, by_message
 from tests.gloo_pool import get_pool
 from tests.golden import Golden
 from tests.models import Inputs
 from tests.shapes import build_shape
 
 pytestmark = pytest.mark.timeout(240)
-
-RUN_NAMES = {
-    "all_gather_into_tensor": "all_gather",
-    "all_reduce": "all_reduce",
-    "all_to_all_single": "all_to_all",
-    "reduce_scatter_tensor": "reduce_scatter",
-}
-
 
 Sent = list[tuple[str, str, int]]
 
@@ -55,9 +50,9 @@ def sent(
     with CountCollectives() as backward:
         loss.backward()
     ran = [
-        (RUN_NAMES[c.name], direction, c.sent_bytes)
+        (kind, direction, sent_bytes)
         for direction, counted in (("forward", forward), ("backward", backward))
-        for c in counted.collectives
+        for kind, _, sent_bytes in by_message(counted.collectives)
     ]
     return [(c.kind, c.direction, c.bytes_sent) for c in explanation.collectives], ran, loss.detach()
 
@@ -241,6 +236,132 @@ def test_rich_shows_what_the_text_says() -> None:
     shown = console.export_text()
     for line in str(explanation).splitlines():
         assert all(word in shown for word in line.split())
+
+
+@functools.cache
+def of_strategy(strategy: str | Strategy, num_ranks: int, rank: int = 0, seq_len: int = 16) -> Explanation:
+    """Two layers of four query heads and two key heads, which the model repeats as Llama does."""
+    model, inputs = build_shape(4, 2, 2, seq_len, True)
+    return sptransform.explain(model, strategy, inputs, world_size=num_ranks, rank=rank)
+
+
+def test_pages_of_strategies(golden: Golden) -> None:
+    golden.check(
+        "explain_strategies",
+        ring=str(of_strategy(Ring(), 4)),
+        allgather=str(of_strategy(AllGatherKV(), 2)),
+        allgather_again=str(of_strategy(AllGatherKV(regather=True), 2)),
+        usp=str(of_strategy(USP(), 4)),
+    )
+
+
+@pytest.mark.parametrize("strategy", [AllGatherKV(), AllGatherKV(regather=True), Ring(kv="allgather")], ids=str)
+def test_what_the_strategy_gathers_is_no_surprise(strategy: Strategy) -> None:
+    explanation = of_strategy(strategy, 2)
+    assert [r.forward.kind for r in explanation.redistributions if r.change == "S(2) -> R"] == ["all_gather"] * 2
+    assert not explanation.gathered
+
+
+def test_rings_are_plain_data() -> None:
+    explanation = of_strategy(Ring(), 4)
+    data = explanation.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert [ring["layer"] for ring in data["rings"]] == ["blocks.0", "blocks.1"]
+    for ring in data["rings"]:
+        assert ring["kernel"] == "CPU flash"
+        assert "scaled_dot_product_attention" in ring["source_line"]
+        # K, V of two heads of four float64, for four tokens in two rows: to and from a neighbour
+        block = 2 * 2 * 4 * 8 * 4 * 2
+        assert (ring["forward"]["count"], ring["forward"]["bytes_sent"]) == (3, 3 * block)
+        assert (ring["backward"]["count"], ring["backward"]["bytes_sent"]) == (6, 6 * block)
+    assert {"direction": "forward", "kind": "send_recv", "count": 6, "bytes_sent": 6 * block} in data["totals"]
+
+
+def test_the_kernel_that_is_named_is_the_one_for_the_mask() -> None:
+    """Masked blocks may need another; on a CPU it is dropout that does."""
+    names = {}
+    for dropout_p in (0.0, 0.5):
+
+        class Dropped(nn.Module):
+            def forward(self, x: torch.Tensor, dropout_p: float = dropout_p) -> torch.Tensor:
+                return functional.scaled_dot_product_attention(x, x, x, dropout_p=dropout_p).sum()
+
+        (ring,) = sptransform.explain(Dropped(), "ring", (torch.ones(1, 2, 8, 4),), world_size=2).rings
+        names[dropout_p] = ring.kernel
+    assert names == {0.0: "CPU flash", 0.5: "PyTorch reference"}
+
+
+def test_bytes_are_those_of_the_rank() -> None:
+    """Of 9 tokens on 4 ranks the first has 3; each passes on all but what its successor had at first."""
+    entry = 2 * 2 * 4 * 8 * 2  # K and V: heads, size, bytes, batch
+    sizes = [3, 2, 2, 2]
+    for rank in (0, 3):
+        for ring in of_strategy(Ring(), 4, rank, 9).rings:
+            assert ring.forward is not None and ring.backward is not None
+            ahead = sum(sizes) - sizes[(rank + 1) % 4]
+            home = sum(sizes) - sizes[rank]
+            assert ring.forward.bytes_sent == ahead * entry
+            assert ring.backward.bytes_sent == (ahead + home) * entry
+
+
+@pytest.mark.parametrize("strategy", ["allgather", "ring", "usp"])
+def test_one_rank_has_no_rings(strategy: str) -> None:
+    explanation = of_strategy(strategy, 1)
+    assert not explanation.rings and not explanation.collectives
+    assert str(explanation).endswith("Nothing is inserted: the model runs as it is.")
+
+
+def test_without_a_gradient_a_ring_has_no_way_back() -> None:
+    model, inputs = build_shape(4, 2, 2, 16, True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    explanation = sptransform.explain(model, "ring", inputs, world_size=2)
+    assert [ring.backward for ring in explanation.rings] == [None, None]
+    assert explanation.bytes_sent("backward") == 0
+    (line,) = [line.split() for line in str(explanation).splitlines() if "blocks.0..1" in line]
+    assert line[:5] == ["blocks.0..1", "2", "1", "2,048", "-"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (Ring(), "7 collectives forward, 13 backward"),  # 3 hops and 6 a layer; the loss, and the gradients
+        (AllGatherKV(regather=True), "3 collectives forward, 5 backward"),
+        (USP(2, 2), "8 collectives forward, 9 backward"),  # 2 exchanges and a hop a layer; the loss twice
+    ],
+    ids=str,
+)
+def test_the_line_in_the_log_counts_hops(strategy: Strategy, expected: str) -> None:
+    explanation = of_strategy(strategy, 4)
+    rewritten = explanation.rewritten
+    line = summary(rewritten.graph_module.graph, rewritten.context)
+    assert line == f"{strategy} on 4 ranks: {expected}, 0 fallbacks"
+    counts = [sum(c.count for c in explanation.collectives if c.direction == d) for d in ("forward", "backward")]
+    assert expected == f"{counts[0]} collectives forward, {counts[1]} backward"
+
+
+class WithoutHeads(nn.Module):
+    """Attention over [batch, tokens, size]: no rule says how it is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(x)
+        return functional.scaled_dot_product_attention(x, x, x, is_causal=True).sum()
+
+
+@pytest.mark.parametrize("strategy", ["allgather", "ring", "usp"])
+def test_attention_without_a_rule_runs_whole_and_is_reported(strategy: str) -> None:
+    arguments = ((torch.ones(2, 12, 8),),)
+    options = {"world_size": 4, "sequence_dims": {"x": 1}}
+    explanation = sptransform.explain(WithoutHeads(), strategy, *arguments, **options)
+    assert {fallback.op for fallback in explanation.fallbacks} == {"aten.scaled_dot_product_attention.default"}
+    assert not explanation.rings
+    assert "Fallbacks" in str(explanation)
+    with pytest.raises(UnsupportedOpError, match="scaled_dot_product_attention"):
+        sptransform.explain(WithoutHeads(), strategy, *arguments, strict=True, **options)
 
 
 def test_equal_layers_share_a_line() -> None:

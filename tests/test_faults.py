@@ -27,6 +27,7 @@ from torch import nn
 
 import sptransform
 from sptransform import Ulysses
+from sptransform.ops import exchanges
 from tests.gloo_pool import PRELOAD
 from tests.golden import Golden
 from tests.models import Inputs
@@ -54,6 +55,20 @@ def _die_in(direction: str) -> None:
 def _die() -> None:
     os.write(_outcomes, (json.dumps({"died": time.time()}) + "\n").encode())
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_in_a_hop(name: str) -> None:
+    """From now on, die once the first hop of the steps so called is on its way."""
+    perform = exchanges.perform
+
+    def until_a_hop(steps: exchanges.Steps[Any]) -> exchanges.Steps[Any]:
+        yield next(steps)
+        _die()
+
+    def deadly(steps: exchanges.Steps[Any], group: str) -> Any:
+        return perform(until_a_hop(steps) if steps.__name__ == name else steps, group)
+
+    exchanges.perform = deadly
 
 
 @torch.library.custom_op("sptransform_tests::mortal", mutates_args=())
@@ -141,7 +156,15 @@ SOFT: dict[str, tuple[Callable[[nn.Module], Any], str, str]] = {
     "an error before the call": (raise_before, "RankMissingError", "KeyError"),
     "no call": (lambda _: None, "RankMissingError", ""),
 }
-HARD = ["before the call", "in forward", "between forward and backward", "in backward", "at any moment"]
+HARD = [
+    "before the call",
+    "in forward",
+    "between forward and backward",
+    "in backward",
+    "at any moment",
+    "in a hop forward",
+    "in a hop backward",
+]
 
 
 @dataclass(frozen=True)
@@ -194,7 +217,7 @@ def work(rank: int, scenario: Scenario, init_method: str, outcomes: str) -> None
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=scenario.num_ranks)
     # else a rank that has seen another shape alone has another graph from then on, which is a difference of its own
     torch._dynamo.config.automatic_dynamic_shapes = False
-    healthy = parallel(Mortal)
+    healthy = parallel(Mortal, "ring" if "in a hop" in scenario.hard.kind else "ulysses")
     waiting = parallel(Mortal, check_timeout=CHECK_TIMEOUT)
     if scenario.starts_well:
         step(healthy)
@@ -224,6 +247,8 @@ def meet(fault: Fault, rank: int, model: nn.Module) -> None:
 def die_in_time(scenario: Scenario, rank: int, model: nn.Module) -> None:
     """Train until something happens."""
     kind, is_victim = scenario.hard.kind, rank == scenario.hard.victim
+    if is_victim and "in a hop" in kind:
+        _die_in_a_hop(f"{kind.removeprefix('in a hop ')}_steps")
     if is_victim and kind == "before the call":
         _die()
     if is_victim and kind == "at any moment":

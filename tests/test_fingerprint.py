@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,13 +20,14 @@ import sptransform
 from sptransform import backend
 from sptransform.agreement import Agreement
 from sptransform.errors import RankError, RankMissingError, ScheduleMismatchError
-from sptransform.fingerprint import Line, Program, captured_lines, difference, schedule_lines, settings
+from sptransform.fingerprint import Line, Program, captured_lines, difference
 from sptransform.mesh import Mesh
 from sptransform.options import Options
+from sptransform.strategies import USP, Ring, Strategy, Ulysses
 from tests.gloo_pool import get_pool
 from tests.golden import Golden
+from tests.graphs import while_captured
 from tests.models import Inputs, build
-from tests.rewritten import runnables
 from tests.tiny import AttentionWithLoss, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(180)
@@ -36,29 +38,29 @@ pytestmark = pytest.mark.timeout(180)
 
 def program_of(model: nn.Module, inputs: Inputs, rank: int, world_size: int, **options: Any) -> Program:
     """What the backend fingerprints, for a rank that need not exist."""
-    torch._dynamo.reset()
-    captured: list[Line] = []
-    see, original = captured.extend, backend.capture
-
-    def capture(gm: torch.fx.GraphModule, example_inputs: Any) -> torch.fx.GraphModule:
-        graph_module = original(gm, example_inputs)
-        see(captured_lines(graph_module.graph))
-        return graph_module
-
+    asked = Options(**{"backend": "eager"} | options)
     mesh = Mesh.pretended(world_size, rank)
-    backend.capture = capture
-    try:
-        (found,) = runnables(model, inputs, [mesh], **options)
-    finally:
-        backend.capture = original
-    lines = settings(Options(**options), mesh, "1")
-    return Program((*lines, *captured, *schedule_lines(found.graph_module.graph)))
+    with mock.patch.object(backend, "_version", lambda: "1"):
+        _, program, *_ = while_captured(
+            model, lambda gm, inputs: backend._compile(asked, gm, inputs, mesh, True), **inputs
+        )
+    return program
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "sdpa_transformer"])
-def test_a_program_is_the_same_on_every_rank(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("bert", Ulysses()),
+        ("llama", Ulysses()),
+        ("sdpa_transformer", Ulysses()),
+        ("sdpa_transformer", Ring()),
+        ("sdpa_transformer", USP(2, 2)),
+    ],
+    ids=str,
+)
+def test_a_program_is_the_same_on_every_rank(name: str, strategy: Strategy) -> None:
     """Uneven partitions included, where the graphs of ranks differ in their sizes."""
-    programs = [program_of(*build(name), rank, 4, outputs="dtensor") for rank in (0, 1, 3)]
+    programs = [program_of(*build(name), rank, 4, strategy=strategy, outputs="dtensor") for rank in (0, 1, 3)]
     assert len({program.digest for program in programs}) == 1, difference(dict(enumerate(programs)))
 
 

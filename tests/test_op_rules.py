@@ -10,7 +10,16 @@ import torch
 
 from sptransform.decisions import Pending, Replicate, Sharded, decision_for, demands, outcomes
 from sptransform.errors import RuleError
-from sptransform.op_rules import DEFAULT_RULES, TABLES, attention, creation, pointwise, reduction, shape
+from sptransform.op_rules import (
+    DEFAULT_RULES,
+    TABLES,
+    attention,
+    creation,
+    pointwise,
+    redistribution,
+    reduction,
+    shape,
+)
 from sptransform.partition import Partition
 from sptransform.placement import P, R, Shard
 from sptransform.rule_table import OpEntry, RuleTable
@@ -23,6 +32,7 @@ from tests.op_rules import (
     test_loss,
     test_matmul,
     test_pointwise,
+    test_redistribution,
     test_reduction,
     test_shape,
 )
@@ -36,6 +46,7 @@ CASES: list[Case] = [
     *test_loss.CASES,
     *test_matmul.CASES,
     *test_pointwise.CASES,
+    *test_redistribution.CASES,
     *test_reduction.CASES,
     *test_shape.CASES,
 ]
@@ -57,6 +68,7 @@ def test_some_case_of_every_overload_can_be_sharded() -> None:
         if found is not None and found.sizes.keys() - found.whole:
             sharded.add(each.target)
     never_cut = {aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.prod.default}
+    never_cut.add(torch.ops.sptransform.replicate.default)  # of parameters
     assert set(DEFAULT_RULES) - sharded == counting | never_cut
 
 
@@ -76,6 +88,15 @@ def _shardable(form: Callable[[OpCall], OpRule], factor: str) -> Callable[[OpCal
     return apply
 
 
+def _circling_too(form: Callable[[OpCall], OpRule], factor: str) -> Callable[[OpCall], OpRule]:
+    """The rule with a factor that the op is said to pass round."""
+
+    def apply(made: OpCall) -> OpRule:
+        return replace(form(made), circling=frozenset({factor}))
+
+    return apply
+
+
 _QKV = (randn(2, 6, 4, 3), randn(2, 3, 4, 3), randn(2, 3, 4, 3))
 
 
@@ -87,6 +108,10 @@ _QKV = (randn(2, 6, 4, 3), randn(2, 3, 4, 3), randn(2, 3, 4, 3))
         (_shardable(reduction.norm, "i1"), case(aten.rms_norm.default, randn(4, 6), [6])),
         (_shardable(attention.attention, "t"), case(test_attention.sdpa, *_QKV, enable_gqa=True)),
         (attention.attention, case(test_attention.sdpa, *_QKV, enable_gqa=True)),
+        (_circling_too(attention.attention, "t"), case(test_attention.sdpa, *_QKV, enable_gqa=True)),
+        (attention.ring_attention, test_attention.RING_CASES[0]),
+        (redistribution._same, test_redistribution.GATHER),
+        (redistribution._masked, test_redistribution.GATHER),
         (reduction._reduction(summed=True), case(aten.mean.dim, randn(4, 6), [1])),
         (pointwise.pointwise(((0,),)), case(aten.gelu.default, randn(4, 6))),
         (pointwise.pointwise(((0, 1),)), case(aten.mul.Tensor, randn(4, 6), randn(4, 6))),

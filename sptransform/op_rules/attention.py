@@ -39,7 +39,8 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
         key_head_of = list(call.argument("key_head_of"))
         if key_head_of and key_head_of != [i // group for i in range(query[1])]:
             return None
-    names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "m": key[2], "d": query[3], "e": value[3]}
+    names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "d": query[3], "e": value[3]}
+    names["m"] = more.pop("num_masked", key[2])
     operands = [_dims("bhsd", query), _dims("bhtd", key), _dims("bhte", value)]
     resize = {}
     if group > 1:
@@ -74,12 +75,16 @@ def ring_attention(call: OpCall) -> OpRule | None:
 
     It tells masks by position, and passes keys round itself. Once it was given parts, it is cut no further along them.
     """
-    masks = tuple(_dims("bhsm"[4 - len(shape) :], shape) for shape in call.operand_shapes[3:])
+    shapes = call.operand_shapes[3:]
+    masks = tuple(_dims("bhsm"[4 - len(shape) :], shape) for shape in shapes)
+    # of all keys, also where the op was given its rank's
+    lengths = [shape[-1] for shape in shapes if shape and shape[-1] != 1]
     nearest, farthest = call.argument("nearest"), call.argument("farthest")
     is_cut = bool(call.argument("group_name"))
     return _attention(
         call,
         masks,
+        num_masked=lengths[0] if lengths else call.operand_shapes[1][2],
         whole="es" if is_cut else "e",
         own=frozenset({2}),
         circling=frozenset() if is_cut else frozenset("t"),

@@ -1,17 +1,20 @@
-"""Attention: heads, batch, queries and value width can be cut; keys and the contracted width stay whole."""
+"""Attention: heads, batch, queries and value width can be cut; keys and the contracted width stay whole, or circle."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-import sptransform.ops  # noqa: F401 - registers sptransform.attention
+import sptransform.ops  # noqa: F401 - registers the library's own attention
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import Case, booleans, call_of, case, check_case, ids, randn, rule_for
+from tests.brute_force import OUTER, Case, booleans, call_of, case, check_case, ids, integers, randn, rule_for
 
 aten = torch.ops.aten
 sdpa = aten.scaled_dot_product_attention.default
 attention = torch.ops.sptransform.attention.default
+ring = torch.ops.sptransform.ring_attention.default
 
 
 def mask(*shape: int) -> torch.Tensor:
@@ -59,7 +62,48 @@ CASES = [
     case(attention, *qkv(2, 3, 3, 4, 5), None, 0.0, False, factors="b h s e"),
     # keys that all batches share
     case(sdpa, randn(2, 2, 4, 3), randn(1, 2, 5, 3), randn(1, 2, 5, 3), factors="b h s e"),
+    case(ring, *qkv(2, 4, 4, 5, 5), [], [], nearest=0, factors="b h s"),
+    case(ring, *qkv(1, 4, 2, 6, 6, value_width=2), [], [], nearest=0, farthest=2, scale=0.3, factors="h s"),
+    case(ring, *qkv(2, 2, 1, 4, 7), [], [], factors="b h s"),
+    # queries that see only what comes later, the last ones nothing
+    case(ring, *qkv(1, 2, 2, 6, 5), [], [], farthest=-1, factors="h s"),
+    # documents packed into one sequence
+    case(
+        ring,
+        *qkv(2, 4, 2, 6, 6),
+        [integers(3, 2, 1, 6, 1)],
+        [integers(3, 2, 1, 1, 6)],
+        mask="%2 = eq.Tensor(%0, %1)",
+        nearest=0,
+        factors="b h s",
+    ),
+    # padding that leaves rows without keys
+    case(ring, *qkv(2, 4, 4, 5, 5), [], [booleans(2, 1, 1, 5)], mask="%0", nearest=0, factors="b h s"),
+    # numbers for each head, added to the scores; a mask without a batch
+    case(ring, *qkv(2, 4, 4, 4, 5), [randn(4, 4, 5)], [], mask="%0", factors="b h s"),
+    case(ring, *qkv(2, 4, 1, 4, 4), [mask(4, 4)], [booleans(4)], mask="%2 = logical_or(%0, %1)", factors="b h s"),
+    case(ring, *qkv(1, 6, 3, 4, 4), [], [], nearest=0, key_head_of=[0, 0, 1, 1, 2, 2], factors="h s"),
+    case(ring, *qkv(2, 3, 3, 1, 6), [], [booleans(2, 1, 1, 6)], mask="%0", factors="b h"),
+    # cut along queries before, and in a ring of two: along heads and batch only
+    replace(
+        case(ring, *qkv(2, 4, 2, 4, 8), [], [], nearest=0, queries="8/2z", group_name=OUTER, factors="b h"), outer=2
+    ),
+    replace(
+        case(
+            ring,
+            *qkv(2, 4, 2, 3, 3),
+            [],
+            [],
+            farthest=1,
+            queries="6/2",
+            keys="6[0:1,4:6|1:4]",
+            group_name=OUTER,
+            factors="b h",
+        ),
+        outer=2,
+    ),
 ]
+RING_CASES = [case for case in CASES if case.target is ring]
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
@@ -71,6 +115,7 @@ NO_RULE = [
     case(sdpa, randn(1, 2, 4, 3), randn(2, 2, 5, 3), randn(2, 2, 5, 3)),
     case(sdpa, randn(2, 4, 3), randn(2, 5, 3), randn(2, 5, 3)),
     case(attention, *qkv(1, 4, 2, 4, 5), None, 0.0, False, key_head_of=[0, 1, 0, 1]),
+    case(ring, *qkv(1, 4, 2, 4, 5), [], [], key_head_of=[0, 1, 0, 1]),
 ]
 
 
@@ -80,8 +125,20 @@ def test_no_rule(case: Case) -> None:
     assert DEFAULT_RULES.rule_of(call) is None
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[19]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[19], RING_CASES[0]], ids=str)
 def test_roles(case: Case) -> None:
     _, rule = rule_for(case)
     assert dict(rule.roles) == {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
     assert rule.heavy
+
+
+def test_keys_circle_in_rings_that_have_them_whole() -> None:
+    circling = [rule_for(case)[1].circling for case in CASES]
+    is_whole = [case.target is ring and "group_name" not in case.kwargs for case in CASES]
+    assert circling == [frozenset("t" if whole else "") for whole in is_whole]
+
+
+def test_a_ring_is_causal_where_later_queries_see_more() -> None:
+    bands = [{}, {"nearest": 0}, {"farthest": 0}, {"nearest": 0, "farthest": 3}, {"nearest": -3, "farthest": 3}]
+    made = [case(ring, *qkv(1, 2, 2, 4, 4), [], [], **band) for band in bands]
+    assert [rule_for(each)[1].is_causal for each in made] == [False, True, False, True, False]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.nn import functional
 
-from sptransform import annotations
+from sptransform import AllGatherKV, annotations
 from sptransform.partition import Partition
 from sptransform.passes.insert_redistributes import InsertRedistributes
 from sptransform.passes.pack_moves import PackMoves
-from sptransform.placement import Shard, kind
+from sptransform.placement import I, R, Shard, kind
 from sptransform.printer import text
 from sptransform.rewriter import insert_redistribute, is_redistribute
 from tests.golden import Golden
-from tests.graphs import a_context, after, assert_ranks_equal_one_device, on_ranks
+from tests.graphs import a_context, after, assert_ranks_equal_one_device, nodes_of, on_ranks
 from tests.passes.blocks import heads
 
 WEIGHT = torch.eye(2, dtype=torch.float64)
@@ -76,19 +78,67 @@ def test_different_ops_are_not_packed() -> None:
     assert_ranks_equal_one_device(reference, ranks)
 
 
-def test_moves_along_one_axis_are_not_packed() -> None:
+def gathers(gm: fx.GraphModule) -> list[int]:
+    """Tensors in each all-gather, in order."""
+    found = []
+    for node in gm.graph.nodes:
+        if is_redistribute(node):
+            transitions = annotations.note(node).transitions
+            if all(kind(a) + kind(b) == "SR" for a, b in transitions):
+                found.append(len(transitions))
+    return found
+
+
+def test_gathered_keys_and_values_travel_together() -> None:
+    inputs = [heads() for _ in range(3)]
+    for passes, expected in ((InsertRedistributes, [1, 1]), (PackMoves, [2])):
+        gm, _ = after(passes, attend, *inputs, context=a_context(strategy=AllGatherKV()))
+        assert gathers(gm) == expected
+    reference, ranks, graphs = on_ranks(attend, *inputs, num_ranks=2, strategy=AllGatherKV())
+    assert_ranks_equal_one_device(reference, ranks)
+    assert [len(nodes_of(gm, torch.ops.sptransform.gather_packed.default)) for gm in graphs] == [1, 1]
+
+
+def test_gathers_for_different_ops_are_not_packed() -> None:
+    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attend(attend(query, key, value), key.sin(), value.sin())
+
+    inputs = [heads() for _ in range(3)]
+    gm, _ = after(PackMoves, model, *inputs, context=a_context(strategy=AllGatherKV()))
+    assert gathers(gm) == [2, 2]
+
+
+def moved(targets: list[Any], dtypes: list[torch.dtype]) -> list[tuple[int, Any]]:
+    """(tensors, first target) of each move that is left of moves of rows of 8 x 8, all for one op."""
     graph = fx.Graph()
-    rows, columns = Shard(0, Partition.contiguous(8, 2)), Shard(1, Partition.contiguous(8, 2))
-    targets = [columns, Shard(0, Partition.zigzag(8, 2)), columns, Shard(0, Partition.of(8, [[(0, 3)], [(3, 8)]]))]
+    rows = Shard(0, Partition.contiguous(8, 2))
     inputs = [graph.placeholder(f"x{i}") for i in range(len(targets))]
-    for x in inputs:
-        x.meta["val"] = torch.empty(8, 8)
+    for x, dtype in zip(inputs, dtypes, strict=True):
+        x.meta["val"] = torch.empty(8, 8, dtype=dtype)
         annotations.set_placement(x, rows)
     output = graph.output(tuple(inputs))
-    moved = [insert_redistribute(output, [x], [(rows, t)])[0] for x, t in zip(inputs, targets, strict=True)]
-    output.args = (tuple(moved),)
+    moves = [insert_redistribute(output, [x], [(rows, t)])[0] for x, t in zip(inputs, targets, strict=True)]
+    output.args = (tuple(moves),)
     PackMoves().run(graph, a_context())
-    found = [annotations.note(node).transitions for node in graph.nodes if is_redistribute(node)]
-    assert sorted(map(len, found)) == [1, 1, 2]
-    assert {transitions[0][1] for transitions in found if len(transitions) == 1} == {targets[1], targets[3]}
     assert [annotations.placement(node) for node in annotations.operands(output)] == targets
+    notes = [annotations.note(node).transitions for node in graph.nodes if is_redistribute(node)]
+    return [(len(transitions), transitions[0][1]) for transitions in notes]
+
+
+def test_gathers_of_different_dtypes_are_not_packed() -> None:
+    f32, f64 = torch.float32, torch.float64
+    assert moved([R] * 4, [f32, f64, f32, f64]) == [(2, R), (2, R)]
+    assert moved([R] * 2, [f32, f64]) == [(1, R), (1, R)]
+
+
+def test_gathers_do_not_travel_with_exchanges_or_with_what_becomes_invariant() -> None:
+    columns = Shard(1, Partition.contiguous(8, 2))
+    found = moved([R, columns, I, R, columns, I], [torch.float32] * 6)
+    assert sorted(found, key=str) == sorted([(2, R), (2, columns), (1, I), (1, I)], key=str)
+
+
+def test_moves_along_one_axis_are_not_packed() -> None:
+    columns = Shard(1, Partition.contiguous(8, 2))
+    along = [Shard(0, Partition.zigzag(8, 2)), Shard(0, Partition.of(8, [[(0, 3)], [(3, 8)]]))]
+    found = moved([columns, along[0], columns, along[1]], [torch.float32] * 4)
+    assert sorted(found, key=str) == sorted([(2, columns), (1, along[0]), (1, along[1])], key=str)

@@ -256,13 +256,13 @@ def test_autocast_rounds_what_is_added_to_scores() -> None:
     torch.testing.assert_close(gm(*inputs)[0], model(*inputs), rtol=2e-2, atol=2e-2)
 
 
-def _packed() -> tuple[Any, dict[str, Tensor]]:
+def packed() -> tuple[Any, dict[str, Tensor]]:
     model, inputs = build("llama_nocache", seq_len=24)
     positions = torch.cat([torch.arange(15), torch.arange(9)])[None].expand(2, -1)
     return model, {**inputs, "position_ids": positions.contiguous()}
 
 
-def _window() -> tuple[Any, dict[str, Tensor]]:
+def window() -> tuple[Any, dict[str, Tensor]]:
     _, inputs = build("llama_nocache", seq_len=24)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = MistralConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, sliding_window=8)
@@ -273,11 +273,11 @@ HUGGING_FACE: dict[str, tuple[Callable[[], Any], tuple[int | None, int | None], 
     "llama, no cache": (lambda: build("llama_nocache", seq_len=24), (0, None), ""),
     "llama, padded": (lambda: build("llama_padded", seq_len=24), (0, None), "%0"),
     "llama, packed": (
-        _packed,
+        packed,
         (None, None),
         "%4 = le.Tensor(%2, %0); %5 = eq.Tensor(%1, %3); %6 = logical_and(%4, %5)",
     ),
-    "mistral": (_window, (0, 7), ""),
+    "mistral": (window, (0, 7), ""),
     "bert, padded": (lambda: build("bert", seq_len=24), (None, None), "%0"),
 }
 
