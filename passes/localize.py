@@ -42,7 +42,7 @@ class Localize(Pass):
                 note.local_types = tuple(
                     (local_shape(placement, shape, context.mesh.rank), value.dtype) for placement, shape, value in pairs
                 )
-        with _fakes(graph), _ranks_of(graph, context):
+        with _fakes(graph), ranks_of(graph, context):
             for node in nodes:
                 if node in calls:
                     _localize(node, calls[node], context)
@@ -71,15 +71,17 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new = context.rules[node.target].localize(call, local)
     new_note = annotations.note(new)
     new_note.placements, new_note.local_types = note.placements, note.local_types
-    new_note.differentiable, new_note.mesh, new_note.rule = note.differentiable, note.mesh, note.rule
+    new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
+    new_note.rule, new_note.decision = note.rule, note.decision
     if isinstance(note.decision, Circular):
         new_note.mesh = context.mesh
+    if isinstance(note.decision, Circular) or note.rule.unrepeatable:
         keep_result(new)
     succeed(node, new)
 
 
 @contextmanager
-def _ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
+def ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
     """Ops that ask for their rank are told, on this mesh dim and on those distributed before it."""
     meshes = {note.mesh for note in map(annotations.note, graph.nodes) if note.mesh is not None} | {context.mesh}
     with ExitStack() as stack:

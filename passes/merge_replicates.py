@@ -6,6 +6,8 @@ Before, the buckets of one mesh dim are read by those of the other, and their gr
     %q0, %q1 = sptransform.replicate([%p0, %p1], group of the first)
 
 after, once over all ranks, which sends less: ``%q0, %q1 = sptransform.replicate([%w0, %w1], group of all)``.
+
+1. Not after uneven shares of the first dim: each of its ranks may then have other buckets over the second.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class MergeReplicates(Pass):
     ensures = frozenset({"functional", "local", "lowered"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if len(context.parts) < 2:
+        if len(context.parts) < 2 or not context.parts[0].is_even:
             return
         for node in graph.find_nodes(op="call_function", target=torch.ops.sptransform.replicate.default):
             inner = _inner(node)

@@ -28,8 +28,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
-from sptransform.ops.groups import pretend
 from sptransform.pass_manager import Context, Pass
+from sptransform.passes.localize import ranks_of
 from sptransform.rewriter import rename, succeed
 from sptransform.rules import map_nodes
 from sptransform.sizes import SymbolicSizeError
@@ -45,9 +45,9 @@ class OpenCheckpointed(Pass):
         if not policies:
             return
         autocasts: list[torch.autocast] = []
-        with pretend(context.mesh.group, context.mesh.rank):
+        with ranks_of(graph, context):
             try:
-                for node in list(graph.nodes):
+                for node in graph.nodes:  # not a copy: what takes a result out of an opened op is gone by then
                     _follow_autocast(node, autocasts)
                     policy = policies.get(node.meta.get("ac_graph_id"))
                     if policy is not None and node.meta["recompute"] is not CheckpointPolicy.MUST_SAVE:

@@ -145,11 +145,13 @@ class _Reader:
 
     def _view(self, leaf: Leaf) -> fx.Node:
         """The leaf's tensor with its dimensions where scores have them, right where the leaf is first read."""
-        if leaf.broadcasts:
-            return leaf.node
         key = (leaf.node, leaf.places)
         if key not in self.views:
-            self.views[key] = broadcast_view(leaf.node, leaf.places, leaf.reader)
+            view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
+            if annotations.note(view).differentiable:  # the mask is not: it compares, or was detached later
+                view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
+                annotations.note(view).differentiable = False
+            self.views[key] = view
         return self.views[key]
 
 

@@ -7,7 +7,9 @@ holds, in the order in which that one stores it. Before, ``%logits : S(1)`` over
     %logits_1 = sptransform.repartition(%logits, S(1:64[0:8|24:32|8:16|16:24]), S(1:32/4), ..)
 
 1. One exchange among all ranks, and only for what is returned in another order.
-2. Over one mesh dim this was done when redistributes were inserted; here nothing is left to do.
+2. After uneven shares of the first dim what is returned is whole on the ranks of the second, and the exchange is among
+   those of the first.
+3. Over one mesh dim this was done when redistributes were inserted; here nothing is left to do.
 """
 
 from __future__ import annotations

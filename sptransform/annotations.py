@@ -128,6 +128,15 @@ def fork(source: fx.Node, target: fx.Node) -> None:
     target.meta = {**source.meta, _KEY: replace(note(source))}
 
 
+def is_even(graph: fx.Graph) -> bool:
+    """Whether every rank has an equal share of whatever is cut: then the graph is the same on all of them."""
+    notes = [note(node) for node in graph.nodes]
+    ends = [end for found in notes for transition in found.transitions for end in transition]
+    placements = [*ends, *(placement for found in notes for placement in found.placements or ())]
+    partitions = [placement.partition for placement in placements if hasattr(placement, "partition")]
+    return all(partition.is_even for partition in partitions)
+
+
 def forget_placements(graph: fx.Graph) -> None:
     """Keep of the notes what does not depend on a mesh dim, and what was sent: the graph is about to be placed anew."""
     for node in graph.nodes:

@@ -27,7 +27,7 @@ from sptransform import annotations
 from sptransform.agreement import Agreement
 from sptransform.capture import capture, fix_sizes, has_symbolic_sizes
 from sptransform.errors import UsageError, describe
-from sptransform.fingerprint import Line, Program, captured_lines, lengths_at, schedule_lines, settings
+from sptransform.fingerprint import Line, Program, captured_lines, lengths_at, placement_lines, schedule_lines, settings
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options, check_torch_version
@@ -67,20 +67,22 @@ def _compile(
     _check_devices(inputs, mesh)
     lines: list[Line] = []
     lengths: list[tuple[int, int]] = []
-    is_even = True
+    uneven: Context | None = None
 
     def see(graph: fx.Graph, part: Context | None) -> None:
-        nonlocal is_even
+        nonlocal uneven
         if part is None:
             lines[:], lengths[:] = captured_lines(graph), lengths_at(graph)
-        else:
-            lines.extend(schedule_lines(graph, part.mesh, sized=is_even))
-            is_even = _is_even(graph)
+        elif uneven is None:
+            lines.extend(schedule_lines(graph, part.mesh))
+            uneven = None if part.is_even else part
+        else:  # what a group of this mesh dim does is its own, but for where groups meet
+            lines.extend(placement_lines(graph, uneven.mesh))
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
     program = Program((*settings(options, mesh, _version()), *lines))
     # local sizes of uneven shares may stand nowhere in the graph: they are the rank's own
-    share = "" if _is_even(rewritten.graph) else f"-{mesh.rank}/{mesh.size}"
+    share = "" if all(part.is_even for part in context.parts) else f"-{mesh.rank}/{mesh.size}"
     tag = f"sptransform-{_version()}{share}{_recompute_tags(rewritten.graph)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         return lookup_backend(options.backend)(rewritten, list(inputs)), program, lengths, context
@@ -249,14 +251,6 @@ def _recompute_tags(graph: fx.Graph) -> str:
         if "recompute" in node.meta
     ]
     return f"-{hashlib.sha256(repr(tags).encode()).hexdigest()[:16]}" if tags else ""
-
-
-def _is_even(graph: fx.Graph) -> bool:
-    """Whether every rank has an equal share of whatever is cut: then the graph is the same on all of them."""
-    notes = [annotations.note(node) for node in graph.nodes]
-    ends = [end for note in notes for transition in note.transitions for end in transition]
-    placements = [*ends, *(placement for note in notes for placement in note.placements or ())]
-    return all(placement.partition.is_even for placement in placements if isinstance(placement, Shard))
 
 
 @cache

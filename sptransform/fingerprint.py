@@ -22,7 +22,7 @@ from sptransform import annotations
 from sptransform.errors import describe
 from sptransform.mesh import Mesh
 from sptransform.options import Options
-from sptransform.printer import line, op_name
+from sptransform.printer import line
 from sptransform.sizes import size_of
 
 # What a process may have of its own in the text of an argument: which device it drives, addresses of objects.
@@ -93,22 +93,41 @@ def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
     return list(found.values())
 
 
-def schedule_lines(graph: fx.Graph, mesh: Mesh, *, sized: bool = True) -> list[Line]:
-    """Every node that communicates over ``mesh``, in order, with the partitions its arguments spell out.
-
-    Not ``sized``, only what it does is said: after a mesh dim of uneven shares, sizes on the next are a rank's own.
-    """
+def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
+    """Every node that communicates over ``mesh``, in order, with the partitions its arguments spell out."""
     found = []
     for node in graph.nodes:
-        if annotations.note(node).mesh == mesh and not sized:
-            changes = ", ".join(f"{source} -> {target}" for source, target in annotations.note(node).transitions)
-            found.append(Line(f"%{node.name} = {op_name(node.target)}({changes})", annotations.source_line(node)))
-        elif annotations.note(node).mesh == mesh:
+        if annotations.note(node).mesh == mesh:
             # of a mesh of two dims each rank is in groups of its own, with names of their own
             texts = [x for x in pytree.tree_leaves(node.args) if isinstance(x, str) and x != mesh.group]
             text = line(node).replace(f"group_name={mesh.group!r}", "group_name=..")
-            found.append(Line(f"{text} # {', '.join(dict.fromkeys(texts))}", annotations.source_line(node)))
+            specs = f" # {', '.join(dict.fromkeys(texts))}" if texts else ""
+            found.append(Line(text + specs, annotations.source_line(node)))
     return found
+
+
+def placement_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
+    """How the nodes that communicate over ``mesh`` are placed on the mesh dim that was distributed last.
+
+    Ranks with uneven shares of the first distribute the second each for itself. They may do so differently, but not
+    where they meet: what is whole for one rank and a pending sum for another cannot be summed over them.
+    """
+    found = []
+    for node in graph.nodes:
+        if annotations.note(node).mesh == mesh:
+            placed = [_placed(x) for x in (*annotations.operands(node), node)]
+            text = f"%{node.name} on the second mesh dim, after uneven shares of the first: {', '.join(placed)}"
+            found.append(Line(text, annotations.source_line(node)))
+    return found
+
+
+def _placed(node: fx.Node) -> str:
+    placements = annotations.note(node).placements
+    if annotations.projection(node) is not None:
+        placements = (annotations.placement(node),)
+    # without gradients R and I are the same
+    kinds = [str(placement) for placement in placements or ()]
+    return "".join(kinds if annotations.note(node).differentiable else [kind.replace("R", "I") for kind in kinds])
 
 
 def difference(programs: Mapping[int, Program], lengths: Mapping[int, Sequence[str]] | None = None) -> str:

@@ -45,6 +45,7 @@ class Context:
         sequence_dims: placeholder name -> its sequence dimension.
         fallbacks: ops that run replicated for want of a rule.
         output_placements: what the graph returns, one per output; None for outputs that are no tensors.
+        is_even: once distributed: every rank has an equal share of whatever is cut.
         parts: of the request as a whole, the contexts of its mesh dims, in the order in which they were distributed.
     """
 
@@ -57,6 +58,7 @@ class Context:
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     output_placements: tuple[Placement | None, ...] = ()
+    is_even: bool = True
     parts: tuple[Context, ...] = ()
 
 

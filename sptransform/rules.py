@@ -106,6 +106,7 @@ class OpRule:
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
         roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
+        unrepeatable: running the op again would give something else: it draws random numbers inside.
         own: results that each rank has of its own, for the op's backward only (a seed); they have no factors.
         unread: operands that lend their dtype or device only; they may be placed anyhow.
         placements: what decisions were found to ask of tensors and give to them; see ``decisions.placement_of``.
@@ -122,6 +123,7 @@ class OpRule:
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    unrepeatable: bool = False
     own: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
     heavy: bool = False

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import fx
 
 from sptransform import annotations
+from sptransform.decisions import Circular
 from sptransform.errors import UsageError, describe
 from sptransform.pass_manager import DISTRIBUTED, Context, run_passes
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
-from sptransform.placement import Shard
 from sptransform.rule_table import RuleTable
 from sptransform.rules import OpCall
 
@@ -27,31 +27,34 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
     run_passes(gm, NORMALIZE, context)
     stages = context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules))
     for index, (strategy, mesh) in enumerate(stages):
-        keeps = index + 1 < len(stages) and context.outputs != "full"
-        outputs = "kept" if keeps else context.outputs
+        outputs = context.outputs
+        if outputs != "full" and index + 1 < len(stages):
+            outputs = "kept"
+        elif not all(earlier.is_even for earlier in context.parts):
+            outputs = "full"  # how groups of this dim cut is their own; what they return must be alike
         part = replace(context, strategy=strategy, mesh=mesh, outputs=outputs, parts=())
         annotations.forget_placements(gm.graph)
         run_passes(gm, DISTRIBUTE, part)
-        see(gm.graph, part)
-        context.parts += (part,)
+        part.is_even = annotations.is_even(gm.graph)
         if index + 1 < len(stages):
             _check_shares(gm.graph, part)
+        see(gm.graph, part)
+        context.parts += (part,)
     run_passes(gm, FINISH, context, DISTRIBUTED)
 
 
 def _check_shares(graph: fx.Graph, part: Context) -> None:
-    """Ranks that go on with one token where others have more would not see the same dimensions. Alike on every rank."""
+    """Ranks with one token where others have more would go on differently: one is no sequence. Alike on all ranks."""
     for node in graph.nodes:
-        for placement in annotations.note(node).placements or ():
-            if not isinstance(placement, Shard) or placement.partition.is_even:
-                continue
-            sizes = placement.partition.local_sizes
-            if min(sizes) < 2:
+        decision = annotations.note(node).decision
+        for partition in (decision.partition, decision.parts) if isinstance(decision, Circular) else ():
+            sizes = partition.local_sizes
+            if not partition.is_even and min(sizes) < 2:
                 raise UsageError(
                     describe(
                         "a sequence is too short to be split over two mesh dims",
                         node=node,
-                        found=f"{placement.partition.size} tokens, shares of {', '.join(map(str, sizes))} on the first",
+                        found=f"{partition.size} tokens, shares of {', '.join(map(str, sizes))} on the first",
                         fix=f"pad it to a multiple of {part.mesh.size}, or split it over one dim: strategy='ring'",
                     )
                 )

@@ -6,6 +6,7 @@ A graph takes Dynamo's inputs, parameters among them, in Dynamo's order; only a 
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-# Private: whether all ranks have the same graph, so that one serves them all.
-from sptransform.backend import _is_even, rewrite_graph
+from sptransform import annotations
+from sptransform.backend import rewrite_graph
 from sptransform.dynamo import configured
 from sptransform.mesh import Mesh
+from sptransform.ops.groups import pretend
 from sptransform.options import Options
 from sptransform.pass_manager import Context
 from sptransform.strategies import Strategy
@@ -27,16 +29,22 @@ from tests.models import Inputs, build
 from tests.simulated import per_rank, simulate, to_ranks
 
 T = TypeVar("T")
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Runnable:
-    """A rewritten graph and its inputs; `names` has the parameter's name where an input is one."""
+    """A rewritten graph, its inputs, and what it was compiled to; `names` has an input's name if it is a parameter."""
 
     graph_module: fx.GraphModule
     context: Context
     inputs: list[Any]
     names: list[str | None]
+    compiled: Callable[..., Any] | None = None
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        return self.compiled or self.graph_module
 
 
 class _Stop(Exception):
@@ -125,13 +133,18 @@ class Asked:
         return f"{self.strategy} on {self.num_ranks}"
 
 
-def on_pretended_ranks(model: nn.Module, inputs: Inputs, asked: Sequence[Asked], **options: Any) -> dict[Asked, Ranks]:
-    """The model's graphs for all that is asked, captured once; one for all ranks where these share evenly."""
+def on_pretended_ranks(
+    model: nn.Module, inputs: Inputs, asked: Sequence[Asked], compiler: Compiler | None = None, **options: Any
+) -> dict[Asked, Ranks]:
+    """The model's graphs for all that is asked, captured once; one for all ranks where these share evenly.
+
+    ``compiler`` is an inner backend; without, graphs run as they are.
+    """
     by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> dict[Asked, Ranks]:
         names = [by_identity.get(id(x)) for x in example_inputs]
-        return {each: _for_ranks(gm, example_inputs, names, each, options) for each in asked}
+        return {each: _for_ranks(gm, example_inputs, names, each, compiler, options) for each in asked}
 
     return while_captured(model, use, **inputs)
 
@@ -141,28 +154,36 @@ def function_on_ranks(function: Callable[..., Any], inputs: Sequence[Any], asked
     graph = fx.Graph()
     placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
     graph.output((graph.call_function(function, tuple(placeholders)),))
-    return _for_ranks(
-        fx.GraphModule({}, graph), list(inputs), [None] * len(inputs), asked, {"outputs": "full"} | options
-    )
+    names = [None] * len(inputs)
+    return _for_ranks(fx.GraphModule({}, graph), list(inputs), names, asked, None, {"outputs": "full"} | options)
 
 
 def _for_ranks(
-    gm: fx.GraphModule, inputs: list[Any], names: list[str | None], asked: Asked, options: dict[str, Any]
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    names: list[str | None],
+    asked: Asked,
+    compiler: Compiler | None,
+    options: dict[str, Any],
 ) -> Ranks:
     request = Options(**{"strategy": asked.strategy, "outputs": "dtensor"} | options)
     graphs: list[Runnable] = []
     for rank in range(asked.num_ranks):
-        if graphs and _is_even(graphs[0].graph_module.graph):
+        if graphs and annotations.is_even(graphs[0].graph_module.graph):
             graphs.append(graphs[0])
         else:
-            made = rewrite_graph(gm, inputs, request, Mesh.pretended(asked.num_ranks, rank))
-            graphs.append(Runnable(*made, inputs, names))
+            made, context = rewrite_graph(gm, inputs, request, Mesh.pretended(asked.num_ranks, rank))
+            with ExitStack() as stack:
+                for part in context.parts:
+                    stack.enter_context(pretend(part.mesh.group, part.mesh.rank))
+                call = None if compiler is None else compiler(made, inputs)
+            graphs.append(Runnable(made, context, inputs, names, call))
     return Ranks(graphs)
 
 
 def _forward_and_backward(graph: Runnable) -> Result:
     arguments = copied(graph.inputs)
-    (loss,) = [x for x in graph.graph_module(*arguments) if isinstance(x, torch.Tensor) and x.ndim == 0]
+    (loss,) = [x for x in graph.call(*arguments) if isinstance(x, torch.Tensor) and x.ndim == 0]
     loss.backward()
     pairs = zip(graph.names, arguments, strict=True)
     return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})

@@ -53,8 +53,11 @@ def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_com
             assert_equal_to_one_device(run_one_device(model, inputs), result, MODELS[name].tolerance)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("name", ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"])
+_NAMES = ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"]
+_FOUR = [pytest.param(4, name, marks=pytest.mark.slow if name != "llama_padded" else ()) for name in _NAMES]
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), [*((2, name) for name in _NAMES), *_FOUR])
 def test_five_lengths_compile_at_most_twice(name: str, num_ranks: int) -> None:
     """Torch makes the length symbolic at its second value, and the graph of it serves all the others."""
     lengths = random.Random(num_ranks).sample(range(2 * num_ranks, 129, num_ranks), 5)

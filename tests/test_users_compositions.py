@@ -18,8 +18,8 @@ from tests.models import FLOAT64, Inputs, build
 pytestmark = pytest.mark.timeout(240)
 
 
-def parallel(model: nn.Module, **options: Any) -> nn.Module:
-    return sptransform.parallelize(model, "ulysses", **{"backend": "aot_eager"} | options)
+def parallel(model: nn.Module, strategy: str = "ulysses", **options: Any) -> nn.Module:
+    return sptransform.parallelize(model, strategy, **{"backend": "aot_eager"} | options)
 
 
 def assert_equals_one_device(name: str, result: Result, **shape: int) -> None:
@@ -83,16 +83,16 @@ def global_batch() -> Inputs:
     return {"input_ids": ids, "labels": ids}
 
 
-def replicated(rank: int, world_size: int, order: str, num_micro: int) -> Result:
+def replicated(rank: int, world_size: int, order: str, num_micro: int, strategy: str) -> Result:
     """A step on this rank's half of the batch, in micro-batches; its loss and the gradients DDP leaves."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     group = mesh["dp"].get_group()
     model, _ = build("sdpa_transformer")
     if order == "parallelize first":
-        wrapped = DistributedDataParallel(parallel(model, mesh=mesh["sp"]), process_group=group)
+        wrapped = DistributedDataParallel(parallel(model, strategy, mesh=mesh["sp"]), process_group=group)
     else:
         wrapped = DistributedDataParallel(model, process_group=group)
-        parallel(wrapped.module, mesh=mesh["sp"])
+        parallel(wrapped.module, strategy, mesh=mesh["sp"])
     mine = {name: x.chunk(2)[mesh["dp"].get_local_rank()] for name, x in global_batch().items()}
     batches = [{name: x.chunk(num_micro)[i] for name, x in mine.items()} for i in range(num_micro)]
     total = torch.zeros((), dtype=torch.float64)
@@ -100,17 +100,25 @@ def replicated(rank: int, world_size: int, order: str, num_micro: int) -> Result
         wrapped.require_backward_grad_sync = i == num_micro - 1  # what no_sync() does
         with CountCollectives() as counted:
             loss = wrapped(**batch) / num_micro
-        assert any(collective.name == "all_to_all_single" for collective in counted.collectives)
+        sent_by_attention = {"ring": "hop", "ulysses": "all_to_all_single"}[strategy]
+        assert any(collective.name == sent_by_attention for collective in counted.collectives)
         loss.backward()
         total += loss.detach()
     return Result(total, {name: p.grad.clone() for name, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("order", ["parallelize first", "its module after"])
-def test_ddp_over_dp_x_sp_is_one_device_with_the_global_batch(order: str, num_micro: int) -> None:
+@pytest.mark.parametrize(
+    ("order", "num_micro", "strategy"),
+    [
+        ("parallelize first", 1, "ulysses"),
+        ("parallelize first", 2, "ring"),
+        ("its module after", 1, "ring"),
+        ("its module after", 2, "ulysses"),
+    ],
+)
+def test_ddp_over_dp_x_sp_is_one_device_with_the_global_batch(order: str, num_micro: int, strategy: str) -> None:
     reference = run_one_device(build("sdpa_transformer")[0], global_batch())
-    results = get_pool(4).run(replicated, order, num_micro, timeout=180)
+    results = get_pool(4).run(replicated, order, num_micro, strategy, timeout=180)
     assert torch.equal(results[0].loss, results[1].loss) and torch.equal(results[2].loss, results[3].loss)
     loss = (results[0].loss + results[2].loss) / 2
     for result in results:

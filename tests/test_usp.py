@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sptransform import USP, Ring, Ulysses, UsageError
+from sptransform.fingerprint import placement_lines
 from sptransform.mesh import Mesh
 from tests.graphs import assert_ranks_equal_one_device, run_once
 from tests.lockstep import in_lockstep
-from tests.rewritten import runnables
+from tests.rewritten import Asked, function_on_ranks, runnables
 from tests.test_counts_rings import D, H, Packed
 
 RANKS = range(1, 49)
@@ -133,7 +134,7 @@ def test_masks_of_positions_over_two_mesh_dims(seq_len: int) -> None:
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_a_sequence_of_which_a_ring_rank_has_one_token_is_refused_on_every_rank(rank: int) -> None:
+def test_attention_to_one_token_on_a_ring_rank_is_refused_on_every_rank(rank: int) -> None:
     """One token looks like no sequence: that rank would go on with other collectives than the rest."""
     x = torch.randn(1, 3, H * D, dtype=torch.float64)
     inputs = {"x": x, "documents": torch.zeros(1, 3, dtype=torch.long)}
@@ -145,3 +146,23 @@ def test_a_sequence_of_one_token_each_runs() -> None:
     inputs = {"x": torch.randn(1, 2, H * D, dtype=torch.float64), "documents": torch.zeros(1, 2, dtype=torch.long)}
     (graph, *_) = runnables(Packed().double(), inputs, [Mesh.pretended(4)], strategy=USP(2, 2))
     assert len(graph.context.parts) == 2
+
+
+@pytest.mark.parametrize(("kept", "alike"), [(13, True), (9, True), (5, False), (3, True), (1, True)])
+def test_ranks_that_would_meet_with_other_placements_say_so(kept: int, alike: bool) -> None:
+    """A sum over five tokens is pending for the ranks that have four of them, and whole for those that have one."""
+
+    def loss_of_the_first(x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (4, 2)).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return out[:, :, :kept].pow(2).sum()
+
+    x = torch.randn(1, 13, 8, dtype=torch.float64, requires_grad=True)
+    ranks = function_on_ranks(loss_of_the_first, [x], Asked(4, USP(2, 2)))
+    outer = [graph.context.parts[0].mesh for graph in ranks.graphs]
+    lines = [placement_lines(graph.graph_module.graph, mesh) for graph, mesh in zip(ranks.graphs, outer, strict=True)]
+    assert lines[0] and lines[0] == lines[1] and lines[2] == lines[3]
+    assert ([x.text for x in lines[0]] == [x.text for x in lines[2]]) == alike
+    if alike:
+        runs = ranks.run(lambda graph: run_once(graph.graph_module, graph.inputs))
+        assert_ranks_equal_one_device(run_once(loss_of_the_first, [x]), runs)

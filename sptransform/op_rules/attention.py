@@ -87,6 +87,7 @@ def ring_attention(call: OpCall) -> OpRule | None:
         num_masked=lengths[0] if lengths else call.operand_shapes[1][2],
         whole="es" if is_cut else "e",
         own=frozenset({2}),
+        unrepeatable=call.argument("dropout_p") > 0,
         circling=frozenset() if is_cut else frozenset("t"),
         is_causal=nearest is not None and (farthest is None or nearest + farthest > 0),
     )
