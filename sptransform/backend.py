@@ -72,7 +72,7 @@ def _compile(
     def see(graph: fx.Graph, part: Context | None) -> None:
         nonlocal uneven
         if part is None:
-            lines[:], lengths[:] = captured_lines(graph), lengths_at(graph)
+            lines[:], lengths[:], uneven = captured_lines(graph), lengths_at(graph), None
         elif uneven is None:
             lines.extend(schedule_lines(graph, part.mesh))
             uneven = None if part.is_even else part
