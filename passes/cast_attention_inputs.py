@@ -22,10 +22,9 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.op_rules.attention import ATTENTION
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, replace_operand
-
-_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.sptransform.attention.default)
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class CastAttentionInputs(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in list(graph.nodes):
-            if node.target in _ATTENTION:
+            if node.target in ATTENTION:
                 dtype = annotations.value(node).dtype
                 for index, operand in enumerate(annotations.operands(node)[:3]):
                     if annotations.value(operand).dtype != dtype:

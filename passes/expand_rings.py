@@ -2,8 +2,8 @@
 
 Before: ``%ring_attention = sptransform.ring_attention(%q, %k, %v, [], [], ...)``; after, on rank 0 of 2::
 
-    %cat = aten.cat([%k_flat, %v_flat])
-    %all_to_all_single = _c10d_functional.all_to_all_single(%cat, [0, 256], [0, 256], ...)
+    %pack_block = sptransform.pack_block(%k, %v)
+    %all_to_all_single = _c10d_functional.all_to_all_single(%pack_block, [0, 256], [0, 256], ...)
     %attention_block = sptransform.attention_block(%q, %k, %v, ...)
     %wait_tensor = _c10d_functional.wait_tensor(%all_to_all_single)
     ...
@@ -23,8 +23,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.ops.ring import trace_steps
 from sptransform.pass_manager import Context, Pass
-from sptransform.rewriter import succeed
-from sptransform.rules import map_nodes
+from sptransform.rewriter import fake_arguments, succeed
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,7 @@ class ExpandRings(Pass):
 
 def _expand(node: fx.Node) -> None:
     mesh = annotations.note(node).mesh
-    args, kwargs = map_nodes(
-        (node.args, dict(node.kwargs)), lambda x: annotations.value(x) if isinstance(x, fx.Node) else x
-    )
-    steps = trace_steps("ring_attention", 0 if mesh is None else mesh.rank, args, kwargs)
+    steps = trace_steps("ring_attention", 0 if mesh is None else mesh.rank, *fake_arguments(node))
     places = dict(zip(steps.graph.find_nodes(op="placeholder"), annotations.operands(node), strict=True))
     with node.graph.inserting_before(node):
         results = node.graph.graph_copy(steps.graph, places)
@@ -54,10 +50,5 @@ def _expand(node: fx.Node) -> None:
             annotations.copy(node, copied)
     for user in list(node.users):
         _, index = annotations.projection(user)
-        if results[index] is None:
-            continue
-        result = results[index]
-        name = user.name
-        succeed(user, result)
-        result.name = name
+        succeed(user, results[index])
     node.graph.erase_node(node)

@@ -23,6 +23,7 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.axes import Atom, resolve, unify
+from sptransform.op_rules.attention import mask_of
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
@@ -49,14 +50,13 @@ class MoveKeysUnrepeated(Pass):
             if None in sources or sources[0][1] != sources[1][1]:
                 continue
             (key, group), (value, _) = sources
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             new = emit_like(
                 node,
                 torch.ops.sptransform.attention.default,
                 query,
                 key,
                 value,
-                mask,
+                mask_of(node),
                 call.argument("dropout_p"),
                 call.argument("is_causal"),
                 scale=call.argument("scale"),

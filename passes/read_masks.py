@@ -36,13 +36,13 @@ from sptransform.masks.constants import Constants
 from sptransform.masks.expressions import Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Band, Visibility
+from sptransform.op_rules.attention import ATTENTION, mask_of
 from sptransform.op_rules.masks import CONVERT, broadcast_view
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import autocast_at, emit_like, rename, succeed
 from sptransform.rules import OpCall
 from sptransform.sizes import SymbolicSizeError
 
-_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.sptransform.attention.default)
 _LENGTH = 2
 
 
@@ -54,13 +54,13 @@ class ReadMasks(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         if not context.strategy.reads_masks:
             return
-        nodes = [node for node in graph.nodes if node.target in _ATTENTION and _has_rule(node, context)]
+        nodes = [node for node in graph.nodes if node.target in ATTENTION and _has_rule(node, context)]
         # what is as large as the queries of one layer is no burden to compute once
         largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
         reader = _Reader(Regions(context.rules), Constants(largest))
         for node in nodes:
             call = OpCall.of_node(node)
-            mask = _mask(node)
+            mask = mask_of(node)
             read = _Read() if mask is None else reader.read(node, mask)
             band = read.band & Band(nearest=0) if call.argument("is_causal") else read.band
             new = emit_like(
@@ -90,10 +90,6 @@ def _has_rule(node: fx.Node, context: Context) -> bool:
 
 def _num_entries(node: fx.Node) -> int:
     return prod(size for size in annotations.shape(node) if isinstance(size, int))
-
-
-def _mask(node: fx.Node) -> fx.Node | None:
-    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from sptransform.placement import Shard
 from sptransform.sizes import Size, size_of
 
 if TYPE_CHECKING:
@@ -129,12 +130,11 @@ def fork(source: fx.Node, target: fx.Node) -> None:
 
 
 def is_even(graph: fx.Graph) -> bool:
-    """Whether every rank has an equal share of whatever is cut: then the graph is the same on all of them."""
+    """Whether every rank has an equal share of whatever is cut."""
     notes = [note(node) for node in graph.nodes]
     ends = [end for found in notes for transition in found.transitions for end in transition]
     placements = [*ends, *(placement for found in notes for placement in found.placements or ())]
-    partitions = [placement.partition for placement in placements if hasattr(placement, "partition")]
-    return all(partition.is_even for partition in partitions)
+    return all(placement.partition.is_even for placement in placements if isinstance(placement, Shard))
 
 
 def forget_placements(graph: fx.Graph) -> None:

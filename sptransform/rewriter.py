@@ -80,11 +80,14 @@ def insert_redistribute(
     return outputs
 
 
+def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments, with their fake values for the nodes among them."""
+    return map_nodes((node.args, dict(node.kwargs)), lambda x: annotations.value(x) if isinstance(x, fx.Node) else x)
+
+
 def compute_value(node: fx.Node) -> None:
     """Set the node's fake value by running it on those of its arguments."""
-    args, kwargs = map_nodes(
-        (node.args, dict(node.kwargs)), lambda x: annotations.value(x) if isinstance(x, fx.Node) else x
-    )
+    args, kwargs = fake_arguments(node)
     node.meta["val"] = node.target(*args, **kwargs)
 
 

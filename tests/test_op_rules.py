@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -110,8 +111,8 @@ _QKV = (randn(2, 6, 4, 3), randn(2, 3, 4, 3), randn(2, 3, 4, 3))
         (attention.attention, case(test_attention.sdpa, *_QKV, enable_gqa=True)),
         (_circling_too(attention.attention, "t"), case(test_attention.sdpa, *_QKV, enable_gqa=True)),
         (attention.ring_attention, test_attention.RING_CASES[0]),
-        (redistribution._same, test_redistribution.GATHER),
-        (redistribution._masked, test_redistribution.GATHER),
+        (partial(redistribution._passing, moved=(), linear=True), test_redistribution.GATHER),
+        (partial(redistribution._passing, moved=(), linear=False), test_redistribution.GATHER),
         (reduction._reduction(summed=True), case(aten.mean.dim, randn(4, 6), [1])),
         (pointwise.pointwise(((0,),)), case(aten.gelu.default, randn(4, 6))),
         (pointwise.pointwise(((0, 1),)), case(aten.mul.Tensor, randn(4, 6), randn(4, 6))),

@@ -11,7 +11,7 @@ from sptransform import annotations
 from sptransform.explain.explanation import ExpandedRing
 from sptransform.ops.ring import trace_steps
 from sptransform.printer import text
-from sptransform.rules import map_nodes
+from sptransform.rewriter import fake_arguments
 
 if TYPE_CHECKING:
     from sptransform.rewrite import Rewritten
@@ -25,9 +25,7 @@ def expanded_rings(rewritten: Rewritten) -> tuple[ExpandedRing, ...]:
 
 
 def _expanded(node: fx.Node) -> ExpandedRing:
-    args, kwargs = map_nodes(
-        (node.args, dict(node.kwargs)), lambda x: annotations.value(x) if isinstance(x, fx.Node) else x
-    )
+    args, kwargs = fake_arguments(node)
     rank = annotations.note(node).mesh.rank
     out, lse, seed = annotations.value(node)
     forward = trace_steps("ring_attention", rank, args, kwargs)

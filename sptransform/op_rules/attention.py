@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.decisions import Circular, Sharded
@@ -151,10 +151,18 @@ def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Se
     return Sent("send_recv", hops, ahead), Sent("send_recv", 2 * hops, ahead + home)
 
 
+# attention as models write it, or as MoveKeysUnrepeated leaves it
+ATTENTION = (aten.scaled_dot_product_attention.default, sp.attention.default)
+
+
+def mask_of(node: fx.Node) -> fx.Node | None:
+    """The mask that a node of ``ATTENTION`` is given."""
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
 _ATTENTION = OpEntry(attention, _attention_local)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
-    (aten.scaled_dot_product_attention.default, _ATTENTION),
-    (sp.attention.default, _ATTENTION),
+    *((op, _ATTENTION) for op in ATTENTION),
     (sp.ring_attention.default, OpEntry(ring_attention, _ring_attention_local, _ring_sends)),
 ]

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 _LINEAR_IN_EACH = ((0,), (1,))
 _LINEAR_JOINTLY = ((0, 1),)
-_LINEAR = ((0,),)
+LINEAR = ((0,),)
 
 
 def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
@@ -71,19 +71,19 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.__and__.Tensor, pointwise()),
     (aten.__or__.Tensor, pointwise()),
     (aten.add.Tensor, pointwise(_LINEAR_JOINTLY)),
-    (aten.alias.default, pointwise(_LINEAR)),
-    (aten.clone.default, pointwise(_LINEAR)),
-    (aten.contiguous.default, pointwise(_LINEAR)),
-    (aten.detach.default, pointwise(_LINEAR)),
-    (aten.div.Scalar, pointwise(_LINEAR)),
-    (aten.div.Tensor, pointwise(_LINEAR)),
+    (aten.alias.default, pointwise(LINEAR)),
+    (aten.clone.default, pointwise(LINEAR)),
+    (aten.contiguous.default, pointwise(LINEAR)),
+    (aten.detach.default, pointwise(LINEAR)),
+    (aten.div.Scalar, pointwise(LINEAR)),
+    (aten.div.Tensor, pointwise(LINEAR)),
     (aten.dropout.default, OpEntry(pointwise(), _dropout)),
     (aten.gelu.default, pointwise()),
     (aten.leaky_relu.default, pointwise()),
     (aten.lift_fresh_copy.default, pointwise()),
-    (aten.mul.Scalar, pointwise(_LINEAR)),
+    (aten.mul.Scalar, pointwise(LINEAR)),
     (aten.mul.Tensor, pointwise(_LINEAR_IN_EACH)),
-    (aten.neg.default, pointwise(_LINEAR)),
+    (aten.neg.default, pointwise(LINEAR)),
     (aten.selu.default, pointwise()),
     (aten.sub.Tensor, pointwise(_LINEAR_JOINTLY)),
     (aten.to.device, pointwise()),

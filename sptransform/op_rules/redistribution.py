@@ -9,20 +9,21 @@ from typing import Any
 import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.op_rules.pointwise import LINEAR, pointwise
 from sptransform.rule_table import Local, OpEntry
 from sptransform.rules import Dims, OpCall, OpRule, RuleFn, Shape
 
 sp = torch.ops.sptransform
 
 
-def _moved(*arguments: str, linear: bool = False) -> RuleFn:
+def _moved(*arguments: str) -> RuleFn:
     """Every dimension passes but those along which the op moves parts, which the ``arguments`` spell out."""
 
     def apply(call: OpCall) -> OpRule:
         texts = [call.argument(name) for name in arguments]
         specs = [text for x in texts for text in ([x] if isinstance(x, str) else x)]
         moved = {int(dim) for spec in specs for dim in re.findall(r"^S\((\d+):", spec)}
-        return _passing(call, moved, linear)
+        return _passing(call, moved, linear=True)
 
     return apply
 
@@ -52,17 +53,9 @@ def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
     )
 
 
-def _same(call: OpCall) -> OpRule:
-    return _passing(call, (), linear=True)
-
-
 def _whole(call: OpCall) -> OpRule:
     """Parameters, which no strategy cuts here."""
     return _passing(call, range(max(map(len, call.operand_shapes))), linear=False)
-
-
-def _masked(call: OpCall) -> OpRule:
-    return _passing(call, (), linear=False)
 
 
 def _mask_local(call: OpCall, local: Local) -> Any:
@@ -71,14 +64,14 @@ def _mask_local(call: OpCall, local: Local) -> Any:
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
-    (sp.all_to_all.default, _moved("sources", "targets", linear=True)),
-    (sp.cut.default, _moved("spec", linear=True)),
-    (sp.dropout_mask.default, OpEntry(_masked, _mask_local)),
-    (sp.first_rank.default, _same),
-    (sp.gather.default, _moved("spec", linear=True)),
-    (sp.gather_packed.default, _moved("specs", linear=True)),
-    (sp.repartition.default, _moved("source", "target", linear=True)),
+    (sp.all_to_all.default, _moved("sources", "targets")),
+    (sp.cut.default, _moved("spec")),
+    (sp.dropout_mask.default, OpEntry(pointwise(), _mask_local)),
+    (sp.first_rank.default, pointwise(LINEAR)),
+    (sp.gather.default, _moved("spec")),
+    (sp.gather_packed.default, _moved("specs")),
+    (sp.repartition.default, _moved("source", "target")),
     (sp.replicate.default, _whole),
-    (sp.sum.default, _same),
-    (sp.sum_scatter.default, _moved("spec", linear=True)),
+    (sp.sum.default, pointwise(LINEAR)),
+    (sp.sum_scatter.default, _moved("spec")),
 ]

@@ -33,64 +33,66 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> T
 
 def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Every rank's part -> the whole. Uneven parts travel padded to the largest."""
-    x, dim = expose(x, shard)
-    partition = shard.partition
-    front = x.movedim(dim, 0)
-    if not partition.is_even:
-        front = _pad_to(front, max(partition.local_sizes))
-    parts = _c10d.wait_tensor(_c10d.all_gather_into_tensor(front.contiguous(), partition.num_ranks, group))
-    return conceal(_in_order(parts, 0, partition).movedim(0, dim).contiguous(), shard)
+    front = _part_in_front(x, shard).contiguous()
+    return _whole(_c10d.wait_tensor(_c10d.all_gather_into_tensor(front, shard.partition.num_ranks, group)), shard)
 
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Pending sum of wholes -> every rank's part of the sum."""
-    x, dim = expose(x, shard)
-    partition = shard.partition
-    parts = _by_rank(x.movedim(dim, 0), 0, partition)
-    mine = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts.contiguous(), "sum", partition.num_ranks, group))
-    if not partition.is_even:
-        mine = mine.narrow(0, 0, partition.local_size(rank_in(group)))
-    return conceal(mine.movedim(0, dim).contiguous(), shard)
+    parts = _by_rank(_in_front(x, shard), 0, shard.partition).contiguous()
+    mine = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts, "sum", shard.partition.num_ranks, group))
+    return _own(mine, shard, group)
 
 
 def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
     """:func:`all_gather` of several tensors of one dtype, in one message."""
-    fronts, finish = [], []
-    for x, shard in zip(xs, shards, strict=True):
-        x, dim = expose(x, shard)
-        front = x.movedim(dim, 0)
-        if not shard.partition.is_even:
-            front = _pad_to(front, max(shard.partition.local_sizes))
-        fronts.append(front)
-        finish.append((dim, shard))
     num_ranks = shards[0].partition.num_ranks
+    fronts = [_part_in_front(x, shard) for x, shard in zip(xs, shards, strict=True)]
     flat = torch.cat([front.reshape(-1) for front in fronts])
     came = _c10d.wait_tensor(_c10d.all_gather_into_tensor(flat, num_ranks, group)).view(num_ranks, -1)
-    wholes = []
-    for part, front, (dim, shard) in zip(came.split([f.numel() for f in fronts], 1), fronts, finish, strict=True):
-        parts = part.reshape(num_ranks * front.shape[0], *front.shape[1:])
-        wholes.append(conceal(_in_order(parts, 0, shard.partition).movedim(0, dim).contiguous(), shard))
-    return wholes
+    parts = came.split([front.numel() for front in fronts], 1)
+    shapes = [(num_ranks * front.shape[0], *front.shape[1:]) for front in fronts]
+    return [_whole(part.reshape(shape), shard) for part, shape, shard in zip(parts, shapes, shards, strict=True)]
 
 
 def reduce_scatter_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
     """:func:`reduce_scatter` of several tensors of one dtype, in one message."""
     num_ranks = shards[0].partition.num_ranks
-    parts, finish = [], []
-    for x, shard in zip(xs, shards, strict=True):
-        x, dim = expose(x, shard)
-        part = _by_rank(x.movedim(dim, 0), 0, shard.partition)
-        parts.append(part.reshape(num_ranks, -1))
-        finish.append((dim, shard, [part.shape[0] // num_ranks, *part.shape[1:]]))
-    flat = torch.cat(parts, 1).reshape(-1)
+    parts = [_by_rank(_in_front(x, shard), 0, shard.partition) for x, shard in zip(xs, shards, strict=True)]
+    flat = torch.cat([part.reshape(num_ranks, -1) for part in parts], 1).reshape(-1)
     came = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(flat, "sum", num_ranks, group))
-    mine = []
-    for own, (dim, shard, shape) in zip(came.split([part.shape[1] for part in parts]), finish, strict=True):
-        front = own.view(shape)
-        if not shard.partition.is_even:
-            front = front.narrow(0, 0, shard.partition.local_size(rank_in(group)))
-        mine.append(conceal(front.movedim(0, dim).contiguous(), shard))
-    return mine
+    shapes = [(part.shape[0] // num_ranks, *part.shape[1:]) for part in parts]
+    mine = came.split([part.numel() // num_ranks for part in parts])
+    return [_own(own.view(shape), shard, group) for own, shape, shard in zip(mine, shapes, shards, strict=True)]
+
+
+def _in_front(x: Tensor, shard: Shard) -> Tensor:
+    """The sharded axis as the first dimension."""
+    x, dim = expose(x, shard)
+    return x.movedim(dim, 0)
+
+
+def _part_in_front(x: Tensor, shard: Shard) -> Tensor:
+    """A rank's part, its axis in front, padded to the largest part."""
+    front, partition = _in_front(x, shard), shard.partition
+    return front if partition.is_even else _pad_to(front, max(partition.local_sizes))
+
+
+def _in_place(front: Tensor, shard: Shard) -> Tensor:
+    """Inverse of :func:`_in_front`."""
+    dim = shard.dim if shard.outer == 1 else shard.dim + 1
+    return conceal(front.movedim(0, dim).contiguous(), shard)
+
+
+def _whole(parts: Tensor, shard: Shard) -> Tensor:
+    """The whole tensor from all ranks' parts, one after the other along the first dimension."""
+    return _in_place(_in_order(parts, 0, shard.partition), shard)
+
+
+def _own(front: Tensor, shard: Shard, group: str) -> Tensor:
+    """This rank's part, without its padding."""
+    partition = shard.partition
+    return _in_place(front if partition.is_even else front.narrow(0, 0, partition.local_size(rank_in(group))), shard)
 
 
 def _by_rank(x: Tensor, dim: int, partition: Partition) -> Tensor:

@@ -31,9 +31,9 @@ CASES = [
     ),
     moved(sp.cut.default, randn(4, 8, 3), "S(1:8/2)", OUTER, True, factors="d0 d2"),
     moved(sp.cut.default, randn(3, 4), "S(1:4/2)", OUTER, False, factors="d0"),
-    moved(sp.dropout_mask.default, randn(4, 3), 0.5, OUTER, factors="d0 d1", same_values=False),
-    moved(sp.first_rank.default, randn(4, 3), OUTER, True, factors="d0 d1"),
-    moved(sp.first_rank.default, randn(4, 3), OUTER, False, factors="d0 d1"),
+    moved(sp.dropout_mask.default, randn(4, 3), 0.5, OUTER, factors=".2 .1", same_values=False),
+    moved(sp.first_rank.default, randn(4, 3), OUTER, True, factors=".2 .1"),
+    moved(sp.first_rank.default, randn(4, 3), OUTER, False, factors=".2 .1"),
     GATHER,
     moved(sp.gather.default, randn(4, 3), "S(0:2*4/2z)", OUTER, False, factors="d1"),
     moved(
@@ -45,8 +45,8 @@ CASES = [
     ),
     moved(sp.repartition.default, randn(3, 4, 2), "S(1:8/2z)", "S(1:8/2)", OUTER, factors="d0 d2"),
     moved(sp.replicate.default, [randn(3, 2), randn(4)], OUTER),
-    moved(sp.sum.default, randn(4, 3), OUTER, True, factors="d0 d1"),
-    moved(sp.sum.default, randn(4, 3), OUTER, False, factors="d0 d1"),
+    moved(sp.sum.default, randn(4, 3), OUTER, True, factors=".2 .1"),
+    moved(sp.sum.default, randn(4, 3), OUTER, False, factors=".2 .1"),
     moved(sp.sum_scatter.default, randn(4, 6, 3), "S(1:6/2)", OUTER, factors="d0 d2"),
 ]
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from sptransform.ops.ring.kernels import Case
 
 aten = torch.ops.aten
 
@@ -26,14 +29,14 @@ def rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def is_plain(case: Any) -> bool:
+def is_plain(case: Case) -> bool:
     """What the flash kernels and cuDNN ask for: sixteen bits, dimensions of whole 16-byte units, no mask."""
     sizes = (case.head_dim, case.value_dim)
     fits = case.dtype in _SIXTEEN_BITS and all(size % 8 == 0 and 0 < size <= 256 for size in sizes)
     return case.device == "cuda" and fits and not case.masked and not case.dropout and _capability() >= (8, 0)
 
 
-def is_efficient(case: Any) -> bool:
+def is_efficient(case: Case) -> bool:
     unit = 16 // case.dtype.itemsize
     fits = case.dtype in (*_SIXTEEN_BITS, torch.float32) and case.head_dim % unit == 0 == case.value_dim % unit
     return case.device == "cuda" and fits and not case.dropout

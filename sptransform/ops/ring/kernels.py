@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """``num_key_heads`` is whether it reads K < H key heads as they are; if not, it gets them repeated."""
+    """``grouped`` is whether it reads K < H key heads as they are; if not, it gets them repeated."""
 
     name: str
     serves: Callable[[Case], bool]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -17,17 +15,14 @@ from sptransform.ops.ring.blocks import lay_out, positions
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
 from sptransform.partition import Intervals, Partition
+from sptransform.placement import Shard
 
 _sp = torch.ops.sptransform
 
 
-@lru_cache(maxsize=1024)
-def partition_of(text: str, local_size: int) -> Partition | None:
-    """The partition that ``text`` writes; a size it leaves open is that of ``local_size`` a rank. None for no text."""
-    if not text:
-        return None
-    even = re.fullmatch(r"\?/(\d+)z?", text)
-    return Partition.parse(text.replace("?", str(local_size * int(even[1]))) if even else text)
+def _partition_of(text: str, part: Tensor) -> Partition | None:
+    """The partition of the length of ``part`` [B, H, s, D] that ``text`` writes; None for no text."""
+    return Shard.parse(f"S(2:{text})", part=part).partition if text else None
 
 
 class RankView:
@@ -67,10 +62,10 @@ class RankView:
         self.options = {"scale": scale, "key_head_of": list(key_head_of)}
         if dropout_p > 0:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
-        self.partition = partition_of(keys, key.shape[2])
+        self.partition = _partition_of(keys, key)
         self.num_ranks = self.partition.num_ranks if self.partition else 1
         self.own = self.block_at(0)
-        self.positions = _owned(partition_of(queries, query.shape[2]), rank, query.shape[2], "queries")
+        self.positions = _owned(_partition_of(queries, query), rank, query.shape[2], "queries")
         _owned(self.partition, self.own, key.shape[2], "keys")
 
     def block_at(self, step: int) -> int:
