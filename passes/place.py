@@ -2,6 +2,7 @@
 
 1. Rules are looked up and applied to global shapes; axes are inferred from them.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
+   Parameters of which each rank keeps a part are S.
 3. Propagation decides (see :mod:`sptransform.propagation`).
 4. An op without a rule that gathers a shard, or works on trainable tensors, is recorded, or with ``strict`` refused.
 """
@@ -16,6 +17,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.axes import Axes
 from sptransform.errors import UnsupportedOpError, UsageError, describe
+from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Fallback, Pass
 from sptransform.placement import I, Placement, R, Shard
 from sptransform.propagation import Propagation, light_nodes
@@ -53,6 +55,10 @@ class Place(Pass):
                 self._record_fallback(node, context)
 
     def _input(self, node: fx.Node, context: Context) -> Placement:
+        stored = annotations.note(node).stored
+        if stored is not None and stored.group == context.mesh.group:
+            size = annotations.shape(node)[stored.dim]
+            return Shard(stored.dim, Partition.contiguous(size, context.mesh.size))
         return R if annotations.note(node).differentiable and not context.grad_sync else I
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 _KEY = "sptransform"
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A parameter of which each rank of a group keeps its part: the chunk of ``dim`` that ``torch.chunk`` cuts."""
+
+    dim: int
+    group: str
+
+
 @dataclass
 class Note:
     """What the passes know of a node. None always means "not annotated yet"."""
 
     differentiable: bool = False
     input_name: str | None = None  # of a placeholder: what the user calls it
+    stored: Stored | None = None  # of a placeholder: a parameter kept in parts
     rule: OpRule | None = None
     decision: Decision | None = None
     placements: tuple[Placement, ...] | None = None  # one per output of the node
@@ -140,7 +149,7 @@ def is_even(graph: fx.Graph) -> bool:
 def forget_placements(graph: fx.Graph) -> None:
     """Keep of the notes what does not depend on a mesh dim, and what was sent: the graph is about to be placed anew."""
     for node in graph.nodes:
-        kept = ("differentiable", "input_name", "transitions", "mesh")
+        kept = ("differentiable", "input_name", "stored", "transitions", "mesh")
         node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept})
 
 
