@@ -73,9 +73,10 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new_note.placements, new_note.local_types = note.placements, note.local_types
     new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
     new_note.rule, new_note.decision = note.rule, note.decision
-    if isinstance(note.decision, Circular):
+    communicates = isinstance(note.decision, Circular) or note.decision.factor in note.rule.joined
+    if communicates:
         new_note.mesh = context.mesh
-    if isinstance(note.decision, Circular) or note.rule.unrepeatable:
+    if communicates or note.rule.unrepeatable:
         keep_result(new)
     succeed(node, new)
 

@@ -3,8 +3,10 @@
 1. Rules are looked up and applied to global shapes; axes are inferred from them.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
    Parameters of which each rank keeps a part are S.
-3. Propagation decides (see :mod:`sptransform.propagation`).
-4. An op without a rule that gathers a shard, or works on trainable tensors, is recorded, or with ``strict`` refused.
+3. Where weights are cut, inner axes are found (see :mod:`sptransform.inner_axes`).
+4. Propagation decides (see :mod:`sptransform.propagation`).
+5. With ``shard_parameters`` it is decided which part of each parameter a rank is to keep.
+6. An op without a rule that gathers a shard, or works on trainable tensors, is recorded, or with ``strict`` refused.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.axes import Axes
 from sptransform.errors import UnsupportedOpError, UsageError, describe
+from sptransform.inner_axes import InnerAxes
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Fallback, Pass
 from sptransform.placement import I, Placement, R, Shard
@@ -49,7 +52,14 @@ class Place(Pass):
             )
         sources = (n for n in graph.nodes if n.op in ("placeholder", "get_attr") and annotations.values(n))
         inputs = {n: self._input(n, context) for n in sources}
-        Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light).run()
+        weighty = context.strategy.shards_weights
+        inner = InnerAxes(graph, axes, context.mesh.size, light) if weighty else None
+        propagation = Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light, inner)
+        propagation.run()
+        if context.shard_parameters:
+            for node in inputs:
+                if annotations.note(node).is_parameter and annotations.note(node).stored is None:
+                    self._keep_part(node, propagation.demanded(node), context)
         for node in graph.nodes:
             if node.op == "call_function" and annotations.note(node).decision is not None:
                 self._record_fallback(node, context)
@@ -60,6 +70,17 @@ class Place(Pass):
             size = annotations.shape(node)[stored.dim]
             return Shard(stored.dim, Partition.contiguous(size, context.mesh.size))
         return R if annotations.note(node).differentiable and not context.grad_sync else I
+
+    def _keep_part(self, node: fx.Node, demanded: list[Placement], context: Context) -> None:
+        """Store of a parameter what the graph reads of it; where only sequences are split, of each its first dim."""
+        shape, num_ranks = annotations.shape(node), context.mesh.size
+        dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
+        dim = dims.pop() if len(dims) == 1 else None
+        if not context.strategy.shards_weights:
+            dim = 0 if shape and shape[0] >= num_ranks else None
+        if dim is not None:
+            annotations.note(node).stored = annotations.Stored(dim, context.mesh.group)
+            annotations.set_placement(node, self._input(node, context))
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
         note = annotations.note(node)

@@ -28,7 +28,7 @@ class RegatherKeys(Pass):
             return
         for node in graph.nodes:
             rule = annotations.note(node).rule
-            if rule is not None and rule.roles:
+            if rule is not None and (rule.roles or (context.strategy.shards_weights and rule.heavy)):
                 for operand in annotations.operands(node):
                     picked = annotations.projection(operand)
                     producer = operand if picked is None else picked[0]

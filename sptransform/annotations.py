@@ -36,6 +36,7 @@ class Note:
 
     differentiable: bool = False
     input_name: str | None = None  # of a placeholder: what the user calls it
+    is_parameter: bool = False  # of a placeholder
     stored: Stored | None = None  # of a placeholder: a parameter kept in parts
     rule: OpRule | None = None
     decision: Decision | None = None
@@ -149,7 +150,7 @@ def is_even(graph: fx.Graph) -> bool:
 def forget_placements(graph: fx.Graph) -> None:
     """Keep of the notes what does not depend on a mesh dim, and what was sent: the graph is about to be placed anew."""
     for node in graph.nodes:
-        kept = ("differentiable", "input_name", "stored", "transitions", "mesh")
+        kept = ("differentiable", "input_name", "is_parameter", "stored", "transitions", "mesh")
         node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept})
 
 

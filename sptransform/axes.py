@@ -71,11 +71,17 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Link:
-    source: Atom
-    target: Atom
+class Link:
+    """A factor of ``node``'s rule and a tensor dimension that has it in another extent, each as its atoms."""
+
+    factor: tuple[Atom, ...]
+    dim: tuple[Atom, ...]
     resize: Resize
     node: fx.Node
+
+    @property
+    def ends(self) -> tuple[list[Atom], list[Atom]]:
+        return resolve(list(self.factor)), resolve(list(self.dim))
 
 
 class Axes:
@@ -98,7 +104,7 @@ class Axes:
         self.divide = divide
         self._dims: dict[tuple[fx.Node, int], list[list[Atom]]] = {}
         self._factors: dict[fx.Node, dict[str, list[Atom]]] = {}
-        self._links: list[_Link] = []
+        self.links: list[Link] = []
         self._ignored = ignored
         self._sequences: list[Atom] = []
         for node in graph.nodes:
@@ -138,12 +144,12 @@ class Axes:
             resized = [rule.resize[side, index, name] for name in names if (side, index, name) in rule.resize]
             if not resized:
                 unify(atoms, factors)
-            elif resized[0].links and len(atoms) == len(factors) == 1:
-                self._links.append(_Link(factors[0], atoms[0], resized[0], node))
+            else:
+                self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node))
 
     def _close_over_links(self) -> set[Atom]:
         family = set(resolve(self._sequences))
-        links = [(resolve([link.source]), resolve([link.target])) for link in self._links]
+        links = [link.ends for link in self.links if link.resize.links]
         grown = True
         while grown:
             grown = False
@@ -173,10 +179,10 @@ class Axes:
         """Who owns what of a sequence axis: what the op that derived it says, else what ``divide`` gives."""
         if atom not in self._partitions:
             self._partitions[atom] = self.divide(atom.size)
-            for link in self._links:
-                if link.node in self._ignored:
+            for link in self.links:
+                if link.node in self._ignored or not link.resize.links:
                     continue
-                source, target = resolve([link.source]), resolve([link.target])
+                source, target = link.ends
                 if target == [atom] and len(source) == 1 and source != target:
                     self._partitions[atom] = link.resize.partition(self.partition(source[0]))
                     break

@@ -168,6 +168,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         note = annotations.note(node)
         note.differentiable = isinstance(x, torch.Tensor) and x.requires_grad
         note.input_name = _input_name(origin)
+        note.is_parameter = isinstance(x, torch.nn.Parameter)
         rename(node, note.input_name)
     functionalize(traced.graph)
     return traced

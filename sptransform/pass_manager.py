@@ -42,6 +42,7 @@ class Context:
             mesh dims before the last, leaves shards as they are.
         grad_sync: whether parameter gradients are reduced over the ranks in the graph.
         strict: whether an op without a rule is an error.
+        shard_parameters: whether parameters that are whole in this graph are read as if each rank kept a part.
         sequence_dims: placeholder name -> its sequence dimension.
         fallbacks: ops that run replicated for want of a rule.
         output_placements: what the graph returns, one per output; None for outputs that are no tensors.
@@ -55,6 +56,7 @@ class Context:
     outputs: str = "full"
     grad_sync: bool = True
     strict: bool = False
+    shard_parameters: bool = False
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     output_placements: tuple[Placement | None, ...] = ()

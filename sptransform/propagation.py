@@ -2,8 +2,9 @@
 
 Three sweeps:
 
-1. Forward, over *heavy* nodes (a contraction, attention, or anything computed from one): the sequence factor is
-   sharded wherever the rule has one; a pending sum passes where the rule is linear; else the node runs replicated.
+1. Forward, over *heavy* nodes (a contraction, attention, or anything computed from one): an inner axis, where weights
+   are cut, else the sequence is sharded wherever the rule has one; a pending sum passes where the rule is linear; else
+   the node runs replicated.
 2. Backward, over *light* nodes (computed from inputs without heavy work: positions, tables, masks): cut where all
    consumers want the same cut, else replicated, which costs no communication.
 3. Backward: a replicated node whose gradient arrives as pending sums only is R rather than I, so that the sum over
@@ -12,6 +13,7 @@ Three sweeps:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from sptransform import annotations
-from sptransform.axes import Axes
+from sptransform.axes import Atom, Axes
 from sptransform.decisions import Decision, Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.inner_axes import InnerAxes
 from sptransform.partition import Partition
 from sptransform.placement import I, P, Placement, R, Shard
 from sptransform.rules import OpRule
@@ -40,6 +43,7 @@ class Propagation:
         inputs: placement of every placeholder and attribute.
         axes: see :class:`Axes`.
         light: nodes without heavy work behind them, see :func:`light_nodes`.
+        inner: axes to cut before the sequence, see :class:`InnerAxes`; None where only the sequence is.
     """
 
     graph: fx.Graph
@@ -48,6 +52,7 @@ class Propagation:
     inputs: dict[fx.Node, Placement]
     axes: Axes
     light: frozenset[fx.Node]
+    inner: InnerAxes | None = None
 
     def run(self) -> None:
         nodes = [n for n in self.graph.nodes if n.op != "output" and annotations.projection(n) is None]
@@ -74,35 +79,50 @@ class Propagation:
             return Replicate(I)
         if rule.has_sequence:
             return self.strategy.place_attention(rule, self.num_ranks, lambda factor: self._partition(node, factor))
-        candidates = self.sequence_decisions(node, rule)
+        candidates = self._inner_decisions(node, rule)
+        operands = annotations.operands(node)
+        pending = frozenset(i for i, producer in enumerate(operands) if annotations.placement(producer) == P)
+        if not candidates and pending in rule.linear and 1 < len(pending) == len(operands):
+            return Pending(pending)  # one reduction of the sum instead of one of each term
+        candidates = candidates or self.sequence_decisions(node, rule)
         if candidates:
             return max(candidates, key=lambda decision: self._preference(node, rule, decision))
-        pending = frozenset(
-            i for i, producer in enumerate(annotations.operands(node)) if annotations.placement(producer) == P
-        )
         return Pending(pending) if pending and pending in rule.linear else Replicate(I)
 
     def _partition(self, node: fx.Node, factor: str) -> Partition:
-        """Who owns what of a sequence factor of an attention node, such that every index has one owner."""
+        """Who owns what of a factor of an attention node; of a sequence, such that every index has one owner."""
         atoms = self.axes.factor(node, factor)
+        if self.inner is not None and atoms[0] in self.inner:
+            return self.inner.partition(atoms[0]).refine(prod(atom.size for atom in atoms[1:]))
         if len(atoms) == 1 and (partition := self.axes.partition(atoms[0])).is_exact:
             return partition
         return self.axes.divide(prod(atom.size for atom in atoms))
 
     def sequence_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
         """Every way to shard a sequence axis of the node, in the order of the rule's factors."""
+        return self._decisions(node, rule, self.axes.is_sequence, self.axes.partition)
+
+    def _inner_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
+        """Every way to shard an inner axis of the node."""
+        if self.inner is None:
+            return []
+        return self._decisions(node, rule, self.inner.__contains__, self.inner.partition)
+
+    def _decisions(
+        self, node: fx.Node, rule: OpRule, wanted: Callable[[Atom], bool], partition: Callable[[Atom], Partition]
+    ) -> list[Sharded]:
         found = []
         resized = {name for _, _, name in rule.resize}
         for factor in rule.sizes:
-            if factor in rule.whole:
+            if factor in rule.whole and factor not in rule.joined:
                 continue
             atoms = self.axes.factor(node, factor)
             for at, atom in enumerate(atoms):
-                if not self.axes.is_sequence(atom) or (factor in resized and len(atoms) > 1):
+                if not wanted(atom) or (factor in resized and len(atoms) > 1):
                     continue
                 after = prod(a.size for a in atoms[at + 1 :])
                 outer = prod(a.size for a in atoms[:at])
-                found.append(Sharded(factor, self.axes.partition(atom).refine(after), outer))
+                found.append(Sharded(factor, partition(atom).refine(after), outer))
         return found
 
     def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:

@@ -85,11 +85,13 @@ def map_nodes(tree: Any, fn: Callable[[Any], Any]) -> Any:
 class Resize:
     """A factor whose extent differs on one tensor: how a partition of the factor looks there.
 
-    ``links`` says that it is still the same axis (a slice of it), so that sequence-ness passes through.
+    ``links`` says that it is still the same axis (a slice of it), so that sequence-ness passes through; ``start``, that
+    the tensor has consecutive indices of the factor, from which on.
     """
 
     partition: Callable[[Partition], Partition]
     links: bool = True
+    start: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class OpRule:
         reduce: factors summed over; sharding one gives a pending sum.
         whole: factors that cannot be sharded.
         circling: those of ``whole`` whose parts the op can pass round among the ranks itself (keys, in a ring).
+        joined: those of ``whole`` along which the op can run on parts all the same, because it joins them itself.
         is_causal: of an attention op: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
@@ -119,6 +122,7 @@ class OpRule:
     reduce: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     circling: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
     is_causal: bool = False
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)

@@ -28,12 +28,14 @@ class Strategy:
     Attributes:
         reads_masks: whether attention takes masks as programs over positions, instead of as tensors of scores' shape.
         max_mesh_dims: of how many dims the mesh may be.
-        regather: whether what attention needs gathered is gathered again in the backward.
+        regather: whether what attention, or a linear, needs gathered is gathered again in the backward.
+        shards_weights: whether linears are cut along their inner axes, and their weights with them.
     """
 
     reads_masks: ClassVar[bool] = False
     max_mesh_dims: ClassVar[int] = 1
     regather: ClassVar[bool] = False
+    shards_weights: ClassVar[bool] = False
 
     def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
         """As which meshes of two dims the ranks of a mesh of ``shape`` may come to be used.
@@ -262,6 +264,42 @@ class AllGatherKV(_QueriesStay):
         return Sharded(queries, divide(queries))
 
 
+@dataclass(frozen=True)
+class MegatronSP(Strategy):
+    """Linears are cut along their inner axes, everything between them along the sequence.
+
+    Tensor parallelism with sequence parallelism of Megatron-LM (Korthikanti et al., arXiv 2205.05198, §4.2): an
+    all-gather before a column-parallel linear, a reduce-scatter after a row-parallel one, and their transposes. Inner
+    are the axes that one linear makes and another contracts (heads, through attention; the hidden units of an MLP), and
+    the vocabulary. Nothing names them: see :mod:`sptransform.inner_axes`.
+
+    Args:
+        regather: save a rank's part of what was gathered for a linear and gather it again in the backward (§4.2.2),
+            instead of saving the whole.
+
+    Raises:
+        UsageError: another ``regather``; at compile time, attention of one head.
+    """
+
+    regather: bool = True  # type: ignore[misc]
+    shards_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "regather", False, True)
+
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
+        heads = rule.roles.get("heads")
+        if heads is None:
+            raise UsageError(
+                describe(
+                    "MegatronSP has nothing to split",
+                    found="an attention of one head",
+                    fix="a strategy that splits the sequence in attention: 'ring' or 'allgather'",
+                )
+            )
+        return Sharded(heads, divide(heads))
+
+
 def _check_choice(strategy: Strategy, name: str, *choices: Any) -> None:
     value = getattr(strategy, name)
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
@@ -274,8 +312,8 @@ def _check_choice(strategy: Strategy, name: str, *choices: Any) -> None:
         )
 
 
-_NAMED = {"allgather": AllGatherKV, "ring": Ring, "ulysses": Ulysses, "usp": USP}
-_PLANNED = ("auto", "megatron")
+_NAMED = {"allgather": AllGatherKV, "megatron": MegatronSP, "ring": Ring, "ulysses": Ulysses, "usp": USP}
+_PLANNED = ("auto",)
 
 
 def strategy_of(strategy: str | Strategy) -> Strategy:
