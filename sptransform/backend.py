@@ -95,24 +95,26 @@ def rewrite_graph(
     mesh: Mesh,
     see: Callable[[fx.Graph, Context | None], None] = lambda graph, part: None,
     whole: bool = True,
+    shard_parameters: bool = False,
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
     Lengths Dynamo left symbolic stay so where every rank gets an equal share whatever they are; where something needs
     the number itself, they are fixed to it. ``see`` is shown the captured graph before it changes, and what each mesh
-    dim makes of it, with that dim's context; ``whole``: ``gm`` is the whole model.
+    dim makes of it, with that dim's context; ``whole``: ``gm`` is the whole model; ``shard_parameters``: see
+    :class:`Context`.
     """
     try:
         with _no_garbage_collection():
             fix_sizes(gm, options.strategy.multiple(mesh.size))
-            return _rewrite_graph(gm, inputs, options, mesh, see, whole)
+            return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
     # a comparison of sizes that depends on the length raises TypeError in sympy
     except (SymbolicSizeError, TypeError) as error:
         if not has_symbolic_sizes(gm):
             raise
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
-        return _rewrite_graph(gm, inputs, options, mesh, see, whole)
+        return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
 
 
 @contextmanager
@@ -134,6 +136,7 @@ def _rewrite_graph(
     mesh: Mesh,
     see: Callable[[fx.Graph, Context | None], None],
     whole: bool,
+    shard_parameters: bool,
 ) -> tuple[fx.GraphModule, Context]:
     context = Context(
         mesh=mesh,
@@ -142,6 +145,7 @@ def _rewrite_graph(
         outputs=options.outputs,
         grad_sync=options.grad_sync,
         strict=options.strict,
+        shard_parameters=shard_parameters,
         sequence_dims=options.sequence_dims,
     )
     captured = capture(gm, inputs)

@@ -97,14 +97,24 @@ def rewrite(
     """
     chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
     mesh = Mesh.pretended(world_size, rank)
+    model, inputs = without_meta(model, inputs)
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    return rewrite_call(model, args, kwargs, chosen, mesh)
+
+
+def rewrite_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, mesh: Mesh
+) -> Rewritten:
+    """The graph of one call of the model, rewritten for a pretended mesh, as if parameters were kept in parts.
+
+    What ``options`` says of the mesh is not looked at. Raises UsageError as :func:`rewrite`.
+    """
     found: list[Rewritten] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        found.append(Rewritten(*_rewritten(gm, example_inputs, chosen, mesh)))
+        found.append(Rewritten(*_rewritten(gm, example_inputs, options, mesh)))
         raise _Stop
 
-    model, inputs = without_meta(model, inputs)
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     with suppress(_Stop):
         configured(compiled)(*args, **kwargs)
@@ -115,6 +125,7 @@ def _rewritten(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options, mesh: Mesh
 ) -> tuple[fx.GraphModule, Context]:
     if mesh.size > 1:
-        return rewrite_graph(gm, example_inputs, options, mesh)
+        parts = getattr(options, 'shard_parameters', False) or options.strategy.shards_weights
+        return rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=parts)
     # one rank runs the model as it is, see backend.py
     return capture(gm, example_inputs), Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
