@@ -17,6 +17,8 @@ from sptransform.passes.place import Place
 from sptransform.passes.read_masks import ReadMasks
 from sptransform.passes.regather_keys import RegatherKeys
 from sptransform.passes.return_in_order import ReturnInOrder
+from sptransform.passes.split_biases import SplitBiases
+from sptransform.passes.split_cross_entropy import SplitCrossEntropy
 from sptransform.passes.split_means import SplitMeans
 
 # what one device computes, in the form the rules read best
@@ -26,6 +28,8 @@ NORMALIZE: tuple[Pass, ...] = (
     CastAttentionInputs(),  # the keys as they are, now that attention reads those
     ReadMasks(),  # after the passes that look for attention as the model wrote it
     SplitMeans(),
+    SplitCrossEntropy(),  # of sums
+    SplitBiases(),
 )
 
 # one mesh dim; of several, the graph of one rank of the first is what the next distributes

@@ -17,13 +17,14 @@ from sptransform.explain.explain import explain
 from sptransform.explain.explanation import Explanation
 from sptransform.parallelize import parallelize
 from sptransform.rewrite import Rewritten, rewrite
-from sptransform.strategies import USP, AllGatherKV, Ring, Strategy, Ulysses
+from sptransform.strategies import USP, AllGatherKV, MegatronSP, Ring, Strategy, Ulysses
 
 __all__ = [
     "USP",
     "AllGatherKV",
     "CaptureError",
     "Explanation",
+    "MegatronSP",
     "RankError",
     "RankFailedError",
     "RankLostError",

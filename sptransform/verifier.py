@@ -77,7 +77,7 @@ def _check_decision(node: fx.Node) -> None:
             i in rule.own or any(factor in names for names in dims) for i, dims in enumerate(rule.results)
         )
         allowed = kept or (rule is not None and factor in rule.reduce)
-        allowed = allowed and factor not in rule.whole
+        allowed = allowed and (factor not in rule.whole or factor in rule.joined)
     elif isinstance(decision, Pending):
         allowed = rule is not None and decision.operands in rule.linear
     if not allowed:

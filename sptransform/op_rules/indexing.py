@@ -1,4 +1,7 @@
-"""Embedding, gather and advanced indexing: index dimensions pass to the result, indexed ones must be whole."""
+"""Embedding, gather and advanced indexing: index dimensions pass to the result, indexed ones must be whole.
+
+But for a table that is cut along its rows: a lookup is a contraction with a one-hot vector, and each rank has a term.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,35 @@ from typing import Any
 
 import torch
 
-from sptransform.rule_table import OpEntry
+import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.rule_table import Local, OpEntry
 from sptransform.rules import OpCall, Operand, OpRule, RuleFn, rule
 from sptransform.sizes import broadcast
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 def embedding(call: OpCall) -> OpRule | None:
     """``weight[indices]``. None where gradients are divided by how often an index occurs, which no part knows."""
     if call.argument("scale_grad_by_freq"):
         return None
-    return rule("v h, ... -> ... h", whole="v", linear=((0,),), heavy=True)(call)
+    return rule("v h, ... -> ... h", reduce="v", linear=((0,),), heavy=True)(call)
+
+
+def _embedding_local(call: OpCall, local: Local) -> Any:
+    """A rank that does not have the row gives zero."""
+    if local.decision.factor != "v":
+        return local.run(call)
+    weight, indices = local.operands
+    emit, partition = local.emit, str(local.decision.partition)
+    index = emit(sp.local_index.default, (indices, partition, local.group), {})
+    is_own = emit(aten.unsqueeze.default, (emit(aten.ge.Scalar, (index, 0), {}), -1), {})
+    rows = emit(aten.embedding.default, (weight, emit(aten.clamp.default, (index, 0), {})), {})
+    padding = call.argument("padding_idx")
+    if padding >= 0:  # its row is read, but gets no gradient
+        is_padding = emit(aten.unsqueeze.default, (emit(aten.eq.Scalar, (indices, padding), {}), -1), {})
+        rows = emit(aten.where.self, (is_padding, emit(aten.detach.default, (rows,), {}), rows), {})
+    return emit(aten.where.ScalarOther, (is_own, rows, 0.0), {})
 
 
 def gather(call: OpCall) -> OpRule:
@@ -87,7 +107,7 @@ def index(call: OpCall) -> OpRule | None:
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
-    (aten.embedding.default, embedding),
+    (aten.embedding.default, OpEntry(embedding, _embedding_local)),
     (aten.gather.default, gather),
     (aten.index.Tensor, index),
     (aten.index_select.default, index_select),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sptransform.rule_table import OpEntry
+import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.rule_table import Local, OpEntry
 from sptransform.rules import OpCall, OpRule, RuleFn, rule
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 NONE, MEAN, SUM = 0, 1, 2
+_IGNORED = -100  # no class of any rank
 
 
 def cross_entropy(call: OpCall) -> OpRule:
@@ -34,6 +37,28 @@ def cross_entropy(call: OpCall) -> OpRule:
     return rule(f"{logits}, {labels}{weight} -> {out}", **kinds)(call)
 
 
+def nll(call: OpCall) -> OpRule:
+    """As :func:`cross_entropy`, of log-probabilities: those of a label's class are looked up, so ``c`` may be cut."""
+    found = cross_entropy(call)
+    if call.argument("reduction") == MEAN or call.operand_shapes[0] == call.operand_shapes[1]:
+        return found
+    return replace(found, whole=frozenset(), reduce=found.reduce | {"c"})
+
+
+def _nll_local(call: OpCall, local: Local) -> Any:
+    """A rank that does not have the label's class ignores it."""
+    if local.decision.factor != "c":
+        return local.run(call)
+    emit, labels = local.emit, local.operands[1]
+    is_valid = emit(aten.ne.Scalar, (labels, call.argument("ignore_index")), {})
+    index = emit(aten.where.ScalarOther, (is_valid, labels, 0), {})
+    index = emit(sp.local_index.default, (index, str(local.decision.partition), local.group), {})
+    is_own = emit(aten.logical_and.default, (is_valid, emit(aten.ge.Scalar, (index, 0), {})), {})
+    target = emit(aten.where.ScalarOther, (is_own, index, _IGNORED), {})
+    logs, *weight = (x for i, x in enumerate(local.operands) if i != 1)
+    return emit(aten.nll_loss_nd.default, (logs, target, *(weight or [None]), call.argument("reduction"), _IGNORED), {})
+
+
 def elementwise_loss(call: OpCall) -> OpRule:
     """A loss that is pointwise before its reduction."""
     reduction = call.argument("reduction")
@@ -52,6 +77,6 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.kl_div.default, elementwise_loss),
     (aten.l1_loss.default, elementwise_loss),
     (aten.mse_loss.default, elementwise_loss),
-    (aten.nll_loss_nd.default, cross_entropy),
+    (aten.nll_loss_nd.default, OpEntry(nll, _nll_local)),
     (aten.smooth_l1_loss.default, elementwise_loss),
 ]

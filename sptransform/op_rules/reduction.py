@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sptransform.rule_table import Local, OpEntry
+import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.rule_table import Local, OpEntry, Sent
 from sptransform.rules import OpCall, OpRule, RuleFn
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 _LINEAR = (frozenset({0}),)
 
@@ -82,6 +87,31 @@ def along_dim(call: OpCall) -> OpRule:
     return OpRule((dims,), tuple(results), sizes, whole=frozenset(whole))
 
 
+def softmax(call: OpCall) -> OpRule:
+    """The dimension it runs along must be whole, or the op joins the ranks' parts of it itself."""
+    found = along_dim(call)
+    return replace(found, joined=found.whole)
+
+
+def _softmax_local(call: OpCall, local: Local) -> Any:
+    if local.decision.factor not in local.rule.joined:
+        return local.run(call)
+    (x,) = local.operands
+    if call.argument("dtype") is not None:
+        x = local.emit(aten.to.dtype, (x, call.argument("dtype")), {})
+    num_ranks = local.decision.partition.num_ranks
+    return local.emit(_JOINED[call.target], (x, call.argument("dim"), num_ranks, local.group), {})
+
+
+def _softmax_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
+    """Maximum and sum forward, one sum backward."""
+    (x,) = operands
+    num_ranks = call.argument("num_ranks")
+    entries = prod(x.shape) // x.shape[call.argument("dim")]
+    num_bytes = 2 * entries * max(x.element_size(), 4) * (num_ranks - 1) // num_ranks
+    return Sent("all_reduce", 2, 2 * num_bytes), Sent("all_reduce", 1, num_bytes)
+
+
 def norm(call: OpCall) -> OpRule:
     """Layer norm and RMS norm: the trailing normalised dimensions must be whole, weight and bias have only those."""
     shape = call.operand_shapes[0]
@@ -103,6 +133,9 @@ def triangle(call: OpCall) -> OpRule:
     return OpRule((dims,), (dims,), sizes, whole=whole)
 
 
+_JOINED = {aten.log_softmax.int: sp.log_softmax.default, aten.softmax.int: sp.softmax.default}
+_SOFTMAX = OpEntry(softmax, _softmax_local)
+_JOINED_SOFTMAX = OpEntry(along_dim, sends=_softmax_sends)
 _SUM = _reduction(summed=True)
 _WHOLE = _reduction(summed=False)
 _MEAN = OpEntry(_SUM, _mean_local)
@@ -122,7 +155,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.cumprod.default, along_dim),
     (aten.cumsum.default, along_dim),
     (aten.layer_norm.default, norm),
-    (aten.log_softmax.int, along_dim),
+    (aten.log_softmax.int, _SOFTMAX),
     (aten.logsumexp.default, _WHOLE),
     (aten.max.default, _WHOLE),
     (aten.max.dim, _WHOLE),
@@ -132,7 +165,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.min.dim, _WHOLE),
     (aten.prod.default, _WHOLE),
     (aten.rms_norm.default, norm),
-    (aten.softmax.int, along_dim),
+    (aten.softmax.int, _SOFTMAX),
     (aten.sort.default, along_dim),
     (aten.std.correction, _WHOLE),
     (aten.sum.default, _SUM),
@@ -141,4 +174,6 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.tril.default, triangle),
     (aten.triu.default, triangle),
     (aten.var.correction, _WHOLE),
+    (sp.log_softmax.default, _JOINED_SOFTMAX),
+    (sp.softmax.default, _JOINED_SOFTMAX),
 ]

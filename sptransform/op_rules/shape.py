@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -199,8 +199,17 @@ def slice_(call: OpCall) -> OpRule | None:
         sizes["taken"] = call.result_shapes[0][dim]
         result = (*dims[:dim], taken, *dims[dim + 1 :])
         return OpRule((dims,), (result,), sizes, whole=frozenset({factor, "taken"}), linear=_LINEAR)
-    resize = {("result", 0, factor): Resize(lambda p: p.slice(start, stop))}
-    return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize=resize)
+    return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize={("result", 0, factor): _piece(start, stop)})
+
+
+def _piece(start: Size, stop: Size) -> Resize:
+    """Indices from ``start`` to before ``stop``: whoever owned one still does."""
+    return Resize(lambda p: p.slice(start, stop), start=start)
+
+
+def _num_owned_below(bound: Size, local: Local) -> Size:
+    owned = local.decision.partition.owned[local.rank]
+    return sum(max(min(hi, bound) - lo, 0) for lo, hi in owned)
 
 
 def _slice_local(call: OpCall, local: Local) -> Any:
@@ -208,12 +217,7 @@ def _slice_local(call: OpCall, local: Local) -> Any:
     if local.decision.factor != f"i{dim}" or not local.rule.resize:  # without resize nothing is cut off
         return local.run(call)
     start, stop, _ = _bounds_of_slice(call, dim)
-    owned = local.decision.partition.owned[local.rank]
-
-    def num_owned_below(bound: int) -> int:
-        return sum(max(min(hi, bound) - lo, 0) for lo, hi in owned)
-
-    return local.run(call, start=num_owned_below(start), end=num_owned_below(stop))
+    return local.run(call, start=_num_owned_below(start, local), end=_num_owned_below(stop, local))
 
 
 def select(call: OpCall) -> OpRule:
@@ -226,21 +230,41 @@ def select(call: OpCall) -> OpRule:
 
 
 def split(call: OpCall) -> OpRule:
-    """Other dimensions pass; the split one must be whole, and each piece has its own."""
+    """Other dimensions pass; of the split one, each piece is a slice. It is whole where a piece is of one entry."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
     sizes = _sizes((operand, shape))
-    if call.target is aten.unbind.int:
-        results = tuple((*operand[:dim], *operand[dim + 1 :]) for _ in call.result_shapes)
-        return OpRule((operand,), results, sizes, whole=frozenset({f"i{dim}"}), linear=_LINEAR)
-    pieces = []
+    bounds = list(accumulate((piece[dim] for piece in call.result_shapes), initial=0))
+    if operand[dim] and all(piece[dim] != 1 for piece in call.result_shapes):
+        pieces = enumerate(pairwise(bounds))
+        resize = {("result", index, f"i{dim}"): _piece(start, stop) for index, (start, stop) in pieces}
+        return OpRule((operand,), (operand,) * len(call.result_shapes), sizes, linear=_LINEAR, resize=resize)
+    results = []
     for index, piece in enumerate(call.result_shapes):
         own = (f"p{index}",) if piece[dim] != 1 else ()
         sizes[f"p{index}"] = piece[dim]
-        pieces.append((*operand[:dim], own, *operand[dim + 1 :]))
-    whole = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(pieces)))})
-    return OpRule((operand,), tuple(pieces), sizes, whole=whole, linear=_LINEAR)
+        results.append((*operand[:dim], own, *operand[dim + 1 :]))
+    whole = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(results)))})
+    return OpRule((operand,), tuple(results), sizes, whole=whole, linear=_LINEAR)
+
+
+def _split_local(call: OpCall, local: Local) -> Any:
+    dim = call.argument("dim") % len(call.operand_shapes[0])
+    if local.decision.factor != f"i{dim}":
+        return local.run(call)
+    bounds = accumulate((piece[dim] for piece in call.result_shapes), initial=0)
+    sizes = [hi - lo for lo, hi in pairwise(_num_owned_below(bound, local) for bound in bounds)]
+    return local.emit(aten.split_with_sizes.default, (local.operands[0], sizes, dim), {})
+
+
+def unbind(call: OpCall) -> OpRule:
+    """Other dimensions pass; the one that goes must be whole."""
+    shape = call.operand_shapes[0]
+    dim = call.argument("dim") % len(shape)
+    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    results = ((*operand[:dim], *operand[dim + 1 :]),) * len(call.result_shapes)
+    return OpRule((operand,), results, _sizes((operand, shape)), whole=frozenset({f"i{dim}"}), linear=_LINEAR)
 
 
 def cat(call: OpCall) -> OpRule | None:
@@ -319,13 +343,14 @@ def _pad_local(call: OpCall, local: Local) -> Any:
 
 
 _RESHAPE = OpEntry(reshape, _reshape_local)
+_SPLIT = OpEntry(split, _split_local)
 _SWAP = OpEntry(_permuted(_swap))
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten._reshape_alias.default, _RESHAPE),
     (aten._unsafe_view.default, _RESHAPE),
     (aten.cat.default, cat),
-    (aten.chunk.default, split),
+    (aten.chunk.default, _SPLIT),
     (aten.constant_pad_nd.default, OpEntry(pad, _pad_local)),
     (aten.expand.default, OpEntry(expand, _expand_local)),
     (aten.flatten.using_ints, _RESHAPE),
@@ -336,15 +361,15 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.reshape.default, _RESHAPE),
     (aten.select.int, select),
     (aten.slice.Tensor, OpEntry(slice_, _slice_local)),
-    (aten.split.Tensor, split),
-    (aten.split_with_sizes.default, split),
+    (aten.split.Tensor, _SPLIT),
+    (aten.split_with_sizes.default, _SPLIT),
     (aten.squeeze.default, _RESHAPE),
     (aten.squeeze.dim, _RESHAPE),
     (aten.squeeze.dims, _RESHAPE),
     (aten.stack.default, stack),
     (aten.t.default, _SWAP),
     (aten.transpose.int, _SWAP),
-    (aten.unbind.int, split),
+    (aten.unbind.int, unbind),
     (aten.unflatten.int, _RESHAPE),
     (aten.unsqueeze.default, _RESHAPE),
     (aten.view.default, _RESHAPE),

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sptransform.ops import attention, random, redistribute, ring, sharding
+from sptransform.ops import attention, lookup, random, redistribute, ring, sharding, softmax
 
-__all__ = ["attention", "random", "redistribute", "ring", "sharding"]
+__all__ = ["attention", "lookup", "random", "redistribute", "ring", "sharding", "softmax"]

@@ -19,11 +19,11 @@ from sptransform.placement import Shard
 _c10d = torch.ops._c10d_functional
 
 
-def all_reduce(x: Tensor, group: str) -> Tensor:
-    """Sum over the ranks."""
+def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """Sum, or another reduction, over the ranks."""
     if x.dtype == torch.bool:
         raise TypeError("a boolean cannot be summed over ranks")
-    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "sum", group))
+    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), op, group))
 
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:

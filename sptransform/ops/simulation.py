@@ -16,12 +16,15 @@ from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 from torch.utils import _pytree as pytree
 
 from sptransform.ops.exchanges import COMMUNICATING, Steps, group_of, perform_together
+from sptransform.ops.lookup import local_index_for
 from sptransform.ops.random import mask_for
 from sptransform.ops.sharding import first_rank_for, place_for, take_for
+from sptransform.partition import Partition
 from sptransform.placement import Shard
 
 _PER_RANK: dict[str, Callable[..., Tensor]] = {
     "dropout_mask": lambda rank, x, p, group: mask_for(x, p, rank),
+    "local_index": lambda rank, x, partition, group: local_index_for(x, Partition.parse(partition), rank),
     "on_first_rank": lambda rank, x, group: first_rank_for(x, rank),
     "place": lambda rank, x, spec, group: place_for(x, Shard.parse(spec, part=x), rank),
     "take": lambda rank, x, spec, group: take_for(x, Shard.parse(spec, whole=x), rank),
