@@ -10,7 +10,8 @@ Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is dem
    neither autocast nor ``no_grad`` regions are open.
 3. S -> S along the same axis, where each index only gets another owner, is one redistribute; S -> S along two axes of
    the same dimension, or where ranks share indices, goes through I.
-4. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
+4. Of a shard whose indices ranks share (key heads) the first owners' are what is moved on.
+5. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
    express: contiguous chunks in the original order, or I where its axis is only a part of the dimension.
 """
 
@@ -24,7 +25,7 @@ from sptransform import annotations
 from sptransform.decisions import demands
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import I, Placement, R, Shard, cut_alike, repartitions
+from sptransform.placement import I, Placement, R, Shard, cut_alike, keeps_own, repartitions
 from sptransform.rewriter import insert_redistribute, replace_operand
 from sptransform.verifier import satisfies
 
@@ -42,7 +43,10 @@ class _Inserter:
         hoisted = producer.op == "placeholder" and target == R
         key = (producer, target, -1 if hoisted else self.region)
         if key not in self.made:
-            if cut_alike(source, target) and not repartitions(source, target):
+            if isinstance(source, Shard) and not source.partition.is_exact and not keeps_own(source, target):
+                own = replace(source, partition=source.partition.first_owners())
+                producer, source = self.moved(producer, own, before), own
+            if cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target)):
                 producer, source = self.moved(producer, I, before), I
             (self.made[key],) = insert_redistribute(
                 self.first if hoisted else before, [producer], [(source, target)]

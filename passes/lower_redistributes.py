@@ -19,7 +19,7 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import cut_alike, kind
+from sptransform.placement import cut_alike, keeps_own, kind
 from sptransform.rewriter import is_redistribute, keep_result, rename, succeed
 
 _ops = torch.ops.sptransform
@@ -37,6 +37,7 @@ _SINGLE: dict[tuple[str, str], tuple[Any, Callable[[Any, Any, str], tuple[Any, .
     ("S", "R"): (_ops.gather.default, lambda s, t, group: (s.spec, group, False)),
     ("S", "S"): (_ops.repartition.default, lambda s, t, group: (s.spec, t.spec, group)),
 }
+_KEEP_OWN = _ops.keep_own.default, lambda s, t, group: (s.spec, t.spec, group)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _relabel(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
 def _lower_single(node: fx.Node, group: str) -> None:
     ((source, target),) = annotations.note(node).transitions
     (output,) = node.users
-    op, arguments = _SINGLE[kind(source), kind(target)]
+    op, arguments = _KEEP_OWN if keeps_own(source, target) else _SINGLE[kind(source), kind(target)]
     with node.graph.inserting_before(node):
         new = node.graph.call_function(op, (node.args[0][0], *arguments(source, target, group)))
     annotations.copy(node, new)

@@ -5,8 +5,8 @@ Before: ``%y = aten.linear(%x, %weight, %bias)``; after::
     %product = aten.linear(%x, %weight)
     %y = aten.add(%product, %bias)
 
-A row-parallel product is a pending sum, to which a bias added on every rank would be added N times. As in Megatron-LM it
-is added after the reduce-scatter, on a rank's part of the sequence.
+A row-parallel product is a pending sum, to which a bias added on every rank would be added N times. As in Megatron-LM
+it is added after the reduce-scatter, on a rank's part of the sequence.
 
 1. Of ``linear``, ``addmm`` and ``baddbmm``, the latter two without factors.
 2. Under autocast the bias is converted as the product's operands are.

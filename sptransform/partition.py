@@ -235,6 +235,18 @@ class Partition:
             return None
         return Partition.of(size, owned)
 
+    def first_owners(self) -> Partition:
+        """Every index with the first of its owners only."""
+        owned: list[list[Interval]] = []
+        taken: list[Interval] = []
+        for own in self.owned:
+            left = list(own)
+            for lo, hi in taken:
+                left = [piece for a, b in left for piece in ((a, min(b, lo)), (max(a, hi), b)) if piece[0] < piece[1]]
+            owned.append(left)
+            taken.extend(left)
+        return Partition.of(self.size, owned)
+
     def quotient(self, factor: int) -> Partition:
         """The indices ``i // factor`` each rank needs to serve its own ``i``, each once: key heads for query heads."""
         owned = []

@@ -15,7 +15,7 @@ A placement types a value *and* its gradient (the SPMD types of JAX's shard_map 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
@@ -162,3 +162,15 @@ def repartitions(source: Placement, target: Placement) -> bool:
     before, after = source.partition, target.partition
     same_axis = source.outer == target.outer and before.size == after.size
     return same_axis and before.is_exact and after.is_exact
+
+
+def keeps_own(source: Placement, target: Placement) -> bool:
+    """Whether of indices that ranks share only the first owner's are kept: nothing is sent."""
+    if not isinstance(source, Shard) or not isinstance(target, Shard) or source.partition.is_exact:
+        return False
+    return target == replace(source, partition=source.partition.first_owners())
+
+
+def transition(source: Placement, target: Placement) -> tuple[str | None, str | None]:
+    """(forward collective, backward collective) of a change of placement."""
+    return (None, None) if keeps_own(source, target) else TRANSITIONS[kind(source), kind(target)]

@@ -25,7 +25,7 @@ from sptransform import annotations
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.partition import common
-from sptransform.placement import TRANSITIONS, Placement, Shard, cut_alike, kind
+from sptransform.placement import Placement, Shard, cut_alike, transition
 from sptransform.rule_table import Sent
 from sptransform.rules import OpCall
 
@@ -102,8 +102,7 @@ def sending_by_node(graph: fx.Graph, mesh: Mesh) -> dict[fx.Node, Sending]:
 
 def kinds(node: fx.Node) -> tuple[str | None, str | None]:
     """The collectives of a redistribution's forward and of its transpose."""
-    source, target = annotations.note(node).transitions[0]
-    return TRANSITIONS[kind(source), kind(target)]
+    return transition(*annotations.note(node).transitions[0])
 
 
 def _own_messages(node: fx.Node) -> tuple[Sent, Sent]:

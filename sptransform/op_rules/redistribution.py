@@ -70,6 +70,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (sp.first_rank.default, pointwise(LINEAR)),
     (sp.gather.default, _moved("spec")),
     (sp.gather_packed.default, _moved("specs")),
+    (sp.keep_own.default, _moved("source", "target")),
     (sp.repartition.default, _moved("source", "target")),
     (sp.replicate.default, _whole),
     (sp.sum.default, pointwise(LINEAR)),

@@ -131,6 +131,19 @@ class _FirstRank(torch.autograd.Function):
         return grad if ctx.mask_value else _sp.on_first_rank(grad, ctx.group), None, None
 
 
+class _KeepOwn(torch.autograd.Function):
+    """S -> S, of indices that ranks share to those of first owners: local slice / pad."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: str, target: str, group: str) -> Tensor:
+        ctx.source, ctx.target, ctx.group = source, target, group
+        return _sp.take(_sp.place(x, source, group), target, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _sp.take(_sp.place(grad, ctx.target, ctx.group), ctx.source, ctx.group), None, None, None
+
+
 class _Exchange(torch.autograd.Function):
     """S(i) -> S(j): all-to-all / all-to-all, several tensors in one message."""
 
@@ -186,6 +199,11 @@ def sum_(x: Tensor, group_name: str, invariant: bool) -> Tensor:
 @composite("first_rank(Tensor x, str group_name, bool mask_value) -> Tensor")
 def first_rank(x: Tensor, group_name: str, mask_value: bool) -> Tensor:
     return _FirstRank.apply(x, group_name, mask_value)
+
+
+@composite("keep_own(Tensor x, str source, str target, str group_name) -> Tensor")
+def keep_own(x: Tensor, source: str, target: str, group_name: str) -> Tensor:
+    return _KeepOwn.apply(x, source, target, group_name)
 
 
 @composite("all_to_all(Tensor[] xs, str[] sources, str[] targets, str group_name) -> Tensor[]")
