@@ -23,16 +23,19 @@ def read(rewritten: Rewritten) -> Explanation:
     """The explanation of ``rewritten``."""
     context, graph = rewritten.context, rewritten.graph_module.graph
     sent = sending_by_node(graph, context.mesh)
-    moves = {node: sending for node, sending in sent.items() if annotations.note(node).transitions}
+    rings = [node for node in sent if not annotations.note(node).transitions and annotations.note(node).rule.roles]
+    moves = {node: sending for node, sending in sent.items() if node not in rings}
+    changed = [node for node in moves if annotations.note(node).transitions]
+    asking = context.strategy.shards_weights
     return Explanation(
         strategy=str(context.strategy),
         world_size=context.mesh.size,
         rank=context.mesh.rank,
         redistributions=tuple(_redistribution(node, sending) for node, sending in moves.items()),
-        rings=tuple(_ring(node, sending) for node, sending in sent.items() if node not in moves),
+        rings=tuple(_ring(node, sent[node]) for node in rings),
         collectives=tuple(in_order(sent.values())),
         fallbacks=tuple(context.fallbacks),
-        gathered=tuple(_gathered(list(moves), {fallback.node for fallback in context.fallbacks})),
+        gathered=tuple(_gathered(changed, {fallback.node for fallback in context.fallbacks}, asking)),
         outputs=tuple(_outputs(graph)),
         grad_sync=context.grad_sync,
         rewritten=rewritten,
@@ -40,7 +43,9 @@ def read(rewritten: Rewritten) -> Explanation:
 
 
 def _redistribution(node: fx.Node, sending: Sending) -> Redistribution:
-    transitions = annotations.note(node).transitions
+    """Of an op that joins the ranks' parts itself nothing changes its placement."""
+    note = annotations.note(node)
+    transitions = note.transitions or tuple((placement, placement) for placement in note.placements)
     sources = annotations.operands(node)
     parameters = ()
     if all(change == ("I", "R") for change in _printed(transitions)) and all(s.op == "placeholder" for s in sources):
@@ -76,18 +81,21 @@ def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str,
     return tuple((str(source), str(target)) for source, target in transitions)
 
 
-def _gathered(redistributions: list[fx.Node], fallbacks: set[str]) -> Iterator[Gathered]:
-    """Gathers that an op with a rule asks for: one entry a reader. What the strategy gathers for attention is none."""
+def _gathered(redistributions: list[fx.Node], fallbacks: set[str], linears: bool) -> Iterator[Gathered]:
+    """Gathers that an op with a rule asks for: one entry a reader.
+
+    What the strategy gathers for attention, or for ``linears``, is none, and neither is a parameter.
+    """
     for node in redistributions:
         moved = zip(annotations.note(node).transitions, annotations.operands(node), strict=True)
         for index, ((source, target), producer) in enumerate(moved):
-            if not isinstance(source, Shard) or isinstance(target, Shard):
+            if not isinstance(source, Shard) or isinstance(target, Shard) or producer.op == "placeholder":
                 continue
             value = annotations.value(producer)
             num_bytes = value.element_size() * prod(global_shape(source, tuple(value.shape)))
             for reader in _readers(node, index):
                 rule = annotations.note(reader).rule
-                wanted = rule is not None and bool(rule.roles)
+                wanted = rule is not None and bool(rule.roles or (linears and rule.heavy))
                 if reader.op != "output" and reader.name not in fallbacks and not wanted:
                     line = annotations.source_line(reader)
                     yield Gathered(op_name(reader.target), reader.name, line, num_bytes)
