@@ -85,7 +85,31 @@ def _compile(
     share = "" if all(part.is_even for part in context.parts) else f"-{mesh.rank}/{mesh.size}"
     tag = f"sptransform-{_version()}{share}{_recompute_tags(rewritten.graph)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
-        return lookup_backend(options.backend)(rewritten, list(inputs)), program, lengths, context
+        compiled = lookup_backend(options.backend)(rewritten, [_local(x, rewritten) for x in inputs])
+    return _of_local_parts(compiled, inputs), program, lengths, context
+
+
+def _local(x: Any, gm: fx.GraphModule) -> Any:
+    """What the inner backend is to see of an input: of a parameter kept in parts a fake of this rank's part."""
+    if not isinstance(x, DTensor):
+        return x
+    mode = next(value.fake_mode for node in gm.graph.nodes for value in annotations.values(node))
+    return mode.from_tensor(x.detach().to_local(), static_shapes=True).requires_grad_(x.requires_grad)
+
+
+def _of_local_parts(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+    """``compiled``, called with parameters; outside of it, so that their gradients are DTensors as they are."""
+    places = [index for index, x in enumerate(inputs) if isinstance(x, DTensor)]
+    if not places:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        local = list(args)
+        for index in places:
+            local[index] = args[index].to_local()
+        return compiled(*local)
+
+    return run
 
 
 def rewrite_graph(

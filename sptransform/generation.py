@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sptransform.parameters import whole_parameters
+
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,8 @@ def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[...
                 type(model).__name__,
             )
             is_told = True
-        return model._call_impl(*args, **kwargs)  # what nn.Module calls when it is not compiled
+        with whole_parameters():
+            return model._call_impl(*args, **kwargs)  # what nn.Module calls when it is not compiled
 
     return run
 

@@ -28,6 +28,7 @@ class Options:
     outputs: str = "full"
     grad_sync: bool = True
     strict: bool = False
+    shard_parameters: bool = False
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     check_timeout: float = 300.0
 
@@ -41,7 +42,7 @@ class Options:
             raise UsageError(
                 describe("unknown inner backend", found=repr(self.backend), fix=f"one of {', '.join(sorted(known))}")
             )
-        for name in ("grad_sync", "strict"):
+        for name in ("grad_sync", "strict", "shard_parameters"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UsageError(describe(f"{name} is a bool", found=repr(value), fix="True or False"))
         if not isinstance(self.check_timeout, int | float) or not self.check_timeout > 0:

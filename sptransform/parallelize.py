@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from sptransform.agreement import Agreement
 from sptransform.backend import sptransform_backend
@@ -17,6 +18,8 @@ from sptransform.errors import UsageError, describe
 from sptransform.generation import whole_with_cache
 from sptransform.mesh import Mesh
 from sptransform.options import Options, check_torch_version
+from sptransform.parameters import keep_less, keep_parts
+from sptransform.placing import parameter_dims
 from sptransform.strategies import Strategy
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -31,6 +34,8 @@ def parallelize(
     outputs: str | None = None,
     grad_sync: bool = True,
     strict: bool = False,
+    shard_parameters: bool = False,
+    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     sequence_dims: Mapping[str, int] | None = None,
     fullgraph: bool = True,
     check_timeout: float = 300.0,
@@ -40,9 +45,12 @@ def parallelize(
     The module is compiled in place (``nn.Module.compile``) and returned: its class, parameter names, ``state_dict``
     and pickling do not change. Call it on every rank with the same full-length inputs.
 
+    With :class:`MegatronSP` or ``shard_parameters`` the parameters become DTensors, of which each rank keeps a part; make
+    optimizers afterwards. The model may then be on ``meta``, to be materialised part by part (``to_empty``).
+
     Args:
         model: any module ``torch.compile`` captures; nothing in it is rewritten.
-        strategy: "ulysses" or a :class:`Strategy` object.
+        strategy: "ulysses", "ring", "allgather", "usp", "megatron", or a :class:`Strategy` object.
         mesh: one-dimensional DeviceMesh; by default all ranks of the default process group.
         backend: inner ``torch.compile`` backend that compiles the rewritten graph.
         outputs: how outputs that keep a sharded sequence come back: "dtensor" (``.full_tensor()`` gathers), "full"
@@ -51,6 +59,11 @@ def parallelize(
         grad_sync: True: ``.grad`` of every parameter is complete on every rank. False: ``.grad`` is this rank's term
             of a sum over the ranks, for whoever reduces it.
         strict: raise for an op without a sharding rule instead of running it replicated on gathered operands.
+        shard_parameters: keep 1/N of every parameter on each rank, and of its gradient and optimizer state (ZeRO-3,
+            Rajbhandari et al., arXiv 1910.02054, §5.3): gathered before use, gradients reduce-scattered, in the graph.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of a call, of which only shapes matter, with
+            which MegatronSP finds at once how parameters are cut. Without, it does at the first call, and each rank
+            holds them whole until then.
         sequence_dims: input name -> its sequence dim, for graphs without attention to tell it.
         fullgraph: as in ``torch.compile``: a graph break is an error. False: parts between breaks are sharded each by
             itself, and hand each other whole tensors.
@@ -75,6 +88,7 @@ def parallelize(
         outputs=("dtensor" if fullgraph else "full") if outputs is None else outputs,
         grad_sync=grad_sync,
         strict=strict,
+        shard_parameters=shard_parameters,
         sequence_dims={} if sequence_dims is None else sequence_dims,
         check_timeout=check_timeout,
     )
@@ -88,15 +102,55 @@ def parallelize(
         )
     where = Mesh.of(mesh, options.strategy)  # a wrong mesh is an error here, not at the first call
     _check_module(model, where)
+    cuts = options.shard_parameters or options.strategy.shards_weights
+    if cuts and not grad_sync:
+        raise UsageError(
+            describe(
+                "parameters of which ranks keep parts have complete gradients",
+                found="grad_sync=False",
+                fix="grad_sync=True, or a strategy that leaves parameters whole",
+            )
+        )
+    settle = _keep_parts(model, options, where, inputs) if cuts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
     call = _telling(configured(model._compiled_call_impl), Agreement.of(where))
     if where.size > 1:
-        call = whole_with_cache(model, compiler.checked(call))
+        call = whole_with_cache(model, compiler.checked(call if settle is None else settle(call)))
         model.register_forward_pre_hook(compiled_by_itself)
     model._compiled_call_impl = call
     return model
+
+
+def _keep_parts(
+    model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...] | None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Cut the parameters; where the first call has to say how, returns what is to be put around the call."""
+    if not options.strategy.shards_weights:
+        sizes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        keep_parts(model, mesh, {n: 0 if shape and shape[0] >= mesh.size else None for n, shape in sizes.items()})
+        return None
+    if inputs is not None:
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        keep_parts(model, mesh, parameter_dims(model, options, mesh, args, kwargs))
+        return None
+    keep_parts(model, mesh, {})
+
+    def settle(call: Callable[..., Any]) -> Callable[..., Any]:
+        is_settled = False
+
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_settled
+            if not is_settled:
+                keep_less(model, mesh, parameter_dims(model, options, mesh, args, kwargs))
+                is_settled = True
+            return call(*args, **kwargs)
+
+        return run
+
+    return settle
 
 
 def _check_module(model: nn.Module, mesh: Mesh) -> None:
@@ -127,9 +181,18 @@ def _check_module(model: nn.Module, mesh: Mesh) -> None:
                 fix="move the module to one device",
             )
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UsageError(
+                describe(
+                    "the module's parameters are DTensors already",
+                    found=f"{name} with placements {parameter.placements}",
+                    fix="parallelize the model before anything else cuts its parameters",
+                )
+            )
     expected = mesh.device_mesh.device_type
     for device in map(torch.device, devices):
-        if device.type != expected:
+        if device.type not in (expected, "meta"):
             raise UsageError(
                 describe(
                     "the module is on another device than its mesh",

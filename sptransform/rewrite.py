@@ -125,7 +125,7 @@ def _rewritten(
     gm: fx.GraphModule, example_inputs: list[Any], options: Options, mesh: Mesh
 ) -> tuple[fx.GraphModule, Context]:
     if mesh.size > 1:
-        parts = getattr(options, 'shard_parameters', False) or options.strategy.shards_weights
+        parts = options.shard_parameters or options.strategy.shards_weights
         return rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=parts)
     # one rank runs the model as it is, see backend.py
     return capture(gm, example_inputs), Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)

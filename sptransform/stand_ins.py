@@ -21,19 +21,30 @@ def without_meta(model: nn.Module, inputs: InputsT) -> tuple[nn.Module, InputsT]
     Meta tensors themselves are not enough: ``torch.tensor(..., device="meta")``, as caches call it, escapes the fake
     mode that Dynamo traces with, and the trace fails.
     """
-    tensors = [*model.parameters(), *model.buffers(), *(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))]
-    if not any(tensor.is_meta for tensor in tensors):
+    if not any(tensor.is_meta for tensor in _tensors(model, inputs)):
         return model, inputs
+    return faked(model, inputs)
+
+
+def faked(model: nn.Module, inputs: InputsT) -> tuple[nn.Module, InputsT]:
+    """Copies of ``model`` and ``inputs`` whose tensors are plain, whole and fake; if any is on ``meta``, on the CPU."""
+    tensors = _tensors(model, inputs)
+    device = "cpu" if any(tensor.is_meta for tensor in tensors) else None
     mode = FakeTensorMode()
     # one stand-in a tensor, however many modules share it
-    fakes = {id(tensor): _fake(tensor, mode) for tensor in tensors}
+    fakes = {id(tensor): _fake(tensor, mode, device) for tensor in tensors}
     stand_in = copy.deepcopy(model, dict(fakes))
     return stand_in, pytree.tree_map(lambda x: fakes.get(id(x), x), inputs)
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Any:
+def _tensors(model: nn.Module, inputs: Any) -> list[Tensor]:
+    passed = (x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+    return [*model.parameters(), *model.buffers(), *passed]
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: str | None) -> Any:
     with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
