@@ -44,8 +44,8 @@ _TRANSFORMS = {
 class _Inliner(fx.Interpreter):
     """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be.
 
-    Of selectively checkpointed regions ``policies`` gets the mode that decides, for passes/open_checkpointed.py. Tensors
-    whose ids are in ``parameters`` stand for parameters kept in parts, and are whole: gathering them changes nothing.
+    Of selectively checkpointed regions ``policies`` gets the mode that decides, for passes/open_checkpointed.py.
+    Tensors whose ids are in ``parameters`` stand for parameters kept in parts, and are whole: gathering changes nothing.
     """
 
     def __init__(self, gm: fx.GraphModule, policies: dict[int, Any], parameters: set[int]) -> None:

@@ -45,8 +45,8 @@ def parallelize(
     The module is compiled in place (``nn.Module.compile``) and returned: its class, parameter names, ``state_dict``
     and pickling do not change. Call it on every rank with the same full-length inputs.
 
-    With :class:`MegatronSP` or ``shard_parameters`` the parameters become DTensors, of which each rank keeps a part; make
-    optimizers afterwards. The model may then be on ``meta``, to be materialised part by part (``to_empty``).
+    With :class:`MegatronSP` or ``shard_parameters`` the parameters become DTensors, of which each rank keeps a part:
+    make optimizers afterwards. The model may then be on ``meta``, to be materialised part by part (``to_empty``).
 
     Args:
         model: any module ``torch.compile`` captures; nothing in it is rewritten.

@@ -11,7 +11,7 @@ from sptransform import annotations
 from sptransform.mesh import Mesh
 from sptransform.options import Options
 from sptransform.rewrite import rewrite_call
-from sptransform.stand_ins import with_fakes
+from sptransform.stand_ins import faked
 
 
 def parameter_dims(
@@ -22,7 +22,7 @@ def parameter_dims(
     Args:
         args, kwargs: of a call of the model; only shapes matter, so they, and the model, may be on ``meta``.
     """
-    copied, (args, kwargs) = with_fakes(model, (args, dict(kwargs)))
+    copied, (args, kwargs) = faked(model, (args, dict(kwargs)))
     rewritten = rewrite_call(copied, args, kwargs, options, Mesh.pretended(mesh.size, mesh.rank))
     found: dict[str | None, int] = {}
     for node in rewritten.graph_module.graph.find_nodes(op="placeholder"):

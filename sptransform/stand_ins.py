@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from sptransform.parameters import as_written
+
 InputsT = TypeVar("InputsT")
 
 
@@ -34,6 +36,7 @@ def faked(model: nn.Module, inputs: InputsT) -> tuple[nn.Module, InputsT]:
     # one stand-in a tensor, however many modules share it
     fakes = {id(tensor): _fake(tensor, mode, device) for tensor in tensors}
     stand_in = copy.deepcopy(model, dict(fakes))
+    as_written(stand_in)
     return stand_in, pytree.tree_map(lambda x: fakes.get(id(x), x), inputs)
 
 
