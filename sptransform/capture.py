@@ -45,7 +45,7 @@ class _Inliner(fx.Interpreter):
     """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be.
 
     Of selectively checkpointed regions ``policies`` gets the mode that decides, for passes/open_checkpointed.py.
-    Tensors whose ids are in ``parameters`` stand for parameters kept in parts, and are whole: gathering changes nothing.
+    Tensors whose ids are in ``parameters`` stand for parameters kept in parts, and are whole: gathers are left out.
     """
 
     def __init__(self, gm: fx.GraphModule, policies: dict[int, Any], parameters: set[int]) -> None:
