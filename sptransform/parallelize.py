@@ -101,7 +101,6 @@ def parallelize(
             )
         )
     where = Mesh.of(mesh, options.strategy)  # a wrong mesh is an error here, not at the first call
-    _check_module(model, where)
     cuts = options.shard_parameters or options.strategy.shards_weights
     if cuts and not grad_sync:
         raise UsageError(
@@ -111,6 +110,7 @@ def parallelize(
                 fix="grad_sync=True, or a strategy that leaves parameters whole",
             )
         )
+    _check_module(model, where, may_be_on_meta=cuts)
     settle = _keep_parts(model, options, where, inputs) if cuts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
@@ -153,7 +153,7 @@ def _keep_parts(
     return settle
 
 
-def _check_module(model: nn.Module, mesh: Mesh) -> None:
+def _check_module(model: nn.Module, mesh: Mesh, may_be_on_meta: bool) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UsageError(
             describe(
@@ -192,7 +192,7 @@ def _check_module(model: nn.Module, mesh: Mesh) -> None:
             )
     expected = mesh.device_mesh.device_type
     for device in map(torch.device, devices):
-        if device.type not in (expected, "meta"):
+        if device.type != expected and not (device.type == "meta" and may_be_on_meta):
             raise UsageError(
                 describe(
                     "the module is on another device than its mesh",

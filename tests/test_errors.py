@@ -29,7 +29,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "rank": lambda: Mesh.pretended(4, 4),
     "sequence_dims": lambda: Options(sequence_dims={"x": "1"}),
     "split": lambda: Ulysses(split="tokens"),
-    "strategy_planned": lambda: strategy_of("megatron"),
+    "strategy_planned": lambda: strategy_of("auto"),
     "strategy_type": lambda: strategy_of(Ulysses),
     "strategy_unknown": lambda: strategy_of("ulises"),
     "usp_layout": lambda: USP(layout="striped"),
@@ -67,7 +67,7 @@ def test_other_wrong_options_of_strategies(make: Callable[[], Any]) -> None:
         make()
 
 
-@pytest.mark.parametrize("name", ["auto", "megatron"])
+@pytest.mark.parametrize("name", ["auto"])
 def test_planned_strategies_are_not_unknown(name: str) -> None:
     with pytest.raises(UsageError, match="not built yet"):
         strategy_of(name)

@@ -22,16 +22,16 @@ TIERS: tuple[tuple[str, ...], ...] = (
     # types, and access to the graph
     ("annotations", "errors", "mesh", "partition", "placement", "printer", "sizes"),
     # the engine: knows no op and no strategy by name
-    ("axes", "decisions", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
+    ("axes", "decisions", "inner_axes", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it
     ("capture", "functionalize", "masks", "op_rules", "ops", "passes", "stages", "strategies"),
     # what users call
     ("agreement", "backend", "dynamo", "explain", "faults", "fingerprint", "generation", "options", "parallelize")
-    + ("rewrite", "stand_ins", "trace"),
+    + ("parameters", "placing", "rewrite", "stand_ins", "trace"),
     ("",),
 )
 
-ENGINE = ("axes", "pass_manager", "propagation", "rewriter", "verifier")
+ENGINE = ("axes", "inner_axes", "pass_manager", "propagation", "rewriter", "verifier")
 MODELS = ("bert", "deepseek", "falcon", "gemma", "gpt", "llama", "mistral", "mixtral", "opt-", "phi", "qwen", "vit")
 
 

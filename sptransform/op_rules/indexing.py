@@ -30,6 +30,8 @@ def _embedding_local(call: OpCall, local: Local) -> Any:
         return local.run(call)
     weight, indices = local.operands
     emit, partition = local.emit, str(local.decision.partition)
+    if not local.decision.partition.local_size(local.rank):  # a lookup needs a row, be it no one's
+        weight = emit(aten.constant_pad_nd.default, (weight, [0, 0, 0, 1]), {})
     index = emit(sp.local_index.default, (indices, partition, local.group), {})
     is_own = emit(aten.unsqueeze.default, (emit(aten.ge.Scalar, (index, 0), {}), -1), {})
     rows = emit(aten.embedding.default, (weight, emit(aten.clamp.default, (index, 0), {})), {})

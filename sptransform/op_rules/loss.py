@@ -56,6 +56,10 @@ def _nll_local(call: OpCall, local: Local) -> Any:
     is_own = emit(aten.logical_and.default, (is_valid, emit(aten.ge.Scalar, (index, 0), {})), {})
     target = emit(aten.where.ScalarOther, (is_own, index, _IGNORED), {})
     logs, *weight = (x for i, x in enumerate(local.operands) if i != 1)
+    if not local.decision.partition.local_size(local.rank):  # a class is needed, be it no one's
+        num_tail = max(len(call.operand_shapes[0]) - 2, 0)
+        logs = emit(aten.constant_pad_nd.default, (logs, [0, 0] * num_tail + [0, 1]), {})
+        weight = [emit(aten.constant_pad_nd.default, (x, [0, 1]), {}) for x in weight]
     return emit(aten.nll_loss_nd.default, (logs, target, *(weight or [None]), call.argument("reduction"), _IGNORED), {})
 
 

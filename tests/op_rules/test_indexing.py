@@ -11,8 +11,8 @@ from tests.brute_force import Case, booleans, call_of, case, check_case, ids, in
 aten = torch.ops.aten
 
 CASES = [
-    case(aten.embedding.default, randn(7, 5), integers(7, 2, 6), factors=".1 .2 h"),
-    case(aten.embedding.default, randn(7, 5), integers(7, 1, 6), 3, factors=".1 h"),
+    case(aten.embedding.default, randn(7, 5), integers(7, 2, 6), factors=".1 .2 h v"),
+    case(aten.embedding.default, randn(7, 5), integers(7, 1, 6), 3, factors=".1 h v"),
     case(aten.embedding.default, randn(7, 5), integers(7)),
     case(aten.gather.default, randn(4, 6), 1, integers(6, 4, 3), factors="i0 i1"),
     case(aten.gather.default, randn(4, 6), -1, integers(6, 4, 1), factors="i0"),

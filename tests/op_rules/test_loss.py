@@ -53,7 +53,7 @@ CASES = [
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), SUM, factors="i0 i1"),
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), NONE),
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), factors=""),
-    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), None, SUM, factors="n"),
+    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), None, SUM, factors="n c"),
     case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), positive(5), NONE),
     case(aten.nll_loss_nd.default, log_probabilities(2, 5, 6), labels(5, 2, 6), positive(5), SUM),
     case(aten.nll_loss_nd.default, log_probabilities(5), integers(5), None, SUM),
