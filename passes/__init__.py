@@ -15,7 +15,7 @@ from sptransform.passes.open_checkpointed import OpenCheckpointed
 from sptransform.passes.pack_moves import PackMoves
 from sptransform.passes.place import Place
 from sptransform.passes.read_masks import ReadMasks
-from sptransform.passes.regather_keys import RegatherKeys
+from sptransform.passes.regather import Regather
 from sptransform.passes.return_in_order import ReturnInOrder
 from sptransform.passes.split_biases import SplitBiases
 from sptransform.passes.split_cross_entropy import SplitCrossEntropy
@@ -41,7 +41,7 @@ DISTRIBUTE: tuple[Pass, ...] = (
     BucketGradients(),
     # from abstract to concrete; sizes become local last, when nothing needs global ones any more
     LowerRedistributes(),
-    RegatherKeys(),  # of what lowering marks as saved, some is not to be
+    Regather(),  # of what lowering marks as saved, some is not to be
     Localize(),
 )
 

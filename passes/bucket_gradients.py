@@ -1,14 +1,18 @@
-"""Reduce parameter gradients in few large messages.
+"""Reduce parameter gradients, and gather parameters of which ranks keep parts, in few large messages.
 
 Every parameter read by sharded work is moved I -> R once, which costs nothing forward and an all-reduce backward.
 Packed into buckets, whose gradients travel together::
 
     %p0, %p1, ... = redistribute([%w0, %w1, ...], I -> R)
 
-1. Buckets hold parameters of one dtype, at most ``bucket_bytes`` in all, in the order in which the forward first reads
-   them.
+A parameter kept in parts is moved S -> R, an all-gather forward and a reduce-scatter of its gradient backward.
+
+1. Buckets hold parameters of one dtype and one kind of move, at most ``bucket_bytes`` in all, in the order in which the
+   forward first reads them.
 2. A bucket stands right before its first reader: autograd runs last to first, so a bucket is reduced while the layers
    before it still compute. It stays in front of autocast and grad-mode regions, where gradients might not pass.
+3. What is gathered stands one bucket earlier, so that it may travel while the one before is read; no more than
+   two are whole at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import I, R
+from sptransform.placement import I, R, Shard
 from sptransform.rewriter import insert_redistribute, is_redistribute, succeed
 
 
@@ -48,16 +52,24 @@ class BucketGradients(Pass):
             if size > self.bucket_bytes:
                 buckets.append([node])
                 continue
-            bucket, left = room.get(value.dtype, (None, 0))
+            key = value.dtype, _is_gather(node)
+            bucket, left = room.get(key, (None, 0))
             if bucket is None or size > left:
                 bucket, left = [], self.bucket_bytes
                 buckets.append(bucket)
             bucket.append(node)
-            room[value.dtype] = (bucket, left - size)
+            room[key] = (bucket, left - size)
         region = next((node for node in graph.nodes if _opens_region(node)), None)
+        outside = _outside_regions(graph)
+        gathered: fx.Node | None = None
         for bucket in buckets:
-            places = [first_reader[bucket[0]]] if region is None else [first_reader[bucket[0]], region]
-            _merge(bucket, min(places, key=order.__getitem__))
+            place = first_reader[bucket[0]]
+            if _is_gather(bucket[0]):
+                earlier, gathered = gathered or place, place
+                _merge(bucket, outside[earlier])
+            else:
+                places = [place] if region is None else [place, region]
+                _merge(bucket, min(places, key=order.__getitem__))
 
 
 def _opens_region(node: fx.Node) -> bool:
@@ -65,13 +77,33 @@ def _opens_region(node: fx.Node) -> bool:
     return node.op == "call_function" and annotations.value(node) is None and not annotations.handles_tensors(node)
 
 
+def _outside_regions(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Every node, or the node that opens the outermost region it is in."""
+    found, depth, opening = {}, 0, None
+    for node in graph.nodes:
+        if _opens_region(node):
+            closes = bool(node.all_input_nodes) or node.args == (True,)
+            opening = opening if depth else node
+            depth = max(depth - 1, 0) if closes else depth + 1
+        found[node] = opening if depth and opening is not None else node
+    return found
+
+
 def _is_of_input(node: fx.Node) -> bool:
-    note = annotations.note(node)
-    return note.transitions == ((I, R),) and node.args[0][0].op == "placeholder"
+    moved = annotations.note(node).transitions
+    if len(moved) != 1 or node.args[0][0].op != "placeholder":
+        return False
+    return moved[0] == (I, R) or (_is_gather(node) and annotations.note(node.args[0][0]).is_parameter)
+
+
+def _is_gather(node: fx.Node) -> bool:
+    ((source, target),) = annotations.note(node).transitions
+    return isinstance(source, Shard) and target == R
 
 
 def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
-    new = insert_redistribute(before, [node.args[0][0] for node in nodes], [(I, R)] * len(nodes))
+    transitions = [transition for node in nodes for transition in annotations.note(node).transitions]
+    new = insert_redistribute(before, [node.args[0][0] for node in nodes], transitions)
     for node, after in zip(nodes, new, strict=True):
         (old,) = node.users
         succeed(old, after)

@@ -3,7 +3,7 @@
 Before, queries, keys and values each move on their own; after, one redistribute moves all three.
 
 1. Packed are redistributes of the same dtype and kind that stand right before the same node: S(i) -> S(j), i and j
-   differing, and S -> R.
+   differing, and S -> R but of parameters, which have buckets of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def _packable(node: fx.Node) -> str | None:
     kinds = {kind(source) + kind(target) for source, target in transitions}
     if kinds == {"SS"} and not cut_alike(*transitions[0]):
         return "all_to_all"
-    return "gather" if kinds == {"SR"} else None
+    is_parameter = annotations.note(annotations.operands(node)[0]).is_parameter
+    return "gather" if kinds == {"SR"} and not is_parameter else None
 
 
 def _pack(nodes: list[fx.Node]) -> None:

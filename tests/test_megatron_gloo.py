@@ -163,6 +163,39 @@ def test_tied_and_on_meta() -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
 
 
+def saved(rank: int, world_size: int, strategy: Strategy, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that autograd saves in a forward, and those of the weights of linears."""
+    model, inputs = build("llama_nocache")
+    weights = sum(x.numel() * x.element_size() for name, x in model.named_parameters() if "proj" in name)
+    sptransform.parallelize(model, strategy, backend="aot_eager", **options)
+    found = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x.numel() * x.element_size())
+        return x
+
+    model(**inputs)  # tracing saves tensors of its own
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(**inputs).loss.backward()
+    return sum(found), weights
+
+
+def test_whole_parameters_are_not_saved() -> None:
+    """A linear saves its weight for its backward: now the rank's half of it."""
+    parts = get_pool(2).run(saved, Ulysses(), {"shard_parameters": True}, timeout=120)
+    whole = get_pool(2).run(saved, Ulysses(), {}, timeout=120)
+    for (less, weights), (more, _) in zip(parts, whole, strict=True):
+        assert more - less >= weights // 2
+
+
+def test_what_linears_gathered_is_not_saved() -> None:
+    """Two linears of a layer, and the head, read [2, 64, 64]; half of it is the rank's own."""
+    again = get_pool(2).run(saved, MegatronSP(), {}, timeout=120)
+    once = get_pool(2).run(saved, MegatronSP(regather=False), {}, timeout=120)
+    for (less, _), (more, _) in zip(again, once, strict=True):
+        assert more - less >= 5 * (2 * 64 * 64 * 8) // 2
+
+
 # --- training, and going on elsewhere -------------------------------------------------------------------------
 
 STEPS = 5

@@ -1,9 +1,10 @@
-"""Gather keys and values again in the backward, where the strategy asks for it, instead of saving them.
+"""Gather again in the backward, instead of saving what was gathered: keys and values, what linears read, parameters.
 
 Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node
 is tagged as what the backward must recompute, and of each rank's keys only its part is saved.
 
-1. A checkpointed region would save the result, as it saves whatever was sent: the strategy's word is the later one.
+1. Keys and values, and what linears read, where the strategy asks for it; parameters of which ranks keep parts always.
+2. A checkpointed region would save the result, as it saves whatever was sent: the strategy's word is the later one.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from sptransform.placement import R, Shard
 
 
 @dataclass(frozen=True)
-class RegatherKeys(Pass):
+class Regather(Pass):
     requires = frozenset({"lowered"})
     ensures = frozenset({"functional", "placed", "typed", "lowered"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if not context.strategy.regather:
-            return
         for node in graph.nodes:
+            if _is_gather(node) and all(annotations.note(x).is_parameter for x in annotations.operands(node)):
+                _recompute(node)
+            if not context.strategy.regather:
+                continue
             rule = annotations.note(node).rule
             if rule is not None and (rule.roles or (context.strategy.shards_weights and rule.heavy)):
                 for operand in annotations.operands(node):

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from sptransform import AllGatherKV, Ring, Strategy, Ulysses
-from sptransform.passes.regather_keys import RegatherKeys
+from sptransform.passes.regather import Regather
 from sptransform.printer import text
 from tests.golden import Golden
 from tests.graphs import a_context, after, nodes_of
@@ -20,7 +20,7 @@ from tests.passes.blocks import Attention, by_repeat_interleave, hidden_states
 
 def gathering(strategy: Strategy, model: Callable[..., Any] | None = None) -> fx.GraphModule:
     context = a_context(strategy=strategy)
-    return after(RegatherKeys, model or Attention(by_repeat_interleave), hidden_states(), context=context)[0]
+    return after(Regather, model or Attention(by_repeat_interleave), hidden_states(), context=context)[0]
 
 
 def recomputed(gm: fx.GraphModule) -> list[str]:
@@ -29,7 +29,7 @@ def recomputed(gm: fx.GraphModule) -> list[str]:
 
 def test_golden(golden: Golden) -> None:
     gm = gathering(AllGatherKV(regather=True))
-    golden.check("regather_keys", after=text(gm.graph.nodes), recomputed="\n".join(recomputed(gm)))
+    golden.check("regather", after=text(gm.graph.nodes), recomputed="\n".join(recomputed(gm)))
 
 
 def test_keys_and_values_are_recomputed_with_the_message_they_came_in() -> None:
