@@ -110,7 +110,7 @@ def parallelize(
                 fix="grad_sync=True, or a strategy that leaves parameters whole",
             )
         )
-    _check_module(model, where, may_be_on_meta=cuts)
+    _check_module(model, where, cuts=cuts)
     settle = _keep_parts(model, options, where, inputs) if cuts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
@@ -153,7 +153,7 @@ def _keep_parts(
     return settle
 
 
-def _check_module(model: nn.Module, mesh: Mesh, may_be_on_meta: bool) -> None:
+def _check_module(model: nn.Module, mesh: Mesh, cuts: bool) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UsageError(
             describe(
@@ -182,7 +182,7 @@ def _check_module(model: nn.Module, mesh: Mesh, may_be_on_meta: bool) -> None:
             )
         )
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if cuts and isinstance(parameter, DTensor):
             raise UsageError(
                 describe(
                     "the module's parameters are DTensors already",
@@ -192,7 +192,7 @@ def _check_module(model: nn.Module, mesh: Mesh, may_be_on_meta: bool) -> None:
             )
     expected = mesh.device_mesh.device_type
     for device in map(torch.device, devices):
-        if device.type != expected and not (device.type == "meta" and may_be_on_meta):
+        if device.type != expected and not (device.type == "meta" and cuts):
             raise UsageError(
                 describe(
                     "the module is on another device than its mesh",

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sptransform
@@ -135,3 +137,47 @@ def test_parallelizing_what_ddp_wraps_is_asked_for() -> None:
     """torch.compile cannot see through DDP's own forward."""
     for message in get_pool(2).run(parallelizes_ddp):
         assert "DistributedDataParallel" in message and "module" in message
+
+
+# --- FSDP2 ----------------------------------------------------------------------------------------------------
+
+
+def fully_sharded(rank: int, world_size: int, case: str) -> list[Result]:
+    """Three steps on this rank's half of the batch under FSDP2, and the gradients of each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model, _ = build("sdpa_transformer")
+    own = {key: x.chunk(2)[mesh["dp"].get_local_rank()] for key, x in global_batch().items()}
+    if case == "megatron":  # parameters cut over sp are cut once more over dp
+        parallel(model, "megatron", mesh=mesh["sp"], inputs=own)
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        parallel(model, mesh=mesh["sp"], grad_sync=case == "complete gradients")
+        fully_shard(model, mesh=mesh["dp", "sp"]._flatten("all"))
+        if case == "terms of gradients":  # summed over sp, averaged over dp
+            model.set_gradient_divide_factor(2.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    results = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(**own)
+        loss.backward()
+        grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+        whole = loss.detach() / 2
+        dist.all_reduce(whole, group=mesh["dp"].get_group())
+        results.append(Result(whole, grads))
+        optimizer.step()
+    return results
+
+
+@pytest.mark.parametrize("case", ["complete gradients", "terms of gradients", "megatron"])
+def test_fsdp_around_a_parallelized_model(case: str) -> None:
+    model, _ = build("sdpa_transformer")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    expected = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        expected.append(run_one_device(model, global_batch()))
+        optimizer.step()
+    for results in get_pool(4).run(fully_sharded, case, timeout=180):
+        for step, (result, reference) in enumerate(zip(results, expected, strict=True)):
+            assert_equal_to_one_device(reference, result, FLOAT64 if step == 0 else 1e-10)
