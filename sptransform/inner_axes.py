@@ -6,7 +6,7 @@ the *stream* (the hidden axis of the residual stream), which stays whole, and *i
 attention are inner; everything else follows from them:
 
 - the other end of a linear with an inner end is stream;
-- the other end of a linear with a stream end is inner, if nothing trainable needs it whole (a norm would).
+- the other end of a linear with a stream end is inner, if nothing needs it whole (a norm would).
 
 A slice or piece of an inner axis is inner, and so is what it is a piece of (a fused projection).
 """
@@ -54,13 +54,13 @@ class InnerAxes:
         return atom in self._inner
 
     def _needed_whole(self, graph: fx.Graph, light: frozenset[fx.Node]) -> set[Atom]:
-        """Axes that an op with a gradient cannot run on a part of."""
+        """Axes that an op cannot run on a part of; what only picks indices (an argmax) may gather its operand."""
         found: set[Atom] = set()
         for node in graph.nodes:
-            note = annotations.note(node)
-            if note.rule is not None and note.differentiable and node not in light:
-                for factor in note.rule.whole - note.rule.joined:
-                    if factor in note.rule.sizes:
+            rule = annotations.note(node).rule
+            if rule is not None and node not in light and annotations.values(node)[0].is_floating_point():
+                for factor in rule.whole - rule.joined:
+                    if factor in rule.sizes:
                         found.update(self._axes.factor(node, factor))
         return found
 

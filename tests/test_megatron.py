@@ -149,6 +149,16 @@ def test_blocks(name: str) -> None:
             assert_equal_to_one_device(reference, result, FLOAT64)
 
 
+@pytest.mark.parametrize("length", [23, 5, 3])
+def test_lengths_that_do_not_divide(length: int) -> None:
+    block, inputs = block_of("6 query heads, 2 key heads")
+    inputs = {key: x[:, :length] for key, x in inputs.items()}
+    reference = run_one_device(block, inputs)
+    for ranks in on_pretended_ranks(block, inputs, ASKED).values():
+        for result in ranks.results():
+            assert_equal_to_one_device(reference, result, FLOAT64)
+
+
 def rewritten(name: str, num_ranks: int) -> Rewritten:
     block, inputs = block_of(name)
     return rewrite(block, MegatronSP(), inputs, world_size=num_ranks)

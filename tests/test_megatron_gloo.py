@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import sptransform
 from sptransform import MegatronSP, Strategy, Ulysses, UsageError
 from tests.collective_counts import CountCollectives, by_message
-from tests.equality import assert_equal_to_one_device, one_device, run_one_device, run_parallel
+from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device, run_parallel
 from tests.gloo_pool import get_pool
 from tests.models import MODELS, Inputs, build
 
@@ -269,6 +269,27 @@ def test_training_goes_on_elsewhere(strategy: str, options: dict[str, Any], tmp_
     resume(plain, optimizer, folder)
     assert train(plain, optimizer, inputs) == pytest.approx(second, rel=1e-10)
     assert not any(isinstance(parameter, DTensor) for parameter in plain.parameters())
+
+
+# --- with the rest of PyTorch ----------------------------------------------------------------------------------
+
+
+def checkpointed_and_generating(rank: int, world_size: int) -> tuple[Result, Tensor]:
+    model, inputs = build("llama")
+    sptransform.parallelize(model, "megatron", backend="aot_eager")
+    model.gradient_checkpointing_enable()
+    result = run_one_device(model, inputs)
+    model.gradient_checkpointing_disable()
+    tokens = model.eval().generate(inputs["input_ids"][:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    return result, tokens
+
+
+def test_checkpointing_and_generation() -> None:
+    model, inputs = build("llama")
+    expected = model.eval().generate(inputs["input_ids"][:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for result, tokens in get_pool(2).run(checkpointed_and_generating, timeout=180):
+        assert_equal_to_one_device(one_device("llama"), result, MODELS["llama"].tolerance)
+        assert torch.equal(tokens, expected)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
