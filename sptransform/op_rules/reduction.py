@@ -97,18 +97,17 @@ def _softmax_local(call: OpCall, local: Local) -> Any:
     if local.decision.factor not in local.rule.joined:
         return local.run(call)
     (x,) = local.operands
-    if call.argument("dtype") is not None:
-        x = local.emit(aten.to.dtype, (x, call.argument("dtype")), {})
     num_ranks = local.decision.partition.num_ranks
-    return local.emit(_JOINED[call.target], (x, call.argument("dim"), num_ranks, local.group), {})
+    # autocast knows torch's op and not this one
+    dtype = local.result_dtypes[0]
+    return local.emit(_JOINED[call.target], (x, call.argument("dim"), dtype, num_ranks, local.group), {})
 
 
 def _softmax_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
     """Maximum and sum forward, one sum backward."""
-    (x,) = operands
-    num_ranks = call.argument("num_ranks")
-    entries = prod(x.shape) // x.shape[call.argument("dim")]
-    num_bytes = 2 * entries * max(x.element_size(), 4) * (num_ranks - 1) // num_ranks
+    shape, num_ranks = operands[0].shape, call.argument("num_ranks")
+    entries = prod(size for d, size in enumerate(shape) if d != call.argument("dim") % len(shape))
+    num_bytes = 2 * entries * max(call.argument("dtype").itemsize, 4) * (num_ranks - 1) // num_ranks
     return Sent("all_reduce", 2, 2 * num_bytes), Sent("all_reduce", 1, num_bytes)
 
 
@@ -133,7 +132,12 @@ def triangle(call: OpCall) -> OpRule:
     return OpRule((dims,), (dims,), sizes, whole=whole)
 
 
-_JOINED = {aten.log_softmax.int: sp.log_softmax.default, aten.softmax.int: sp.softmax.default}
+_JOINED = {
+    aten._log_softmax.default: sp.log_softmax.default,
+    aten._softmax.default: sp.softmax.default,
+    aten.log_softmax.int: sp.log_softmax.default,
+    aten.softmax.int: sp.softmax.default,
+}
 _SOFTMAX = OpEntry(softmax, _softmax_local)
 _JOINED_SOFTMAX = OpEntry(along_dim, sends=_softmax_sends)
 _SUM = _reduction(summed=True)
@@ -141,8 +145,8 @@ _WHOLE = _reduction(summed=False)
 _MEAN = OpEntry(_SUM, _mean_local)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
-    (aten._log_softmax.default, along_dim),
-    (aten._softmax.default, along_dim),
+    (aten._log_softmax.default, _SOFTMAX),
+    (aten._softmax.default, _SOFTMAX),
     (aten.all.default, _WHOLE),
     (aten.all.dim, _WHOLE),
     (aten.amax.default, _WHOLE),

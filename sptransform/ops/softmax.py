@@ -5,7 +5,6 @@ As the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., arXiv 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +14,23 @@ from sptransform.ops import collectives
 from sptransform.ops.library import composite
 
 
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in a dtype that holds sums, as torch accumulates them."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def _exponentials(x: Tensor, dim: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` less the maximum, its exponential, and the sum of that over all ranks, in a dtype that holds sums."""
-    x = x.float() if x.dtype.itemsize < 4 else x
-    largest = x.amax(dim, keepdim=True) if x.shape[dim] else x.new_full(_reduced(x, dim), -torch.inf)
+    """``x`` less the maximum, its exponential, and the sum of that over all ranks."""
+    x = _wide(x)
+    # of a rank that has nothing of the dimension: no maximum, -inf
+    largest = x.amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True) - torch.inf
     shifted = x - collectives.all_reduce(largest, group, "max")
     powers = shifted.exp()
-    return shifted, powers, collectives.all_reduce(powers.sum(dim, keepdim=True), group)
+    return shifted, powers, _total(powers, dim, group)
 
 
-def _reduced(x: Tensor, dim: int) -> list[int]:
-    return [1 if d == dim % x.ndim else size for d, size in enumerate(x.shape)]
+def _total(x: Tensor, dim: int, group: str) -> Tensor:
+    return collectives.all_reduce(x.sum(dim, keepdim=True), group)
 
 
 class _Softmax(torch.autograd.Function):
@@ -39,8 +44,9 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (y,) = ctx.saved_tensors
-        return _along(lambda y, g, total: y * (g - total), y, grad, grad * y, ctx), None, None
+        (y,) = map(_wide, ctx.saved_tensors)
+        weighted = _wide(grad) * y
+        return (weighted - y * _total(weighted, ctx.dim, ctx.group)).to(grad.dtype), None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -54,22 +60,16 @@ class _LogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (y,) = ctx.saved_tensors
-        return _along(lambda y, g, total: g - y.exp() * total, y, grad, grad, ctx), None, None
+        (y,) = map(_wide, ctx.saved_tensors)
+        wide = _wide(grad)
+        return (wide - y.exp() * _total(wide, ctx.dim, ctx.group)).to(grad.dtype), None, None
 
 
-def _along(gradient: Callable[..., Tensor], y: Tensor, grad: Tensor, terms: Tensor, ctx: Any) -> Tensor:
-    """The gradient, given ``terms`` summed over all ranks; computed in a dtype that holds sums."""
-    dtype = torch.float32 if y.dtype.itemsize < 4 else y.dtype
-    total = collectives.all_reduce(terms.to(dtype).sum(ctx.dim, keepdim=True), ctx.group)
-    return gradient(y.to(dtype), grad.to(dtype), total).to(y.dtype)
+@composite("softmax(Tensor x, int dim, ScalarType dtype, int num_ranks, str group_name) -> Tensor")
+def softmax(x: Tensor, dim: int, dtype: torch.dtype, num_ranks: int, group_name: str) -> Tensor:
+    return _Softmax.apply(x.to(dtype), dim, group_name)
 
 
-@composite("softmax(Tensor x, int dim, int num_ranks, str group_name) -> Tensor")
-def softmax(x: Tensor, dim: int, num_ranks: int, group_name: str) -> Tensor:
-    return _Softmax.apply(x, dim, group_name)
-
-
-@composite("log_softmax(Tensor x, int dim, int num_ranks, str group_name) -> Tensor")
-def log_softmax(x: Tensor, dim: int, num_ranks: int, group_name: str) -> Tensor:
-    return _LogSoftmax.apply(x, dim, group_name)
+@composite("log_softmax(Tensor x, int dim, ScalarType dtype, int num_ranks, str group_name) -> Tensor")
+def log_softmax(x: Tensor, dim: int, dtype: torch.dtype, num_ranks: int, group_name: str) -> Tensor:
+    return _LogSoftmax.apply(x.to(dtype), dim, group_name)

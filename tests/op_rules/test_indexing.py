@@ -14,6 +14,8 @@ CASES = [
     case(aten.embedding.default, randn(7, 5), integers(7, 2, 6), factors=".1 .2 h v"),
     case(aten.embedding.default, randn(7, 5), integers(7, 1, 6), 3, factors=".1 h v"),
     case(aten.embedding.default, randn(7, 5), integers(7)),
+    case(aten.embedding.default, randn(7, 5), torch.tensor([3, 0, 3, 6, 3]), 3),
+    case(aten.embedding.default, randn(2, 5), torch.tensor([[1, 0]]), 0, factors="v h .1"),
     case(aten.gather.default, randn(4, 6), 1, integers(6, 4, 3), factors="i0 i1"),
     case(aten.gather.default, randn(4, 6), -1, integers(6, 4, 1), factors="i0"),
     case(aten.gather.default, randn(4, 6), 0, integers(4, 5, 6), factors="i0 i1"),

@@ -22,6 +22,13 @@ def log_probabilities(*shape: int) -> Tensor:
     return randn(*shape).log_softmax(1 if len(shape) > 1 else 0)
 
 
+def impossible(*shape: int) -> Tensor:
+    """Log-probabilities, every other one of a class that has no chance."""
+    found = log_probabilities(*shape)
+    found[:, ::2] = -torch.inf
+    return found
+
+
 CASES = [
     case(aten.binary_cross_entropy_with_logits.default, randn(4, 6), positive(4, 6), None, None, SUM),
     case(aten.binary_cross_entropy_with_logits.default, randn(4, 6), positive(4, 6), positive(4, 1), positive(6), SUM),
@@ -54,9 +61,13 @@ CASES = [
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), NONE),
     case(aten.mse_loss.default, randn(4, 6), randn(4, 6), factors=""),
     case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), None, SUM, factors="n c"),
-    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), positive(5), NONE),
+    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), positive(5), NONE, factors="n c"),
+    case(aten.nll_loss_nd.default, log_probabilities(6, 5), labels(5, 6), None, MEAN, factors=""),
+    case(aten.nll_loss_nd.default, log_probabilities(6, 5), integers(5, 6), positive(5), SUM, 2),
+    case(aten.nll_loss_nd.default, impossible(6, 5), torch.tensor([0, 1, 2, 3, 4, -100]), None, NONE),
+    case(aten.nll_loss_nd.default, log_probabilities(2, 5, 3, 4), labels(5, 2, 3, 4), None, NONE, factors="n c d0 d1"),
     case(aten.nll_loss_nd.default, log_probabilities(2, 5, 6), labels(5, 2, 6), positive(5), SUM),
-    case(aten.nll_loss_nd.default, log_probabilities(5), integers(5), None, SUM),
+    case(aten.nll_loss_nd.default, log_probabilities(5), integers(5), positive(5), SUM, factors="c"),
     case(aten.smooth_l1_loss.default, randn(4, 6), randn(4, 6), SUM, 0.5),
     case(aten.smooth_l1_loss.default, randn(4, 6), randn(4, 6), NONE),
 ]

@@ -43,6 +43,7 @@ CASES = [
         OUTER,
         factors="d1",
     ),
+    moved(sp.keep_own.default, randn(3, 4, 2), "S(1:6[0:4|2:6])", "S(1:6[0:3|3:6])", OUTER, factors="d0 d2"),
     moved(sp.repartition.default, randn(3, 4, 2), "S(1:8/2z)", "S(1:8/2)", OUTER, factors="d0 d2"),
     moved(sp.replicate.default, [randn(3, 2), randn(4)], OUTER),
     moved(sp.sum.default, randn(4, 3), OUTER, True, factors=".2 .1"),

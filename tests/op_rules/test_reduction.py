@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.brute_force import Case, booleans, case, check_case, ids, positive, randn
+from tests.brute_force import OUTER, Case, booleans, case, check_case, ids, positive, randn, rule_for
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 CASES = [
     case(aten._log_softmax.default, randn(4, 6), 1, False, factors="i0"),
@@ -72,9 +72,20 @@ CASES = [
     case(aten.triu.default, booleans(3, 4, 6), 1),
     case(aten.var.correction, randn(4, 6), [-1], correction=0, keepdim=True),
     case(aten.var.correction, randn(4, 6)),
+    # along a dimension cut over the mesh dim before
+    Case(sp.log_softmax.default, (randn(4, 3, 2), 1, torch.float64, 2, OUTER), factors="i0 i2", outer=2),
+    Case(sp.softmax.default, (randn(4, 3), -2, torch.float64, 2, OUTER), factors="i1", outer=2),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_rule(case: Case) -> None:
     check_case(case)
+
+
+def test_softmax_joins_what_must_be_whole() -> None:
+    """Nothing else does; values are compared in ``tests/test_joined_softmax.py``."""
+    joining = {aten._log_softmax.default, aten._softmax.default, aten.log_softmax.int, aten.softmax.int}
+    for each in CASES:
+        _, rule = rule_for(each)
+        assert rule.joined == (rule.whole if each.target in joining else frozenset()), str(each)

@@ -9,8 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sptransform.decisions import Sharded, outcomes
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import Case, call_of, case, check_case, ids, integers, randn, rule_for
+from sptransform.op_rules.shape import _split_local
+from sptransform.ops.sharding import take_for
+from sptransform.partition import Partition
+from sptransform.placement import Shard
+from sptransform.rule_table import Local
+from tests.brute_force import Case, call_of, case, check_case, emit, ids, integers, randn, rule_for
 
 aten = torch.ops.aten
 END = 2**63 - 1
@@ -67,7 +73,9 @@ CASES = [
     case(aten.slice.Tensor, randn(1, 4), 0, 0, 1, factors="i1"),
     case(aten.split.Tensor, randn(4, 6), 2, 1, factors="i0 i1"),
     case(aten.split.Tensor, randn(5, 6), 2, -2, factors="i1"),
-    case(aten.split_with_sizes.default, randn(4, 6), [1, 2, 3], -1),
+    case(aten.split_with_sizes.default, randn(4, 6), [1, 2, 3], -1, factors="i0"),
+    case(aten.split_with_sizes.default, randn(4, 12), [6, 2, 4], -1, factors="i0 i1"),
+    case(aten.split_with_sizes.default, randn(2, 7, 3), [2, 0, 5], 1, factors="i0 i1 i2"),
     case(aten.split_with_sizes.default, randn(4, 6), [0, 6], 1),
     case(aten.squeeze.default, randn(4, 1, 6, 1)),
     case(aten.squeeze.dim, randn(4, 1, 6), 1),
@@ -117,6 +125,27 @@ def test_a_flattened_sequence_keeps_its_factors() -> None:
     _, rule = rule_for(case(aten.view.default, randn(2, 4, 6), [8, 6]))
     (batch,), (sequence,), (hidden,) = rule.operands[0]
     assert rule.results[0] == ((batch, sequence), (hidden,))
+
+
+def test_a_fused_projection_is_cut_in_every_piece() -> None:
+    """Four query heads and two key heads of four, side by side: who owns a head owns it in its piece."""
+    call, rule = rule_for(case(aten.split_with_sizes.default, randn(3, 32), [16, 8, 8], 1))
+    fused = Partition.of(32, [[(0, 8), (16, 20), (24, 28)], [(8, 16), (20, 24), (28, 32)]])
+    query, key, value = outcomes(rule, Sharded("i1", fused), 3)
+    assert query == Shard(1, Partition.contiguous(16, 2))
+    assert key == value == Shard(1, Partition.contiguous(8, 2))
+    # and when both ranks share the one key head
+    shared = Partition.of(24, [[(0, 8), (16, 20), (20, 24)], [(8, 16), (16, 20), (20, 24)]])
+    call, rule = rule_for(case(aten.split_with_sizes.default, randn(3, 24), [16, 4, 4], 1))
+    x = randn(3, 24)
+    for rank in range(2):
+        decision = Sharded("i1", shared)
+        part = take_for(x, Shard(1, shared), rank)
+        local = Local(emit, (part,), (), (), rule, decision, rank, "group")
+        for piece, whole, placement in zip(
+            _split_local(call, local), x.split([16, 4, 4], 1), outcomes(rule, decision, 3), strict=True
+        ):
+            assert torch.equal(piece, take_for(whole, placement, rank))
 
 
 _SIZES = st.lists(st.sampled_from([1, 2, 2, 3, 4, 6]), min_size=1, max_size=4)
