@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sptransform.fingerprint import Line, Program, captured_lines, lengths_at, p
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options, check_torch_version
+from sptransform.parameters import stored_in
 from sptransform.pass_manager import Context
 from sptransform.placement import Placement, Shard
 from sptransform.sizes import SymbolicSizeError
@@ -65,6 +67,7 @@ def _compile(
 ) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context]:
     _check_not_split_by_ddp()
     _check_devices(inputs, mesh)
+    _check_parameters(inputs, options, mesh)
     lines: list[Line] = []
     lengths: list[tuple[int, int]] = []
     uneven: Context | None = None
@@ -173,6 +176,9 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
     )
     captured = capture(gm, inputs)
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if (stored := annotations.note(node).stored) is not None:  # FSDP2 gives the same ranks another group
+            annotations.note(node).stored = replace(stored, group=mesh.group)
     _check_sequence_dims(captured.graph, options.sequence_dims, whole)
     see(captured.graph, None)
     with traced(captured.graph, context):
@@ -190,7 +196,16 @@ def _rewrite_graph(
 def sptransform(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
     """Entry point of ``torch.compile(model, backend="sptransform", options={...})``."""
     check_torch_version()
-    return sptransform_backend(Options.of(options or {}), gm, inputs)
+    chosen = Options.of(options or {})
+    if chosen.shard_parameters:
+        raise UsageError(
+            describe(
+                "a backend of torch.compile cannot change parameters",
+                found="shard_parameters=True",
+                fix="sptransform.parallelize(model, strategy, shard_parameters=True)",
+            )
+        )
+    return sptransform_backend(chosen, gm, inputs)
 
 
 def _check_not_split_by_ddp() -> None:
@@ -210,6 +225,14 @@ def _check_not_split_by_ddp() -> None:
 def _check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
     found = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
     expected = mesh.device_mesh.device_type if mesh.device_mesh is not None else None
+    if "meta" in found:
+        raise UsageError(
+            describe(
+                "the model has no weights yet",
+                found="parameters, buffers or inputs on meta",
+                fix=f"model.to_empty(device={expected!r}), then load or initialise them",
+            )
+        )
     if expected is not None and found and expected not in found:
         raise UsageError(
             describe(
@@ -218,6 +241,22 @@ def _check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
                 fix=f"move model and inputs to {expected}, or pass a mesh of {', '.join(sorted(found))}",
             )
         )
+
+
+def _check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> None:
+    """Parameters kept in parts are kept by the ranks of ``mesh``, and the gradients of such are complete."""
+    sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in inputs if isinstance(x, DTensor) and stored_in(x)}
+    found, fix = None, "leave parameters as they are: parallelize(..., shard_parameters=False)"
+    if sharing - {tuple(mesh.device_mesh.mesh.flatten().tolist())}:
+        found, fix = "other ranks share them", "parallelize the model over the mesh its parameters are on"
+    elif sharing and options.strategy.max_mesh_dims > 1:
+        found = f"{options.strategy}, which splits over several mesh dims"
+    elif sharing and not options.grad_sync:
+        found = "grad_sync=False"
+    elif sharing and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+        found = "DistributedDataParallel, which reduces the gradients of plain parameters"
+    if found is not None:
+        raise UsageError(describe("parameters of which ranks keep parts do not go with this", found=found, fix=fix))
 
 
 def _check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whole: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +20,20 @@ from torch import fx
 # Private: the fake mode Dynamo traced with. Values of another mode cannot meet its own.
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-import sptransform.ops  # noqa: F401 - registers the gather
 from sptransform import annotations
 from sptransform.errors import CaptureError, describe
 from sptransform.functionalize import functionalize
+from sptransform.parameters import stored_in, whole
 from sptransform.rewriter import rename
 from sptransform.sizes import split_length
 
 _regions = itertools.count(1)
-_GATHERS = {torch.ops.sptransform.gather, torch.ops.sptransform.gather.default}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 # functorch's transforms enter and leave a level of their own; what runs there is not the graph's to see
 _TRANSFORMS = {
@@ -45,13 +45,11 @@ class _Inliner(fx.Interpreter):
     """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be.
 
     Of selectively checkpointed regions ``policies`` gets the mode that decides, for passes/open_checkpointed.py.
-    Tensors whose ids are in ``parameters`` stand for parameters kept in parts, and are whole: gathers are left out.
     """
 
-    def __init__(self, gm: fx.GraphModule, policies: dict[int, Any], parameters: set[int]) -> None:
+    def __init__(self, gm: fx.GraphModule, policies: dict[int, Any]) -> None:
         super().__init__(gm)
         self._policies = policies
-        self._parameters = parameters
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._autocasts: list[torch.autocast] = []
@@ -70,9 +68,9 @@ class _Inliner(fx.Interpreter):
                 node.meta["ac_graph_id"] = region
             if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
                 self._policies[region] = _policy_of(contexts)
-            return _Inliner(body, self._policies, self._parameters).run(*operands)
-        if args and id(args[0]) in self._parameters and (target in _GATHERS or _is_to_local(target)):
-            return args[0]
+            return _Inliner(body, self._policies).run(*operands)
+        if target is whole:
+            return args[0].tensor
         # torch's tracer notes these two calls without making them; entered as a user would, they are noted and hold
         if target is torch.amp.autocast_mode._enter_autocast:
             self._autocasts.append(torch.autocast(*args, **kwargs))
@@ -91,8 +89,6 @@ class _Inliner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target == "to_local" and id(args[0]) in self._parameters:
-            return args[0]
         if target in _HOOKS:
             raise CaptureError(
                 describe(
@@ -106,12 +102,25 @@ class _Inliner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self._at = n
+        if n.op != "placeholder" and n.target not in (whole, torch.ops.higher_order.tag_activation_checkpoint):
+            for operand in n.all_input_nodes:
+                if isinstance(self.env[operand], _InParts):
+                    raise CaptureError(
+                        describe(
+                            "a DTensor is not an input a graph can be split for",
+                            node=n,
+                            found=f"%{operand.name}, and not as an attribute of the module whose parameter it is",
+                            fix="read parameters as module.name; pass plain tensors: x.full_tensor()",
+                        )
+                    )
         return super().run_node(n)
 
 
-def _is_to_local(target: Any) -> bool:
-    """Whether Dynamo wrote ``DTensor.to_local`` as this function: it does not always keep the method."""
-    return getattr(target, "__name__", "") in ("prim_to_local", "to_local_fn_with_prim_types")
+@dataclass(frozen=True)
+class _InParts:
+    """A parameter of which each rank keeps its part; in the graph it is whole, and a plain tensor."""
+
+    tensor: torch.Tensor
 
 
 def _policy_of(contexts: Callable[[], Any]) -> TorchDispatchMode:
@@ -166,11 +175,11 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
     fakes = [_fake(x, mode, context) if isinstance(x, torch.Tensor) else x for x in inputs]
     with mode, fx.traceback.preserve_node_meta():
-        policies: dict[int, Any] = {}
+        inliner = _Inliner(gm, policies := {})
 
         def run(*args: Any) -> Any:
-            parameters = {id(arg) for arg, x in zip(args, inputs, strict=True) if isinstance(x, DTensor)}
-            return _Inliner(gm, policies, parameters).run(*args)
+            pairs = zip(args, inputs, strict=True)
+            return inliner.run(*(_InParts(arg) if isinstance(x, DTensor) else arg for arg, x in pairs))
 
         traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     annotations.give_policies(traced.graph, policies)
@@ -187,7 +196,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         note = annotations.note(node)
         note.differentiable = isinstance(x, torch.Tensor) and x.requires_grad
         note.input_name = _input_name(origin)
-        note.stored = _stored(x) if isinstance(x, DTensor) else None
+        note.stored = stored_in(x) if isinstance(x, DTensor) else None
         note.is_parameter = isinstance(x, torch.nn.Parameter)
         rename(node, note.input_name)
     functionalize(traced.graph)
@@ -211,27 +220,12 @@ def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None)
     """A fake of ``x`` with the symbols Dynamo gave its sizes, or none."""
     if isinstance(x, DTensor):  # a parameter kept in parts, in the graph whole
         with mode:
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
+            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            return fake.requires_grad_(x.requires_grad)
     symbols = None if context is None else context.tensor_to_context.get(x)
     if symbols is None:
         return mode.from_tensor(x, static_shapes=True)
     return mode.from_tensor(x, symbolic_context=symbols, source=symbols.tensor_source)
-
-
-def _stored(x: DTensor) -> annotations.Stored | None:
-    """Which part of ``x`` a rank has; None for all of it. Raises CaptureError for what is no parameter of ours."""
-    how = x.placements
-    if len(how) == 1 and type(how[0]) is Shard:
-        return annotations.Stored(how[0].dim, x.device_mesh.get_group().group_name)
-    if all(isinstance(each, Replicate) for each in how):
-        return None
-    raise CaptureError(
-        describe(
-            "a DTensor goes into the graph that is not cut along one dimension of one mesh dim",
-            found=f"placements {how} on a mesh of {tuple(x.device_mesh.shape)}",
-            fix="pass plain tensors, and let parallelize cut the parameters",
-        )
-    )
 
 
 def _is_tracked(meta: Any) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from sptransform.agreement import Agreement
 from sptransform.backend import sptransform_backend
@@ -18,7 +17,7 @@ from sptransform.errors import UsageError, describe
 from sptransform.generation import whole_with_cache
 from sptransform.mesh import Mesh
 from sptransform.options import Options, check_torch_version
-from sptransform.parameters import keep_less, keep_parts
+from sptransform.parameters import first_dims, keep_less, keep_parts
 from sptransform.placing import parameter_dims
 from sptransform.strategies import Strategy
 
@@ -115,9 +114,10 @@ def parallelize(
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
-    call = _telling(configured(model._compiled_call_impl), Agreement.of(where))
+    call = configured(model._compiled_call_impl)
+    call = _telling(call if settle is None else settle(call), Agreement.of(where))
     if where.size > 1:
-        call = whole_with_cache(model, compiler.checked(call if settle is None else settle(call)))
+        call = whole_with_cache(model, compiler.checked(call))
         model.register_forward_pre_hook(compiled_by_itself)
     model._compiled_call_impl = call
     return model
@@ -128,8 +128,7 @@ def _keep_parts(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """Cut the parameters; where the first call has to say how, returns what is to be put around the call."""
     if not options.strategy.shards_weights:
-        sizes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-        keep_parts(model, mesh, {n: 0 if shape and shape[0] >= mesh.size else None for n, shape in sizes.items()})
+        keep_parts(model, mesh, first_dims(model, mesh.size))
         return None
     if inputs is not None:
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
@@ -144,7 +143,9 @@ def _keep_parts(
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal is_settled
             if not is_settled:
-                keep_less(model, mesh, parameter_dims(model, options, mesh, args, kwargs))
+                # the call may be one of evaluation; how training reads parameters decides
+                with torch.inference_mode(False), torch.enable_grad():
+                    keep_less(model, parameter_dims(model, options, mesh, args, kwargs))
                 is_settled = True
             return call(*args, **kwargs)
 
@@ -181,15 +182,6 @@ def _check_module(model: nn.Module, mesh: Mesh, cuts: bool) -> None:
                 fix="move the module to one device",
             )
         )
-    for name, parameter in model.named_parameters():
-        if cuts and isinstance(parameter, DTensor):
-            raise UsageError(
-                describe(
-                    "the module's parameters are DTensors already",
-                    found=f"{name} with placements {parameter.placements}",
-                    fix="parallelize the model before anything else cuts its parameters",
-                )
-            )
     expected = mesh.device_mesh.device_type
     for device in map(torch.device, devices):
         if device.type != expected and not (device.type == "meta" and cuts):

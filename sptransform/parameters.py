@@ -1,7 +1,9 @@
-"""Parameters of which each rank keeps a part: DTensors, which a compiled model reads as if they were whole.
+"""Parameters of which each rank keeps its part: DTensors to optimizers and checkpoints, whole tensors to the model.
 
-What eager code would do, gather a parameter where it is read, is written into the graph that Dynamo captures; capture
-takes it out again, and what becomes of the part is decided by placements, as for every tensor.
+All of a model's parameters are DTensors then, since optimizers and gradient clipping take those or plain tensors, not
+both. A module that owns some gets a class of the same name, which hands its forward whole tensors. Under Dynamo that is
+one node, :func:`whole`; capture takes it and the part for the plain parameter, and what becomes of the part is decided
+by placements, as for every tensor.
 """
 
 from __future__ import annotations
@@ -13,111 +15,89 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as DTensorShard
 
 import sptransform.ops  # noqa: F401 - registers the gather
-from sptransform import placement
+from sptransform.annotations import Stored
 from sptransform.errors import UsageError, describe
 from sptransform.mesh import Mesh
 from sptransform.partition import Partition
+from sptransform.placement import Shard
 
-_PARTS = "_sptransform_parts"  # of a module: parameter name -> (how it is cut, group), None for a whole one
 _is_whole = False
 
 
 def keep_parts(model: nn.Module, mesh: Mesh, dims: Mapping[str, int | None]) -> None:
-    """Make every parameter a DTensor on ``mesh``: this rank's part along ``dims[name]``, the whole where that is None.
+    """Make every parameter of ``model`` a DTensor over ``mesh``, cut along the dimension ``dims`` has for its name.
 
-    All of them, since optimizers and gradient clipping take DTensors or plain tensors, not both. Nothing is sent: ranks
-    hold equal parameters. Names, ties and ``requires_grad`` stay; parameters on ``meta`` stay there, as parts.
-    """
-    made: dict[int, nn.Parameter] = {}
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, DTensor):
-                dim = dims.get(f"{path}.{name}" if path else name)
-                if id(parameter) not in made:
-                    made[id(parameter)] = _part(parameter, mesh, dim)
-                module._parameters[name] = made[id(parameter)]
-    _read_as_whole(model)
-
-
-def keep_less(model: nn.Module, mesh: Mesh, dims: Mapping[str, int | None]) -> None:
-    """Cut whole DTensor parameters along ``dims`` in place: optimizers hold the same objects as before.
+    All ranks hold equal parameters, so nothing is sent. Parameters on ``meta`` stay there. The plain ones are of no use
+    any more: whoever still holds one, an optimizer say, gets an error on using it.
 
     Raises:
-        UsageError: a parameter has a gradient already.
+        UsageError: a parameter has what a DTensor in its place would lack; the module is left as it was.
     """
-    done: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if dims.get(name) is None or id(parameter) in done:
+    _check_plain(model)
+    replaced = list(model.parameters())
+    dim_of = _dims_by_identity(model, dims)
+    parts = {id(old): _part(old, dim_of.get(id(old)), mesh.device_mesh) for old in replaced}
+    for module in model.modules():
+        names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
+        for name in names:
+            module._parameters[name] = parts[id(module._parameters[name])]
+        if names:
+            module.__class__ = _whole_inside(type(module), names)
+    for old in replaced:
+        old.__class__ = _Replaced
+
+
+def keep_less(model: nn.Module, dims: Mapping[str, int | None]) -> None:
+    """Cut parameters that :func:`keep_parts` left whole along ``dims``; they stay the objects they are.
+
+    Raises:
+        UsageError: something is attached to a parameter that would be lost, or hinders it.
+    """
+    dim_of = _dims_by_identity(model, dims)
+    for name, parameter in model.named_parameters():
+        if (dim := dim_of.get(id(parameter))) is None:
             continue
-        if parameter.grad is not None:
+        obstacle = "a hook on it" if _has_hooks(parameter) else None
+        try:
+            if obstacle is None:
+                torch.utils.swap_tensors(parameter, _part(parameter, dim, parameter.device_mesh))
+        except RuntimeError as error:
+            obstacle = str(error)
+        if obstacle is not None:
             raise UsageError(
                 describe(
-                    "a parameter has a gradient before the first call, which decides how it is cut",
-                    found=name,
-                    fix="pass inputs= to parallelize, or set gradients to None",
+                    f"parameter {name!r} cannot be cut at the first call any more",
+                    found=obstacle,
+                    fix="parallelize(..., inputs=...), with inputs of the shapes to come, cuts parameters at once",
                 )
             )
-        torch.utils.swap_tensors(parameter, _part(parameter.to_local(), mesh, dims[name], parameter.requires_grad))
-        done.add(id(parameter))
-    _read_as_whole(model)
 
 
-def _part(whole: Tensor, mesh: Mesh, dim: int | None, requires_grad: bool | None = None) -> nn.Parameter:
-    shape, stride = whole.shape, torch.empty(whole.shape, device="meta").stride()
-    local, how = whole.detach(), Replicate()
-    if dim is not None:
-        how = Shard(dim)
-        own = Partition.contiguous(shape[dim], mesh.size).owned[mesh.rank]
-        lo, hi = own[0] if own else (0, 0)
-        local = local.narrow(dim, lo, hi - lo).clone(memory_format=torch.contiguous_format)
-    part = DTensor.from_local(local, mesh.device_mesh, [how], run_check=False, shape=shape, stride=stride)
-    return nn.Parameter(part, requires_grad=whole.requires_grad if requires_grad is None else requires_grad)
+def first_dims(model: nn.Module, num_ranks: int) -> dict[str, int | None]:
+    """The first dimension of every parameter that has an index of it for each rank."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: 0 if p.ndim > 0 and p.shape[0] >= num_ranks else None for name, p in named}
 
 
-def _read_as_whole(model: nn.Module) -> None:
-    for module in model.modules():
-        own = {name: _spec(x) for name, x in module._parameters.items() if isinstance(x, DTensor)}
-        if own:
-            if _PARTS not in module.__dict__:
-                module.__class__ = _reading(type(module), tuple(own))
-            module.__dict__[_PARTS] = own
-
-
-def _spec(parameter: DTensor) -> tuple[str, str] | None:
-    (how,) = parameter.placements
-    if not isinstance(how, Shard):
-        return None
-    mesh = parameter.device_mesh
-    partition = Partition.contiguous(parameter.shape[how.dim], mesh.size())
-    return placement.Shard(how.dim, partition).spec, mesh.get_group().group_name
-
-
-@cache
-def _reading(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """``base`` whose parameters read whole while a graph is captured, and are what they are elsewhere."""
-    namespace: dict[str, Any] = {name: property(_reader(name)) for name in names}
-    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "_sptransform_base": base}
-    return type(base.__name__, (base,), namespace)
-
-
-def _reader(name: str) -> Any:
-    def read(module: nn.Module) -> Any:
-        parameter = module._parameters[name]
-        if not (torch.compiler.is_dynamo_compiling() or _is_whole) or parameter is None:
-            return parameter
-        own = module.__dict__[_PARTS][name]
-        local = parameter.to_local()
-        return local if own is None else torch.ops.sptransform.gather.default(local, *own, True)
-
-    return read
+@torch.compiler.allow_in_graph
+def whole(parameter: DTensor) -> Tensor:
+    """The whole tensor; its gradient is whole on every rank, and each keeps its part of it."""
+    stored = stored_in(parameter)
+    part = parameter.to_local()
+    if stored is None:
+        return part
+    shard = _shard(stored.dim, parameter.shape[stored.dim], parameter.device_mesh.size())
+    return torch.ops.sptransform.gather(part, shard.spec, stored.group, True)
 
 
 @contextmanager
 def whole_parameters() -> Iterator[None]:
-    """Within the block parameters read whole in eager code too, for one gather at each reading."""
+    """Within the block parameters are whole in eager code too, gathered at each look."""
     global _is_whole
     before, _is_whole = _is_whole, True
     try:
@@ -126,8 +106,138 @@ def whole_parameters() -> Iterator[None]:
         _is_whole = before
 
 
+def stored_in(parameter: DTensor) -> Stored | None:
+    """How the ranks of a group share a parameter; None: each has the whole. Raises UsageError for anything else."""
+    if parameter.device_mesh.ndim == 1:
+        (placement,) = parameter.placements
+        if type(placement) is Replicate:
+            return None
+        if type(placement) is DTensorShard:
+            return Stored(placement.dim, parameter.device_mesh.get_group().group_name)
+    raise UsageError(
+        describe(
+            "a parameter is shared in a way that parallelize does not make",
+            found=f"a DTensor placed {parameter.placements} over a mesh of {tuple(parameter.device_mesh.shape)}",
+            fix="parallelize(..., shard_parameters=True) of the model with plain parameters",
+        )
+    )
+
+
 def as_written(model: nn.Module) -> None:
     """Give the modules of ``model``, whose parameters are plain tensors again, the classes they had."""
     for module in model.modules():
-        if module.__dict__.pop(_PARTS, None) is not None:
-            module.__class__ = type(module)._sptransform_base
+        if isinstance(module, _WholeInside):
+            module.__class__ = module.written_class
+
+
+class _WholeInside:
+    """Base of the classes that stand in place of those of modules with parameters kept in parts."""
+
+    written_class: type[nn.Module]
+    kept: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (self.written_class, self.kept), *state  # pickle looks classes up by name, and finds the other
+
+
+@cache
+def _whole_inside(written: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {name: _Kept(name) for name in names}
+    namespace |= {name: getattr(written, name) for name in ("__doc__", "__module__", "__qualname__")}
+    namespace |= {"written_class": written, "kept": names}
+    return type(written.__name__, (_WholeInside, written), namespace)
+
+
+def _new(written: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = _whole_inside(written, names)
+    return cls.__new__(cls)
+
+
+class _Kept:
+    """A parameter as an attribute. Having no ``__set__``, it leaves setting and deleting to nn.Module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        if self.name not in module._parameters:
+            raise AttributeError(self.name)  # nn.Module then looks elsewhere, and says it in its own words
+        parameter = module._parameters[self.name]
+        if isinstance(parameter, DTensor) and (torch.compiler.is_dynamo_compiling() or _is_whole):
+            return whole(parameter)
+        return parameter
+
+
+class _Replaced(nn.Parameter):
+    """What became of a parameter in whose place the model has another."""
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return "<a parameter that parallelize has replaced>"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UsageError(
+            describe(
+                "a parameter is used that is not the model's any more: parallelize has put parts in its place",
+                found=getattr(func, "__qualname__", str(func)),
+                fix="make optimizers, and lists of parameters, after parallelize",
+            )
+        )
+
+
+def _dims_by_identity(model: nn.Module, dims: Mapping[str, int | None]) -> dict[int, int]:
+    """The dimension of each parameter by ``id``; a tied one has several names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {id(parameter): dim for name, parameter in named if (dim := dims.get(name)) is not None}
+
+
+def _shard(dim: int, size: int, num_ranks: int) -> Shard:
+    return Shard(dim, Partition.contiguous(size, num_ranks))
+
+
+def _part(parameter: nn.Parameter, dim: int | None, device_mesh: DeviceMesh) -> nn.Parameter:
+    """This rank's part of a parameter, and of its gradient."""
+    part = nn.Parameter(_cut(parameter, dim, device_mesh), requires_grad=parameter.requires_grad)
+    part.__dict__.update(parameter.__dict__)  # what optimizers are told of a parameter stands there
+    if parameter.grad is not None:
+        part.grad = _cut(parameter.grad, dim, device_mesh)
+    return part
+
+
+@torch.no_grad()
+def _cut(tensor: Tensor, dim: int | None, device_mesh: DeviceMesh) -> DTensor:
+    x = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    if dim is None:
+        return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+    owned = _shard(dim, x.shape[dim], device_mesh.size()).partition.owned[device_mesh.get_local_rank()]
+    start, stop = owned[0] if owned else (0, 0)
+    part = x.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+    stride = torch.empty(x.shape, device="meta").stride()
+    return DTensor.from_local(part, device_mesh, [DTensorShard(dim)], run_check=False, shape=x.shape, stride=stride)
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def _check_plain(model: nn.Module) -> None:
+    in_memory: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        found = None
+        if type(parameter) is not nn.Parameter:
+            found = f"{name!r} is a {type(parameter).__name__}"
+        elif _has_hooks(parameter):
+            found = f"{name!r} has a hook"
+        elif parameter.data_ptr() != 0 and (other := in_memory.setdefault(parameter.data_ptr(), name)) != name:
+            found = f"{name!r} lies where {other!r} does, as another object"
+        if found is not None:
+            raise UsageError(
+                describe(
+                    "ranks can keep parts of plain parameters only",
+                    found=found,
+                    fix="tie parameters as one object; cut them, and register hooks, with or after parallelize",
+                )
+            )

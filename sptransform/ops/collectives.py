@@ -33,15 +33,52 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> T
 
 def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Every rank's part -> the whole. Uneven parts travel padded to the largest."""
-    front = _part_in_front(x, shard).contiguous()
-    return _whole(_c10d.wait_tensor(_c10d.all_gather_into_tensor(front, shard.partition.num_ranks, group)), shard)
+    num_ranks = shard.partition.num_ranks
+    if not shard.partition.is_blocks:
+        return _whole(_gathered(_part_in_front(x, shard), num_ranks, group), shard)
+    x, dim = expose(x, shard)
+    if not _is_first(x, dim):
+        return conceal(torch.cat(_gathered(x, num_ranks, group).chunk(num_ranks), dim), shard)
+    whole = _gathered(x.flatten(0, dim), num_ranks, group)
+    return conceal(whole.view(*x.shape[:dim], *whole.shape) if dim else whole, shard)
 
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Pending sum of wholes -> every rank's part of the sum."""
-    parts = _by_rank(_in_front(x, shard), 0, shard.partition).contiguous()
-    mine = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts, "sum", shard.partition.num_ranks, group))
-    return _own(mine, shard, group)
+    num_ranks = shard.partition.num_ranks
+    if not shard.partition.is_blocks:
+        parts = _by_rank(_in_front(x, shard), 0, shard.partition)
+        return _own(_scattered(parts, num_ranks, group), shard, group)
+    x, dim = expose(x, shard)
+    if not _is_first(x, dim):
+        return conceal(_scattered(torch.cat(x.chunk(num_ranks, dim)), num_ranks, group), shard)
+    mine = _scattered(x.flatten(0, dim), num_ranks, group)
+    return conceal(mine.view(*x.shape[:dim], *mine.shape) if dim else mine, shard)
+
+
+def _is_first(x: Tensor, dim: int) -> bool:
+    """Whether parts along ``dim`` are to be seen as lying one after the other in memory, so that none is copied.
+
+    Of the other form, chunks and their concatenation, Inductor makes one op with the matmuls next to it, if told to
+    (its ``micro_pipeline_tp.py``): then that form copies nothing, and a sequence viewed as rows would hide matmuls.
+    """
+    return dim == 0 or (prod(x.shape[:dim]) == 1 and not _micro_pipelines())
+
+
+def _micro_pipelines() -> bool:
+    import torch._inductor.config as inductor  # slow to import, and of use to those only who have set it
+
+    return inductor._micro_pipeline_tp
+
+
+def _gathered(x: Tensor, num_ranks: int, group: str) -> Tensor:
+    """All ranks' tensors, one after the other along the first dimension."""
+    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), num_ranks, group))
+
+
+def _scattered(x: Tensor, num_ranks: int, group: str) -> Tensor:
+    """This rank's of the equal parts of a sum, along the first dimension."""
+    return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", num_ranks, group))
 
 
 def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
@@ -49,7 +86,7 @@ def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list
     num_ranks = shards[0].partition.num_ranks
     fronts = [_part_in_front(x, shard) for x, shard in zip(xs, shards, strict=True)]
     flat = torch.cat([front.reshape(-1) for front in fronts])
-    came = _c10d.wait_tensor(_c10d.all_gather_into_tensor(flat, num_ranks, group)).view(num_ranks, -1)
+    came = _gathered(flat, num_ranks, group).view(num_ranks, -1)
     parts = came.split([front.numel() for front in fronts], 1)
     shapes = [(num_ranks * front.shape[0], *front.shape[1:]) for front in fronts]
     return [_whole(part.reshape(shape), shard) for part, shape, shard in zip(parts, shapes, shards, strict=True)]
@@ -60,7 +97,7 @@ def reduce_scatter_packed(xs: list[Tensor], shards: list[Shard], group: str) -> 
     num_ranks = shards[0].partition.num_ranks
     parts = [_by_rank(_in_front(x, shard), 0, shard.partition) for x, shard in zip(xs, shards, strict=True)]
     flat = torch.cat([part.reshape(num_ranks, -1) for part in parts], 1).reshape(-1)
-    came = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(flat, "sum", num_ranks, group))
+    came = _scattered(flat, num_ranks, group)
     shapes = [(part.shape[0] // num_ranks, *part.shape[1:]) for part in parts]
     mine = came.split([part.numel() // num_ranks for part in parts])
     return [_own(own.view(shape), shard, group) for own, shape, shard in zip(mine, shapes, shards, strict=True)]
