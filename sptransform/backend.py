@@ -246,8 +246,9 @@ def _check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
 def _check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> None:
     """Parameters kept in parts are kept by the ranks of ``mesh``, and the gradients of such are complete."""
     sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in inputs if isinstance(x, DTensor) and stored_in(x)}
+    own = set() if mesh.device_mesh is None else {tuple(mesh.device_mesh.mesh.flatten().tolist())}
     found, fix = None, "leave parameters as they are: parallelize(..., shard_parameters=False)"
-    if sharing - {tuple(mesh.device_mesh.mesh.flatten().tolist())}:
+    if sharing - own:
         found, fix = "other ranks share them", "parallelize the model over the mesh its parameters are on"
     elif sharing and options.strategy.max_mesh_dims > 1:
         found = f"{options.strategy}, which splits over several mesh dims"

@@ -82,7 +82,8 @@ class Propagation:
         candidates = self._inner_decisions(node, rule)
         operands = annotations.operands(node)
         pending = frozenset(i for i, producer in enumerate(operands) if annotations.placement(producer) == P)
-        if not candidates and pending in rule.linear and 1 < len(pending) == len(operands):
+        alone = all(len(producer.users) == 1 for producer in operands)  # others would have it reduced anyway
+        if not candidates and pending in rule.linear and 1 < len(pending) == len(operands) and alone:
             return Pending(pending)  # one reduction of the sum instead of one of each term
         candidates = candidates or self.sequence_decisions(node, rule)
         if candidates:

@@ -94,6 +94,7 @@ def test_one_collective_each_way(changed: Change, expected: list[str]) -> None:
     [
         *((kind, 1) for kind in ("R->S", "I->S", "P->S", "S->I", "S->heads", "heads->S", "S->blocks", "blocks->S")),
         *((kind, 3) for kind in ("S->R", "S->heads", "S->blocks")),
+        *((kind, outer) for kind in ("blocks->R", "blocks->I", "I->blocks", "P->blocks") for outer in (1, 3)),
     ],
 )
 def test_a_graph_of_open_lengths_serves_them_all(kind: str, outer: int) -> None:

@@ -209,7 +209,9 @@ def test_messages_and_bytes_of_a_layer(name: str, num_ranks: int) -> None:
     for regather, backward in ((True, 6), (False, 4)):
         graph = rewrite(model, MegatronSP(regather=regather), inputs, world_size=num_ranks)
         messages = [c for c in graph.collectives() if c.kind in ("all_gather", "reduce_scatter")]
-        inside = [c for c in messages if any(part.isdigit() for part in c.layer.split("."))]
+        # what an embedding gives is scattered in front of its first reader, in the first layer
+        in_layers = (c for c in messages if any(part.isdigit() for part in c.layer.split(".")))
+        inside = [c for c in in_layers if not c.node.startswith("embedding")]
         found = Counter((c.direction, c.kind) for c in inside)
         assert found == {
             ("forward", "all_gather"): 2 * LAYERS,
@@ -236,3 +238,14 @@ def test_no_rank_has_all_logits(num_ranks: int) -> None:
     values = [value for node in graph.graph_module.graph.nodes for value in annotations.values(node)]
     largest = max(value.shape.numel() for value in values)
     assert largest == B * S * -(-VOCAB // num_ranks)
+
+
+@pytest.mark.parametrize("name", ["llama_nocache", "opt"])
+def test_what_is_scattered_comes_from_a_linear(name: str) -> None:
+    """Between linears everything is sharded on the sequence: no residual addition is of pending sums."""
+    model, inputs = build(name)
+    graph = rewrite(model, MegatronSP(), inputs, world_size=2).graph_module.graph
+    scatters = graph.find_nodes(op="call_function", target=torch.ops.sptransform.sum_scatter.default)
+    made_by = Counter("embedding" if "embedding" in x.args[0].name else x.args[0].target for x in scatters)
+    assert made_by[torch.ops.aten.linear.default] == 2 * LAYERS
+    assert made_by.total() - made_by["embedding"] == 2 * LAYERS
