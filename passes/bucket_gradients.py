@@ -23,8 +23,8 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import I, R, Shard
-from sptransform.rewriter import insert_redistribute, is_redistribute, succeed
+from sptransform.placement import I, R
+from sptransform.rewriter import insert_redistribute, is_gather, is_redistribute, succeed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BucketGradients(Pass):
             if size > self.bucket_bytes:
                 buckets.append([node])
                 continue
-            key = value.dtype, _is_gather(node)
+            key = value.dtype, is_gather(node)
             bucket, left = room.get(key, (None, 0))
             if bucket is None or size > left:
                 bucket, left = [], self.bucket_bytes
@@ -64,7 +64,7 @@ class BucketGradients(Pass):
         gathered: fx.Node | None = None
         for bucket in buckets:
             place = first_reader[bucket[0]]
-            if _is_gather(bucket[0]):
+            if is_gather(bucket[0]):
                 earlier, gathered = gathered or place, place
                 _merge(bucket, outside[earlier])
             else:
@@ -93,12 +93,7 @@ def _is_of_input(node: fx.Node) -> bool:
     moved = annotations.note(node).transitions
     if len(moved) != 1 or node.args[0][0].op != "placeholder":
         return False
-    return moved[0] == (I, R) or (_is_gather(node) and annotations.note(node.args[0][0]).is_parameter)
-
-
-def _is_gather(node: fx.Node) -> bool:
-    ((source, target),) = annotations.note(node).transitions
-    return isinstance(source, Shard) and target == R
+    return moved[0] == (I, R) or (is_gather(node) and annotations.note(node.args[0][0]).is_parameter)
 
 
 def _merge(nodes: list[fx.Node], before: fx.Node) -> None:

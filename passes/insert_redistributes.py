@@ -25,7 +25,7 @@ from sptransform import annotations
 from sptransform.decisions import demands
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import I, Placement, R, Shard, cut_alike, keeps_own, repartitions
+from sptransform.placement import I, Placement, R, Shard, keeps_own, leads_through_whole, repartitions
 from sptransform.rewriter import insert_redistribute, replace_operand
 from sptransform.verifier import satisfies
 
@@ -46,7 +46,7 @@ class _Inserter:
             if isinstance(source, Shard) and not source.partition.is_exact and not keeps_own(source, target):
                 own = replace(source, partition=source.partition.first_owners())
                 producer, source = self.moved(producer, own, before), own
-            if cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target)):
+            if leads_through_whole(source, target):
                 producer, source = self.moved(producer, I, before), I
             (self.made[key],) = insert_redistribute(
                 self.first if hoisted else before, [producer], [(source, target)]

@@ -98,7 +98,7 @@ def ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
 @contextmanager
 def _fakes(graph: fx.Graph) -> Iterator[None]:
     """Ops compute on fake tensors, without gradients; grad mode is restored whatever grad-mode nodes ran."""
-    mode = next(value.fake_mode for node in graph.nodes for value in annotations.values(node))
+    mode = annotations.fake_mode(graph)
     before = torch.is_grad_enabled()
     try:
         with mode, torch.no_grad():

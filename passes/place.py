@@ -20,6 +20,7 @@ from sptransform import annotations
 from sptransform.axes import Axes
 from sptransform.errors import UnsupportedOpError, UsageError, describe
 from sptransform.inner_axes import InnerAxes
+from sptransform.parameters import first_dim
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Fallback, Pass
 from sptransform.placement import I, Placement, R, Shard
@@ -52,8 +53,7 @@ class Place(Pass):
             )
         sources = (n for n in graph.nodes if n.op in ("placeholder", "get_attr") and annotations.values(n))
         inputs = {n: self._input(n, context) for n in sources}
-        weighty = context.strategy.shards_weights
-        inner = InnerAxes(graph, axes, context.mesh.size, light) if weighty else None
+        inner = InnerAxes(graph, axes, context.mesh.size, light) if context.strategy.shards_weights else None
         propagation = Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light, inner)
         propagation.run()
         if context.shard_parameters:
@@ -73,11 +73,11 @@ class Place(Pass):
 
     def _keep_part(self, node: fx.Node, demanded: list[Placement], context: Context) -> None:
         """Store of a parameter what the graph reads of it; where only sequences are split, of each its first dim."""
-        shape, num_ranks = annotations.shape(node), context.mesh.size
-        dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
-        dim = dims.pop() if len(dims) == 1 else None
-        if not context.strategy.shards_weights:
-            dim = 0 if shape and shape[0] >= num_ranks else None
+        if context.strategy.shards_weights:
+            dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
+            dim = dims.pop() if len(dims) == 1 else None
+        else:
+            dim = first_dim(annotations.shape(node), context.mesh.size)
         if dim is not None:
             annotations.note(node).stored = annotations.Stored(dim, context.mesh.group)
             annotations.set_placement(node, self._input(node, context))

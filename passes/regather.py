@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import R, Shard
+from sptransform.rewriter import is_gather
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Regather(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in graph.nodes:
-            if _is_gather(node) and all(annotations.note(x).is_parameter for x in annotations.operands(node)):
+            if is_gather(node) and all(annotations.note(x).is_parameter for x in annotations.operands(node)):
                 _recompute(node)
             if not context.strategy.regather:
                 continue
@@ -35,13 +35,8 @@ class Regather(Pass):
                 for operand in annotations.operands(node):
                     picked = annotations.projection(operand)
                     producer = operand if picked is None else picked[0]
-                    if _is_gather(producer):
+                    if is_gather(producer):
                         _recompute(producer)
-
-
-def _is_gather(node: fx.Node) -> bool:
-    changes = annotations.note(node).transitions
-    return bool(changes) and all(isinstance(source, Shard) and target == R for source, target in changes)
 
 
 def _recompute(node: fx.Node) -> None:

@@ -92,6 +92,11 @@ def shape(node: fx.Node) -> tuple[Size, ...]:
     return shapes(node)[0]
 
 
+def fake_mode(graph: fx.Graph) -> Any:
+    """The mode of the graph's fake values."""
+    return next(value.fake_mode for node in graph.nodes for value in values(node))
+
+
 def handles_tensors(node: fx.Node) -> bool:
     """Whether the node computes from tensors, or makes some; picking one of several outputs does neither."""
     return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))

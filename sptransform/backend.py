@@ -96,7 +96,7 @@ def _local(x: Any, gm: fx.GraphModule) -> Any:
     """What the inner backend is to see of an input: of a parameter kept in parts a fake of this rank's part."""
     if not isinstance(x, DTensor):
         return x
-    mode = next(value.fake_mode for node in gm.graph.nodes for value in annotations.values(node))
+    mode = annotations.fake_mode(gm.graph)
     return mode.from_tensor(x.detach().to_local(), static_shapes=True).requires_grad_(x.requires_grad)
 
 

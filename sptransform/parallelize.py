@@ -19,6 +19,7 @@ from sptransform.mesh import Mesh
 from sptransform.options import Options, check_torch_version
 from sptransform.parameters import first_dims, keep_less, keep_parts
 from sptransform.placing import parameter_dims
+from sptransform.rewrite import arguments_of
 from sptransform.strategies import Strategy
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -44,8 +45,9 @@ def parallelize(
     The module is compiled in place (``nn.Module.compile``) and returned: its class, parameter names, ``state_dict``
     and pickling do not change. Call it on every rank with the same full-length inputs.
 
-    With :class:`MegatronSP` or ``shard_parameters`` the parameters become DTensors, of which each rank keeps a part:
-    make optimizers afterwards. The model may then be on ``meta``, to be materialised part by part (``to_empty``).
+    Not so with :class:`MegatronSP` or ``shard_parameters``: names stay, but parameters become DTensors, of which each
+    rank keeps a part, and modules that own some get a subclass of their class, of its name. Make optimizers afterwards.
+    The model may then be on ``meta``, to be materialised part by part (``to_empty``).
 
     Args:
         model: any module ``torch.compile`` captures; nothing in it is rewritten.
@@ -131,8 +133,7 @@ def _keep_parts(
         keep_parts(model, mesh, first_dims(model, mesh.size))
         return None
     if inputs is not None:
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-        keep_parts(model, mesh, parameter_dims(model, options, mesh, args, kwargs))
+        keep_parts(model, mesh, parameter_dims(model, options, mesh, *arguments_of(inputs)))
         return None
     keep_parts(model, mesh, {})
 

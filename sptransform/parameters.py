@@ -8,7 +8,7 @@ by placements, as for every tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from sptransform.errors import UsageError, describe
 from sptransform.mesh import Mesh
 from sptransform.partition import Partition
 from sptransform.placement import Shard
+from sptransform.sizes import Size
 
 _is_whole = False
 
@@ -79,9 +80,14 @@ def keep_less(model: nn.Module, dims: Mapping[str, int | None]) -> None:
 
 
 def first_dims(model: nn.Module, num_ranks: int) -> dict[str, int | None]:
-    """The first dimension of every parameter that has an index of it for each rank."""
+    """:func:`first_dim` of every parameter, by name."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: 0 if p.ndim > 0 and p.shape[0] >= num_ranks else None for name, p in named}
+    return {name: first_dim(parameter.shape, num_ranks) for name, parameter in named}
+
+
+def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
+    """The first dimension, where it has an index for each rank."""
+    return 0 if shape and shape[0] >= num_ranks else None
 
 
 @torch.compiler.allow_in_graph

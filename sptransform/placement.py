@@ -171,6 +171,11 @@ def keeps_own(source: Placement, target: Placement) -> bool:
     return target == replace(source, partition=source.partition.first_owners())
 
 
+def leads_through_whole(source: Placement, target: Placement) -> bool:
+    """Whether shards of one dimension differ in more than who owns which index, so that it must be whole in between."""
+    return cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target))
+
+
 def transition(source: Placement, target: Placement) -> tuple[str | None, str | None]:
     """(forward collective, backward collective) of a change of placement."""
     return (None, None) if keeps_own(source, target) else TRANSITIONS[kind(source), kind(target)]

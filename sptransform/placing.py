@@ -16,20 +16,15 @@ from sptransform.stand_ins import faked
 
 def parameter_dims(
     model: nn.Module, options: Options, mesh: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, int | None]:
-    """For every parameter the dimension along which the ranks of ``mesh`` share it; None: each keeps the whole.
+) -> dict[str, int]:
+    """By name, the dimension along which the ranks of ``mesh`` share a parameter; of others each keeps the whole.
+
+    A parameter of several names is given by one of them.
 
     Args:
         args, kwargs: of a call of the model; only shapes matter, so they, and the model, may be on ``meta``.
     """
     copied, (args, kwargs) = faked(model, (args, dict(kwargs)))
     rewritten = rewrite_call(copied, args, kwargs, options, Mesh.pretended(mesh.size, mesh.rank))
-    found: dict[str | None, int] = {}
-    for node in rewritten.graph_module.graph.find_nodes(op="placeholder"):
-        note = annotations.note(node)
-        if note.stored is not None:
-            found[note.input_name] = note.stored.dim
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: next((found[n] for n in tied if n in found), None) for tied in names.values() for name in tied}
+    notes = map(annotations.note, rewritten.graph_module.graph.find_nodes(op="placeholder"))
+    return {note.input_name: note.stored.dim for note in notes if note.stored is not None}

@@ -98,8 +98,12 @@ def rewrite(
     chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
     mesh = Mesh.pretended(world_size, rank)
     model, inputs = without_meta(model, inputs)
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    return rewrite_call(model, args, kwargs, chosen, mesh)
+    return rewrite_call(model, *arguments_of(inputs), chosen, mesh)
+
+
+def arguments_of(inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, of which users give either."""
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 def rewrite_call(

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
-from sptransform.placement import Placement
+from sptransform.placement import Placement, R, Shard
 from sptransform.rules import map_nodes
 from sptransform.sizes import node_of
 
@@ -26,6 +26,12 @@ def redistribute(xs: list[Any], transitions: tuple[tuple[Placement, Placement], 
 
 def is_redistribute(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is redistribute
+
+
+def is_gather(node: fx.Node) -> bool:
+    """Whether all that the node, lowered or not, moves is gathered from shards to R."""
+    changes = annotations.note(node).transitions
+    return bool(changes) and all(isinstance(source, Shard) and target == R for source, target in changes)
 
 
 def rename(node: fx.Node, name: str) -> None:

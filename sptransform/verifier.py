@@ -14,7 +14,7 @@ from torch import fx
 from sptransform import annotations
 from sptransform.decisions import Circular, Pending, Sharded, demands, outcomes
 from sptransform.errors import VerificationError, describe
-from sptransform.placement import TRANSITIONS, I, Placement, Shard, cut_alike, keeps_own, kind, repartitions
+from sptransform.placement import TRANSITIONS, I, Placement, Shard, keeps_own, kind, leads_through_whole
 from sptransform.rewriter import is_redistribute
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def check_typed(graph: fx.Graph, context: Context) -> None:
                     raise VerificationError(
                         describe("no transition between these placements", node=node, found=f"{source} -> {target}")
                     )
-                if cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target)):
+                if leads_through_whole(source, target):
                     raise VerificationError(
                         describe(
                             "shards of one dimension differ in more than who owns which index",

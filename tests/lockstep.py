@@ -132,7 +132,8 @@ class _Collectives(TorchDispatchMode):
         tensors = [theirs[0] for theirs in everyone]
         if name == "all_reduce":
             assert len({(t.shape, t.dtype) for t in tensors}) == 1, f"all_reduce of {[t.shape for t in tensors]}"
-            return torch.stack(tensors).sum(0)
+            parts = torch.stack(tensors)
+            return parts.amax(0) if args[1] == "max" else parts.sum(0)
         if name == "all_gather_into_tensor":
             assert len({(t.shape, t.dtype) for t in tensors}) == 1, f"all_gather of {[t.shape for t in tensors]}"
             return torch.cat(tensors)

@@ -213,10 +213,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) ->
     return losses
 
 
-def start(name: str) -> tuple[nn.Module, Inputs]:
-    return build(name)
-
-
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
@@ -224,7 +220,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def parallel_training(
     rank: int, world_size: int, strategy: str, options: dict[str, Any], load: str | None, save: str | None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    model, inputs = start("sdpa_transformer")
+    model, inputs = build("sdpa_transformer")
     inputs_now = {"inputs": inputs} if strategy == "megatron" else {}
     sptransform.parallelize(model, strategy, backend="aot_eager", **options, **inputs_now)
     optimizer = adamw(model)
@@ -254,7 +250,7 @@ def assert_close(got: tuple[list[float], dict[str, Tensor]], losses: list[float]
 )
 def test_training_goes_on_elsewhere(strategy: str, options: dict[str, Any], tmp_path: Path) -> None:
     """5 steps on 2 ranks are those of one device; 5 more are, on 3 ranks and in the plain model."""
-    model, inputs = start("sdpa_transformer")
+    model, inputs = build("sdpa_transformer")
     optimizer = adamw(model)
     first = train(model, optimizer, inputs)
     middle = copy.deepcopy(model)
@@ -264,7 +260,7 @@ def test_training_goes_on_elsewhere(strategy: str, options: dict[str, Any], tmp_
         assert_close(got, first, middle)
     for got in get_pool(3).run(parallel_training, strategy, options, folder, None, timeout=180):
         assert_close(got, second, model)
-    plain, inputs = start("sdpa_transformer")
+    plain, inputs = build("sdpa_transformer")
     optimizer = adamw(plain)
     resume(plain, optimizer, folder)
     assert train(plain, optimizer, inputs) == pytest.approx(second, rel=1e-10)
