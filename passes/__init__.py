@@ -6,6 +6,7 @@ from sptransform.pass_manager import Pass
 from sptransform.passes.bucket_gradients import BucketGradients
 from sptransform.passes.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.drop_empty_pieces import DropEmptyPieces
+from sptransform.passes.gather_parameters import GatherParameters
 from sptransform.passes.insert_redistributes import InsertRedistributes
 from sptransform.passes.localize import Localize
 from sptransform.passes.lower_redistributes import LowerRedistributes
@@ -38,7 +39,7 @@ DISTRIBUTE: tuple[Pass, ...] = (
     Place(),
     InsertRedistributes(),
     PackMoves(),
-    BucketGradients(),
+    GatherParameters(),
     # from abstract to concrete; sizes become local last, when nothing needs global ones any more
     LowerRedistributes(),
     Regather(),  # of what lowering marks as saved, some is not to be
@@ -47,6 +48,7 @@ DISTRIBUTE: tuple[Pass, ...] = (
 
 FINISH: tuple[Pass, ...] = (
     MergeReplicates(),
+    BucketGradients(),  # of all mesh dims: the next dim reads parameters one by one
     ReturnInOrder(),
     OpenCheckpointed(),  # after all that reads captured ops
 )

@@ -71,7 +71,7 @@ class InsertRedistributes(Pass):
                 for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
                     if demanded is not None:
                         self._satisfy(node, index, operands[index], demanded, inserter)
-            elif node.op == "call_function" and not annotations.handles_tensors(node):
+            elif annotations.marks_region(node):
                 inserter.region += 1
 
     def _satisfy(

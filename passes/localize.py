@@ -21,7 +21,7 @@ from sptransform import annotations
 from sptransform.decisions import Circular, Sharded
 from sptransform.ops.groups import pretend
 from sptransform.pass_manager import Context, Pass
-from sptransform.placement import local_shape
+from sptransform.placement import Placement, Shard, local_shape
 from sptransform.rewriter import compute_value, emitter, keep_result, succeed
 from sptransform.rule_table import Local
 from sptransform.rules import OpCall
@@ -77,12 +77,25 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new_note.placements, new_note.local_types = note.placements, note.local_types
     new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
     new_note.rule, new_note.decision = note.rule, note.decision
+    new_note.transitions = _held(note, local.operands, context.mesh.rank)
     communicates = isinstance(note.decision, Circular) or note.decision.factor in note.rule.joined
     if communicates:
         new_note.mesh = context.mesh
     if communicates or note.rule.unrepeatable:
         keep_result(new)
     succeed(node, new)
+
+
+def _held(
+    note: annotations.Note, operands: tuple[fx.Node, ...], rank: int
+) -> tuple[tuple[Placement, Placement], ...]:
+    """What another mesh dim moves of what this rank has; what it gathers is whole in results, what it cuts in operands.
+    """
+    found = []
+    for (source, target), operand, result in zip(note.transitions, operands, note.placements, strict=False):
+        ends = (source, result), (target, annotations.placement(operand))
+        found.append(tuple(end.held(held, rank) if isinstance(end, Shard) else end for end, held in ends))
+    return tuple(found)
 
 
 @contextmanager

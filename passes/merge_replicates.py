@@ -1,13 +1,13 @@
 """Sum parameter gradients over two mesh dims at once.
 
-Before, the buckets of one mesh dim are read by those of the other, and their gradients summed twice::
+Before, the gradient of a parameter is summed over one mesh dim, then over the other::
 
-    %p0, %p1 = sptransform.replicate([%w0, %w1], group of the second dim)
-    %q0, %q1 = sptransform.replicate([%p0, %p1], group of the first)
+    %p = sptransform.replicate([%w], group of the second dim)
+    %q = sptransform.replicate([%p], group of the first)
 
-after, once over all ranks, which sends less: ``%q0, %q1 = sptransform.replicate([%w0, %w1], group of all)``.
+after, once over all ranks, which sends less: ``%q = sptransform.replicate([%w], group of all)``.
 
-1. Not after uneven shares of the first dim: each of its ranks may then have other buckets over the second.
+1. Not after uneven shares of the first dim: each of its ranks may then sum others over the second.
 """
 
 from __future__ import annotations
@@ -30,20 +30,11 @@ class MergeReplicates(Pass):
         if len(context.parts) < 2 or not context.parts[0].is_even:
             return
         for node in graph.find_nodes(op="call_function", target=torch.ops.sptransform.replicate.default):
-            inner = _inner(node)
-            if inner is not None:
-                picked = node.args[0]
+            (read,) = node.args[0]
+            picked = annotations.projection(read)
+            if picked is not None and picked[0].target is node.target and len(read.users) == 1:
+                inner, _ = picked
                 node.args = (inner.args[0], context.mesh.group)
                 annotations.note(node).mesh = context.mesh
-                for x in (*picked, inner):
-                    graph.erase_node(x)
-
-
-def _inner(node: fx.Node) -> fx.Node | None:
-    """The bucket whose members, all of them and in order, this one has and nobody else reads."""
-    picked = [annotations.projection(x) for x in node.args[0]]
-    if None in picked or any(len(x.users) > 1 for x in node.args[0]):
-        return None
-    (inner, _), *_ = picked
-    same = inner.target is node.target and picked == [(inner, i) for i in range(len(inner.args[0]))]
-    return inner if same else None
+                graph.erase_node(read)
+                graph.erase_node(inner)

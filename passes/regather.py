@@ -35,7 +35,7 @@ class Regather(Pass):
                 for operand in annotations.operands(node):
                     picked = annotations.projection(operand)
                     producer = operand if picked is None else picked[0]
-                    if is_gather(producer):
+                    if is_gather(producer) and annotations.note(producer).mesh == context.mesh:
                         _recompute(producer)
 
 

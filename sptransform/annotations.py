@@ -102,6 +102,11 @@ def handles_tensors(node: fx.Node) -> bool:
     return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))
 
 
+def marks_region(node: fx.Node) -> bool:
+    """Whether the node begins or ends an autocast or grad-mode region, and computes nothing."""
+    return node.op == "call_function" and value(node) is None and not handles_tensors(node)
+
+
 def writes(node: fx.Node) -> bool:
     """Whether the node's op writes into one of its arguments."""
     schema = getattr(node.target, "_schema", None)

@@ -178,7 +178,7 @@ def _rewrite_graph(
     captured = capture(gm, inputs)
     for node in captured.graph.find_nodes(op="placeholder"):
         if (stored := annotations.note(node).stored) is not None:  # FSDP2 gives the same ranks another group
-            annotations.note(node).stored = replace(stored, group=mesh.group)
+            annotations.note(node).stored = replace(stored, group=options.strategy.weights_mesh(mesh).group)
     _check_sequence_dims(captured.graph, options.sequence_dims, whole)
     see(captured.graph, None)
     with traced(captured.graph, context):
@@ -246,11 +246,12 @@ def _check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
 def _check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> None:
     """Parameters kept in parts are kept by the ranks of ``mesh``, and the gradients of such are complete."""
     sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in inputs if isinstance(x, DTensor) and stored_in(x)}
-    own = set() if mesh.device_mesh is None else {tuple(mesh.device_mesh.mesh.flatten().tolist())}
+    device_mesh = options.strategy.weights_mesh(mesh).device_mesh
+    own = set() if device_mesh is None else {tuple(device_mesh.mesh.flatten().tolist())}
     found, fix = None, "leave parameters as they are: parallelize(..., shard_parameters=False)"
     if sharing - own:
         found, fix = "other ranks share them", "parallelize the model over the mesh its parameters are on"
-    elif sharing and options.strategy.max_mesh_dims > 1:
+    elif sharing and options.strategy.max_mesh_dims > 1 and not options.strategy.shards_weights:
         found = f"{options.strategy}, which splits over several mesh dims"
     elif sharing and not options.grad_sync:
         found = "grad_sync=False"

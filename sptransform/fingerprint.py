@@ -100,7 +100,7 @@ def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
         if annotations.note(node).mesh == mesh:
             # of a mesh of two dims each rank is in groups of its own, with names of their own
             texts = [x for x in pytree.tree_leaves(node.args) if isinstance(x, str) and x != mesh.group]
-            text = line(node).replace(f"group_name={mesh.group!r}", "group_name=..")
+            text = line(node).replace(repr(mesh.group), "..")
             specs = f" # {', '.join(dict.fromkeys(texts))}" if texts else ""
             found.append(Line(text + specs, annotations.source_line(node)))
     return found

@@ -6,6 +6,7 @@ A mesh of two dims is split over one dim after the other: :meth:`Mesh.split` giv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -30,20 +31,34 @@ class Mesh:
         rank: this process's rank among them.
         group: name of the process group, as graphs hold it.
         device_mesh: the torch mesh behind it; None where ranks are only pretended.
+        shape: ranks of each dim, where it is yet to be split.
     """
 
     size: int
     rank: int
     group: str
     device_mesh: DeviceMesh | None = None
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.shape or (self.size,))
 
     @staticmethod
-    def pretended(world_size: int, rank: int = 0) -> Mesh:
-        """A mesh without processes, to make and inspect graphs. Raises UsageError for an impossible rank."""
-        if world_size < 1 or not 0 <= rank < world_size:
-            fix = f"a rank from 0 to {world_size - 1}" if world_size > 0 else "world_size=1 or more"
+    def pretended(world_size: int | tuple[int, ...], rank: int = 0, strategy: Strategy | None = None) -> Mesh:
+        """A mesh without processes, to make and inspect graphs; of several dims, ``world_size`` has the ranks of each.
+
+        Raises:
+            UsageError: an impossible rank, or a mesh that is not what ``strategy`` takes.
+        """
+        shape = world_size if isinstance(world_size, tuple) else (world_size,)
+        size = prod(shape)
+        if min(shape) < 1 or not 0 <= rank < size:
+            fix = f"a rank from 0 to {size - 1}" if min(shape) > 0 else "world_size=1 or more"
             raise UsageError(describe("no such rank", found=f"rank {rank} of world_size {world_size}", fix=fix))
-        return Mesh(world_size, rank, PRETENDED_GROUP)
+        if strategy is not None:
+            _check_dims(strategy, shape, f"world_size={world_size}")
+            strategy.mesh_shapes(size, shape)
+        return Mesh(size, rank, PRETENDED_GROUP, shape=shape)
 
     @staticmethod
     def of(device_mesh: DeviceMesh | None, strategy: Strategy) -> Mesh:
@@ -68,15 +83,8 @@ class Mesh:
             raise UsageError(
                 describe("mesh is not a DeviceMesh", found=f"{type(device_mesh).__name__}", fix="use init_device_mesh")
             )
-        if device_mesh.ndim > strategy.max_mesh_dims:
-            takes = "one mesh dim" if strategy.max_mesh_dims == 1 else f"at most {strategy.max_mesh_dims} mesh dims"
-            raise UsageError(
-                describe(
-                    f"{type(strategy).__name__} takes {takes}",
-                    found=f"a mesh of shape {tuple(device_mesh.shape)} with dims {device_mesh.mesh_dim_names}",
-                    fix="pass one dim of it, e.g. mesh['sp']",
-                )
-            )
+        named = f" with dims {device_mesh.mesh_dim_names}"
+        _check_dims(strategy, tuple(device_mesh.shape), f"a mesh of shape {tuple(device_mesh.shape)}{named}")
         if device_mesh.get_coordinate() is None:
             raise UsageError(
                 describe(
@@ -87,7 +95,7 @@ class Mesh:
             )
         shapes = strategy.mesh_shapes(device_mesh.size(), tuple(device_mesh.shape))
         group = device_mesh.get_group() if device_mesh.ndim == 1 else _group_of_all(device_mesh)
-        mesh = Mesh(group.size(), group.rank(), group.group_name, device_mesh)
+        mesh = Mesh(group.size(), group.rank(), group.group_name, device_mesh, tuple(device_mesh.shape))
         for shape in shapes:
             mesh.split(*shape)
         return mesh
@@ -106,13 +114,23 @@ class Mesh:
         dims = []
         for dim, size in enumerate((outer, inner)):
             group = whole.get_group(dim)
-            part = DeviceMesh.from_group(group, whole.device_type)
+            # sliced where it can be, so that other libraries know whose dim it is
+            names = whole.mesh_dim_names
+            part = whole[names[dim]] if names else DeviceMesh.from_group(group, whole.device_type)
             dims.append(Mesh(size, whole.get_local_rank(dim), group.group_name, part))
         return dims[0], dims[1]
 
     def grid(self, outer: int, inner: int) -> DeviceMesh:
         """The torch mesh of two dims behind :meth:`split`."""
         return self.device_mesh if self.device_mesh.ndim == 2 else _split(self.device_mesh, outer, inner)
+
+
+def _check_dims(strategy: Strategy, shape: tuple[int, ...], found: str) -> None:
+    if len(shape) > strategy.max_mesh_dims:
+        takes = "one mesh dim" if strategy.max_mesh_dims == 1 else f"at most {strategy.max_mesh_dims} mesh dims"
+        raise UsageError(
+            describe(f"{type(strategy).__name__} takes {takes}", found=found, fix="pass one dim of it, e.g. mesh['sp']")
+        )
 
 
 # Process groups and what is made of them last as long as their default group.

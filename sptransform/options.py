@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.backends.registry import list_backends
 from torch.distributed.device_mesh import DeviceMesh
 
+from sptransform.composition import StrategyLike, strategy_of
 from sptransform.errors import UsageError, describe
-from sptransform.strategies import Strategy, strategy_of
 
 OUTPUTS = ("dtensor", "full", "local")
 
@@ -22,7 +22,7 @@ OUTPUTS = ("dtensor", "full", "local")
 class Options:
     """Options of one compilation; see :func:`sptransform.parallelize` for their meaning."""
 
-    strategy: Strategy | str = "ulysses"
+    strategy: StrategyLike = "ulysses"
     mesh: DeviceMesh | None = None
     backend: str = "inductor"
     outputs: str = "full"

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.agreement import Agreement
 from sptransform.backend import sptransform_backend
+from sptransform.composition import StrategyLike
 from sptransform.dynamo import WatchedCompiler, compiled_by_itself, configured
 from sptransform.errors import UsageError, describe
 from sptransform.generation import whole_with_cache
@@ -20,14 +21,13 @@ from sptransform.options import Options, check_torch_version
 from sptransform.parameters import first_dims, keep_less, keep_parts
 from sptransform.placing import parameter_dims
 from sptransform.rewrite import arguments_of
-from sptransform.strategies import Strategy
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def parallelize(
     model: ModuleT,
-    strategy: str | Strategy,
+    strategy: StrategyLike,
     *,
     mesh: DeviceMesh | None = None,
     backend: str = "inductor",
@@ -51,8 +51,9 @@ def parallelize(
 
     Args:
         model: any module ``torch.compile`` captures; nothing in it is rewritten.
-        strategy: "ulysses", "ring", "allgather", "usp", "megatron", or a :class:`Strategy` object.
-        mesh: one-dimensional DeviceMesh; by default all ranks of the default process group.
+        strategy: "ulysses", "ring", "allgather", "usp", "megatron", or a :class:`Strategy` object. Two of them, the
+            second "megatron": each for its dim of the mesh, as context and tensor parallelism.
+        mesh: DeviceMesh of one dim, or of one for each strategy; by default all ranks of the default process group.
         backend: inner ``torch.compile`` backend that compiles the rewritten graph.
         outputs: how outputs that keep a sharded sequence come back: "dtensor" (``.full_tensor()`` gathers), "full"
             (gathered in the graph), "local" (this rank's part). Others, the loss among them, are plain tensors, equal
@@ -132,10 +133,11 @@ def _keep_parts(
     if not options.strategy.shards_weights:
         keep_parts(model, mesh, first_dims(model, mesh.size))
         return None
+    sharing = options.strategy.weights_mesh(mesh)
     if inputs is not None:
-        keep_parts(model, mesh, parameter_dims(model, options, mesh, *arguments_of(inputs)))
+        keep_parts(model, sharing, parameter_dims(model, options, mesh, *arguments_of(inputs)))
         return None
-    keep_parts(model, mesh, {})
+    keep_parts(model, sharing, {})
 
     def settle(call: Callable[..., Any]) -> Callable[..., Any]:
         is_settled = False

@@ -35,6 +35,18 @@ def common(one: Intervals, other: Intervals) -> Intervals:
     return tuple(sorted((lo, hi) for lo, hi in pieces if lo < hi))
 
 
+def stored(own: Intervals, part: Intervals) -> Intervals:
+    """Where in its storage a rank that owns ``own`` has ``part`` of it."""
+    places = []
+    for lo, hi in part:
+        before = 0
+        for start, stop in own:
+            if start <= lo < stop:
+                places.append((before + lo - start, before + hi - start))
+            before += stop - start
+    return tuple(places)
+
+
 def _share(size: Size, num: int) -> Size:
     """One of ``num`` equal parts. Raises SymbolicSizeError where a symbolic size is not known to be a multiple."""
     share = quotient(size, num) if isinstance(size, sympy.Expr) else size // num
@@ -220,6 +232,26 @@ class Partition:
             owned += [[piece for lo, hi in part for piece in _at(own, lo, hi)] for part in stored.owned]
             owned += [[]] * (num_parts - stored.num_ranks)
         return Partition.of(self.size, owned)
+
+    def tiled(self, times: int) -> Partition:
+        """The same ownership of each of ``times`` such axes that lie one after the other."""
+        starts = [tile * self.size for tile in range(times)]
+        tiled = ([(start + lo, start + hi) for start in starts for lo, hi in own] for own in self.owned)
+        return Partition.of(self.size * times, tiled)
+
+    @cached_property
+    def num_tiles(self) -> int | None:
+        """Of how many tiles of equal blocks the axis consists: 1 for equal blocks; None for any other."""
+        if self.is_blocks:
+            return 1
+        times = len(self.owned[0]) if isinstance(self.size, int) else 0
+        if times < 2 or self.size % (times * self.num_ranks):
+            return None
+        return times if self == Partition.blocks(self.size // times, self.num_ranks).tiled(times) else None
+
+    def within(self, own: Intervals) -> Partition:
+        """Ownership of what somebody stores who has only the indices ``own`` of the axis."""
+        return Partition.of(sum(hi - lo for lo, hi in own), (stored(own, common(mine, own)) for mine in self.owned))
 
     def refine(self, factor: int) -> Partition:
         """The same ownership of an axis in which every index became ``factor`` consecutive ones."""

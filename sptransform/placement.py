@@ -79,6 +79,12 @@ class Shard(Placement):
             raise ValueError(f"dimension {self.dim} of {tuple(shape)} is not the {self.dim_size} of {self.spec}")
         return (*shape[: self.dim], self.local_dim_size(rank), *shape[self.dim + 1 :])
 
+    def held(self, placement: Placement, rank: int) -> Shard:
+        """The same cut of what ``rank`` of other ranks has of the whole, which these share as ``placement`` says."""
+        if not isinstance(placement, Shard) or placement.dim != self.dim:
+            return self
+        return replace(self, partition=self.partition.within(placement.partition.tiled(placement.outer).owned[rank]))
+
     def __str__(self) -> str:
         return f"S({self.dim})"
 

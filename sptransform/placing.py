@@ -17,7 +17,7 @@ from sptransform.stand_ins import faked
 def parameter_dims(
     model: nn.Module, options: Options, mesh: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, int]:
-    """By name, the dimension along which the ranks of ``mesh`` share a parameter; of others each keeps the whole.
+    """By name, the dimension along which a graph for ``mesh`` shares a parameter; of others each rank keeps the whole.
 
     A parameter of several names is given by one of them.
 
@@ -25,6 +25,6 @@ def parameter_dims(
         args, kwargs: of a call of the model; only shapes matter, so they, and the model, may be on ``meta``.
     """
     copied, (args, kwargs) = faked(model, (args, dict(kwargs)))
-    rewritten = rewrite_call(copied, args, kwargs, options, Mesh.pretended(mesh.size, mesh.rank))
+    rewritten = rewrite_call(copied, args, kwargs, options, Mesh.pretended(mesh.shape, mesh.rank))
     notes = map(annotations.note, rewritten.graph_module.graph.find_nodes(op="placeholder"))
     return {note.input_name: note.stored.dim for note in notes if note.stored is not None}

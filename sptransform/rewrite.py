@@ -14,6 +14,7 @@ from torch import fx, nn
 from sptransform import annotations
 from sptransform.backend import rewrite_graph
 from sptransform.capture import capture
+from sptransform.composition import StrategyLike
 from sptransform.dynamo import configured
 from sptransform.errors import SPTransformError
 from sptransform.explain.counting import Collective
@@ -25,7 +26,6 @@ from sptransform.options import Options
 from sptransform.pass_manager import Context
 from sptransform.printer import line, text
 from sptransform.stand_ins import without_meta
-from sptransform.strategies import Strategy
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class _Stop(SPTransformError):
 
 def rewrite(
     model: nn.Module,
-    strategy: str | Strategy,
+    strategy: StrategyLike,
     inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    world_size: int,
+    world_size: int | tuple[int, ...],
     rank: int = 0,
     **options: Any,
 ) -> Rewritten:
@@ -88,7 +88,7 @@ def rewrite(
         strategy: as for :func:`parallelize`.
         inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward. They and the model
             may live on the ``meta`` device, where they take no memory.
-        world_size: number of ranks; for one, the graph is what was captured.
+        world_size: number of ranks, for a mesh of several dims of each; for one, the graph is what was captured.
         rank: whose graph; with even partitions all ranks have the same.
         options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``).
 
@@ -96,7 +96,7 @@ def rewrite(
         UsageError: an argument is wrong.
     """
     chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
-    mesh = Mesh.pretended(world_size, rank)
+    mesh = Mesh.pretended(world_size, rank, chosen.strategy)
     model, inputs = without_meta(model, inputs)
     return rewrite_call(model, *arguments_of(inputs), chosen, mesh)
 

@@ -52,6 +52,10 @@ class Strategy:
         """
         return [(self, mesh)]
 
+    def weights_mesh(self, mesh: Mesh) -> Mesh:
+        """Of ``mesh``, the ranks among which parameters are shared, if they are."""
+        return mesh
+
     def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
         """Who owns what of a sequence, in a graph whose attention ``is_causal``; contiguous blocks."""
         return Partition.contiguous(size, num_ranks)
@@ -228,8 +232,8 @@ class USP(Strategy):
         return min(reversed(options), key=sent)
 
     def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[tuple[Strategy, Mesh]]:
-        if mesh.device_mesh is not None and mesh.device_mesh.ndim == 2:
-            ring, ulysses = mesh.device_mesh.shape
+        if len(mesh.shape) == 2:
+            ring, ulysses = mesh.shape
         else:
             ring, ulysses = self.degrees(mesh.size, heads)
         if 1 in (ring, ulysses):
@@ -310,23 +314,3 @@ def _check_choice(strategy: Strategy, name: str, *choices: Any) -> None:
                 fix=" or ".join(map(repr, choices)),
             )
         )
-
-
-_NAMED = {"allgather": AllGatherKV, "megatron": MegatronSP, "ring": Ring, "ulysses": Ulysses, "usp": USP}
-_PLANNED = ("auto",)
-
-
-def strategy_of(strategy: str | Strategy) -> Strategy:
-    """The strategy meant by a name or given as an object. Raises UsageError for anything else."""
-    if isinstance(strategy, Strategy):
-        return strategy
-    if isinstance(strategy, str) and strategy in _NAMED:
-        return _NAMED[strategy]()
-    planned = isinstance(strategy, str) and strategy in _PLANNED
-    raise UsageError(
-        describe(
-            "this strategy is not built yet" if planned else "unknown strategy",
-            found=repr(strategy),
-            fix=f"one of {', '.join(map(repr, sorted(_NAMED)))}, or a Strategy object",
-        )
-    )

@@ -28,7 +28,7 @@ from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.ops.groups import pretend
 from sptransform.ops.pieces import assemble, conceal, expose
-from sptransform.ops.sharding import take_for
+from sptransform.ops.sharding import place_for, take_for
 from sptransform.partition import Partition
 from sptransform.placement import P, Placement, R, Shard, local_shape
 from sptransform.rule_table import Local
@@ -291,7 +291,7 @@ def _check_decision(case: Case, rule: OpRule, decision: Sharded | Circular, line
             f"{what}: rank {rank} has {[tuple(y.shape) for y in got]}, its placements say {shapes}"
         )
         assert [y.dtype for y in got] == [y.dtype for y in results], f"{what}: dtype differs"
-        cotangents = tuple(_part(g, p, rank) for g, p in zip(line.cotangents, given, strict=True))
+        cotangents = tuple(_summand(g, p, rank) for g, p in zip(line.cotangents, given, strict=True))
         return tuple(y.detach() for y in got), _gradients(got, parts, cotangents)
 
     found = _on_ranks(case.outer, num_ranks, run, at_once=isinstance(decision, Circular))
@@ -299,8 +299,12 @@ def _check_decision(case: Case, rule: OpRule, decision: Sharded | Circular, line
         own = found[outer * num_ranks : (outer + 1) * num_ranks]
         if case.same_values:
             for index, (y, placement) in enumerate(zip(line.results, given, strict=True)):
-                whole = together([ys[index] for ys, _ in own], placement)
-                _assert_close(case, whole, y, f"{what}: result {index}")
+                parts = [ys[index] for ys, _ in own]
+                if not isinstance(placement, Shard):
+                    _assert_close(case, together(parts, placement), y, f"{what}: result {index}")
+                    continue
+                for rank, part in enumerate(parts):
+                    _assert_close(case, part, _part(y, placement, rank), f"{what}: result {index} of rank {rank}")
         for index, (g, placement) in enumerate(zip(line.grads, asked, strict=True)):
             # of S every rank holds the gradient of its part; of R a pending sum
             whole = together([grads[index] for _, grads in own], placement)
@@ -364,6 +368,14 @@ def _summands(x: Tensor, num: int) -> list[Tensor]:
 
 def _part(x: Tensor, placement: Placement, rank: int) -> Tensor:
     return take_for(x.detach(), placement, rank) if isinstance(placement, Shard) else x.detach()
+
+
+def _summand(g: Tensor, placement: Placement, rank: int) -> Tensor:
+    """What reaches a rank's part of a gradient; of indices that ranks share a summand, here all of it on the first."""
+    if isinstance(placement, Shard) and not placement.partition.is_exact:
+        first = replace(placement, partition=placement.partition.first_owners())
+        g = place_for(_part(g, first, rank), first, rank)
+    return _part(g, placement, rank)
 
 
 def together(parts: list[Tensor], placement: Placement) -> Tensor:

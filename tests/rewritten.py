@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +17,12 @@ from torch import fx, nn
 
 from sptransform import annotations
 from sptransform.backend import rewrite_graph
+from sptransform.composition import StrategyLike
 from sptransform.dynamo import configured
 from sptransform.mesh import Mesh
 from sptransform.ops.groups import pretend
 from sptransform.options import Options
 from sptransform.pass_manager import Context
-from sptransform.strategies import Strategy
 from tests.equality import Result
 from tests.graphs import copied, while_captured
 from tests.lockstep import in_lockstep
@@ -124,10 +125,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Asked:
-    """A strategy on a number of ranks."""
+    """A strategy on a number of ranks; of a mesh of two dims, on so many of each."""
 
-    num_ranks: int
-    strategy: Strategy
+    num_ranks: int | tuple[int, ...]
+    strategy: StrategyLike
 
     def __str__(self) -> str:
         return f"{self.strategy} on {self.num_ranks}"
@@ -168,11 +169,12 @@ def _for_ranks(
 ) -> Ranks:
     request = Options(**{"strategy": asked.strategy, "outputs": "dtensor"} | options)
     graphs: list[Runnable] = []
-    for rank in range(asked.num_ranks):
+    shape = asked.num_ranks if isinstance(asked.num_ranks, tuple) else (asked.num_ranks,)
+    for rank in range(prod(shape)):
         if graphs and annotations.is_even(graphs[0].graph_module.graph):
             graphs.append(graphs[0])
         else:
-            made, context = rewrite_graph(gm, inputs, request, Mesh.pretended(asked.num_ranks, rank))
+            made, context = rewrite_graph(gm, inputs, request, Mesh.pretended(shape, rank))
             with ExitStack() as stack:
                 for part in context.parts:
                     stack.enter_context(pretend(part.mesh.group, part.mesh.rank))

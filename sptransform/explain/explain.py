@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from sptransform.composition import StrategyLike
 from sptransform.explain.expanding import expanded_rings
 from sptransform.explain.explanation import Explanation
 from sptransform.pass_manager import DISTRIBUTED, run_passes
 from sptransform.passes.expand_rings import ExpandRings
 from sptransform.rewrite import rewrite
-from sptransform.strategies import Strategy
 
 
 def explain(
     model: nn.Module,
-    strategy: str | Strategy,
+    strategy: StrategyLike,
     inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    world_size: int,
+    world_size: int | tuple[int, ...],
     rank: int = 0,
     expand: bool = False,
     **options: Any,
@@ -35,7 +35,7 @@ def explain(
         model: the unmodified module.
         strategy: as for :func:`sptransform.parallelize`.
         inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
-        world_size: number of ranks.
+        world_size: number of ranks; for a mesh of several dims, of each.
         rank: whose bytes; they differ only where something does not divide by the number of ranks.
         expand: show the steps of rings, hop by hop: in the page, as ``expanded``, and as nodes of ``graph()``.
         options: further options of :func:`sptransform.parallelize`.

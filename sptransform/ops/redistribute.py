@@ -18,7 +18,7 @@ from sptransform.ops.exchanges import Start, Steps, Wait, communicating
 from sptransform.ops.groups import rank_in
 from sptransform.ops.library import LIBRARY, composite
 from sptransform.ops.pieces import conceal, expose
-from sptransform.partition import Intervals, common
+from sptransform.partition import common, stored
 from sptransform.placement import Shard, repartitions
 
 _sp = torch.ops.sptransform
@@ -244,8 +244,8 @@ def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str)
     before, after = _ends(x, source, target)
     x, dim = expose(x, before)
     mine, wanted = before.partition.owned[rank], after.partition.owned[rank]
-    leaving = [_stored(mine, common(mine, theirs)) for theirs in after.partition.owned]
-    coming = [_stored(wanted, common(theirs, wanted)) for theirs in before.partition.owned]
+    leaving = [stored(mine, common(mine, theirs)) for theirs in after.partition.owned]
+    coming = [stored(wanted, common(theirs, wanted)) for theirs in before.partition.owned]
     lead, tail = x.shape[:dim], x.shape[dim + 1 :]
     entry = prod(lead) * prod(tail)
     sent, received = ([entry * sum(hi - lo for lo, hi in own) for own in peers] for peers in (leaving, coming))
@@ -257,18 +257,6 @@ def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str)
     found = {(lo, hi): part.view(*lead, hi - lo, *tail) for (lo, hi), part in parts}
     # a rank may own nothing
     return conceal(torch.cat([x.narrow(dim, 0, 0), *(found[place] for place in sorted(places))], dim), after)
-
-
-def _stored(own: Intervals, part: Intervals) -> Intervals:
-    """Where in its storage a rank that owns ``own`` has ``part`` of it."""
-    places = []
-    for lo, hi in part:
-        before = 0
-        for start, stop in own:
-            if start <= lo < stop:
-                places.append((before + lo - start, before + hi - start))
-            before += stop - start
-    return tuple(places)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import fx, nn
 from torch.nn import functional
@@ -11,29 +9,26 @@ from torch.nn import functional
 from sptransform import annotations
 from sptransform.passes import PIPELINE
 from sptransform.passes.bucket_gradients import BucketGradients
-from sptransform.passes.pack_moves import PackMoves
-from sptransform.placement import I, R
+from sptransform.passes.localize import Localize
 from sptransform.printer import text
-from sptransform.rewriter import is_redistribute
 from tests.golden import Golden
-from tests.graphs import a_context, after, assert_ranks_equal_one_device, on_ranks
+from tests.graphs import after, assert_ranks_equal_one_device, nodes_of, on_ranks
 from tests.passes.blocks import Attention, by_repeat_interleave, hidden_states
 
-BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(PackMoves) + 1]
+BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(Localize) + 1]
 
 
 def buckets(gm: fx.GraphModule) -> list[list[str]]:
     return [
         [producer.name for producer in annotations.operands(node)]
-        for node in gm.graph.nodes
-        if is_redistribute(node) and set(annotations.note(node).transitions) == {(I, R)}
+        for node in nodes_of(gm, torch.ops.sptransform.replicate.default)
     ]
 
 
 def test_golden(golden: Golden) -> None:
     model, x = Attention(by_repeat_interleave), hidden_states()
     gm, _ = after((*BEFORE, BucketGradients()), model, x)
-    golden.check("bucket_gradients", after=text(gm.graph.nodes))
+    golden.check("bucket_gradients", after=text(gm.graph.nodes, is_local=True))
 
 
 def test_one_bucket() -> None:
@@ -80,24 +75,3 @@ def test_frozen_parameters_are_in_no_bucket() -> None:
     model.key.requires_grad_(False)
     gm, _ = after((*BEFORE, BucketGradients()), model, hidden_states())
     assert buckets(gm) == [["query_weight", "value_weight", "out_weight", "out_bias"]]
-
-
-def test_what_is_gathered_stands_one_bucket_earlier() -> None:
-    context = replace(a_context(), shard_parameters=True)
-    gm, _ = after((*BEFORE, BucketGradients(bucket_bytes=800)), Attention(), hidden_states(), context=context)
-    nodes = list(gm.graph.nodes)
-    gathers = [node for node in nodes if is_redistribute(node) and set(annotations.note(node).placements) == {R}]
-    gathers = [node for node in gathers if all(x.op == "placeholder" for x in annotations.operands(node))]
-    assert [[x.name for x in annotations.operands(node)] for node in gathers] == [
-        ["query_weight", "key_weight"],
-        ["value_weight", "out_weight"],
-        ["out_bias"],
-    ]
-
-    def first_read(gather: fx.Node) -> int:
-        return min(nodes.index(reader) for picked in gather.users for reader in picked.users)
-
-    first, second, third = gathers
-    assert nodes.index(first) < nodes.index(second) < first_read(first)
-    assert nodes.index(third) < first_read(second)
-    assert first_read(first) < nodes.index(third)

@@ -11,8 +11,8 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sptransform.passes.localize import Localize
 from sptransform.passes.open_checkpointed import OpenCheckpointed
+from sptransform.passes.return_in_order import ReturnInOrder
 from sptransform.printer import text
 from tests.graphs import after, assert_ranks_equal_one_device, nodes_of, on_ranks
 from tests.passes.blocks import Attention, hidden_states
@@ -48,7 +48,7 @@ def test_ops_are_opened_and_tagged_one_by_one() -> None:
 def test_without_a_policy_nothing_is_opened() -> None:
     model = Attention()
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
-        before, _ = after(Localize, run, hidden_states())
+        before, _ = after(ReturnInOrder, run, hidden_states())
         gm, _ = after(OpenCheckpointed, run, hidden_states())
         assert text(gm.graph.nodes) == text(before.graph.nodes)
 

@@ -1,0 +1,138 @@
+"""A strategy that splits the sequence, then Megatron TP-SP of each rank's part: as context and tensor parallelism go
+together. In lockstep, in one process; real ranks are in `tests/test_composition_gloo.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sptransform import AllGatherKV, MegatronSP, Ring, Ulysses, UsageError, annotations, explain
+from sptransform.composition import Composed, strategy_of
+from sptransform.mesh import PRETENDED_GROUP
+from sptransform.rewrite import rewrite
+from tests.equality import assert_equal_to_one_device, one_device, run_one_device
+from tests.models import HEADS, HIDDEN, MODELS, Inputs, build
+from tests.rewritten import Asked, on_pretended_ranks
+
+SEQUENCE = ("allgather", "ring", "ulysses")
+B, S, KEY_HEADS = 2, 64, 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    """All but the one whose two key heads Ulysses over two ranks leaves nothing of for tensor parallelism."""
+    kinds = [kind for kind in SEQUENCE if (name, kind) != ("llama_mha_kv2", "ulysses")]
+    for ranks in on_pretended_ranks(*build(name), [Asked((2, 2), (kind, "megatron")) for kind in kinds]).values():
+        for result in ranks.results():
+            assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+
+
+@pytest.mark.parametrize(("shape", "length"), [((2, 2), 23), ((2, 2), 5), ((3, 2), 64), ((2, 3), 22)], ids=str)
+def test_shapes(shape: tuple[int, int], length: int) -> None:
+    """Ring takes any: heads of 8 and 4 over 3 ranks, and lengths nothing divides."""
+    kinds = SEQUENCE if 3 not in shape else ("allgather", "ring")
+    asked = [Asked(shape, (kind, "megatron")) for kind in kinds]
+    reference = run_one_device(*build("llama_nocache", seq_len=length))
+    for ranks in on_pretended_ranks(*build("llama_nocache", seq_len=length), asked).values():
+        for result in ranks.results():
+            assert_equal_to_one_device(reference, result, MODELS["llama_nocache"].tolerance)
+
+
+def test_batch_split() -> None:
+    """Ulysses by the batch: heads are tensor parallelism's alone, so two key heads will do."""
+    asked = Asked((2, 2), (Ulysses(split="batch"), MegatronSP()))
+    (ranks,) = on_pretended_ranks(*build("llama_mha_kv2"), [asked]).values()
+    for result in ranks.results():
+        assert_equal_to_one_device(one_device("llama_mha_kv2"), result, MODELS["llama_mha_kv2"].tolerance)
+
+
+Sent = tuple[int, int]
+
+
+def sent_in_second_layer(kind: str, shape: tuple[int, int]) -> dict[tuple[str, str], Sent]:
+    """(kind, direction) -> number of messages, elements. The first layer would have the embedding's."""
+    collectives = explain(*_named("llama_nocache", kind), world_size=shape).collectives
+    found: dict[tuple[str, str], Sent] = {}
+    for c in collectives:
+        if c.layer.startswith("model.layers.1"):
+            messages, elements = found.get((c.kind, c.direction), (0, 0))
+            found[c.kind, c.direction] = messages + c.count, elements + c.bytes_sent // 8
+    return found
+
+
+def _named(name: str, kind: str) -> tuple[nn.Module, tuple[str, str], Inputs]:
+    model, inputs = build(name)
+    return model, (kind, "megatron"), inputs
+
+
+@pytest.mark.parametrize(("kind", "c", "t"), [(kind, 2, 2) for kind in SEQUENCE] + [("ring", 4, 2), ("ring", 2, 4)])
+def test_a_layer_sends_what_both_send_of_their_part(kind: str, c: int, t: int) -> None:
+    """Tensor parallelism as in numbers.md, of S/c tokens; the other strategy with 1/t of the heads. Nothing else."""
+    queries, keys, rows = HEADS // t, KEY_HEADS // t, B * (S // c) * (HIDDEN // HEADS)
+    stream = B * (S // c) * HIDDEN * (t - 1) // t
+    expected = {
+        ("all_gather", "forward"): (2, 2 * stream),
+        ("reduce_scatter", "forward"): (2, 2 * stream),
+        ("all_gather", "backward"): (4, 4 * stream),
+        ("reduce_scatter", "backward"): (2, 2 * stream),
+    }
+    hops, of_keys = c - 1, 2 * keys * rows * (c - 1)
+    if kind == "ring":
+        expected |= {("send_recv", "forward"): (hops, of_keys), ("send_recv", "backward"): (2 * hops, 2 * of_keys)}
+    elif kind == "allgather":
+        expected["all_gather", "forward"] = 3, 2 * stream + of_keys
+        expected["reduce_scatter", "backward"] = 3, 2 * stream + of_keys
+    else:
+        moved = 2, (2 * queries + 2 * keys) * rows * (c - 1) // c
+        expected |= {("all_to_all", "forward"): moved, ("all_to_all", "backward"): moved}
+    assert sent_in_second_layer(kind, (c, t)) == expected
+
+
+@pytest.mark.parametrize("kind", SEQUENCE)
+def test_gradients_are_summed_where_they_are_pending(kind: str) -> None:
+    """Of what tensor parallelism cuts over the first mesh dim, of norms over both at once."""
+    graph = rewrite(*_named("llama_nocache", kind), world_size=(2, 2)).graph_module.graph
+    groups: dict[str, set[str]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.sptransform.replicate.default):
+        names = (str(annotations.note(x).input_name) for x in node.args[0])
+        groups.setdefault(node.args[1], set()).update("norm" if "norm" in name else "cut" for name in names)
+    assert groups == {PRETENDED_GROUP: {"norm"}, f"{PRETENDED_GROUP}_outer": {"cut"}}
+
+
+def test_even_shares_give_all_ranks_one_graph() -> None:
+    rewritten = [rewrite(*_named("gpt2", "ulysses"), world_size=(2, 2), rank=rank) for rank in range(4)]
+    assert len({graph.text("transformer.h.0") for graph in rewritten}) == 1  # the vocabulary of 97 is beyond the layers
+
+
+# --- what does not go together ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "found"),
+    [
+        (("megatron", "ring"), (2, 2), "do not go together"),
+        (("ring", "ulysses"), (2, 2), "'usp'"),
+        (("usp", "megatron"), (2, 2), "do not go together"),
+        (("ring", "ulysses", "megatron"), (2, 2, 2), "do not go together"),
+        ((), (2, 2), "do not go together"),
+        (("ring", "megatron"), 4, "a mesh has a dim for each strategy"),
+        (("ring", "megatron"), (2, 2, 2), "at most 2 mesh dims"),
+        (("ulysses", "megatron"), (4, 2), "8 query heads, 4 key heads, 4 x 2 ranks"),
+        ("ring", (2, 2), "takes one mesh dim"),
+        ("usp", (2, 2, 2), "at most 2 mesh dims"),
+    ],
+)
+def test_refused(strategy: object, world_size: object, found: str) -> None:
+    model, inputs = build("llama_nocache")
+    with pytest.raises(UsageError, match=found):
+        explain(model, strategy, inputs, world_size=world_size)
+    if not isinstance(strategy, str) and len(strategy) == 2 and found == "do not go together":
+        with pytest.raises(UsageError, match=found):
+            Composed(tuple(map(strategy_of, strategy)))
+
+
+def test_one_of_one_is_that_one() -> None:
+    assert strategy_of(["ring"]) == Ring() and strategy_of(("ring", "megatron")) == Composed((Ring(), MegatronSP()))
+    assert str(strategy_of(("allgather", "megatron"))) == f"{AllGatherKV()} x {MegatronSP()}"
