@@ -4,7 +4,7 @@ Before: ``%v : f32[2,64,8,8] = aten.view(%x, [2, 64, 8, 8])`` with dim 1 cut ove
 ``%v : f32[2,16@sp,8,8] = aten.reshape(%x, [2, 16, 8, 8])``.
 
 1. Ops whose table entry has a ``localize`` function are rewritten by it where they are sharded.
-2. A parameter of which each rank keeps a part is an input of the part's shape.
+2. A parameter or input of which each rank has a part is an input of the part's shape.
 3. Every node is then run on fake shards; the verifier compares shape and dtype with what its placement says.
 """
 
@@ -49,7 +49,7 @@ class Localize(Pass):
                     _localize(node, calls[node], context)
                 elif node.op == "call_function":
                     compute_value(node)
-                elif annotations.note(node).stored is not None:
+                elif annotations.note(node).stored:
                     ((shape, _),) = annotations.note(node).local_types
                     node.meta["val"] = annotations.value(node).new_empty(shape)
 

@@ -2,7 +2,7 @@
 
 1. Rules are looked up and applied to global shapes; axes are inferred from them.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
-   Parameters of which each rank keeps a part are S.
+   Parameters and inputs of which each rank has a part are S.
 3. Where weights are cut, inner axes are found (see :mod:`sptransform.inner_axes`).
 4. Propagation decides (see :mod:`sptransform.propagation`).
 5. With ``shard_parameters`` it is decided which part of each parameter a rank is to keep.
@@ -42,6 +42,8 @@ class Place(Pass):
         is_causal = any(rule.is_causal for rule in rules)
         divide = partial(context.strategy.partition, num_ranks=context.mesh.size, is_causal=is_causal)
         axes = Axes(graph, divide, context.sequence_dims, ignored=light)
+        if not axes.has_sequence:  # without attention, what arrives in parts is cut along the sequence
+            axes = Axes(graph, divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
         if not any(rule.roles for rule in rules) and not axes.has_sequence:
             raise UsageError(
                 describe(
@@ -58,17 +60,17 @@ class Place(Pass):
         propagation.run()
         if context.shard_parameters:
             for node in inputs:
-                if annotations.note(node).is_parameter and annotations.note(node).stored is None:
+                if annotations.note(node).is_parameter and not annotations.note(node).stored:
                     self._keep_part(node, propagation.demanded(node), context)
         for node in graph.nodes:
             if node.op == "call_function" and annotations.note(node).decision is not None:
                 self._record_fallback(node, context)
 
     def _input(self, node: fx.Node, context: Context) -> Placement:
-        stored = annotations.note(node).stored
-        if stored is not None and stored.group == context.mesh.group:
-            size = annotations.shape(node)[stored.dim]
-            return Shard(stored.dim, Partition.contiguous(size, context.mesh.size))
+        for stored in annotations.note(node).stored:
+            if stored.group == context.mesh.group:
+                size = annotations.shape(node)[stored.dim]
+                return Shard(stored.dim, Partition.contiguous(size, context.mesh.size))
         return R if annotations.note(node).differentiable and not context.grad_sync else I
 
     def _keep_part(self, node: fx.Node, demanded: list[Placement], context: Context) -> None:
@@ -79,7 +81,7 @@ class Place(Pass):
         else:
             dim = first_dim(annotations.shape(node), context.mesh.size)
         if dim is not None:
-            annotations.note(node).stored = annotations.Stored(dim, context.mesh.group)
+            annotations.note(node).stored = (annotations.Stored(dim, context.mesh.group),)
             annotations.set_placement(node, self._input(node, context))
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
@@ -105,6 +107,12 @@ class Place(Pass):
             )
         num_bytes = sum(annotations.value(x).numel() * annotations.value(x).element_size() for x in gathered)
         context.fallbacks.append(Fallback(str(node.target), node.name, annotations.source_line(node), num_bytes))
+
+
+def _shared_inputs(graph: fx.Graph) -> dict[str, int]:
+    """Name -> dimension of inputs of which each rank has a part."""
+    notes = [annotations.note(node) for node in graph.find_nodes(op="placeholder")]
+    return {note.input_name: note.stored[0].dim for note in notes if note.stored and not note.is_parameter}
 
 
 def _user_inputs(graph: fx.Graph) -> list[str]:

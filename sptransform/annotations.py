@@ -24,7 +24,7 @@ _KEY = "sptransform"
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter of which each rank of a group keeps its part: the chunk of ``dim`` that ``torch.chunk`` cuts."""
+    """A tensor of which each rank of a group has its part: the chunk of ``dim`` that ``torch.chunk`` cuts."""
 
     dim: int
     group: str
@@ -37,7 +37,7 @@ class Note:
     differentiable: bool = False
     input_name: str | None = None  # of a placeholder: what the user calls it
     is_parameter: bool = False  # of a placeholder
-    stored: Stored | None = None  # of a placeholder: a parameter kept in parts
+    stored: tuple[Stored, ...] = ()  # of a placeholder: how ranks share it, the outermost mesh dim first
     rule: OpRule | None = None
     decision: Decision | None = None
     placements: tuple[Placement, ...] | None = None  # one per output of the node

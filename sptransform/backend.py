@@ -7,7 +7,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def _compile(
 
 
 def _local(x: Any, gm: fx.GraphModule) -> Any:
-    """What the inner backend is to see of an input: of a parameter kept in parts a fake of this rank's part."""
+    """What the inner backend is to see of an input: of one that ranks share a fake of this rank's part."""
     if not isinstance(x, DTensor):
         return x
     mode = annotations.fake_mode(gm.graph)
@@ -101,7 +100,7 @@ def _local(x: Any, gm: fx.GraphModule) -> Any:
 
 
 def _of_local_parts(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-    """``compiled``, called with parameters; outside of it, so that their gradients are DTensors as they are."""
+    """``compiled``, called with DTensors; they are opened outside of it, so that their gradients are DTensors too."""
     places = [index for index, x in enumerate(inputs) if isinstance(x, DTensor)]
     if not places:
         return compiled
@@ -176,9 +175,6 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
     )
     captured = capture(gm, inputs)
-    for node in captured.graph.find_nodes(op="placeholder"):
-        if (stored := annotations.note(node).stored) is not None:  # FSDP2 gives the same ranks another group
-            annotations.note(node).stored = replace(stored, group=options.strategy.weights_mesh(mesh).group)
     _check_sequence_dims(captured.graph, options.sequence_dims, whole)
     see(captured.graph, None)
     with traced(captured.graph, context):
@@ -245,7 +241,8 @@ def _check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
 
 def _check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> None:
     """Parameters kept in parts are kept by the ranks of ``mesh``, and the gradients of such are complete."""
-    sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in inputs if isinstance(x, DTensor) and stored_in(x)}
+    parameters = [x for x in inputs if isinstance(x, DTensor) and isinstance(x, nn.Parameter)]
+    sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in parameters if stored_in(x)}
     device_mesh = options.strategy.weights_mesh(mesh).device_mesh
     own = set() if device_mesh is None else {tuple(device_mesh.mesh.flatten().tolist())}
     found, fix = None, "leave parameters as they are: parallelize(..., shard_parameters=False)"

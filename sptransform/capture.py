@@ -118,7 +118,7 @@ class _Inliner(fx.Interpreter):
 
 @dataclass(frozen=True)
 class _InParts:
-    """A parameter of which each rank keeps its part; in the graph it is whole, and a plain tensor."""
+    """A parameter or input of which each rank has its part; in the graph it is whole, and a plain tensor."""
 
     tensor: torch.Tensor
 
@@ -196,7 +196,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         note = annotations.note(node)
         note.differentiable = isinstance(x, torch.Tensor) and x.requires_grad
         note.input_name = _input_name(origin)
-        note.stored = stored_in(x) if isinstance(x, DTensor) else None
+        note.stored = stored_in(x) if isinstance(x, DTensor) else ()
         note.is_parameter = isinstance(x, torch.nn.Parameter)
         rename(node, note.input_name)
     functionalize(traced.graph)
@@ -218,7 +218,7 @@ def _input_name(placeholder: fx.Node) -> str:
 
 def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None) -> torch.Tensor:
     """A fake of ``x`` with the symbols Dynamo gave its sizes, or none."""
-    if isinstance(x, DTensor):  # a parameter kept in parts, in the graph whole
+    if isinstance(x, DTensor):  # in the graph whole
         with mode:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             return fake.requires_grad_(x.requires_grad)

@@ -21,6 +21,7 @@ from sptransform.options import Options, check_torch_version
 from sptransform.parameters import first_dims, keep_less, keep_parts
 from sptransform.placing import parameter_dims
 from sptransform.rewrite import arguments_of
+from sptransform.shared_inputs import taking_parts
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -117,7 +118,8 @@ def parallelize(
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
-    call = configured(model._compiled_call_impl)
+    compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
+    call = configured(taking_parts(model, model._compiled_call_impl, compiled))
     call = _telling(call if settle is None else settle(call), Agreement.of(where))
     if where.size > 1:
         call = whole_with_cache(model, compiler.checked(call))

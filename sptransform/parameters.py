@@ -93,12 +93,17 @@ def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
 @torch.compiler.allow_in_graph
 def whole(parameter: DTensor) -> Tensor:
     """The whole tensor; its gradient is whole on every rank, and each keeps its part of it."""
-    stored = stored_in(parameter)
+    mesh, shape = parameter.device_mesh, list(parameter.shape)
+    gathers = []
+    for index, placement in enumerate(parameter.placements):
+        if isinstance(placement, DTensorShard):
+            shard = _shard(placement.dim, shape[placement.dim], mesh.size(index))
+            gathers.append((shard.spec, mesh.get_group(index).group_name))
+            shape[placement.dim] = shard.partition.local_size(mesh.get_local_rank(index))
     part = parameter.to_local()
-    if stored is None:
-        return part
-    shard = _shard(stored.dim, parameter.shape[stored.dim], parameter.device_mesh.size())
-    return torch.ops.sptransform.gather(part, shard.spec, stored.group, True)
+    for spec, group in reversed(gathers):
+        part = torch.ops.sptransform.gather(part, spec, group, True)
+    return part
 
 
 @contextmanager
@@ -112,21 +117,24 @@ def whole_parameters() -> Iterator[None]:
         _is_whole = before
 
 
-def stored_in(parameter: DTensor) -> Stored | None:
-    """How the ranks of a group share a parameter; None: each has the whole. Raises UsageError for anything else."""
-    if parameter.device_mesh.ndim == 1:
-        (placement,) = parameter.placements
-        if type(placement) is Replicate:
-            return None
-        if type(placement) is DTensorShard:
-            return Stored(placement.dim, parameter.device_mesh.get_group().group_name)
-    raise UsageError(
-        describe(
-            "a parameter is shared in a way that parallelize does not make",
-            found=f"a DTensor placed {parameter.placements} over a mesh of {tuple(parameter.device_mesh.shape)}",
-            fix="parallelize(..., shard_parameters=True) of the model with plain parameters",
-        )
-    )
+def stored_in(x: DTensor) -> tuple[Stored, ...]:
+    """How the ranks of each mesh dim share a tensor, if they do. Raises UsageError for what is no shard of it."""
+    found = []
+    for index, placement in enumerate(x.placements):
+        # of ranks in another order a group is sorted all the same, and its ranks are not the places in the mesh
+        in_order = bool((x.device_mesh.mesh.diff(dim=index) > 0).all())
+        if type(placement) is DTensorShard and in_order:
+            found.append(Stored(placement.dim, x.device_mesh.get_group(index).group_name))
+        elif type(placement) is not Replicate:
+            ranks = x.device_mesh.mesh.tolist()
+            raise UsageError(
+                describe(
+                    "a tensor is shared in a way that parallelize does not read",
+                    found=f"a DTensor of shape {tuple(x.shape)}, placed {x.placements} over ranks {ranks}",
+                    fix="x.redistribute(..) to Shard or Replicate, of ranks in order; parallelize plain parameters",
+                )
+            )
+    return tuple(found)
 
 
 def as_written(model: nn.Module) -> None:

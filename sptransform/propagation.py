@@ -165,12 +165,16 @@ class Propagation:
 
 
 def light_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes computed from placeholders and constants without heavy work: replicating them costs no communication."""
+    """Nodes computed from placeholders and constants without heavy work: replicating them costs no communication.
+
+    It would of what is computed from an input of which each rank has only a part.
+    """
     light: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "output":
+        note = annotations.note(node)
+        if node.op == "output" or (note.stored and not note.is_parameter):
             continue
-        rule = annotations.note(node).rule
+        rule = note.rule
         heavy = rule is not None and rule.heavy
         if not heavy and all(source in light for source in node.all_input_nodes):
             light.add(node)

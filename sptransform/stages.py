@@ -10,6 +10,8 @@ from torch import fx
 from sptransform import annotations
 from sptransform.decisions import Circular
 from sptransform.errors import UsageError, describe
+from sptransform.mesh import Mesh
+from sptransform.ops.groups import ranks_in
 from sptransform.pass_manager import DISTRIBUTED, Context, run_passes
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
 from sptransform.rule_table import RuleTable
@@ -26,6 +28,7 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
     """
     run_passes(gm, NORMALIZE, context)
     stages = context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules))
+    _recognise_shared(gm.graph, [mesh for _, mesh in stages])
     for index, (strategy, mesh) in enumerate(stages):
         outputs = context.outputs
         if outputs != "full" and index + 1 < len(stages):
@@ -49,6 +52,31 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
         see(gm.graph, part)
         context.parts += (part,)
     run_passes(gm, FINISH, context, DISTRIBUTED)
+
+
+def _recognise_shared(graph: fx.Graph, meshes: list[Mesh]) -> None:
+    """Say of inputs that ranks share on which of ``meshes``: groups of the same ranks may be several.
+
+    Raises:
+        UsageError: other ranks share one, or dims are cut in another order.
+    """
+    known = [ranks_in(mesh.group) for mesh in meshes if mesh.device_mesh is not None]
+    for node in graph.find_nodes(op="placeholder"):
+        note = annotations.note(node)
+        sharing = [(stored, ranks) for stored in note.stored if len(ranks := ranks_in(stored.group)) > 1]
+        places = [known.index(ranks) if ranks in known else None for _, ranks in sharing]
+        if None in places or places != sorted(places):
+            raise UsageError(
+                describe(
+                    "an input is shared by other ranks, or in another order, than those that split it",
+                    node=node,
+                    found=" x ".join(f"Shard({stored.dim}) over ranks {list(ranks)}" for stored, ranks in sharing),
+                    fix="a DTensor over the mesh that is given to parallelize, or x.full_tensor()",
+                )
+            )
+        note.stored = tuple(
+            replace(stored, group=meshes[at].group) for (stored, _), at in zip(sharing, places, strict=True)
+        )
 
 
 def _check_shares(graph: fx.Graph, part: Context) -> None:

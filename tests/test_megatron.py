@@ -168,7 +168,7 @@ def parts(graph: Rewritten) -> dict[str, int]:
     """The dimension of each parameter that ranks keep a part of."""
     nodes = graph.graph_module.graph.find_nodes(op="placeholder")
     notes = [node.meta["sptransform"] for node in nodes]
-    return {note.input_name: note.stored.dim for note in notes if note.stored is not None}
+    return {note.input_name: note.stored[0].dim for note in notes if note.stored}
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if "fused" in name or "sliced" in name])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup, distributed_c10d, get_process_group_ranks
 
 _pretended: ContextVar[dict[str, int]] = ContextVar("sptransform_pretended_ranks", default={})  # noqa: B039
 
@@ -15,6 +15,11 @@ def rank_in(group: str) -> int:
     """This process's rank in the group of that name."""
     pretended = _pretended.get()
     return pretended[group] if group in pretended else group_called(group).rank()
+
+
+def ranks_in(group: str) -> tuple[int, ...]:
+    """The global ranks of the group of that name, in its order."""
+    return tuple(get_process_group_ranks(group_called(group)))
 
 
 def group_called(name: str) -> ProcessGroup:

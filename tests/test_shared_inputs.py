@@ -1,0 +1,106 @@
+"""Inputs that ranks share, as DTensors: read as they are, with gradients shared likewise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+import sptransform
+from sptransform import UsageError
+from tests.collective_counts import CountCollectives
+from tests.gloo_pool import get_pool
+from tests.models import HIDDEN, CausalBlock
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class Feed(nn.Module):
+    """No attention: only the input says what the sequence is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x)).relu()
+
+
+def a_model(kind: type[nn.Module], length: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return kind().double(), torch.randn(2, length, HIDDEN, dtype=torch.float64)
+
+
+def shared(
+    rank: int, world_size: int, kind: type[nn.Module], strategy: str, placement: Placement, lengths: tuple[int, ...]
+) -> list[tuple[Tensor, Tensor, list[Tensor], list[str], set[str]]]:
+    """For each length: output, gradients of the input and the parameters, how each was shared, and what was sent."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = sptransform.parallelize(a_model(kind, 1)[0], strategy, backend="aot_eager")
+    found = []
+    for length in lengths:
+        x = distribute_tensor(a_model(kind, length)[1], mesh, [placement]).requires_grad_()
+        model.zero_grad()
+        with CountCollectives() as counted:
+            out = model(x)
+            out.sin().sum().backward()
+        grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        how = [str(y.placements[0]) for y in (out, x.grad)]
+        kinds = {collective.name for collective in counted.collectives}
+        found.append((out.detach().full_tensor(), x.grad.full_tensor(), grads, how, kinds))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "placement", "lengths"),
+    [
+        (CausalBlock, "ulysses", Shard(1), (8, 12, 7)),
+        (CausalBlock, "ring", Shard(1), (8, 7)),
+        (CausalBlock, "megatron", Shard(1), (8,)),
+        (CausalBlock, "ulysses", Shard(0), (8,)),
+        (CausalBlock, "ulysses", Replicate(), (8,)),
+        (Feed, "ulysses", Shard(1), (8,)),
+    ],
+    ids=str,
+)
+def test_equals_one_device(
+    kind: type[nn.Module], strategy: str, placement: Placement, lengths: tuple[int, ...]
+) -> None:
+    expected = []
+    for length in lengths:
+        model, x = a_model(kind, length)
+        out = model(x.requires_grad_())
+        out.sin().sum().backward()
+        expected.append((out.detach(), x.grad, [p.grad for p in model.parameters()]))
+    for results in get_pool(2).run(shared, kind, strategy, placement, lengths, timeout=150):
+        for (out, x_grad, grads, how, kinds), (true_out, true_x_grad, true_grads) in zip(
+            results, expected, strict=True
+        ):
+            for got, true in zip([out, x_grad, *grads], [true_out, true_x_grad, *true_grads], strict=True):
+                torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
+            assert how == ["S(1)", str(placement)]
+            if strategy != "megatron" and placement == Shard(1):
+                assert "all_gather_into_tensor" not in kinds
+
+
+def refused(rank: int, world_size: int, what: str) -> str:
+    mesh = init_device_mesh("cpu", (world_size,))
+    model, x = a_model(CausalBlock, 8)
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    if what == "partial":
+        given = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+    else:
+        given = DTensor.from_local(x, DeviceMesh("cpu", [1, 0]), [Shard(1)], run_check=False)
+    with pytest.raises(UsageError) as error:
+        model(given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "found"), [("partial", "(Partial(sum),) over ranks [0, 1]"), ("another order", "over ranks [1, 0]")]
+)
+def test_refused(what: str, found: str) -> None:
+    for text in get_pool(2).run(refused, what, timeout=60):
+        assert found in text
