@@ -12,6 +12,7 @@ from sptransform.decisions import Circular
 from sptransform.errors import UsageError, describe
 from sptransform.mesh import Mesh
 from sptransform.ops.groups import ranks_in
+from sptransform.partition import Partition
 from sptransform.pass_manager import DISTRIBUTED, Context, run_passes
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
 from sptransform.rule_table import RuleTable
@@ -82,8 +83,7 @@ def _recognise_shared(graph: fx.Graph, meshes: list[Mesh]) -> None:
 def _check_shares(graph: fx.Graph, part: Context) -> None:
     """Ranks with one token where others have more would go on differently: one is no sequence. Alike on all ranks."""
     for node in graph.nodes:
-        decision = annotations.note(node).decision
-        for partition in (decision.partition, decision.parts) if isinstance(decision, Circular) else ():
+        for partition in _of_sequences(node, part):
             sizes = partition.local_sizes
             if not partition.is_even and min(sizes) < 2:
                 raise UsageError(
@@ -91,9 +91,20 @@ def _check_shares(graph: fx.Graph, part: Context) -> None:
                         "a sequence is too short to be split over two mesh dims",
                         node=node,
                         found=f"{partition.size} tokens, shares of {', '.join(map(str, sizes))} on the first",
-                        fix=f"pad it to a multiple of {part.mesh.size}, or split it over one dim: strategy='ring'",
+                        fix=f"pad it to a multiple of {part.mesh.size}, or split it over one mesh dim",
                     )
                 )
+
+
+def _of_sequences(node: fx.Node, part: Context) -> list[Partition]:
+    """How the queries and the keys of an attention node are shared."""
+    note = annotations.note(node)
+    if isinstance(note.decision, Circular):
+        return [note.decision.partition, note.decision.parts]
+    if note.rule is None or "queries" not in note.rule.roles:
+        return []
+    sizes = (note.rule.sizes[factor] for role, factor in note.rule.roles.items() if role in ("queries", "keys"))
+    return [part.strategy.partition(size, part.mesh.size, note.rule.is_causal) for size in sizes]
 
 
 def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:

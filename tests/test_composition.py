@@ -133,6 +133,13 @@ def test_refused(strategy: object, world_size: object, found: str) -> None:
             Composed(tuple(map(strategy_of, strategy)))
 
 
+@pytest.mark.parametrize("kind", SEQUENCE)
+def test_sequences_too_short_for_two_dims(kind: str) -> None:
+    model, inputs = build("llama_nocache", seq_len=3)
+    with pytest.raises(UsageError, match="too short to be split over two mesh dims"):
+        explain(model, (kind, "megatron"), inputs, world_size=(2, 2))
+
+
 def test_one_of_one_is_that_one() -> None:
     assert strategy_of(["ring"]) == Ring() and strategy_of(("ring", "megatron")) == Composed((Ring(), MegatronSP()))
     assert str(strategy_of(("allgather", "megatron"))) == f"{AllGatherKV()} x {MegatronSP()}"

@@ -85,6 +85,48 @@ def test_equals_one_device(
                 assert "all_gather_into_tensor" not in kinds
 
 
+def across(rank: int, world_size: int, strategy: object) -> tuple[list[str], Tensor, Tensor]:
+    """Two blocks over a mesh of two dims, the second given what the first returns."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    torch.manual_seed(0)
+    blocks = [CausalBlock().double() for _ in range(2)]
+    x = torch.randn(2, 16, HIDDEN, dtype=torch.float64)
+    for block in blocks:
+        sptransform.parallelize(block, strategy, mesh=mesh, backend="aot_eager")
+    hidden = blocks[0](x)
+    out = blocks[1](hidden)
+    out.sin().sum().backward()
+    grad = blocks[0].qkv.weight.grad
+    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return [str(placement) for placement in hidden.placements], out.detach().full_tensor(), whole
+
+
+@pytest.mark.parametrize("strategy", ["usp", ("ring", "megatron")], ids=str)
+def test_over_two_mesh_dims(strategy: object) -> None:
+    torch.manual_seed(0)
+    blocks = [CausalBlock().double() for _ in range(2)]
+    out = blocks[1](blocks[0](torch.randn(2, 16, HIDDEN, dtype=torch.float64)))
+    out.sin().sum().backward()
+    for how, got, grad in get_pool(4).run(across, strategy, timeout=150):
+        assert how == ["S(1)", "S(1)"]
+        torch.testing.assert_close(got, out.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, blocks[0].qkv.weight.grad, rtol=1e-11, atol=1e-11)
+
+
+def of_others(rank: int, world_size: int) -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))
+    model, x = a_model(CausalBlock, 8)
+    sptransform.parallelize(model, "ulysses", mesh=mesh["near"], backend="aot_eager")
+    with pytest.raises(UsageError) as error:
+        model(distribute_tensor(x, mesh["far"], [Shard(1)]))
+    return str(error.value)
+
+
+def test_what_others_share_is_refused() -> None:
+    for text in get_pool(4).run(of_others, timeout=60):
+        assert "shared by other ranks" in text and "Shard(1) over ranks [" in text
+
+
 def refused(rank: int, world_size: int, what: str) -> str:
     mesh = init_device_mesh("cpu", (world_size,))
     model, x = a_model(CausalBlock, 8)
