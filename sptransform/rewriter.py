@@ -5,12 +5,15 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+
+# Private: as torch traces; without it some ops of torch 2.11 (a linear) ask for the number behind an open size
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
@@ -94,7 +97,10 @@ def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def compute_value(node: fx.Node) -> None:
     """Set the node's fake value by running it on those of its arguments."""
     args, kwargs = fake_arguments(node)
-    node.meta["val"] = node.target(*args, **kwargs)
+    sizes = (size for x in node.all_input_nodes for value in annotations.values(x) for size in value.shape)
+    is_open = any(isinstance(size, torch.SymInt) for size in sizes)
+    with enable_python_dispatcher() if is_open else nullcontext():
+        node.meta["val"] = node.target(*args, **kwargs)
 
 
 def emitter(before: fx.Node) -> Callable[..., fx.Node]:
