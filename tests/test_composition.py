@@ -4,6 +4,9 @@ together. In lockstep, in one process; real ranks are in `tests/test_composition
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -20,24 +23,42 @@ SEQUENCE = ("allgather", "ring", "ulysses")
 B, S, KEY_HEADS = 2, 64, 4
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models(name: str) -> None:
-    """All but the one whose two key heads Ulysses over two ranks leaves nothing of for tensor parallelism."""
-    kinds = [kind for kind in SEQUENCE if (name, kind) != ("llama_mha_kv2", "ulysses")]
-    for ranks in on_pretended_ranks(*build(name), [Asked((2, 2), (kind, "megatron")) for kind in kinds]).values():
-        for result in ranks.results():
-            assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
-
-
-@pytest.mark.parametrize(("shape", "length"), [((2, 2), 23), ((2, 2), 5), ((3, 2), 64), ((2, 3), 22)], ids=str)
-def test_shapes(shape: tuple[int, int], length: int) -> None:
-    """Ring takes any: heads of 8 and 4 over 3 ranks, and lengths nothing divides."""
-    kinds = SEQUENCE if 3 not in shape else ("allgather", "ring")
+def check_model(name: str, kinds: Sequence[str], shape: tuple[int, int] = (2, 2), length: int = S) -> None:
     asked = [Asked(shape, (kind, "megatron")) for kind in kinds]
-    reference = run_one_device(*build("llama_nocache", seq_len=length))
-    for ranks in on_pretended_ranks(*build("llama_nocache", seq_len=length), asked).values():
+    reference = one_device(name) if length == S else run_one_device(*build(name, seq_len=length))
+    for ranks in on_pretended_ranks(*build(name, seq_len=length), asked).values():
         for result in ranks.results():
-            assert_equal_to_one_device(reference, result, MODELS["llama_nocache"].tolerance)
+            assert_equal_to_one_device(reference, result, MODELS[name].tolerance)
+
+
+# what two key heads over two ranks of Ulysses leave is nothing for tensor parallelism
+IMPOSSIBLE = ("llama_mha_kv2", "ulysses")
+
+
+@pytest.mark.parametrize(("name", "kind"), zip(MODELS, itertools.cycle(("ring", "ulysses", "allgather")), strict=False))
+def test_models(name: str, kind: str) -> None:
+    check_model(name, ["ring" if (name, kind) == IMPOSSIBLE else kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_every_strategy(name: str) -> None:
+    check_model(name, [kind for kind in SEQUENCE if (name, kind) != IMPOSSIBLE])
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "kinds"),
+    [
+        ((2, 2), 23, SEQUENCE),
+        ((2, 3), 22, ("ring",)),
+        pytest.param((2, 2), 5, SEQUENCE, marks=pytest.mark.slow),
+        pytest.param((3, 2), 64, ("allgather", "ring"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_shapes(shape: tuple[int, int], length: int, kinds: Sequence[str]) -> None:
+    """Any shape is exact: heads of 8 and 4 over 3 ranks, and lengths nothing divides."""
+    check_model("llama_nocache", kinds, shape, length)
 
 
 def test_batch_split() -> None:

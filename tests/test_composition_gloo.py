@@ -72,7 +72,7 @@ def trained(
     [
         ("sdpa_transformer", "ring", False),
         ("sdpa_transformer", "ulysses", True),
-        ("bert", "allgather", True),
+        pytest.param("bert", "allgather", True, marks=pytest.mark.slow),
     ],
 )
 def test_three_steps_are_those_of_one_device(name: str, kind: str, early: bool, tmp_path: Path) -> None:
@@ -132,7 +132,11 @@ def returned(rank: int, world_size: int, kind: str, length: int) -> tuple[Result
 
 @pytest.mark.parametrize(
     ("kind", "length", "how"),
-    [("ring", 64, ["S(1)", "S(2)"]), ("ulysses", 23, ["S(1)", "R"]), ("ring", 23, ["S(1)", "R"])],
+    [
+        ("ring", 64, ["S(1)", "S(2)"]),
+        ("ulysses", 23, ["S(1)", "R"]),
+        pytest.param("ring", 23, ["S(1)", "R"], marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_outputs_and_odd_lengths(kind: str, length: int, how: list[str]) -> None:

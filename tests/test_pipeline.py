@@ -100,7 +100,9 @@ def piped(
     return index, losses, whole, {collective.name for collective in counted.collectives}
 
 
-@pytest.mark.parametrize(("strategy", "length"), [("ulysses", 32), ("ring", 30), ("megatron", 32)])
+@pytest.mark.parametrize(
+    ("strategy", "length"), [("ring", 30), ("megatron", 32), pytest.param("ulysses", 32, marks=pytest.mark.slow)]
+)
 def test_three_steps_are_those_of_one_device(strategy: str, length: int) -> None:
     losses, expected = one_device(length)
     for index, got, parameters, kinds in get_pool(4).run(piped, strategy, length, timeout=200):

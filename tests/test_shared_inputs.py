@@ -101,7 +101,7 @@ def across(rank: int, world_size: int, strategy: object) -> tuple[list[str], Ten
     return [str(placement) for placement in hidden.placements], out.detach().full_tensor(), whole
 
 
-@pytest.mark.parametrize("strategy", ["usp", ("ring", "megatron")], ids=str)
+@pytest.mark.parametrize("strategy", [pytest.param("usp", marks=pytest.mark.slow), ("ring", "megatron")], ids=str)
 def test_over_two_mesh_dims(strategy: object) -> None:
     torch.manual_seed(0)
     blocks = [CausalBlock().double() for _ in range(2)]
