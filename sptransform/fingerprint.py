@@ -63,7 +63,7 @@ def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
         "sptransform": version,
         "torch": torch.__version__,
         "strategy": options.strategy,
-        "ranks": mesh.size,
+        "ranks": " x ".join(map(str, mesh.shape)),
         "inner backend": options.backend,
         "outputs": options.outputs,
         "grad_sync": options.grad_sync,

@@ -44,7 +44,7 @@ def parallelize(
     """Split the sequence of ``model`` over the ranks of ``mesh``; loss and gradients stay those of one device.
 
     The module is compiled in place (``nn.Module.compile``) and returned: its class, parameter names, ``state_dict``
-    and pickling do not change. Call it on every rank with the same full-length inputs.
+    and pickling do not change. Call it on every rank with the same full-length inputs, or with DTensors over its mesh.
 
     Not so with :class:`MegatronSP` or ``shard_parameters``: names stay, but parameters become DTensors, of which each
     rank keeps a part, and modules that own some get a subclass of their class, of its name. Make optimizers afterwards.

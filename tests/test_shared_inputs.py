@@ -80,7 +80,8 @@ def test_equals_one_device(
         ):
             for got, true in zip([out, x_grad, *grads], [true_out, true_x_grad, *true_grads], strict=True):
                 torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
-            assert how == ["S(1)", str(placement)]
+            if out.shape[1] % 2 == 0:  # torch 2.11 gathers the gradients of uneven parts
+                assert how == ["S(1)", str(placement)]
             if strategy != "megatron" and placement == Shard(1):
                 assert "all_gather_into_tensor" not in kinds
 
