@@ -10,6 +10,7 @@ Before, each on its own; after, in buckets whose gradients travel together::
 2. A bucket stands right before its first reader: autograd runs last to first, so a bucket is reduced while the layers
    before it still compute. It stays in front of autocast and grad-mode regions, where gradients might not pass.
 3. Of two mesh dims, what is summed over the second may be read by what is summed over the first.
+4. What the graph computes and moves I -> R stays where it is.
 """
 
 from __future__ import annotations
@@ -40,16 +41,27 @@ class BucketGradients(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         region = next((node for node in graph.nodes if annotations.marks_region(node)), None)
         for mesh in dict.fromkeys((*(part.mesh for part in context.parts), context.mesh)):
+            moved = _moved_inputs(graph)
             moves = [
                 node
                 for node in graph.find_nodes(op="call_function", target=_REPLICATE)
-                if annotations.note(node).mesh == mesh and len(node.args[0]) == 1
+                if node in moved and annotations.note(node).mesh == mesh and len(node.args[0]) == 1
             ]
             # they stand in the order in which they are first read
             for bucket in fill(moves, self.bucket_bytes):
                 order = {node: position for position, node in enumerate(graph.nodes)}
                 readers = [reader for node in bucket for output in node.users for reader in output.users]
                 _merge(bucket, min(readers if region is None else [*readers, region], key=order.__getitem__))
+
+
+def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Inputs of the graph, and what is only moved since: all of it stands in front of what is computed."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        only_moves = bool(annotations.note(node).transitions) or annotations.projection(node) is not None
+        if node.op == "placeholder" or (only_moves and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _merge(nodes: list[fx.Node], before: fx.Node) -> None:

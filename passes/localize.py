@@ -89,10 +89,14 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
 def _held(
     note: annotations.Note, operands: tuple[fx.Node, ...], rank: int
 ) -> tuple[tuple[Placement, Placement], ...]:
-    """What another mesh dim moves of what this rank has; what it gathers is whole in results, what it cuts in operands.
+    """What another mesh dim moves, of what this rank has.
+
+    What is gathered is whole in the result, what is cut in the operand: there this mesh dim says what is held of it.
     """
+    if not note.transitions:
+        return ()
     found = []
-    for (source, target), operand, result in zip(note.transitions, operands, note.placements, strict=False):
+    for (source, target), operand, result in zip(note.transitions, operands, note.placements, strict=True):
         ends = (source, result), (target, annotations.placement(operand))
         found.append(tuple(end.held(held, rank) if isinstance(end, Shard) else end for end, held in ends))
     return tuple(found)

@@ -245,6 +245,14 @@ def _check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> No
     sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in parameters if stored_in(x)}
     device_mesh = options.strategy.weights_mesh(mesh).device_mesh
     own = set() if device_mesh is None else {tuple(device_mesh.mesh.flatten().tolist())}
+    if not options.grad_sync and any(isinstance(x, DTensor) and x.requires_grad and not stored_in(x) for x in inputs):
+        raise UsageError(
+            describe(
+                "the gradient of a DTensor that every rank has would be a sum that is not taken",
+                found="grad_sync=False, an input placed Replicate() that requires a gradient",
+                fix="grad_sync=True, or a plain tensor: x.full_tensor()",
+            )
+        )
     found, fix = None, "leave parameters as they are: parallelize(..., shard_parameters=False)"
     if sharing - own:
         found, fix = "other ranks share them", "parallelize the model over the mesh its parameters are on"

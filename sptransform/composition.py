@@ -73,7 +73,7 @@ class Composed(Strategy):
         outer, inner = mesh.split(*mesh.shape)
         if isinstance(sequence, Ulysses) and sequence.split == "heads" and inner.size > 1:
             _check_heads(self, heads, outer.size, inner.size)
-            sequence = _UlyssesOutside(inner.size)
+            sequence = _UlyssesOutside(num_inside=inner.size)
         return [stage for stage in ((sequence, outer), (weights, inner)) if stage[1].size > 1]
 
 
@@ -85,10 +85,6 @@ class _UlyssesOutside(Ulysses):
     """
 
     num_inside: int = 1
-
-    def __init__(self, num_inside: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "num_inside", num_inside)
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
         decision = super().place_attention(rule, num_ranks, divide)

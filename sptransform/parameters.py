@@ -91,19 +91,25 @@ def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
 
 
 @torch.compiler.allow_in_graph
-def whole(parameter: DTensor) -> Tensor:
-    """The whole tensor; its gradient is whole on every rank, and each keeps its part of it."""
-    mesh, shape = parameter.device_mesh, list(parameter.shape)
-    gathers = []
-    for index, placement in enumerate(parameter.placements):
+def whole(x: DTensor) -> Tensor:
+    """The whole of a parameter or input; its gradient is whole on every rank, and each keeps its part of it."""
+    shards, _ = _cuts(x)
+    part = x.to_local()
+    for index, shard in reversed(shards):
+        part = torch.ops.sptransform.gather(part, shard.spec, x.device_mesh.get_group(index).group_name, True)
+    return part
+
+
+def _cuts(x: DTensor) -> tuple[list[tuple[int, Shard]], list[Size]]:
+    """(mesh dim, what it cuts of what the ones before it leave), and the shape of this rank's part."""
+    mesh, shape = x.device_mesh, list(x.shape)
+    shards = []
+    for index, placement in enumerate(x.placements):
         if isinstance(placement, DTensorShard):
             shard = _shard(placement.dim, shape[placement.dim], mesh.size(index))
-            gathers.append((shard.spec, mesh.get_group(index).group_name))
+            shards.append((index, shard))
             shape[placement.dim] = shard.partition.local_size(mesh.get_local_rank(index))
-    part = parameter.to_local()
-    for spec, group in reversed(gathers):
-        part = torch.ops.sptransform.gather(part, spec, group, True)
-    return part
+    return shards, shape
 
 
 @contextmanager
@@ -118,23 +124,26 @@ def whole_parameters() -> Iterator[None]:
 
 
 def stored_in(x: DTensor) -> tuple[Stored, ...]:
-    """How the ranks of each mesh dim share a tensor, if they do. Raises UsageError for what is no shard of it."""
-    found = []
-    for index, placement in enumerate(x.placements):
-        # of ranks in another order a group is sorted all the same, and its ranks are not the places in the mesh
-        in_order = bool((x.device_mesh.mesh.diff(dim=index) > 0).all())
-        if type(placement) is DTensorShard and in_order:
-            found.append(Stored(placement.dim, x.device_mesh.get_group(index).group_name))
-        elif type(placement) is not Replicate:
-            ranks = x.device_mesh.mesh.tolist()
-            raise UsageError(
-                describe(
-                    "a tensor is shared in a way that parallelize does not read",
-                    found=f"a DTensor of shape {tuple(x.shape)}, placed {x.placements} over ranks {ranks}",
-                    fix="x.redistribute(..) to Shard or Replicate, of ranks in order; parallelize plain parameters",
-                )
-            )
-    return tuple(found)
+    """How the ranks of each mesh dim share a tensor, if they do.
+
+    Raises:
+        UsageError: otherwise than as chunks of ``torch.chunk``, of ranks in order.
+    """
+    # of ranks in another order a group is sorted all the same, and its ranks are not the places in the mesh
+    in_order = all((x.device_mesh.mesh.diff(dim=index) > 0).all() for index in range(x.device_mesh.ndim))
+    is_known = all(type(placement) in (DTensorShard, Replicate) for placement in x.placements)
+    if in_order and is_known:
+        shards, shape = _cuts(x)
+        if list(x._local_tensor.shape) == shape:
+            return tuple(Stored(shard.dim, x.device_mesh.get_group(index).group_name) for index, shard in shards)
+    raise UsageError(
+        describe(
+            "a tensor is shared in a way that parallelize does not read",
+            found=f"a DTensor of shape {tuple(x.shape)}, here {tuple(x._local_tensor.shape)}, placed {x.placements} "
+            f"over ranks {x.device_mesh.mesh.tolist()}",
+            fix="x.redistribute(..) to Shard or Replicate, of ranks in order; parallelize plain parameters",
+        )
+    )
 
 
 def as_written(model: nn.Module) -> None:

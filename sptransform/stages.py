@@ -69,7 +69,7 @@ def _recognise_shared(graph: fx.Graph, meshes: list[Mesh]) -> None:
         if None in places or places != sorted(places):
             raise UsageError(
                 describe(
-                    "an input is shared by other ranks, or in another order, than those that split it",
+                    "a tensor is shared by other ranks, or in another order, than those that split it",
                     node=node,
                     found=" x ".join(f"Shard({stored.dim}) over ranks {list(ranks)}" for stored, ranks in sharing),
                     fix="a DTensor over the mesh that is given to parallelize, or x.full_tensor()",

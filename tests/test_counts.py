@@ -86,7 +86,11 @@ def test_each_attention_layer_has_two_all_to_alls_in_each_direction(name: str, N
     assert set(exchanges.values()) == {2}
 
 
-@pytest.mark.parametrize(("name", "N"), CASES)
+@pytest.mark.parametrize(
+    ("name", "N"),
+    # fewer key heads than ranks on four, the others on two
+    [pytest.param(*case, marks=pytest.mark.slow if case[1] == 4 and "kv2" not in case[0] else ()) for case in CASES],
+)
 def test_real_ranks_send_what_the_graph_says(name: str, N: int) -> None:
     for result in ran(name, N):
         for direction, collectives in (("forward", result.forward), ("backward", result.backward)):

@@ -11,10 +11,11 @@ from torch import nn
 
 import sptransform
 from sptransform import errors
+from sptransform.composition import strategy_of
 from sptransform.errors import SPTransformError, UsageError, describe
 from sptransform.mesh import Mesh
 from sptransform.options import Options
-from sptransform.strategies import USP, AllGatherKV, Ring, Ulysses, strategy_of
+from sptransform.strategies import USP, AllGatherKV, Ring, Ulysses
 from tests.golden import FOLDER, Golden
 from tests.graphs import captured, nodes_of
 

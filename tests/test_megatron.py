@@ -28,8 +28,10 @@ ASKED = [Asked(n, MegatronSP()) for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name: str) -> None:
-    for ranks in on_pretended_ranks(*build(name), ASKED).values():
+@pytest.mark.parametrize("sizes", [(2, 3), pytest.param((4,), marks=pytest.mark.slow)], ids=str)
+def test_models(name: str, sizes: tuple[int, ...]) -> None:
+    asked = [each for each in ASKED if each.num_ranks in sizes]
+    for ranks in on_pretended_ranks(*build(name), asked).values():
         for result in ranks.results():
             assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
 

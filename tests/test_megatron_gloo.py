@@ -24,10 +24,17 @@ from tests.models import MODELS, Inputs, build
 pytestmark = pytest.mark.timeout(300)
 
 RANKS = dict.fromkeys(MODELS, (2,)) | {"gpt2": (3,), "llama_mha_kv2": (4,), "sdpa_transformer": (2, 3, 4)}
+# lockstep has them all
+USUAL = {("bert", 2), ("gpt2", 3), ("llama_mha_kv2", 4), ("sdpa_transformer", 2), ("torch_encoder", 2)}
+CASES = [
+    pytest.param(name, n, marks=() if (name, n) in USUAL else pytest.mark.slow)
+    for name, sizes in RANKS.items()
+    for n in sizes
+]
 INDUCTOR_TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize(("name", "world_size"), [(name, n) for name, sizes in RANKS.items() for n in sizes])
+@pytest.mark.parametrize(("name", "world_size"), CASES)
 def test_equals_one_device(name: str, world_size: int) -> None:
     for result in get_pool(world_size).run(run_parallel, name, "megatron", "aot_eager", timeout=180):
         assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)

@@ -20,8 +20,17 @@ INDUCTOR_TOLERANCE = 1e-5
 VISIBLE = 100.0
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+# every model on 2 or 4 ranks by turns, three on one; the rest behind `make slow`
+USUAL = {(2 if index % 2 else 4, name) for index, name in enumerate(MODELS)}
+USUAL |= {(1, name) for name in ("bert", "llama", "sdpa_transformer")} | {(2, "llama_mha_kv2"), (2, "sdpa_transformer")}
+CASES = [
+    pytest.param(world_size, name, marks=() if (world_size, name) in USUAL else pytest.mark.slow)
+    for world_size in (1, 2, 4)
+    for name in MODELS
+]
+
+
+@pytest.mark.parametrize(("world_size", "name"), CASES)
 def test_ulysses_equals_one_device(world_size: int, name: str) -> None:
     results = get_pool(world_size).run(run_parallel, name, "ulysses", "aot_eager", timeout=180)
     for result in results:
@@ -32,7 +41,7 @@ def test_ulysses_equals_one_device(world_size: int, name: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["llama", "sdpa_transformer"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("sdpa_transformer", marks=pytest.mark.slow)])
 def test_ulysses_under_inductor_equals_one_device(name: str) -> None:
     results = get_pool(2).run(run_parallel, name, "ulysses", "inductor", torch.float32, timeout=240)
     for result in results:

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 import sptransform
 from sptransform import UsageError
 from tests.collective_counts import CountCollectives
+from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device
 from tests.gloo_pool import get_pool
-from tests.models import HIDDEN, CausalBlock
+from tests.models import HIDDEN, MODELS, CausalBlock, build
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -86,6 +87,49 @@ def test_equals_one_device(
                 assert "all_gather_into_tensor" not in kinds
 
 
+def whole_model(rank: int, world_size: int, name: str) -> Result:
+    """Tokens and labels come in parts, as a data loader of each rank could read them."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model, inputs = build(name)
+    parts = {name: distribute_tensor(x, mesh, [Shard(1)]) for name, x in inputs.items()}
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    return run_one_device(model, parts)
+
+
+@pytest.mark.parametrize("name", ["sdpa_transformer", "bert"])
+def test_tokens_and_labels_in_parts(name: str) -> None:
+    for result in get_pool(2).run(whole_model, name, timeout=150):
+        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+
+
+def many(rank: int, world_size: int) -> float:
+    """More modules than Dynamo keeps graphs of one function for, each given what the one before it returns."""
+    torch.manual_seed(0)
+    x = distribute_tensor(torch.randn(2, 8, HIDDEN, dtype=torch.float64), init_device_mesh("cpu", (2,)), [Shard(1)])
+    blocks = [Feed().double() for _ in range(10)]
+    expected = nn.Sequential(*blocks)(x.full_tensor())
+    for block in blocks:
+        x = sptransform.parallelize(block, "ulysses", backend="eager")(x)
+    return float((x.full_tensor() - expected).abs().max())
+
+
+def test_many_modules() -> None:
+    assert max(get_pool(2).run(many, timeout=150)) < 1e-12
+
+
+def alone(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    model, x = a_model(CausalBlock, 8)
+    mesh = init_device_mesh("cpu", (1,))
+    expected = model(x)
+    sptransform.parallelize(model, "ulysses", mesh=mesh, backend="aot_eager")
+    return expected.detach(), model(distribute_tensor(x, mesh, [Shard(1)])).detach()
+
+
+def test_one_rank() -> None:
+    ((expected, got),) = get_pool(1).run(alone, timeout=60)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def across(rank: int, world_size: int, strategy: object) -> tuple[list[str], Tensor, Tensor]:
     """Two blocks over a mesh of two dims, the second given what the first returns."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
@@ -134,6 +178,9 @@ def refused(rank: int, world_size: int, what: str) -> str:
     sptransform.parallelize(model, "ulysses", backend="aot_eager")
     if what == "partial":
         given = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+    elif what == "other parts":
+        part = x[:, :3] if rank == 0 else x[:, 3:]
+        given = DTensor.from_local(part, mesh, [Shard(1)], run_check=False, shape=x.shape, stride=x.stride())
     else:
         given = DTensor.from_local(x, DeviceMesh("cpu", [1, 0]), [Shard(1)], run_check=False)
     with pytest.raises(UsageError) as error:
@@ -142,7 +189,12 @@ def refused(rank: int, world_size: int, what: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "found"), [("partial", "(Partial(sum),) over ranks [0, 1]"), ("another order", "over ranks [1, 0]")]
+    ("what", "found"),
+    [
+        ("partial", "placed (Partial(sum),)"),
+        ("another order", "over ranks [1, 0]"),
+        ("other parts", f"a DTensor of shape (2, 8, {HIDDEN}), here (2, "),
+    ],
 )
 def test_refused(what: str, found: str) -> None:
     for text in get_pool(2).run(refused, what, timeout=60):

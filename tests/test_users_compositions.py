@@ -47,7 +47,7 @@ def by_turns(rank: int, world_size: int, meshes: str) -> list[tuple[Result, set[
     return results
 
 
-@pytest.mark.parametrize("meshes", ["same", "different"])
+@pytest.mark.parametrize("meshes", [pytest.param("same", marks=pytest.mark.slow), "different"])
 def test_two_models_by_turns(meshes: str) -> None:
     for results in get_pool(4).run(by_turns, meshes, timeout=180):
         for (result, group_sizes), name in zip(results, ["bert", "sdpa_transformer"] * 2, strict=True):

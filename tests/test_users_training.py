@@ -59,7 +59,7 @@ def switches(rank: int, world_size: int, outputs: str) -> tuple[list[Any], dict[
     return [(loss.clone(), logits.clone(), *rest) for loss, logits, *rest in found], grads_of(model)
 
 
-@pytest.mark.parametrize("outputs", ["dtensor", "full"])
+@pytest.mark.parametrize("outputs", ["dtensor", pytest.param("full", marks=pytest.mark.slow)])
 def test_evaluating_between_steps(outputs: str) -> None:
     model, inputs = build("llama")
     expected, tolerance = through_modes(model, inputs), MODELS["llama"].tolerance

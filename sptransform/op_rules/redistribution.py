@@ -16,7 +16,7 @@ from sptransform.partition import Partition
 from sptransform.placement import Shard
 from sptransform.rule_table import Local, OpEntry
 from sptransform.rules import Dims, OpCall, OpRule, Resize, RuleFn, Shape
-from sptransform.sizes import Size, quotient
+from sptransform.sizes import Size, SymbolicSizeError, quotient
 
 sp = torch.ops.sptransform
 
@@ -137,6 +137,8 @@ def _all_to_all_local(call: OpCall, local: Local) -> Any:
         for i, dims in enumerate(tensors):
             placement = placement_of(local.rule, local.decision, side, i, dims)
             if placement is not None and placement.dim == _tiles(specs[i])[0]:
+                if "?" in specs[i]:
+                    raise SymbolicSizeError(f"cannot share the blocks of {specs[i]} further")
                 specs[i] = Shard.parse(specs[i]).held(placement, local.rank).spec
         return specs
 

@@ -75,3 +75,23 @@ def test_frozen_parameters_are_in_no_bucket() -> None:
     model.key.requires_grad_(False)
     gm, _ = after((*BEFORE, BucketGradients()), model, hidden_states())
     assert buckets(gm) == [["query_weight", "value_weight", "out_weight", "out_bias"]]
+
+
+class Pooled(nn.Module):
+    """What is pooled runs whole, and is read by what runs whole and by what is sharded: it is moved I -> R too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.weight = Attention(), nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attention(x)
+        pooled = functional.softmax(x.mean(1, keepdim=True), -1)
+        return functional.linear(x + pooled, self.weight).sin().mean() + pooled.square().sum()
+
+
+def test_what_is_computed_is_in_no_bucket() -> None:
+    gm, _ = after((*BEFORE, BucketGradients()), Pooled(), hidden_states())
+    assert ["softmax"] in buckets(gm) and sum("softmax" in bucket for bucket in buckets(gm)) == 1
+    reference, ranks, _ = on_ranks(Pooled(), hidden_states(), num_ranks=2)
+    assert_ranks_equal_one_device(reference, ranks)
