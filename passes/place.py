@@ -60,7 +60,8 @@ class Place(Pass):
         propagation.run()
         if context.shard_parameters:
             for node in inputs:
-                if annotations.note(node).is_parameter and not annotations.note(node).stored:
+                note = annotations.note(node)
+                if note.is_parameter and all(stored.group != context.mesh.group for stored in note.stored):
                     self._keep_part(node, propagation.demanded(node), context)
         for node in graph.nodes:
             if node.op == "call_function" and annotations.note(node).decision is not None:
@@ -79,9 +80,10 @@ class Place(Pass):
             dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
             dim = dims.pop() if len(dims) == 1 else None
         else:
-            dim = first_dim(annotations.shape(node), context.mesh.size)
+            num_ranks = max(context.num_ranks, context.mesh.size)
+            dim = 0 if annotations.note(node).stored else first_dim(annotations.shape(node), num_ranks)
         if dim is not None:
-            annotations.note(node).stored = (annotations.Stored(dim, context.mesh.group),)
+            annotations.note(node).stored += (annotations.Stored(dim, context.mesh.group),)
             annotations.set_placement(node, self._input(node, context))
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:

@@ -256,8 +256,6 @@ def _check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> No
     found, fix = None, "leave parameters as they are: parallelize(..., shard_parameters=False)"
     if sharing - own:
         found, fix = "other ranks share them", "parallelize the model over the mesh its parameters are on"
-    elif sharing and options.strategy.max_mesh_dims > 1 and not options.strategy.shards_weights:
-        found = f"{options.strategy}, which splits over several mesh dims"
     elif sharing and not options.grad_sync:
         found = "grad_sync=False"
     elif sharing and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:

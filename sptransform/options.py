@@ -45,8 +45,11 @@ class Options:
         for name in ("grad_sync", "strict", "shard_parameters"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UsageError(describe(f"{name} is a bool", found=repr(value), fix="True or False"))
-        if self.shard_parameters:
-            self._check_shards()
+        if self.shard_parameters and self.strategy.shards_weights:
+            found = f"{self.strategy}, which cuts parameters along its own dimensions"
+            raise UsageError(
+                describe("shard_parameters does not go with this", found=found, fix="shard_parameters=False")
+            )
         if not isinstance(self.check_timeout, int | float) or not self.check_timeout > 0:
             raise UsageError(
                 describe("check_timeout is a number of seconds", found=repr(self.check_timeout), fix="300.0")
@@ -61,15 +64,6 @@ class Options:
                 raise UsageError(
                     describe("sequence_dims maps input names to dims", found=f"{name!r}: {dim!r}", fix="{'x': 1}")
                 )
-
-    def _check_shards(self) -> None:
-        found, fix = None, "shard_parameters=False"
-        if self.strategy.shards_weights:
-            found = f"{self.strategy}, which cuts parameters along its own dimensions"
-        elif self.strategy.max_mesh_dims > 1:
-            found, fix = f"{self.strategy}, which splits over several mesh dims", "a strategy of one mesh dim"
-        if found is not None:
-            raise UsageError(describe("shard_parameters does not go with this", found=found, fix=fix))
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Options:

@@ -133,9 +133,11 @@ def _keep_parts(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """Cut the parameters; where the first call has to say how, returns what is to be put around the call."""
     if not options.strategy.shards_weights:
-        keep_parts(model, mesh, first_dims(model, mesh.size))
+        shape = options.strategy.storage_shape(mesh.size, mesh.shape)
+        grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
+        keep_parts(model, grid, first_dims(model, mesh.size))
         return None
-    sharing = options.strategy.weights_mesh(mesh)
+    sharing = options.strategy.weights_mesh(mesh).device_mesh
     if inputs is not None:
         keep_parts(model, sharing, parameter_dims(model, options, mesh, *arguments_of(inputs)))
         return None

@@ -22,7 +22,6 @@ from torch.distributed.tensor import Shard as DTensorShard
 import sptransform.ops  # noqa: F401 - registers the gather
 from sptransform.annotations import Stored
 from sptransform.errors import UsageError, describe
-from sptransform.mesh import Mesh
 from sptransform.partition import Partition
 from sptransform.placement import Shard
 from sptransform.sizes import Size
@@ -30,8 +29,8 @@ from sptransform.sizes import Size
 _is_whole = False
 
 
-def keep_parts(model: nn.Module, mesh: Mesh, dims: Mapping[str, int | None]) -> None:
-    """Make every parameter of ``model`` a DTensor over ``mesh``, cut along the dimension ``dims`` has for its name.
+def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int | None]) -> None:
+    """Make every parameter of ``model`` a DTensor, cut along the dimension ``dims`` has for its name by all mesh dims.
 
     All ranks hold equal parameters, so nothing is sent. Parameters on ``meta`` stay there. The plain ones are of no use
     any more: whoever still holds one, an optimizer say, gets an error on using it.
@@ -42,7 +41,7 @@ def keep_parts(model: nn.Module, mesh: Mesh, dims: Mapping[str, int | None]) -> 
     _check_plain(model)
     replaced = list(model.parameters())
     dim_of = _dims_by_identity(model, dims)
-    parts = {id(old): _part(old, dim_of.get(id(old)), mesh.device_mesh) for old in replaced}
+    parts = {id(old): _part(old, dim_of.get(id(old)), device_mesh) for old in replaced}
     for module in model.modules():
         names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
         for name in names:
@@ -93,18 +92,20 @@ def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
 @torch.compiler.allow_in_graph
 def whole(x: DTensor) -> Tensor:
     """The whole of a parameter or input; its gradient is whole on every rank, and each keeps its part of it."""
-    shards, _ = _cuts(x)
+    shards, _ = _cuts(x.shape, x.placements, x.device_mesh)
     part = x.to_local()
     for index, shard in reversed(shards):
         part = torch.ops.sptransform.gather(part, shard.spec, x.device_mesh.get_group(index).group_name, True)
     return part
 
 
-def _cuts(x: DTensor) -> tuple[list[tuple[int, Shard]], list[Size]]:
+def _cuts(
+    whole_shape: Sequence[int], placements: Sequence[Any], mesh: DeviceMesh
+) -> tuple[list[tuple[int, Shard]], list[int]]:
     """(mesh dim, what it cuts of what the ones before it leave), and the shape of this rank's part."""
-    mesh, shape = x.device_mesh, list(x.shape)
+    shape = list(whole_shape)
     shards = []
-    for index, placement in enumerate(x.placements):
+    for index, placement in enumerate(placements):
         if isinstance(placement, DTensorShard):
             shard = _shard(placement.dim, shape[placement.dim], mesh.size(index))
             shards.append((index, shard))
@@ -133,7 +134,7 @@ def stored_in(x: DTensor) -> tuple[Stored, ...]:
     in_order = all((x.device_mesh.mesh.diff(dim=index) > 0).all() for index in range(x.device_mesh.ndim))
     is_known = all(type(placement) in (DTensorShard, Replicate) for placement in x.placements)
     if in_order and is_known:
-        shards, shape = _cuts(x)
+        shards, shape = _cuts(x.shape, x.placements, x.device_mesh)
         if list(x._local_tensor.shape) == shape:
             return tuple(Stored(shard.dim, x.device_mesh.get_group(index).group_name) for index, shard in shards)
     raise UsageError(
@@ -233,13 +234,17 @@ def _part(parameter: nn.Parameter, dim: int | None, device_mesh: DeviceMesh) -> 
 @torch.no_grad()
 def _cut(tensor: Tensor, dim: int | None, device_mesh: DeviceMesh) -> DTensor:
     x = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    if dim is None:
-        return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
-    owned = _shard(dim, x.shape[dim], device_mesh.size()).partition.owned[device_mesh.get_local_rank()]
-    start, stop = owned[0] if owned else (0, 0)
-    part = x.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
-    stride = torch.empty(x.shape, device="meta").stride()
-    return DTensor.from_local(part, device_mesh, [DTensorShard(dim)], run_check=False, shape=x.shape, stride=stride)
+    placements = [Replicate() if dim is None else DTensorShard(dim)] * device_mesh.ndim
+    shards, _ = _cuts(x.shape, placements, device_mesh)
+    part = x
+    for index, shard in shards:
+        owned = shard.partition.owned[device_mesh.get_local_rank(index)]
+        start, stop = owned[0] if owned else (0, 0)
+        part = part.narrow(shard.dim, start, stop - start)
+    if shards:
+        part = part.clone(memory_format=torch.contiguous_format)
+    stride = torch.empty(x.shape, device="meta").stride() if shards else x.stride()
+    return DTensor.from_local(part, device_mesh, placements, run_check=False, shape=x.shape, stride=stride)
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -43,6 +43,7 @@ class Context:
         grad_sync: whether parameter gradients are reduced over the ranks in the graph.
         strict: whether an op without a rule is an error.
         shard_parameters: whether parameters that are whole in this graph are read as if each rank kept a part.
+        num_ranks: of all mesh dims, where this is one of several; else 0.
         sequence_dims: placeholder name -> its sequence dimension.
         fallbacks: ops that run replicated for want of a rule.
         output_placements: what the graph returns, one per output; None for outputs that are no tensors.
@@ -57,6 +58,7 @@ class Context:
     grad_sync: bool = True
     strict: bool = False
     shard_parameters: bool = False
+    num_ranks: int = 0
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     output_placements: tuple[Placement | None, ...] = ()

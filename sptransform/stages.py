@@ -36,14 +36,15 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
             outputs = "kept"
         elif not all(earlier.is_even for earlier in context.parts):
             outputs = "full"  # how groups of this dim cut is their own; what they return must be alike
-        shares_weights = mesh == context.strategy.weights_mesh(context.mesh)
+        shares = strategy.shards_weights == context.strategy.shards_weights
         part = replace(
             context,
             strategy=strategy,
             mesh=mesh,
             outputs=outputs,
             parts=(),
-            shard_parameters=context.shard_parameters and shares_weights,
+            shard_parameters=context.shard_parameters and shares,
+            num_ranks=context.mesh.size,
         )
         annotations.forget_placements(gm.graph)
         run_passes(gm, DISTRIBUTE, part)

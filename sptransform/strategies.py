@@ -56,6 +56,14 @@ class Strategy:
         """Of ``mesh``, the ranks among which parameters are shared, if they are."""
         return mesh
 
+    def storage_shape(self, num_ranks: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """As which mesh the ranks of a mesh of ``shape`` share parameters that none of them needs to have whole.
+
+        Raises:
+            UsageError: that depends on the model.
+        """
+        return shape
+
     def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
         """Who owns what of a sequence, in a graph whose attention ``is_causal``; contiguous blocks."""
         return Partition.contiguous(size, num_ranks)
@@ -200,8 +208,7 @@ class USP(Strategy):
         return Ring(self.layout).multiple(num_ranks)
 
     def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        options = [shape] if len(shape) == 2 else [(num_ranks // u, u) for u in divisors(num_ranks)]
-        fitting = [(r, u) for r, u in options if self.ulysses in (None, u) and self.ring in (None, r)]
+        fitting = self._fitting(num_ranks, shape)
         if not fitting:
             raise UsageError(
                 describe(
@@ -212,6 +219,24 @@ class USP(Strategy):
                 )
             )
         return [(r, u) for r, u in fitting if len(shape) == 2 or (r > 1 and u > 1)]
+
+    def _fitting(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        options = [shape] if len(shape) == 2 else [(num_ranks // u, u) for u in divisors(num_ranks)]
+        return [(r, u) for r, u in options if self.ulysses in (None, u) and self.ring in (None, r)]
+
+    def storage_shape(self, num_ranks: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        fitting = self._fitting(num_ranks, shape)
+        if len(shape) == 2 or all(1 in degrees for degrees in fitting):
+            return shape
+        if len(fitting) == 1:
+            return fitting[0]
+        raise UsageError(
+            describe(
+                "how ranks share parameters has to be known before the model's heads are",
+                found=f"{self} on {num_ranks} ranks, shard_parameters=True",
+                fix="USP(ulysses=.., ring=..), or a mesh of two dims",
+            )
+        )
 
     def degrees(self, num_ranks: int, heads: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """(ring, ulysses) that sends the fewest elements forward, and of those the fewest messages: the shortest ring.

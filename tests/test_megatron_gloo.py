@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 import sptransform
-from sptransform import MegatronSP, Strategy, Ulysses, UsageError
+from sptransform import USP, MegatronSP, Strategy, Ulysses, UsageError
 from tests.collective_counts import CountCollectives, by_message
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device, run_parallel
 from tests.gloo_pool import get_pool
@@ -91,6 +91,16 @@ def sent_and_explained(
 def test_what_is_explained_is_sent(name: str, strategy: Strategy, options: dict[str, Any]) -> None:
     for sent, explained in get_pool(2).run(sent_and_explained, name, strategy, options, timeout=180):
         assert sent == explained
+
+
+def test_parameters_in_parts_over_two_mesh_dims() -> None:
+    """Under USP by the ring's ranks, and each part by those of Ulysses: gathered in turn."""
+    options = {"shard_parameters": True}
+    for sent, explained in get_pool(4).run(sent_and_explained, "bert", USP(2, 2), options, timeout=180):
+        assert sent == explained
+    got = get_pool(4).run(run_parallel, "bert", USP(2, 2), "aot_eager", shard_parameters=True, timeout=180)
+    for result in got:
+        assert_equal_to_one_device(one_device("bert"), result, MODELS["bert"].tolerance)
 
 
 # --- what a rank keeps ----------------------------------------------------------------------------------------
@@ -306,6 +316,11 @@ def refused(rank: int, world_size: int, options: dict[str, Any]) -> str:
         assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return str(error)
     return ""
+
+
+def test_degrees_that_only_the_model_says_share_no_parameters() -> None:
+    for text in get_pool(4).run(refused, {"strategy": "usp", "shard_parameters": True}, timeout=60):
+        assert "known before the model's heads" in text and "USP(ulysses=.., ring=..)" in text
 
 
 def test_gradients_of_parts_are_complete() -> None:

@@ -314,11 +314,6 @@ def unreduced() -> None:
     sptransform.parallelize(copied, "ulysses", backend="aot_eager", grad_sync=False)(token_inputs()["tokens"])
 
 
-def over_two_dims() -> None:
-    copied = copy.deepcopy(parallel(tiny(Attention)))
-    sptransform.parallelize(copied, "usp", backend="aot_eager")(token_inputs()["tokens"])
-
-
 def pending() -> None:
     model = parallel(tiny(Attention))
     kept = model.head.bias
@@ -352,12 +347,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "in parts already": (twice, UsageError, "is a DTensor"),
     "in parts of another mesh": (over_other_ranks, UsageError, "other ranks share them"),
     "in parts, gradients unreduced": (unreduced, UsageError, "grad_sync=False"),
-    "in parts, over two mesh dims": (over_two_dims, UsageError, "several mesh dims"),
     "a pending sum": (pending, Exception, "shared in a way"),
     "without memory": (without_memory, Exception, "meta"),
     "with unreduced gradients": (lambda: parallel(tiny(Attention), grad_sync=False), UsageError, "complete gradients"),
     "cut by megatron too": (lambda: parallel(tiny(Attention), strategy="megatron"), UsageError, "its own dimensions"),
-    "over two mesh dims": (lambda: parallel(tiny(Attention), strategy="usp"), UsageError, "several mesh dims"),
     "by the plain backend": (
         lambda: torch.compile(tiny(Attention), backend="sptransform", options={"shard_parameters": True})(
             token_inputs()["tokens"]

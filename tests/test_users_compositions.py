@@ -127,6 +127,38 @@ def test_ddp_over_dp_x_sp_is_one_device_with_the_global_batch(order: str, num_mi
         assert_equal_to_one_device(reference, Result(loss, result.grads), FLOAT64)
 
 
+STEPS = 3
+
+
+def steps(model: nn.Module, batches: list[Inputs]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch).backward()
+        optimizer.step()
+
+
+def batches() -> list[Inputs]:
+    return [{name: x.roll(step, 1) for name, x in global_batch().items()} for step in range(STEPS)]
+
+
+def trained_by_ddp(rank: int, world_size: int, strategy: str) -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model = parallel(build("sdpa_transformer")[0], strategy, mesh=mesh["sp"])
+    wrapped = DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+    own = mesh["dp"].get_local_rank()
+    steps(wrapped, [{name: x.chunk(2)[own] for name, x in batch.items()} for batch in batches()])
+    return {name: x.detach() for name, x in model.named_parameters()}
+
+
+def test_three_steps_of_ddp_over_dp_x_sp() -> None:
+    model, _ = build("sdpa_transformer")
+    steps(model, batches())
+    for parameters in get_pool(4).run(trained_by_ddp, "ring", timeout=180):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameters[name], parameter.detach(), rtol=1e-9, atol=1e-9, msg=name)
+
+
 def parallelizes_ddp(rank: int, world_size: int) -> str:
     with pytest.raises(UsageError) as error:
         parallel(DistributedDataParallel(build("sdpa_transformer")[0]))
