@@ -92,6 +92,8 @@ def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
 @torch.compiler.allow_in_graph
 def whole(x: DTensor) -> Tensor:
     """The whole of a parameter or input; its gradient is whole on every rank, and each keeps its part of it."""
+    if not _is_known(x):
+        raise _unread(x)
     shards, _ = _cuts(x.shape, x.placements, x.device_mesh)
     part = x.to_local()
     for index, shard in reversed(shards):
@@ -132,16 +134,23 @@ def stored_in(x: DTensor) -> tuple[Stored, ...]:
     """
     # of ranks in another order a group is sorted all the same, and its ranks are not the places in the mesh
     in_order = all((x.device_mesh.mesh.diff(dim=index) > 0).all() for index in range(x.device_mesh.ndim))
-    is_known = all(type(placement) in (DTensorShard, Replicate) for placement in x.placements)
-    if in_order and is_known:
+    if in_order and _is_known(x):
         shards, shape = _cuts(x.shape, x.placements, x.device_mesh)
         if list(x._local_tensor.shape) == shape:
             return tuple(Stored(shard.dim, x.device_mesh.get_group(index).group_name) for index, shard in shards)
-    raise UsageError(
+    raise _unread(x, f" over ranks {x.device_mesh.mesh.tolist()}")
+
+
+def _is_known(x: DTensor) -> bool:
+    return all(type(placement) in (DTensorShard, Replicate) for placement in x.placements)
+
+
+def _unread(x: DTensor, where: str = "") -> UsageError:
+    here = f"a DTensor of shape {tuple(x.shape)}, here {tuple(x._local_tensor.shape)}, placed {x.placements}"
+    return UsageError(
         describe(
             "a tensor is shared in a way that parallelize does not read",
-            found=f"a DTensor of shape {tuple(x.shape)}, here {tuple(x._local_tensor.shape)}, placed {x.placements} "
-            f"over ranks {x.device_mesh.mesh.tolist()}",
+            found=here + where,
             fix="x.redistribute(..) to Shard or Replicate, of ranks in order; parallelize plain parameters",
         )
     )
