@@ -55,6 +55,6 @@ def _read_whole(self: nn.Module, shapes: list[list[int]], *args: Any, **kwargs: 
     # Of a DTensor Dynamo guards how large a rank's part is, which parts of several lengths may be; of numbers, each.
     assert [list(x.shape) for x in _dtensors(args, kwargs)] == shapes
     args, kwargs = pytree.tree_map(lambda x: whole(x) if isinstance(x, DTensor) else x, (args, kwargs))
-    # Private: what Module.__call__ runs of a module that is not compiled. Traced from here, parameters and inputs have
-    # the names they have where Dynamo starts from the module itself.
+    # Private: what Module.__call__ runs of a module that is not compiled. Traced from here, parameters have the names
+    # they have where Dynamo starts from the module itself; positional inputs are called args.0, args.1 ...
     return self._call_impl(*args, **kwargs)
