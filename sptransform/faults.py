@@ -64,9 +64,12 @@ class Peers:
             return True
 
     def _connect(self, rank: int) -> None:
-        if not self._store.check([str(rank)]):
-            return  # it has not said where it is; ask again later
-        machine, *address = json.loads(self._store.get(str(rank)))
+        try:
+            if not self._store.check([str(rank)]):
+                return  # it has not said where it is; ask again later
+            machine, *address = json.loads(self._store.get(str(rank)))
+        except dist.DistError:
+            return  # the store's host may be gone: no answer is no proof
         try:
             connection = socket.create_connection(tuple(address), timeout=_CONNECT_TIMEOUT)
         except OSError as error:

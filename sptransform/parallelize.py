@@ -124,7 +124,8 @@ def parallelize(
     if where.size > 1:
         call = whole_with_cache(model, compiler.checked(call))
         model.register_forward_pre_hook(compiled_by_itself)
-    model._compiled_call_impl = call
+    # what the user compiles around the model may not take up parts of the call: they would run as they were
+    model._compiled_call_impl = torch.compiler.disable(call)
     return model
 
 

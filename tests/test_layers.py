@@ -24,10 +24,11 @@ TIERS: tuple[tuple[str, ...], ...] = (
     # the engine: knows no op and no strategy by name
     ("axes", "decisions", "inner_axes", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it
-    ("capture", "functionalize", "masks", "op_rules", "ops", "parameters", "passes", "stages", "strategies"),
+    ("buckets", "capture", "composition", "functionalize", "masks", "op_rules", "ops", "parameters", "passes")
+    + ("stages", "strategies"),
     # what users call
     ("agreement", "backend", "dynamo", "explain", "faults", "fingerprint", "generation", "options", "parallelize")
-    + ("placing", "rewrite", "stand_ins", "trace"),
+    + ("placing", "rewrite", "shared_inputs", "stand_ins", "trace"),
     ("",),
 )
 

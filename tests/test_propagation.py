@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn import functional
 
 from sptransform import annotations
-from sptransform.passes.insert_redistributes import InsertRedistributes
+from sptransform.passes.pack_moves import PackMoves
 from sptransform.passes.place import Place
 from sptransform.placement import I, P, R, Shard, kind
 from sptransform.propagation import light_nodes
@@ -27,7 +27,7 @@ def placed(model: Any, *args: Any) -> fx.GraphModule:
 
 def moves(model: Any, *args: Any) -> list[str]:
     """What the graph's redistributes do, as "S->I", those of parameters left out."""
-    gm, _ = after(InsertRedistributes, model, *args)
+    gm, _ = after(PackMoves, model, *args)
     found = [annotations.note(node).transitions[0] for node in gm.graph.nodes if is_redistribute(node)]
     return [f"{kind(a)}->{kind(b)}" for a, b in found if (a, b) != (I, R)]
 
