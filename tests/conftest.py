@@ -4,12 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gloo_pool import stop_pools
+from tests.gloo_pool import collect_seldom, stop_pools
 from tests.golden import Golden
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the files of tests/golden anew")
+
+
+def pytest_collection_finish() -> None:
+    collect_seldom()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 import sptransform
 from sptransform import UsageError
-from tests.collective_counts import by_message
 from tests.equality import (
     ParallelResult,
     Result,
@@ -26,7 +25,15 @@ from tests.equality import (
 )
 from tests.gloo_pool import get_pool
 from tests.models import MODELS, Inputs, build
-from tests.test_megatron_gloo import INDUCTOR_TOLERANCE, Total, total
+from tests.test_megatron_gloo import (
+    INDUCTOR_TOLERANCE,
+    Sent,
+    assert_sent_as_explained,
+    assert_trained_and_generated,
+    checkpointed_and_generating,
+    sent_and_explained,
+)
+from tests.test_users_precision import assert_no_further_than_one_device, step
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -42,9 +49,9 @@ def train(model: nn.Module, inputs: Inputs) -> list[float]:
     """Steps of AdamW with clipped gradients; every step's batch is another."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for step in range(STEPS):
+    for shift in range(STEPS):
         optimizer.zero_grad()
-        batch = {name: x.roll(step, 1) for name, x in inputs.items()}
+        batch = {name: x.roll(shift, 1) for name, x in inputs.items()}
         out = model(**batch)
         loss = out if isinstance(out, Tensor) else out.loss
         loss.backward()
@@ -98,25 +105,21 @@ def run_composed(rank: int, world_size: int, name: str, kind: str, **options: An
 
 
 @pytest.mark.inductor
+@pytest.mark.slow
 def test_equals_one_device_under_inductor() -> None:
     for result in get_pool(4).run(run_composed, "llama", "ring", backend="inductor", dtype=torch.float32, timeout=280):
         assert_equal_to_one_device(one_device("llama", torch.float32), result, INDUCTOR_TOLERANCE)
 
 
-def sent_and_explained(rank: int, world_size: int, kind: str) -> tuple[Total, Total]:
-    model, inputs = build("llama_nocache")
-    strategy = (kind, "megatron")
-    collectives = sptransform.explain(model, strategy, inputs, world_size=SHAPE, rank=rank).collectives
-    result = run_composed(rank, world_size, "llama_nocache", kind)
-    assert_equal_to_one_device(one_device("llama_nocache"), result, MODELS["llama_nocache"].tolerance)
-    sent = total(by_message([*result.forward, *result.backward]))
-    return sent, total((c.kind, c.count, c.bytes_sent) for c in collectives)
+def composed_and_explained(rank: int, world_size: int, kind: str) -> Sent:
+    return sent_and_explained(rank, world_size, "llama_nocache", (kind, "megatron"), {"mesh": a_mesh()}, SHAPE)
 
 
-@pytest.mark.parametrize("kind", ["allgather", "ring", "ulysses"])
+@pytest.mark.parametrize(
+    "kind", ["ring", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("allgather", "ulysses"))]
+)
 def test_what_is_explained_is_sent(kind: str) -> None:
-    for sent, explained in get_pool(4).run(sent_and_explained, kind, timeout=180):
-        assert sent == explained
+    assert_sent_as_explained(get_pool(4).run(composed_and_explained, kind, timeout=180), "llama_nocache")
 
 
 def returned(rank: int, world_size: int, kind: str, length: int) -> tuple[Result, list[str], Tensor]:
@@ -133,8 +136,8 @@ def returned(rank: int, world_size: int, kind: str, length: int) -> tuple[Result
 @pytest.mark.parametrize(
     ("kind", "length", "how"),
     [
-        ("ring", 64, ["S(1)", "S(2)"]),
         ("ulysses", 23, ["S(1)", "R"]),
+        pytest.param("ring", 64, ["S(1)", "S(2)"], marks=pytest.mark.slow),
         pytest.param("ring", 23, ["S(1)", "R"], marks=pytest.mark.slow),
     ],
     ids=str,
@@ -148,6 +151,26 @@ def test_outputs_and_odd_lengths(kind: str, length: int, how: list[str]) -> None
         assert_equal_to_one_device(reference, result, MODELS["llama_nocache"].tolerance)
         torch.testing.assert_close(whole, logits, rtol=1e-6, atol=1e-6)
         assert found == how
+
+
+def recomputed(rank: int, world_size: int, kind: str) -> tuple[Result, Tensor]:
+    return checkpointed_and_generating(rank, world_size, (kind, "megatron"), mesh=a_mesh())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_checkpointing_and_generation(kind: str) -> None:
+    assert_trained_and_generated(get_pool(4).run(recomputed, kind, timeout=280))
+
+
+def narrow(rank: int, world_size: int, where: str, kind: str) -> Result:
+    return step("llama", where, (kind, "megatron"), mesh=a_mesh())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "kind"), [("around", "ulysses"), ("inside", "ring"), ("parameters", "allgather")])
+def test_mixed_precision(where: str, kind: str) -> None:
+    assert_no_further_than_one_device(get_pool(4).run(narrow, where, kind, timeout=280), "llama", where)
 
 
 def refused(rank: int, world_size: int) -> str:

@@ -98,7 +98,7 @@ def test_real_ranks_send_what_the_graph_says(name: str, N: int) -> None:
             assert [(c.name, c.sent_bytes) for c in collectives] == plan
 
 
-@pytest.mark.parametrize("N", [2, 4])
+@pytest.mark.parametrize("N", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_repeated_keys_cost_no_more_than_keys_as_they_are(N: int) -> None:
     def sent(name: str) -> list[Ran]:
         return [c for c in ran(name, N)[0].forward if c.name == "all_to_all_single"]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import sptransform
 from sptransform import USP, MegatronSP, Strategy, Ulysses, UsageError
-from tests.collective_counts import CountCollectives, by_message
+from tests.collective_counts import by_message
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device, run_parallel
 from tests.gloo_pool import get_pool
 from tests.models import MODELS, Inputs, build
@@ -66,16 +66,27 @@ def total(messages: Iterable[tuple[str, int, int]]) -> Total:
     return found
 
 
+Sent = tuple[Result, Total, Total]
+
+
 def sent_and_explained(
-    rank: int, world_size: int, name: str, strategy: Strategy, options: dict[str, Any]
-) -> tuple[Total, Total]:
+    rank: int, world_size: int, name: str, strategy: Any, options: dict[str, Any], shape: Any = None
+) -> Sent:
+    """A step, what it sent, and what was explained of it before."""
     model, inputs = build(name)
-    explanation = sptransform.explain(model, strategy, inputs, world_size=world_size, rank=rank, **options)
-    sptransform.parallelize(model, strategy, backend="aot_eager", **options)
-    with CountCollectives() as counted:
-        model(**inputs).loss.backward()
+    world = {"world_size": shape or world_size, "rank": rank}
+    explanation = sptransform.explain(
+        model, strategy, inputs, **world, **{key: x for key, x in options.items() if key != "mesh"}
+    )
+    result = run_parallel(rank, world_size, name, strategy, "aot_eager", **options)
     explained = ((c.kind, c.count, c.bytes_sent) for c in explanation.collectives)
-    return total(by_message(counted.collectives)), total(explained)
+    return result, total(by_message([*result.forward, *result.backward])), total(explained)
+
+
+def assert_sent_as_explained(ranks: list[Sent], name: str) -> None:
+    for result, sent, explained in ranks:
+        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+        assert sent == explained
 
 
 @pytest.mark.parametrize(
@@ -89,18 +100,14 @@ def sent_and_explained(
     ids=str,
 )
 def test_what_is_explained_is_sent(name: str, strategy: Strategy, options: dict[str, Any]) -> None:
-    for sent, explained in get_pool(2).run(sent_and_explained, name, strategy, options, timeout=180):
-        assert sent == explained
+    assert_sent_as_explained(get_pool(2).run(sent_and_explained, name, strategy, options, timeout=180), name)
 
 
 def test_parameters_in_parts_over_two_mesh_dims() -> None:
     """Under USP by the ring's ranks, and each part by those of Ulysses: gathered in turn."""
     options = {"shard_parameters": True}
-    for sent, explained in get_pool(4).run(sent_and_explained, "bert", USP(2, 2), options, timeout=180):
-        assert sent == explained
-    got = get_pool(4).run(run_parallel, "bert", USP(2, 2), "aot_eager", shard_parameters=True, timeout=180)
-    for result in got:
-        assert_equal_to_one_device(one_device("bert"), result, MODELS["bert"].tolerance)
+    ranks = get_pool(4).run(sent_and_explained, "bert", USP(2, 2), options, timeout=180)
+    assert_sent_as_explained(ranks, "bert")
 
 
 # --- what a rank keeps ----------------------------------------------------------------------------------------
@@ -287,9 +294,11 @@ def test_training_goes_on_elsewhere(strategy: str, options: dict[str, Any], tmp_
 # --- with the rest of PyTorch ----------------------------------------------------------------------------------
 
 
-def checkpointed_and_generating(rank: int, world_size: int) -> tuple[Result, Tensor]:
+def checkpointed_and_generating(
+    rank: int, world_size: int, strategy: Any = "megatron", **options: Any
+) -> tuple[Result, Tensor]:
     model, inputs = build("llama")
-    sptransform.parallelize(model, "megatron", backend="aot_eager")
+    sptransform.parallelize(model, strategy, backend="aot_eager", **options)
     model.gradient_checkpointing_enable()
     result = run_one_device(model, inputs)
     model.gradient_checkpointing_disable()
@@ -298,9 +307,13 @@ def checkpointed_and_generating(rank: int, world_size: int) -> tuple[Result, Ten
 
 
 def test_checkpointing_and_generation() -> None:
+    assert_trained_and_generated(get_pool(2).run(checkpointed_and_generating, timeout=180))
+
+
+def assert_trained_and_generated(results: list[tuple[Result, Tensor]]) -> None:
     model, inputs = build("llama")
     expected = model.eval().generate(inputs["input_ids"][:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    for result, tokens in get_pool(2).run(checkpointed_and_generating, timeout=180):
+    for result, tokens in results:
         assert_equal_to_one_device(one_device("llama"), result, MODELS["llama"].tolerance)
         assert torch.equal(tokens, expected)
 

@@ -20,9 +20,9 @@ INDUCTOR_TOLERANCE = 1e-5
 VISIBLE = 100.0
 
 
-# every model on 2 or 4 ranks by turns, three on one; the rest behind `make slow`
-USUAL = {(2 if index % 2 else 4, name) for index, name in enumerate(MODELS)}
-USUAL |= {(1, name) for name in ("bert", "llama", "sdpa_transformer")} | {(2, "llama_mha_kv2"), (2, "sdpa_transformer")}
+# every model on 2 ranks, some on one and on 4; the rest behind `make slow`
+USUAL = {(2, name) for name in MODELS} | {(1, name) for name in ("bert", "llama", "sdpa_transformer")}
+USUAL |= {(4, name) for name in ("llama_mha_kv2", "qwen3")}
 CASES = [
     pytest.param(world_size, name, marks=() if (world_size, name) in USUAL else pytest.mark.slow)
     for world_size in (1, 2, 4)

@@ -115,7 +115,7 @@ def modes(rank: int, world_size: int, strategy: str) -> list[tuple[Tensor, int]]
     return found
 
 
-@pytest.mark.parametrize("strategy", ["megatron", "ulysses"])
+@pytest.mark.parametrize("strategy", ["megatron", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_evaluation_comes_first(strategy: str) -> None:
     model, inputs = build("sdpa_transformer")
     expected = [model(**{name: x[:, :n] for name, x in inputs.items()}).detach() for n in (64, 64, 64, 32)]

@@ -172,7 +172,7 @@ def check(steps: list[Step], has_embedding: bool, ending: int, length: int) -> N
 
 
 @pytest.mark.timeout(240)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(_models())
 def test_random_models_equal_one_device(drawn: tuple[list[Step], bool, int, int]) -> None:
     check(*drawn)

@@ -179,7 +179,10 @@ ONLY_FOR_EXCHANGES = {
 ONLY_FOR_EXCHANGES["llama-non-reentrant"] = ONLY_FOR_EXCHANGES["llama"]
 
 
-@pytest.mark.parametrize("which", ["all", "both", "second", "attention", "llama", "llama-non-reentrant"])
+@pytest.mark.parametrize(
+    "which",
+    ["all", "both", "second", "attention", pytest.param("llama", marks=pytest.mark.slow), "llama-non-reentrant"],
+)
 def test_recomputes_what_torch_would_and_communicates_no_more(which: str) -> None:
     (alone,) = get_pool(1).run(run, which, False)
     model, inputs = checkpointed(None if not which.startswith("llama") else which)

@@ -201,7 +201,9 @@ def fully_sharded(rank: int, world_size: int, case: str) -> list[Result]:
     return results
 
 
-@pytest.mark.parametrize("case", ["complete gradients", "terms of gradients", "megatron"])
+@pytest.mark.parametrize(
+    "case", ["complete gradients", pytest.param("terms of gradients", marks=pytest.mark.slow), "megatron"]
+)
 def test_fsdp_around_a_parallelized_model(case: str) -> None:
     model, _ = build("sdpa_transformer")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
