@@ -35,7 +35,9 @@ def check_model(name: str, kinds: Sequence[str], shape: tuple[int, int] = (2, 2)
 IMPOSSIBLE = ("llama_mha_kv2", "ulysses")
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(MODELS, itertools.cycle(("ring", "ulysses", "allgather")), strict=False))
+@pytest.mark.parametrize(
+    ("name", "kind"), list(zip(MODELS, itertools.cycle(("ring", "ulysses", "allgather")), strict=False))
+)
 def test_models(name: str, kind: str) -> None:
     check_model(name, ["ring" if (name, kind) == IMPOSSIBLE else kind])
 

@@ -64,7 +64,7 @@ def assert_same_meaning(
         (torch.baddbmm, ((2, 4, 5), (2, 4, 3), (2, 3, 5))),
         (torch.baddbmm, ((5,), (2, 4, 3), (2, 3, 5))),
     ],
-    ids=str,
+    ids=lambda x: x.__name__ if callable(x) else str(x),
 )
 def test_products(model: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
     assert_same_meaning(model, *tensors(*shapes))
