@@ -19,9 +19,8 @@ help:
 demo: $(VENV)/.installed-examples
 	$(RUN) examples/quickstart.py $(ARGS)
 
-# Two processes, as half of the tests run in one process alone; a file stays in one, for what its tests share.
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest $(ARGS)
 
 slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -m slow $(ARGS)
