@@ -112,7 +112,7 @@ def test_equals_one_device_under_inductor() -> None:
 
 
 def composed_and_explained(rank: int, world_size: int, kind: str) -> Sent:
-    return sent_and_explained(rank, world_size, "llama_nocache", (kind, "megatron"), {"mesh": a_mesh()}, SHAPE)
+    return sent_and_explained(rank, world_size, "llama_nocache", (kind, "megatron"), {}, a_mesh())
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ pytestmark = pytest.mark.timeout(180)
 
 SEEDS, USUAL, NUM_SOFT = range(10), range(7), 4  # the others behind `make slow`
 CHECK_TIMEOUT = 4.0  # of ranks that wait for one that does not come; more than their compiles differ by
-NAMED_WITHIN = 20.0  # seconds after a rank was killed, on a machine busy with other work
-TOGETHER_WITHIN = 20.0  # seconds between the first and the last rank's error: the last may have to compile first
+NAMED_WITHIN = 5.0  # seconds after a rank was killed
+TOGETHER_WITHIN = 10.0  # seconds between the first and the last rank's error: the last may have to compile first
 NEVER = 100.0  # seconds; an error that waits for this comes too late for the others
 
 
@@ -346,14 +346,14 @@ def test_there_are_fifty_faults_of_all_kinds() -> None:
     usual = [scenarios[seed] for seed in USUAL]
     assert {fault.kind for scenario in usual for fault in scenario.soft} == set(SOFT)
     assert {scenario.hard.kind for scenario in usual} == set(HARD)
-    assert {scenario.num_ranks for scenario in scenarios} == {2, 3, 4}
-    assert {scenario.store for scenario in scenarios} == {"file", "tcp"}
-    assert any(scenario.hard.victim == 0 and scenario.store == "tcp" for scenario in scenarios)
+    assert {scenario.num_ranks for scenario in usual} == {2, 3, 4}
+    assert {scenario.store for scenario in usual} == {"file", "tcp"}
+    assert any(scenario.hard.victim == 0 and scenario.store == "tcp" for scenario in usual)
 
 
-def host_a_store(port: int, ready: Any) -> None:
+def host_a_store(ready: Any) -> None:
     """Keep a store alive until this process is killed."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
     ready.send(store.port)
     time.sleep(NEVER)
 
@@ -362,7 +362,7 @@ def test_a_store_whose_host_is_gone_proves_nothing_of_others() -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ours, theirs = context.Pipe()
-    host = context.Process(target=host_a_store, args=(free_port(), theirs), daemon=True)
+    host = context.Process(target=host_a_store, args=(theirs,), daemon=True)
     host.start()
     try:
         peers = Peers(dist.TCPStore("127.0.0.1", ours.recv(), is_master=False), 1)

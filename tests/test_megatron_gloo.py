@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import sptransform
@@ -70,15 +71,13 @@ Sent = tuple[Result, Total, Total]
 
 
 def sent_and_explained(
-    rank: int, world_size: int, name: str, strategy: Any, options: dict[str, Any], shape: Any = None
+    rank: int, world_size: int, name: str, strategy: Any, options: dict[str, Any], mesh: DeviceMesh | None = None
 ) -> Sent:
     """A step, what it sent, and what was explained of it before."""
     model, inputs = build(name)
-    world = {"world_size": shape or world_size, "rank": rank}
-    explanation = sptransform.explain(
-        model, strategy, inputs, **world, **{key: x for key, x in options.items() if key != "mesh"}
-    )
-    result = run_parallel(rank, world_size, name, strategy, "aot_eager", **options)
+    ranks = world_size if mesh is None else tuple(mesh.shape)
+    explanation = sptransform.explain(model, strategy, inputs, world_size=ranks, rank=rank, **options)
+    result = run_parallel(rank, world_size, name, strategy, "aot_eager", mesh=mesh, **options)
     explained = ((c.kind, c.count, c.bytes_sent) for c in explanation.collectives)
     return result, total(by_message([*result.forward, *result.backward])), total(explained)
 
