@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tests.collective_counts import Collective, CountCollectives
-from tests.models import IGNORED, Inputs, build
+from tests.gloo_pool import get_pool
+from tests.models import IGNORED, LAYERS, Inputs, build
 
 # A tensor whose largest gradient is below this share of the model's largest one is measured against that
 # share. The true gradient of a key bias, for one, is zero: it moves all scores of a query alike, and softmax
@@ -36,15 +37,15 @@ class ParallelResult(Result):
 
 
 @functools.cache
-def one_device(name: str, dtype: torch.dtype = torch.float64) -> Result:
+def one_device(name: str, dtype: torch.dtype = torch.float64, layers: int = LAYERS) -> Result:
     """The named model on one device, in eager mode; computed once."""
-    model, inputs = build(name, dtype=dtype)
+    model, inputs = build(name, dtype=dtype, layers=layers)
     return run_one_device(model, inputs)
 
 
-def one_device_without_one_label(name: str, dtype: torch.dtype = torch.float64) -> Result:
+def one_device_without_one_label(name: str, layers: int = LAYERS) -> Result:
     """The same with the last label taken away: the smallest mistake that a comparison must see."""
-    model, inputs = build(name, dtype=dtype)
+    model, inputs = build(name, layers=layers)
     labels = inputs["labels"].clone()
     row, position = (labels != IGNORED).nonzero()[-1].tolist()
     labels[row, position] = IGNORED
@@ -65,18 +66,25 @@ def run_parallel(
     strategy: Any,
     backend: str,
     dtype: torch.dtype = torch.float64,
+    layers: int = LAYERS,
     **options: Any,
 ) -> ParallelResult:
     """What a worker does: the named model through `parallelize`, on the same full inputs as one device."""
     import sptransform
 
-    model, inputs = build(name, dtype=dtype)
+    model, inputs = build(name, dtype=dtype, layers=layers)
     model = sptransform.parallelize(model, strategy, backend=backend, **options)
     with CountCollectives() as forward:
         loss = _loss(model(**inputs))
     with CountCollectives() as backward:
         loss.backward()
     return ParallelResult(loss.detach().clone(), _grads(model), forward.collectives, backward.collectives)
+
+
+@functools.cache
+def one_layer_on_ranks(name: str, world_size: int) -> list[ParallelResult]:
+    """Every rank's step under Ulysses of the named model; run once for those who compare it and those who count."""
+    return get_pool(world_size).run(run_parallel, name, "ulysses", "aot_eager", layers=1, timeout=180)
 
 
 def assert_equal_to_one_device(reference: Result, got: Result, tolerance: float) -> None:

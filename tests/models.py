@@ -13,7 +13,10 @@ in common is chosen so that mistakes show:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -43,35 +46,36 @@ FLOAT64, FLOAT32_PARTS = 1e-12, 1e-6
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """How to make a model, how to make its inputs from (batch, seq_len), and how closely runs must agree."""
+    """How to make a model of so many layers, its inputs from (batch, seq_len), and how closely runs must agree."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[[int], nn.Module]
     make_inputs: Callable[[int, int], Inputs]
     tolerance: float
 
 
 def build(
-    name: str, *, batch: int = 2, seq_len: int = 64, dtype: torch.dtype = torch.float64
+    name: str, *, batch: int = 2, seq_len: int = 64, layers: int = LAYERS, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, Inputs]:
     """The named model, in training mode, and its inputs. Leaves the global random state as it was."""
     entry = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = entry.make().double()
+        model = entry.make(layers).double()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        torch.manual_seed(1)  # the same inputs whatever the model took of the random numbers
         return model.to(dtype).train(), entry.make_inputs(batch, seq_len)
 
 
 class CausalTransformer(nn.Module):
     """A decoder written by hand, float64 throughout; returns its loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCAB, HIDDEN)
         self.positions = nn.Embedding(MAX_LENGTH, HIDDEN)
-        self.blocks = nn.ModuleList(CausalBlock() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(CausalBlock() for _ in range(layers))
         self.norm = nn.LayerNorm(HIDDEN)
         self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
 
@@ -107,11 +111,11 @@ class CausalBlock(nn.Module):
 class TokenClassifier(nn.Module):
     """torch's own encoder under a head for each token; returns its loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCAB, HIDDEN)
         layer = nn.TransformerEncoderLayer(HIDDEN, HEADS, MLP, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(HIDDEN, VOCAB)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -119,13 +123,13 @@ class TokenClassifier(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def _llama(*, kv_heads: int = 4, use_cache: bool = True) -> LlamaForCausalLM:
+def _llama(layers: int, *, kv_heads: int = 4, use_cache: bool = True) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             num_key_value_heads=kv_heads,
             max_position_embeddings=MAX_LENGTH,
@@ -135,13 +139,13 @@ def _llama(*, kv_heads: int = 4, use_cache: bool = True) -> LlamaForCausalLM:
     )
 
 
-def _qwen3() -> Qwen3ForCausalLM:
+def _qwen3(layers: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             num_key_value_heads=4,
             head_dim=HIDDEN // HEADS,
@@ -151,13 +155,13 @@ def _qwen3() -> Qwen3ForCausalLM:
     )
 
 
-def _gpt2() -> GPT2LMHeadModel:
+def _gpt2(layers: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
             n_embd=HIDDEN,
             n_inner=MLP,
-            n_layer=LAYERS,
+            n_layer=layers,
             n_head=HEADS,
             n_positions=MAX_LENGTH,
             resid_pdrop=0.0,
@@ -170,13 +174,13 @@ def _gpt2() -> GPT2LMHeadModel:
     )
 
 
-def _gpt_neox() -> GPTNeoXForCausalLM:
+def _gpt_neox(layers: int) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             max_position_embeddings=MAX_LENGTH,
             attn_implementation="sdpa",
@@ -184,14 +188,14 @@ def _gpt_neox() -> GPTNeoXForCausalLM:
     )
 
 
-def _opt() -> OPTForCausalLM:
+def _opt(layers: int) -> OPTForCausalLM:
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             word_embed_proj_dim=HIDDEN,
             ffn_dim=MLP,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             max_position_embeddings=MAX_LENGTH,
             dropout=0.0,
@@ -200,13 +204,13 @@ def _opt() -> OPTForCausalLM:
     )
 
 
-def _bert() -> BertForMaskedLM:
+def _bert(layers: int) -> BertForMaskedLM:
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             max_position_embeddings=MAX_LENGTH,
             hidden_dropout_prob=0.0,
@@ -257,11 +261,16 @@ MODELS = {
     "gpt2": ModelEntry(_gpt2, _causal_inputs, FLOAT32_PARTS),
     "gpt_neox": ModelEntry(_gpt_neox, _causal_inputs, FLOAT32_PARTS),
     "llama": ModelEntry(_llama, _causal_inputs, FLOAT32_PARTS),
-    "llama_mha_kv2": ModelEntry(lambda: _llama(kv_heads=2), _causal_inputs, FLOAT32_PARTS),
-    "llama_nocache": ModelEntry(lambda: _llama(use_cache=False), _causal_inputs, FLOAT32_PARTS),
+    "llama_mha_kv2": ModelEntry(partial(_llama, kv_heads=2), _causal_inputs, FLOAT32_PARTS),
+    "llama_nocache": ModelEntry(partial(_llama, use_cache=False), _causal_inputs, FLOAT32_PARTS),
     "llama_padded": ModelEntry(_llama, _padded_causal_inputs, FLOAT32_PARTS),
     "opt": ModelEntry(_opt, _causal_inputs, FLOAT32_PARTS),
     "qwen3": ModelEntry(_qwen3, _causal_inputs, FLOAT32_PARTS),
     "sdpa_transformer": ModelEntry(CausalTransformer, _causal_inputs, FLOAT64),
     "torch_encoder": ModelEntry(TokenClassifier, _causal_inputs, FLOAT64),
 }
+
+
+def usually(*names: str) -> list[Any]:
+    """Every model as a parameter of a test, those that are not named marked slow, for they repeat what these show."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in MODELS]

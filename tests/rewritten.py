@@ -4,7 +4,6 @@ A graph takes Dynamo's inputs, parameters among them, in Dynamo's order; only a 
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,13 +73,12 @@ def _stop(*args: Any) -> Any:
     raise _Stop
 
 
-@functools.cache
-def simulated_graphs(name: str, world_sizes: tuple[int, ...]) -> dict[int, Runnable]:
-    """The named model's graphs for simulated groups of these sizes."""
+def simulated_graph(name: str, num_ranks: int) -> Runnable:
+    """The named model's graph for a simulated group of this size."""
     with simulate(2):
         group = dist.group.WORLD.group_name  # the same in every simulation
-    meshes = [Mesh(num_ranks, 0, group) for num_ranks in world_sizes]
-    return dict(zip(world_sizes, runnables(*build(name), meshes, outputs="dtensor"), strict=True))
+    (graph,) = runnables(*build(name), [Mesh(num_ranks, 0, group)], outputs="dtensor")
+    return graph
 
 
 def run_on_ranks(graph: Runnable, num_ranks: int) -> list[Result]:

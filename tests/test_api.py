@@ -84,11 +84,11 @@ def without_attention() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    return build("bert")[0]
+    return build("bert", layers=1)[0]
 
 
 def bert_inputs() -> Inputs:
-    return build("bert")[1]
+    return build("bert", layers=1)[1]
 
 
 # --- what workers do ------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def test_a_loss_of_local_logits_is_a_term_of_the_sum_over_ranks() -> None:
 
 
 def test_without_grad_sync_gradients_are_terms_of_the_sum_over_ranks() -> None:
-    results = get_pool(2).run(run_parallel, "bert", "ulysses", "aot_eager", grad_sync=False)
-    reference = one_device("bert")
+    results = get_pool(2).run(run_parallel, "bert", "ulysses", "aot_eager", layers=1, grad_sync=False)
+    reference = one_device("bert", layers=1)
     summed = {name: sum(result.grads[name] for result in results) for name in reference.grads}
     assert_equal_to_one_device(reference, Result(results[0].loss, summed), FLOAT64)
     for result in results:
@@ -243,7 +243,7 @@ def evaluate(rank: int, world_size: int, frozen: bool) -> tuple[torch.Tensor, bo
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "no_grad"])
 def test_forward_alone(frozen: bool) -> None:
     for loss, requires_grad, communicated in get_pool(2).run(evaluate, frozen):
-        torch.testing.assert_close(loss, one_device("bert").loss, rtol=FLOAT64, atol=0)
+        torch.testing.assert_close(loss, one_device("bert", layers=1).loss, rtol=FLOAT64, atol=0)
         assert not requires_grad
         assert communicated
 
@@ -295,7 +295,7 @@ def keeps_identity(rank: int, world_size: int) -> None:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    loss = one_device("bert").loss
+    loss = one_device("bert", layers=1).loss
     for copied in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         # a copy is the one-device model again: whoever wants it parallel says so
         assert list(copied.state_dict()) == before[1]
@@ -324,7 +324,7 @@ def passes_on(rank: int, world_size: int) -> bool:
         loss = torch.compile(bert(), backend=outer, fullgraph=True)(**bert_inputs()).loss
     finally:
         backend.lookup_backend = original[1]
-    torch.testing.assert_close(loss.detach(), one_device("bert").loss, rtol=FLOAT64, atol=0)
+    torch.testing.assert_close(loss.detach(), one_device("bert", layers=1).loss, rtol=FLOAT64, atol=0)
     return len(given) == 1 and given[0] is received[0]
 
 
@@ -348,7 +348,7 @@ PLAIN = """
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    model, inputs = build("bert")
+    model, inputs = build("bert", layers=1)
     assert not any(name.split(".")[0] == "sptransform" for name in sys.modules)
     options = {"strategy": "ulysses", "backend": "aot_eager"}
     compiled = torch.compile(model, backend="sptransform", options=options)
@@ -379,7 +379,7 @@ def test_plain_backend_needs_no_import_of_this_package(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     for result in results:
-        assert_equal_to_one_device(one_device("bert"), Result(*torch.load(result)), FLOAT64)
+        assert_equal_to_one_device(one_device("bert", layers=1), Result(*torch.load(result)), FLOAT64)
 
 
 # --- ops without a rule, graphs without attention -------------------------------------------------------------

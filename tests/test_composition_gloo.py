@@ -123,7 +123,7 @@ def test_what_is_explained_is_sent(kind: str) -> None:
 
 
 def returned(rank: int, world_size: int, kind: str, length: int) -> tuple[Result, list[str], Tensor]:
-    model, inputs = build("llama_nocache", seq_len=length)
+    model, inputs = build("llama_nocache", seq_len=length, layers=1)
     sptransform.parallelize(model, (kind, "megatron"), mesh=a_mesh(), backend="aot_eager")
     out = model(**inputs)
     out.loss.backward()
@@ -144,7 +144,7 @@ def returned(rank: int, world_size: int, kind: str, length: int) -> tuple[Result
 )
 def test_outputs_and_odd_lengths(kind: str, length: int, how: list[str]) -> None:
     """Logits are cut along the sequence and the vocabulary; after uneven shares of the sequence along that alone."""
-    model, inputs = build("llama_nocache", seq_len=length)
+    model, inputs = build("llama_nocache", seq_len=length, layers=1)
     logits = model(**inputs).logits
     reference = run_one_device(model, inputs)
     for result, found, whole in get_pool(4).run(returned, kind, length, timeout=180):

@@ -12,8 +12,7 @@ import pytest
 import sptransform
 from sptransform.explain.counting import Collective as Planned
 from tests.collective_counts import Collective as Ran
-from tests.equality import ParallelResult, run_parallel
-from tests.gloo_pool import get_pool
+from tests.equality import one_layer_on_ranks
 from tests.models import HEADS, HIDDEN, LAYERS, build
 
 pytestmark = pytest.mark.timeout(240)
@@ -63,14 +62,9 @@ def expected(name: str, N: int) -> list[tuple[str, str, Fraction]]:
 
 
 @functools.cache
-def planned(name: str, N: int) -> list[Planned]:
-    model, inputs = build(name)
+def planned(name: str, N: int, layers: int = LAYERS) -> list[Planned]:
+    model, inputs = build(name, layers=layers)
     return sptransform.rewrite(model, "ulysses", inputs, world_size=N).collectives()
-
-
-@functools.cache
-def ran(name: str, N: int) -> list[ParallelResult]:
-    return get_pool(N).run(run_parallel, name, "ulysses", "aot_eager", timeout=120)
 
 
 @pytest.mark.parametrize(("name", "N"), CASES)
@@ -92,16 +86,16 @@ def test_each_attention_layer_has_two_all_to_alls_in_each_direction(name: str, N
     [pytest.param(*case, marks=pytest.mark.slow if case[1] == 4 and "kv2" not in case[0] else ()) for case in CASES],
 )
 def test_real_ranks_send_what_the_graph_says(name: str, N: int) -> None:
-    for result in ran(name, N):
+    for result in one_layer_on_ranks(name, N):
         for direction, collectives in (("forward", result.forward), ("backward", result.backward)):
-            plan = [(RUN_NAMES[c.kind], c.bytes_sent) for c in planned(name, N) if c.direction == direction]
+            plan = [(RUN_NAMES[c.kind], c.bytes_sent) for c in planned(name, N, layers=1) if c.direction == direction]
             assert [(c.name, c.sent_bytes) for c in collectives] == plan
 
 
 @pytest.mark.parametrize("N", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_repeated_keys_cost_no_more_than_keys_as_they_are(N: int) -> None:
     def sent(name: str) -> list[Ran]:
-        return [c for c in ran(name, N)[0].forward if c.name == "all_to_all_single"]
+        return [c for c in one_layer_on_ranks(name, N)[0].forward if c.name == "all_to_all_single"]
 
     assert [c.sent_bytes for c in sent("llama_nocache")] == [c.sent_bytes for c in sent("llama")]
 

@@ -21,7 +21,7 @@ def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tu
     import sptransform
 
     counters.clear()
-    model, _ = build(name)
+    model, _ = build(name, layers=1)
     sptransform.parallelize(model, "ulysses", backend="aot_eager")
     results = []
     for length in lengths:
@@ -35,7 +35,7 @@ def run_logits(rank: int, world_size: int, lengths: list[int]) -> list[tuple[boo
     """Logits of every length: whether they came as DTensors, and the whole of them."""
     import sptransform
 
-    model, _ = build("llama_nocache")
+    model, _ = build("llama_nocache", layers=1)
     sptransform.parallelize(model, "ulysses", backend="aot_eager")
     found = []
     for length in lengths:
@@ -49,12 +49,12 @@ def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_com
     for results, num_compiles in get_pool(num_ranks).run(run_lengths, name, lengths, timeout=200):
         assert num_compiles <= most_compiles
         for length, result in zip(lengths, results, strict=True):
-            model, inputs = build(name, seq_len=length)
+            model, inputs = build(name, seq_len=length, layers=1)
             assert_equal_to_one_device(run_one_device(model, inputs), result, MODELS[name].tolerance)
 
 
 _NAMES = ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"]
-_USUAL = {(2, "llama"), (2, "gpt2"), (4, "torch_encoder")}
+_USUAL = {(2, "llama"), (4, "torch_encoder")}
 _CASES = [
     pytest.param(num_ranks, name, marks=() if (num_ranks, name) in _USUAL else pytest.mark.slow)
     for num_ranks in (2, 4)
@@ -70,7 +70,7 @@ def test_five_lengths_compile_at_most_twice(name: str, num_ranks: int) -> None:
 
 
 def test_a_length_the_ranks_do_not_share_evenly_is_compiled_for_itself() -> None:
-    assert_lengths_equal("llama_nocache", 3, [63, 61, 30], most_compiles=3)
+    assert_lengths_equal("llama_nocache", 2, [63, 61, 30], most_compiles=3)
 
 
 def test_a_clipped_sequence_is_compiled_for_every_length() -> None:
@@ -82,7 +82,7 @@ def test_dtensors_have_the_length_of_their_call() -> None:
     lengths = [64, 32, 48]
     expected: list[Any] = []
     for length in lengths:
-        model, inputs = build("llama_nocache", seq_len=length)
+        model, inputs = build("llama_nocache", seq_len=length, layers=1)
         expected.append(model(**inputs).logits.detach())
     for found in get_pool(2).run(run_logits, lengths, timeout=200):
         for (is_dtensor, logits), reference in zip(found, expected, strict=True):

@@ -12,9 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sptransform
-from tests.shapes import build_shape
-model, inputs = build_shape(4, 2, 2, 16, True, num_layers=1)
-sptransform.rewrite(model, "ulysses", inputs, world_size=2)
+from tests.tiny import attention_with_loss, token_inputs
+sptransform.rewrite(attention_with_loss(), "ulysses", token_inputs(), world_size=2)
 """
 
 

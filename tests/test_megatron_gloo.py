@@ -1,4 +1,7 @@
-"""Megatron TP-SP on real ranks: parameters are DTensors, of which each rank keeps, trains and saves its part."""
+"""Megatron TP-SP on real ranks: parameters are DTensors, of which each rank keeps, trains and saves its part.
+
+Models of one layer where two would say no more: compiling is what takes the time.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +40,19 @@ INDUCTOR_TOLERANCE = 1e-5
 
 @pytest.mark.parametrize(("name", "world_size"), CASES)
 def test_equals_one_device(name: str, world_size: int) -> None:
-    for result in get_pool(world_size).run(run_parallel, name, "megatron", "aot_eager", timeout=180):
-        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+    for result in get_pool(world_size).run(run_parallel, name, "megatron", "aot_eager", layers=1, timeout=180):
+        assert_equal_to_one_device(one_device(name, layers=1), result, MODELS[name].tolerance)
         assert sum(collective.sent_bytes for collective in result.forward) > 0
 
 
 @pytest.mark.inductor
 def test_equals_one_device_under_inductor() -> None:
-    for result in get_pool(2).run(run_parallel, "llama", "megatron", "inductor", torch.float32, timeout=240):
-        assert_equal_to_one_device(one_device("llama", torch.float32), result, INDUCTOR_TOLERANCE)
+    for result in get_pool(2).run(run_parallel, "llama", "megatron", "inductor", torch.float32, 1, timeout=240):
+        assert_equal_to_one_device(one_device("llama", torch.float32, 1), result, INDUCTOR_TOLERANCE)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "ring"])
-def test_parameters_in_parts_under_sequence_strategies(strategy: str) -> None:
-    got = get_pool(3).run(run_parallel, "gpt2", strategy, "aot_eager", shard_parameters=True, timeout=180)
-    for result in got:
+def test_parameters_in_parts_under_ring() -> None:
+    for result in get_pool(3).run(run_parallel, "gpt2", "ring", "aot_eager", shard_parameters=True, timeout=180):
         assert_equal_to_one_device(one_device("gpt2"), result, MODELS["gpt2"].tolerance)
 
 
@@ -73,18 +74,18 @@ Sent = tuple[Result, Total, Total]
 def sent_and_explained(
     rank: int, world_size: int, name: str, strategy: Any, options: dict[str, Any], mesh: DeviceMesh | None = None
 ) -> Sent:
-    """A step, what it sent, and what was explained of it before."""
-    model, inputs = build(name)
+    """A step of a model of one layer, what it sent, and what was explained of it before."""
+    model, inputs = build(name, layers=1)
     ranks = world_size if mesh is None else tuple(mesh.shape)
     explanation = sptransform.explain(model, strategy, inputs, world_size=ranks, rank=rank, **options)
-    result = run_parallel(rank, world_size, name, strategy, "aot_eager", mesh=mesh, **options)
+    result = run_parallel(rank, world_size, name, strategy, "aot_eager", layers=1, mesh=mesh, **options)
     explained = ((c.kind, c.count, c.bytes_sent) for c in explanation.collectives)
     return result, total(by_message([*result.forward, *result.backward])), total(explained)
 
 
 def assert_sent_as_explained(ranks: list[Sent], name: str) -> None:
     for result, sent, explained in ranks:
-        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+        assert_equal_to_one_device(one_device(name, layers=1), result, MODELS[name].tolerance)
         assert sent == explained
 
 
@@ -93,7 +94,7 @@ def assert_sent_as_explained(ranks: list[Sent], name: str) -> None:
     [
         ("llama_nocache", MegatronSP(), {}),
         ("llama_nocache", MegatronSP(regather=False), {}),
-        ("gpt2", MegatronSP(), {}),
+        pytest.param("gpt2", MegatronSP(), {}, marks=pytest.mark.slow),
         ("bert", Ulysses(), {"shard_parameters": True}),
     ],
     ids=str,
@@ -114,7 +115,7 @@ def test_parameters_in_parts_over_two_mesh_dims() -> None:
 
 def kept(rank: int, world_size: int, early: bool) -> dict[str, tuple[int, int, int, int]]:
     """Of every parameter: its size, and how much of it, its gradient and its optimizer state is here."""
-    model, inputs = build("llama_nocache")
+    model, inputs = build("llama_nocache", layers=1)
     names = list(model.state_dict())
     sptransform.parallelize(model, "megatron", backend="aot_eager", inputs=inputs if early else None)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -188,7 +189,7 @@ def test_tied_and_on_meta() -> None:
 
 def saved(rank: int, world_size: int, strategy: Strategy, options: dict[str, Any]) -> tuple[int, int]:
     """Bytes that autograd saves in a forward, and those of the weights of linears."""
-    model, inputs = build("llama_nocache")
+    model, inputs = build("llama_nocache", layers=1)
     weights = sum(x.numel() * x.element_size() for name, x in model.named_parameters() if "proj" in name)
     sptransform.parallelize(model, strategy, backend="aot_eager", **options)
     found = []
@@ -212,11 +213,11 @@ def test_whole_parameters_are_not_saved() -> None:
 
 
 def test_what_linears_gathered_is_not_saved() -> None:
-    """Two linears of a layer, and the head, read [2, 64, 64]; half of it is the rank's own."""
+    """Two linears of the layer, and the head, read [2, 64, 64]; half of it is the rank's own."""
     again = get_pool(2).run(saved, MegatronSP(), {}, timeout=120)
     once = get_pool(2).run(saved, MegatronSP(regather=False), {}, timeout=120)
     for (less, _), (more, _) in zip(again, once, strict=True):
-        assert more - less >= 5 * (2 * 64 * 64 * 8) // 2
+        assert more - less >= 3 * (2 * 64 * 64 * 8) // 2
 
 
 # --- training, and going on elsewhere -------------------------------------------------------------------------

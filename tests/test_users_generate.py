@@ -18,12 +18,12 @@ NEW = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token
 
 
 def prompt(name: str) -> torch.Tensor:
-    return build(name)[1]["input_ids"][:, :16]
+    return build(name, layers=1)[1]["input_ids"][:, :16]
 
 
 def generate(rank: int, world_size: int, name: str, **options: object) -> tuple[torch.Tensor, list[str], int]:
     """The tokens, what was logged, and the number of collectives."""
-    model = sptransform.parallelize(build(name)[0], "ulysses", backend="aot_eager")
+    model = sptransform.parallelize(build(name, layers=1)[0], "ulysses", backend="aot_eager")
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -38,7 +38,7 @@ def generate(rank: int, world_size: int, name: str, **options: object) -> tuple[
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_greedy_generation_gives_the_tokens_of_one_device_and_says_that_it_is_not_sharded(name: str) -> None:
-    expected = build(name)[0].generate(prompt(name), **NEW)
+    expected = build(name, layers=1)[0].generate(prompt(name), **NEW)
     for tokens, messages, num_collectives in get_pool(2).run(generate, name):
         assert torch.equal(tokens, expected)
         assert num_collectives == 0
@@ -48,19 +48,19 @@ def test_greedy_generation_gives_the_tokens_of_one_device_and_says_that_it_is_no
 def test_sampling_and_beams_draw_the_same_on_ranks_seeded_alike() -> None:
     for options in ({"do_sample": True, "temperature": 1.0}, {"num_beams": 2}):
         torch.manual_seed(0)
-        expected = build("llama")[0].generate(prompt("llama"), **NEW | options)
+        expected = build("llama", layers=1)[0].generate(prompt("llama"), **NEW | options)
         for tokens, _, _ in get_pool(2).run(generate_seeded, options):
             assert torch.equal(tokens, expected)
 
 
 def generate_seeded(rank: int, world_size: int, options: dict[str, object]) -> tuple[torch.Tensor, list[str], int]:
     torch.manual_seed(0)
-    model = sptransform.parallelize(build("llama")[0], "ulysses", backend="aot_eager")
+    model = sptransform.parallelize(build("llama", layers=1)[0], "ulysses", backend="aot_eager")
     return model.generate(prompt("llama"), **NEW | options), [], 0
 
 
 def trains_after_generating(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     sptransform.parallelize(model, "ulysses", backend="aot_eager")
     before = model(**inputs).loss.detach()
     model.generate(inputs["input_ids"][:, :16], **NEW)
@@ -77,7 +77,7 @@ def test_generating_between_steps_leaves_training_sharded() -> None:
 
 def cached_by_position(rank: int, world_size: int) -> tuple[torch.Tensor, int]:
     """A cache that the user passes by position, without gradients."""
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     sptransform.parallelize(model.eval(), "ulysses", backend="aot_eager")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def cached_by_position(rank: int, world_size: int) -> tuple[torch.Tensor, int]:
 
 
 def test_a_cache_of_the_users_own() -> None:
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     with torch.no_grad():
         expected = model.eval()(inputs["input_ids"][:, :17]).logits[:, -1:]
     for logits, num_collectives in get_pool(2).run(cached_by_position):
@@ -107,7 +107,7 @@ def given(model: torch.nn.Module) -> DynamicCache:
 
 
 def trains_behind_a_prefix(rank: int, world_size: int) -> Result:
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     sptransform.parallelize(model, "ulysses", backend="aot_eager")
     with CountCollectives() as counted:
         result = run_one_device(model, inputs | {"past_key_values": given(model)})
@@ -116,7 +116,7 @@ def trains_behind_a_prefix(rank: int, world_size: int) -> Result:
 
 
 def test_training_with_a_cache_is_sharded() -> None:
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     reference = run_one_device(model, inputs | {"past_key_values": given(model)})
     for result in get_pool(2).run(trains_behind_a_prefix):
         assert_equal_to_one_device(reference, result, MODELS["llama"].tolerance)

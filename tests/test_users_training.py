@@ -54,14 +54,14 @@ def through_modes(model: nn.Module, inputs: Inputs) -> list[tuple[torch.Tensor, 
 
 
 def switches(rank: int, world_size: int, outputs: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     found = through_modes(parallel(model, outputs=outputs), inputs)
     return [(loss.clone(), logits.clone(), *rest) for loss, logits, *rest in found], grads_of(model)
 
 
 @pytest.mark.parametrize("outputs", ["dtensor", pytest.param("full", marks=pytest.mark.slow)])
 def test_evaluating_between_steps(outputs: str) -> None:
-    model, inputs = build("llama")
+    model, inputs = build("llama", layers=1)
     expected, tolerance = through_modes(model, inputs), MODELS["llama"].tolerance
     for found, grads in get_pool(2).run(switches, outputs):
         for (loss, logits, wants, communicated), (loss_1, logits_1, wants_1, _) in zip(found, expected, strict=True):
@@ -77,7 +77,7 @@ def test_evaluating_between_steps(outputs: str) -> None:
 
 
 def runs(rank: int, world_size: int, num_runs: int) -> list[Result]:
-    model, inputs = build("llama", dtype=torch.float32)
+    model, inputs = build("llama", layers=1, dtype=torch.float32)
     parallel(model)
     results = []
     for _ in range(num_runs):
@@ -118,7 +118,7 @@ def accumulate(model: nn.Module) -> Result:
 
 
 def accumulates(rank: int, world_size: int, grad_sync: bool) -> Result:
-    model = parallel(build("sdpa_transformer")[0], grad_sync=grad_sync)
+    model = parallel(build("sdpa_transformer", layers=1)[0], grad_sync=grad_sync)
     result = accumulate(model)
     if not grad_sync:
         for grad in result.grads.values():
@@ -128,7 +128,7 @@ def accumulates(rank: int, world_size: int, grad_sync: bool) -> Result:
 
 @pytest.mark.parametrize("grad_sync", [True, False])
 def test_accumulated_gradients_are_those_of_one_device(grad_sync: bool) -> None:
-    reference = accumulate(build("sdpa_transformer")[0])
+    reference = accumulate(build("sdpa_transformer", layers=1)[0])
     for result in get_pool(2).run(accumulates, grad_sync):
         assert_equal_to_one_device(reference, result, FLOAT64)
 
