@@ -39,11 +39,14 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 GRACE = 1.0
 LOG_TAIL = 4000
 
-# Imported once, before the workers fork. Only what starts no threads: a fork keeps none but its own.
+# Imported once, before the workers fork: else the first compile of each worker takes seconds to import it.
+# Only what starts no threads: a fork keeps none but its own.
 PRELOAD = [
     "numpy",
+    "sptransform.backend",
     "torch",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed.tensor",
     "transformers.modeling_utils",
     "transformers.models.bert.modeling_bert",

@@ -97,9 +97,10 @@ def test_what_one_rank_compiled_the_others_load(tmp_path: Path) -> None:
         assert found["autograd"].get("autograd_cache_miss") == 1, found
         assert found["inductor"].get("fxgraph_cache_miss") == 2, found
     for found in changed:
-        # The key holds the package's version. The backward graph, made anew, is found by its content.
         assert found["autograd"].get("autograd_cache_miss") == 1, found
-        assert found["inductor"].get("fxgraph_cache_miss", 0) >= 1, found
+    # The key holds the package's version. The forward graph is compiled anew, by both ranks or by the first to come;
+    # the backward graph, made anew, is found by its content.
+    assert sum(found["inductor"].get("fxgraph_cache_miss", 0) for found in changed) >= 1, changed
     for found in of_rank_0:
         assert found["autograd"].get("autograd_cache_hit") == 1, found
         assert found["inductor"].get("fxgraph_cache_hit") == 2, found
