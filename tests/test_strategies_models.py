@@ -5,6 +5,7 @@ In lockstep, in one process; some of it on real ranks is in `tests/test_strategi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,7 @@ from sptransform.strategies import USP, AllGatherKV, Ring, Strategy
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
 from tests.graphs import assert_ranks_equal_one_device, run_once
 from tests.models import FLOAT64, MODELS, build, usually
-from tests.rewritten import Asked, function_on_ranks, on_pretended_ranks
+from tests.rewritten import Asked, Ranks, function_on_ranks, on_pretended_ranks
 from tests.shapes import build_shape
 
 # of 64 tokens: shared evenly, but by models that clip one off
@@ -28,13 +29,23 @@ def asked_of(name: str) -> list[Asked]:
     return EVERY_MODEL + (MORE if name == "sdpa_transformer" else [])
 
 
+@functools.lru_cache(maxsize=1)
+def ranks_of(name: str) -> dict[Asked, Ranks]:
+    return on_pretended_ranks(*build(name), asked_of(name))
+
+
 @pytest.mark.parametrize(
-    "name", usually("bert", "gpt_neox", "llama_mha_kv2", "llama_padded", "qwen3", "sdpa_transformer")
+    ("name", "asked"),
+    [
+        pytest.param(*model.values, asked, marks=model.marks)
+        for model in usually("bert", "gpt_neox", "llama_mha_kv2", "llama_padded", "qwen3", "sdpa_transformer")
+        for asked in asked_of(*model.values)
+    ],
+    ids=str,
 )
-def test_models(name: str) -> None:
-    for ranks in on_pretended_ranks(*build(name), asked_of(name)).values():
-        for result in ranks.results():
-            assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+def test_models(name: str, asked: Asked) -> None:
+    for result in ranks_of(name)[asked].results():
+        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
 
 
 # tokens, batch, query and key heads
