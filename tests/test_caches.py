@@ -82,11 +82,11 @@ def compile_in(directory: str, version: str | None = None) -> dict[str, Any]:
 
 
 def compile_by_turns(rank: int, world_size: int, directory: str) -> list[dict[str, Any]]:
-    """With a cache of its own, with rank 0's, and with rank 0's after a change to the package."""
+    """With a cache of its own, with rank 0's, and with its own after a change to the package."""
     return [
         compile_in(f"{directory}/{rank}"),
         compile_in(f"{directory}/0"),
-        compile_in(f"{directory}/0", version="changed"),
+        compile_in(f"{directory}/{rank}", version="changed"),  # not rank 0's: the first to come would fill it
     ]
 
 
@@ -97,10 +97,9 @@ def test_what_one_rank_compiled_the_others_load(tmp_path: Path) -> None:
         assert found["autograd"].get("autograd_cache_miss") == 1, found
         assert found["inductor"].get("fxgraph_cache_miss") == 2, found
     for found in changed:
+        # The key holds the package's version. The backward graph, made anew, is found by its content.
         assert found["autograd"].get("autograd_cache_miss") == 1, found
-    # The key holds the package's version. The forward graph is compiled anew, by both ranks or by the first to come;
-    # the backward graph, made anew, is found by its content.
-    assert sum(found["inductor"].get("fxgraph_cache_miss", 0) for found in changed) >= 1, changed
+        assert found["inductor"].get("fxgraph_cache_miss", 0) >= 1, found
     for found in of_rank_0:
         assert found["autograd"].get("autograd_cache_hit") == 1, found
         assert found["inductor"].get("fxgraph_cache_hit") == 2, found

@@ -36,7 +36,7 @@ from tests.tiny import AttentionWithLoss, token_inputs
 
 pytestmark = pytest.mark.timeout(180)
 
-SEEDS, USUAL, NUM_SOFT = range(10), (3, 4, 6, 9), 4  # the others behind `make slow`
+SEEDS, USUAL, NUM_SOFT = range(10), range(7), 4  # the others behind `make slow`
 CHECK_TIMEOUT = 4.0  # of ranks that wait for one that does not come; more than their compiles differ by
 NAMED_WITHIN = 5.0  # seconds after a rank was killed
 TOGETHER_WITHIN = 10.0  # seconds between the first and the last rank's error: the last may have to compile first
@@ -345,8 +345,7 @@ def test_there_are_fifty_faults_of_all_kinds() -> None:
     assert sum(len(scenario.soft) + 1 for scenario in scenarios) == 50
     usual = [scenarios[seed] for seed in USUAL]
     assert {fault.kind for scenario in usual for fault in scenario.soft} == set(SOFT)
-    assert {scenario.hard.kind for scenario in scenarios} == set(HARD)
-    assert len({scenario.hard.kind for scenario in usual}) == len(USUAL)
+    assert {scenario.hard.kind for scenario in usual} == set(HARD)
     assert {scenario.num_ranks for scenario in usual} == {2, 3, 4}
     assert {scenario.store for scenario in usual} == {"file", "tcp"}
     assert any(scenario.hard.victim == 0 and scenario.store == "tcp" for scenario in usual)

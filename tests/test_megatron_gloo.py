@@ -189,7 +189,7 @@ def test_tied_and_on_meta() -> None:
 
 def saved(rank: int, world_size: int, strategy: Strategy, options: dict[str, Any]) -> tuple[int, int]:
     """Bytes that autograd saves in a forward, and those of the weights of linears."""
-    model, inputs = build("llama_nocache", layers=1)
+    model, inputs = build("llama_nocache")
     weights = sum(x.numel() * x.element_size() for name, x in model.named_parameters() if "proj" in name)
     sptransform.parallelize(model, strategy, backend="aot_eager", **options)
     found = []
@@ -213,11 +213,11 @@ def test_whole_parameters_are_not_saved() -> None:
 
 
 def test_what_linears_gathered_is_not_saved() -> None:
-    """Two linears of the layer, and the head, read [2, 64, 64]; half of it is the rank's own."""
+    """Two linears of a layer, and the head, read [2, 64, 64]; half of it is the rank's own."""
     again = get_pool(2).run(saved, MegatronSP(), {}, timeout=120)
     once = get_pool(2).run(saved, MegatronSP(regather=False), {}, timeout=120)
     for (less, _), (more, _) in zip(again, once, strict=True):
-        assert more - less >= 3 * (2 * 64 * 64 * 8) // 2
+        assert more - less >= 5 * (2 * 64 * 64 * 8) // 2
 
 
 # --- training, and going on elsewhere -------------------------------------------------------------------------

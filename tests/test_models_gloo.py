@@ -1,6 +1,6 @@
 """Real models on real ranks: the loss and every gradient equal one device's.
 
-Of one layer each, since compiling is what takes the time; in lockstep (`tests/test_simulated_models.py`) they have two.
+Of one layer each, since compiling is what takes the time; on simulated ranks (`tests/test_simulated_models.py`) two.
 """
 
 import pytest

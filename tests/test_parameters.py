@@ -27,8 +27,8 @@ from tests.tiny import Attention, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(240)
 
-# every parameter is read in a way of its own; BERT's are in `test_megatron_gloo.py`
-RANKS = {"gpt2": 3, "llama": 4, "torch_encoder": 2}
+# every parameter is read in a way of its own
+RANKS = {"bert": 2, "gpt2": 3, "llama": 4, "torch_encoder": 2}
 
 
 def parallel(model: nn.Module, **options: Any) -> nn.Module:
@@ -67,9 +67,8 @@ class Manifold(Attention):
 
 @pytest.mark.parametrize("name", RANKS)
 def test_equals_one_device(name: str) -> None:
-    options = {"layers": 1, "shard_parameters": True}
-    for result in get_pool(RANKS[name]).run(run_parallel, name, "ulysses", "aot_eager", **options):
-        assert_equal_to_one_device(one_device(name, layers=1), result, MODELS[name].tolerance)
+    for result in get_pool(RANKS[name]).run(run_parallel, name, "ulysses", "aot_eager", shard_parameters=True):
+        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
         assert any("reduce_scatter" in collective.name for collective in result.backward)
 
 
