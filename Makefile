@@ -5,13 +5,16 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: help demo test slow lint bench clean
+.PHONY: help demo test test-all durations mutants times lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Llama on one device and on 4 ranks, compare the losses"
-	@echo "make test    run the tests"
-	@echo "make slow    run the tests marked slow"
+	@echo "make test    run the quick tier of the tests: minutes"
+	@echo "make test-all          run all tests, in four parts one after the other; ARGS= picks some"
+	@echo "make test-all PART=2/4 run one part"
+	@echo "make mutants make small mistakes in the sources, and see whether the tests notice"
+	@echo "make times   show where the processor time of the tests goes"
 	@echo "make lint    run ruff"
 	@echo "make bench   measure the time of the transform, and of attention beside others"
 	@echo "make clean   remove .venv and caches"
@@ -22,8 +25,28 @@ demo: $(VENV)/.installed-examples
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest $(ARGS)
 
-slow: $(VENV)/.installed-test
-	$(RUN) -m pytest -m slow $(ARGS)
+# Parts are of equal length by the times in tests/durations.json; `make durations` measures them anew.
+ALL    := $(RUN) -m pytest -o addopts=--strict-markers --durations-path tests/durations.json
+PARTS  := 1/4 2/4 3/4 4/4
+
+test-all: $(VENV)/.installed-test
+ifneq ($(ARGS),)
+	$(ALL) $(ARGS)
+else ifneq ($(PART),)
+	$(ALL) --splitting-algorithm duration_based_chunks --group $(word 1,$(subst /, ,$(PART))) \
+	    --splits $(word 2,$(subst /, ,$(PART)))
+else
+	@for part in $(PARTS); do $(MAKE) test-all PART=$$part || exit 1; done
+endif
+
+durations: $(VENV)/.installed-test
+	$(ALL) --store-durations --clean-durations
+
+mutants: $(VENV)/.installed-dev
+	$(RUN) -m tests.mutants $(ARGS)
+
+times: $(VENV)/.installed-dev
+	$(RUN) benchmarks/suite_time.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
@@ -41,5 +64,5 @@ $(VENV)/.installed-%: pyproject.toml | $(RUN)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,19 +1,41 @@
-"""What every test shares: golden texts, and the end of the worker processes."""
+"""What every test shares: golden texts, the tiers, how to repeat what fails, and the end of the worker processes."""
 
+import shlex
 from collections.abc import Iterator
+from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.gloo_pool import collect_seldom, stop_pools
 from tests.golden import Golden
+from tests.tiers import mark_what_is_covered
+
+# a failing example is printed with what repeats it
+hypothesis.settings.register_profile("sptransform", print_blob=True)
+hypothesis.settings.load_profile("sptransform")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the files of tests/golden anew")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_what_is_covered(items)
+
+
 def pytest_collection_finish() -> None:
     collect_seldom()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The command that repeats each test that failed, seeds among its parameters."""
+    reports = [*terminalreporter.getreports("failed"), *terminalreporter.getreports("error")]
+    if reports:
+        terminalreporter.section("to repeat")
+    for name in dict.fromkeys(report.nodeid for report in reports):
+        terminalreporter.write_line(f"make test-all ARGS={shlex.quote(shlex.quote(name))}")
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -56,6 +57,11 @@ PRELOAD = [
     "transformers.models.opt.modeling_opt",
     "transformers.models.qwen3.modeling_qwen3",
 ]
+
+
+def current_test() -> str:
+    """The running test's name, as pytest takes it; "" outside of tests."""
+    return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
 
 
 def collect_seldom() -> None:
@@ -128,7 +134,7 @@ class Pool:
         self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
     ) -> list[Any]:
         """Call `function(rank, world_size, *args, **kwargs)` on every rank; its results in rank order."""
-        call = pickle.dumps((function, args, kwargs))
+        call = pickle.dumps((current_test(), function, args, kwargs))
         in_step = False
         try:
             self.start()
@@ -263,6 +269,9 @@ def _work(rank: int, world_size: int, directory: Path, log: Path, stacks: Path, 
     torch.set_num_threads(1)
     # The host's own name need not resolve in a container.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Else torch's flight recorder keeps the last 2000 collectives, with the code that called them, and with it every
+    # graph that was compiled: memory, and ever longer garbage collections.
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
     # Inductor's own pool of compiler processes would be one for each worker.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     dist.init_process_group(
@@ -272,6 +281,7 @@ def _work(rank: int, world_size: int, directory: Path, log: Path, stacks: Path, 
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    recorded = _recorded()
     _reset()
     collect_seldom()
     parent.send_bytes(pickle.dumps(None))
@@ -280,15 +290,28 @@ def _work(rank: int, world_size: int, directory: Path, log: Path, stacks: Path, 
             call = parent.recv_bytes()
         except EOFError:
             return
-        parent.send_bytes(_answer(call, rank, world_size))
+        parent.send_bytes(_answer(call, rank, world_size, recorded))
         output.flush()
         _reset()
 
 
-def _answer(call: bytes, rank: int, world_size: int) -> bytes:
+Recorded = Callable[[str], AbstractContextManager[None]]
+
+
+def _recorded() -> Recorded:
+    """Where `make mutants` asks which lines a test reaches, this notes what runs inside."""
+    if "SPTRANSFORM_REACH" not in os.environ:
+        return lambda test: nullcontext()
+    from tests.mutants.recorder import Recorder
+
+    return Recorder().during
+
+
+def _answer(call: bytes, rank: int, world_size: int, recorded: Recorded) -> bytes:
     try:
-        function, args, kwargs = pickle.loads(call)
-        return pickle.dumps(function(rank, world_size, *args, **kwargs))
+        test, function, args, kwargs = pickle.loads(call)
+        with recorded(test):
+            return pickle.dumps(function(rank, world_size, *args, **kwargs))
     except BaseException as error:
         summary = "".join(traceback.format_exception_only(error)).strip()
         return pickle.dumps(_Raised(summary, traceback.format_exc()))

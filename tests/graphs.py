@@ -13,6 +13,9 @@ from torch import fx
 # Private: the registry behind torch.compile(backend="name"), as the library uses it.
 from torch._dynamo.backends.registry import lookup_backend
 
+# Private: the fake mode of Dynamo's graph, without which it cannot be traced again.
+from torch._guards import TracingContext
+
 import sptransform.ops  # noqa: F401 - registers the ops a rewritten graph calls
 from sptransform.capture import capture
 from sptransform.dynamo import configured
@@ -56,6 +59,25 @@ def while_captured(
     with contextlib.suppress(_Stop):
         compiled_with(model, backend, *args, **kwargs)
     return made[0]
+
+
+@dataclass(frozen=True)
+class DynamoGraph:
+    """What Dynamo makes of one call of a model. It depends on no strategy and no number of ranks."""
+
+    graph_module: fx.GraphModule
+    inputs: list[Any]
+    context: TracingContext
+
+    def use(self, call: Callable[[fx.GraphModule, list[Any]], Any]) -> Any:
+        """`call` as Dynamo would call a backend; as often as one likes, for rewriting leaves the graph as it is."""
+        with torch._guards.tracing(self.context):
+            return call(self.graph_module, self.inputs)
+
+
+def dynamo_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> DynamoGraph:
+    """The graph of this call; nothing is run."""
+    return while_captured(model, lambda gm, inputs: DynamoGraph(gm, inputs, TracingContext.get()), *args, **kwargs)
 
 
 def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:

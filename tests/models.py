@@ -14,9 +14,7 @@ in common is chosen so that mistakes show:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -269,8 +267,3 @@ MODELS = {
     "sdpa_transformer": ModelEntry(CausalTransformer, _causal_inputs, FLOAT64),
     "torch_encoder": ModelEntry(TokenClassifier, _causal_inputs, FLOAT64),
 }
-
-
-def usually(*names: str) -> list[Any]:
-    """Every model as a parameter of a test, those that are not named marked slow, for they repeat what these show."""
-    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in MODELS]

@@ -3,7 +3,7 @@
 A graph takes Dynamo's inputs, parameters among them, in Dynamo's order; only a `torch.compile` backend sees them.
 """
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,15 +17,14 @@ from torch import fx, nn
 from sptransform import annotations
 from sptransform.backend import rewrite_graph
 from sptransform.composition import StrategyLike
-from sptransform.dynamo import configured
 from sptransform.mesh import Mesh
 from sptransform.ops.groups import pretend
 from sptransform.options import Options
 from sptransform.pass_manager import Context
 from tests.equality import Result
-from tests.graphs import copied, while_captured
+from tests.graphs import DynamoGraph, copied, dynamo_graph, while_captured
 from tests.lockstep import in_lockstep
-from tests.models import Inputs, build
+from tests.models import LAYERS, Inputs, build
 from tests.simulated import per_rank, simulate, to_ranks
 
 T = TypeVar("T")
@@ -47,37 +46,21 @@ class Runnable:
         return self.compiled or self.graph_module
 
 
-class _Stop(Exception):
-    """Ends the model's call once its graphs are rewritten."""
-
-
 def runnables(model: nn.Module, inputs: Inputs, meshes: Sequence[Mesh], **options: Any) -> list[Runnable]:
     """The model's graph, captured once and rewritten for each of `meshes`, whose groups need not exist yet."""
-    found: list[Runnable] = []
     by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        names = [by_identity.get(id(x)) for x in example_inputs]
-        for mesh in meshes:
-            rewritten, context = rewrite_graph(gm, example_inputs, Options(**options), mesh)
-            found.append(Runnable(rewritten, context, list(example_inputs), names))
-        return _stop
+    def use(gm: fx.GraphModule, example_inputs: list[Any]) -> list[Runnable]:
+        return _for_meshes(gm, example_inputs, [by_identity.get(id(x)) for x in example_inputs], meshes, options)
 
-    torch._dynamo.reset()
-    with contextlib.suppress(_Stop):
-        configured(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))(**inputs)
-    return found
-
-
-def _stop(*args: Any) -> Any:
-    raise _Stop
+    return while_captured(model, use, **inputs)
 
 
 def simulated_graph(name: str, num_ranks: int) -> Runnable:
     """The named model's graph for a simulated group of this size."""
     with simulate(2):
         group = dist.group.WORLD.group_name  # the same in every simulation
-    (graph,) = runnables(*build(name), [Mesh(num_ranks, 0, group)], outputs="dtensor")
+    (graph,) = model_for_meshes(name, [Mesh(num_ranks, 0, group)], outputs="dtensor")
     return graph
 
 
@@ -146,6 +129,39 @@ def on_pretended_ranks(
         return {each: _for_ranks(gm, example_inputs, names, each, compiler, options) for each in asked}
 
     return while_captured(model, use, **inputs)
+
+
+@functools.cache
+def dynamo_graph_of(name: str, layers: int = LAYERS, seq_len: int = 64) -> tuple[DynamoGraph, list[str | None]]:
+    """The graph of a model of `tests/models.py`, made once, and the names of its parameters among its inputs."""
+    model, inputs = build(name, layers=layers, seq_len=seq_len)
+    graph = dynamo_graph(model, **inputs)
+    by_identity = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
+    return graph, [by_identity.get(id(x)) for x in graph.inputs]
+
+
+def model_on_pretended_ranks(
+    name: str, asked: Sequence[Asked], *, layers: int = LAYERS, seq_len: int = 64, **options: Any
+) -> dict[Asked, Ranks]:
+    """As `on_pretended_ranks`, of a model of `tests/models.py`."""
+    graph, names = dynamo_graph_of(name, layers, seq_len)
+    return {
+        each: graph.use(lambda gm, inputs, each=each: _for_ranks(gm, inputs, names, each, None, options))
+        for each in asked
+    }
+
+
+def model_for_meshes(name: str, meshes: Sequence[Mesh], *, layers: int = LAYERS, **options: Any) -> list[Runnable]:
+    """A model's graph rewritten for each of `meshes`, whose groups need not exist yet."""
+    graph, names = dynamo_graph_of(name, layers)
+    return graph.use(lambda gm, inputs: _for_meshes(gm, inputs, names, meshes, options))
+
+
+def _for_meshes(
+    gm: fx.GraphModule, inputs: list[Any], names: list[str | None], meshes: Sequence[Mesh], options: dict[str, Any]
+) -> list[Runnable]:
+    found = (rewrite_graph(gm, inputs, Options(**options), mesh) for mesh in meshes)
+    return [Runnable(rewritten, context, list(inputs), names) for rewritten, context in found]
 
 
 def function_on_ranks(function: Callable[..., Any], inputs: Sequence[Any], asked: Asked, **options: Any) -> Ranks:

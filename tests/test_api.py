@@ -5,7 +5,6 @@ import io
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,22 @@ from torch.nn import functional
 import sptransform
 from sptransform import UnsupportedOpError, UsageError, backend
 from sptransform.op_rules import DEFAULT_RULES
+from tests import plain_program
 from tests.collective_counts import CountCollectives
 from tests.equality import (
     Result,
     assert_equal_to_one_device,
     one_device,
+    run_one_device,
     run_parallel,
     worst_error,
 )
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, IGNORED, Inputs, build
+from tests.tiers import tiered
 from tests.tiny import BATCH, SEQ_LEN, WIDTH, AttentionWithLoss, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(240)
-
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_logits_come_back_as_dtensors() -> None:
         torch.testing.assert_close(found["loss"], expected.loss.detach(), rtol=FLOAT64, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["full", "local"])
+@pytest.mark.parametrize("kind", tiered(["full", "local"], quick=["full"]))
 def test_logits_come_back_as_plain_tensors(kind: str) -> None:
     expected = bert()(**bert_inputs()).logits.detach()
     for rank, found in enumerate(get_pool(2).run(outputs, outputs=kind)):
@@ -190,7 +191,7 @@ def test_logits_come_back_as_plain_tensors(kind: str) -> None:
         torch.testing.assert_close(found["logits"], part, rtol=FLOAT64, atol=FLOAT64)
 
 
-@pytest.mark.parametrize("kind", ["dtensor", "full"])
+@pytest.mark.parametrize("kind", tiered(["dtensor", "full"], quick=["dtensor"]))
 def test_a_loss_of_the_users_own_has_the_gradients_of_one_device(kind: str) -> None:
     inputs = {name: x for name, x in bert_inputs().items() if name != "labels"}
     assert_equal(bert, inputs, of_logits, outputs=kind)
@@ -240,7 +241,7 @@ def evaluate(rank: int, world_size: int, frozen: bool) -> tuple[torch.Tensor, bo
     return loss.detach(), loss.requires_grad, bool(counted.collectives)
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "no_grad"])
+@pytest.mark.parametrize("frozen", tiered([True, False], quick=[True]), ids=["frozen", "no_grad"])
 def test_forward_alone(frozen: bool) -> None:
     for loss, requires_grad, communicated in get_pool(2).run(evaluate, frozen):
         torch.testing.assert_close(loss, one_device("bert", layers=1).loss, rtol=FLOAT64, atol=0)
@@ -267,13 +268,16 @@ def weighted(losses: torch.Tensor) -> torch.Tensor:
     return (losses * torch.arange(1, losses.numel() + 1, dtype=losses.dtype).view(losses.shape)).sum()
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: "-".join(f"{k}={v}" for k, v in loss.items()))
+@pytest.mark.parametrize(
+    "loss", tiered(LOSSES, quick=LOSSES[5:7]), ids=lambda loss: "-".join(f"{k}={v}" for k, v in loss.items())
+)
 def test_cross_entropy(loss: dict[str, Any]) -> None:
     assert_equal(attention_with_loss, token_inputs(), weighted, loss)
 
 
-@pytest.mark.parametrize("empty_rank", [0, 1])
-@pytest.mark.parametrize("ignored", [IGNORED, 5])
+@pytest.mark.parametrize(
+    ("empty_rank", "ignored"), tiered([(0, IGNORED), (1, IGNORED), (0, 5), (1, 5)], quick=[(1, 5)])
+)
 def test_a_rank_without_a_valid_label(empty_rank: int, ignored: int) -> None:
     inputs = token_inputs()
     labels = inputs["labels"]
@@ -334,36 +338,12 @@ def test_one_rank_runs_the_graph_as_it_is() -> None:
 
 # --- the plain backend ----------------------------------------------------------------------------------------
 
-PLAIN = """
-    import sys
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    from tests.equality import run_one_device
-    from tests.models import build
-
-    rank, store, result = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    model, inputs = build("bert", layers=1)
-    assert not any(name.split(".")[0] == "sptransform" for name in sys.modules)
-    options = {"strategy": "ulysses", "backend": "aot_eager"}
-    compiled = torch.compile(model, backend="sptransform", options=options)
-    found = run_one_device(compiled, inputs)
-    assert "sptransform.backend" in sys.modules
-    torch.save((found.loss, {name.removeprefix("_orig_mod."): g for name, g in found.grads.items()}), result)
-"""
-
-
 def test_plain_backend_needs_no_import_of_this_package(tmp_path: Path) -> None:
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     results = [tmp_path / f"result{rank}" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(PLAIN), str(rank), str(tmp_path / "store"), str(result)],
+            [sys.executable, plain_program.__file__, str(rank), str(tmp_path / "store"), str(result)],
             cwd=Path(__file__).parent.parent,
             env=environment,
             stderr=subprocess.PIPE,
@@ -378,8 +358,10 @@ def test_plain_backend_needs_no_import_of_this_package(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
+    model, x = plain_program.model_and_input()
+    reference = run_one_device(model, {"x": x})
     for result in results:
-        assert_equal_to_one_device(one_device("bert", layers=1), Result(*torch.load(result)), FLOAT64)
+        assert_equal_to_one_device(reference, Result(*torch.load(result)), FLOAT64)
 
 
 # --- ops without a rule, graphs without attention -------------------------------------------------------------
@@ -426,7 +408,9 @@ def test_a_graph_without_attention_asks_for_sequence_dims() -> None:
         assert "states" in message and "target" in message
 
 
-@pytest.mark.parametrize("sequence_dims", [{"states": 1}, {"states": 1, "target": 1}, {"states": 0}])
+@pytest.mark.parametrize(
+    "sequence_dims", tiered([{"states": 1}, {"states": 1, "target": 1}, {"states": 0}], quick=[{"states": 1}])
+)
 def test_sequence_dims_say_what_attention_does_not(sequence_dims: dict[str, int]) -> None:
     assert_equal(without_attention, state_inputs(), itself, sequence_dims=sequence_dims)
 

@@ -14,8 +14,9 @@ import sptransform
 from sptransform import backend
 from sptransform.mesh import Mesh
 from tests.gloo_pool import get_pool
-from tests.models import build, usually
-from tests.rewritten import runnables
+from tests.models import MODELS, build
+from tests.rewritten import model_for_meshes
+from tests.tiers import tiered
 from tests.tiny import attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(300)
@@ -29,13 +30,13 @@ UNEVEN = {"sdpa_transformer"}
 def graphs(name: str) -> dict[int, list[sptransform.Rewritten]]:
     """Every rank's graph, by world size."""
     meshes = [Mesh.pretended(size, rank) for size in WORLD_SIZES for rank in range(size)]
-    found = runnables(*build(name), meshes, outputs="dtensor")
+    found = model_for_meshes(name, meshes, outputs="dtensor")
     rewritten = [(x.context.mesh.size, sptransform.Rewritten(x.graph_module, x.context)) for x in found]
     return {size: [graph for own, graph in rewritten if own == size] for size in WORLD_SIZES}
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("name", [x for x in usually("bert", "gpt2", "llama", "qwen3") if x.values[0] not in UNEVEN])
+@pytest.mark.parametrize("name", tiered([name for name in MODELS if name not in UNEVEN], quick=["llama"]))
 def test_every_rank_has_the_same_graph(name: str, world_size: int) -> None:
     first, *others = graphs(name)[world_size]
     assert len(others) == world_size - 1
@@ -90,6 +91,7 @@ def compile_by_turns(rank: int, world_size: int, directory: str) -> list[dict[st
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_what_one_rank_compiled_the_others_load(tmp_path: Path) -> None:
     own, of_rank_0, changed = zip(*get_pool(2).run(compile_by_turns, str(tmp_path), timeout=280), strict=True)

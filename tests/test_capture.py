@@ -223,6 +223,7 @@ def test_no_gradient_passes_a_no_grad_region() -> None:
         assert_ranks_equal_one_device(reference, ranks)
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("inside_first", [True, False])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_one_sharded_tensor_used_inside_and_outside_of_no_grad(inside_first: bool, num_ranks: int) -> None:
@@ -319,6 +320,7 @@ def test_recomputing_communicates_no_more() -> None:
     assert [sorted(names) for names in recomputed] == [sorted(names) for names in plain]
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_checkpointing_means_the_same(num_ranks: int, backend: str) -> None:

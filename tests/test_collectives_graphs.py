@@ -21,6 +21,7 @@ from tests.graphs import on_ranks
 from tests.lockstep import in_lockstep
 from tests.passes.blocks import Attention, hidden_states
 from tests.redistributes import EVEN, TAKES_LIST, Change, change
+from tests.tiers import tiered
 
 NUM_RANKS = 4
 FOLDED, ODD = Shard(1, Partition.zigzag(16, 4)), Shard(1, Partition.zigzag(12, 4))
@@ -91,11 +92,14 @@ def test_one_collective_each_way(changed: Change, expected: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "outer"),
-    [
-        *((kind, 1) for kind in ("R->S", "I->S", "P->S", "S->I", "S->heads", "heads->S", "S->blocks", "blocks->S")),
-        *((kind, 3) for kind in ("S->R", "S->heads", "S->blocks")),
-        *((kind, outer) for kind in ("blocks->R", "blocks->I", "I->blocks", "P->blocks") for outer in (1, 3)),
-    ],
+    tiered(
+        [
+            *((kind, 1) for kind in ("R->S", "I->S", "P->S", "S->I", "S->heads", "heads->S", "S->blocks", "blocks->S")),
+            *((kind, 3) for kind in ("S->R", "S->heads", "S->blocks")),
+            *((kind, outer) for kind in ("blocks->R", "blocks->I", "I->blocks", "P->blocks") for outer in (1, 3)),
+        ],
+        quick=[("R->S", 1), ("S->I", 1), ("S->R", 3), ("S->heads", 3), ("blocks->R", 3), ("P->blocks", 1)],
+    ),
 )
 def test_a_graph_of_open_lengths_serves_them_all(kind: str, outer: int) -> None:
     """Traced at one length, run at others, on all ranks."""

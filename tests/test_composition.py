@@ -16,7 +16,8 @@ from sptransform.mesh import PRETENDED_GROUP
 from sptransform.rewrite import rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
 from tests.models import HEADS, HIDDEN, MODELS, Inputs, build
-from tests.rewritten import Asked, on_pretended_ranks
+from tests.rewritten import Asked, model_on_pretended_ranks
+from tests.tiers import tiered
 
 SEQUENCE = ("allgather", "ring", "ulysses")
 B, S, KEY_HEADS = 2, 64, 4
@@ -25,7 +26,7 @@ B, S, KEY_HEADS = 2, 64, 4
 def check_model(name: str, kinds: Sequence[str], shape: tuple[int, int] = (2, 2), length: int = S) -> None:
     asked = [Asked(shape, (kind, "megatron")) for kind in kinds]
     reference = one_device(name) if length == S else run_one_device(*build(name, seq_len=length))
-    for ranks in on_pretended_ranks(*build(name, seq_len=length), asked).values():
+    for ranks in model_on_pretended_ranks(name, asked, seq_len=length).values():
         for result in ranks.results():
             assert_equal_to_one_device(reference, result, MODELS[name].tolerance)
 
@@ -36,7 +37,12 @@ IMPOSSIBLE = ("llama_mha_kv2", "ulysses")
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("bert", "ring"), ("gpt2", "ulysses"), ("llama", "ring"), ("qwen3", "allgather"), ("torch_encoder", "ulysses")],
+    tiered(
+        [(name, "ring") for name in ("bert", "llama")]
+        + [(name, "ulysses") for name in ("gpt2", "torch_encoder")]
+        + [("qwen3", "allgather")],
+        quick=[("gpt2", "ulysses"), ("qwen3", "allgather")],
+    ),
 )
 def test_models(name: str, kind: str) -> None:
     check_model(name, [kind])
@@ -50,12 +56,10 @@ def test_models_with_every_strategy(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "length", "kinds"),
-    [
-        ((2, 2), 23, SEQUENCE),
-        ((2, 3), 22, ("ring",)),
-        pytest.param((2, 2), 5, SEQUENCE, marks=pytest.mark.slow),
-        pytest.param((3, 2), 64, ("allgather", "ring"), marks=pytest.mark.slow),
-    ],
+    tiered(
+        [((2, 2), 23, SEQUENCE), ((2, 3), 22, ("ring",)), ((2, 2), 5, SEQUENCE), ((3, 2), 64, ("allgather", "ring"))],
+        quick=[((2, 3), 22, ("ring",))],
+    ),
     ids=str,
 )
 def test_shapes(shape: tuple[int, int], length: int, kinds: Sequence[str]) -> None:
@@ -66,7 +70,7 @@ def test_shapes(shape: tuple[int, int], length: int, kinds: Sequence[str]) -> No
 def test_batch_split() -> None:
     """Ulysses by the batch: heads are tensor parallelism's alone, so two key heads will do."""
     asked = Asked((2, 2), (Ulysses(split="batch"), MegatronSP()))
-    (ranks,) = on_pretended_ranks(*build("llama_mha_kv2"), [asked]).values()
+    (ranks,) = model_on_pretended_ranks("llama_mha_kv2", [asked]).values()
     for result in ranks.results():
         assert_equal_to_one_device(one_device("llama_mha_kv2"), result, MODELS["llama_mha_kv2"].tolerance)
 

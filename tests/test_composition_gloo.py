@@ -34,6 +34,7 @@ from tests.test_megatron_gloo import (
     sent_and_explained,
 )
 from tests.test_users_precision import assert_no_further_than_one_device, step
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -64,7 +65,7 @@ def train(model: nn.Module, inputs: Inputs) -> list[float]:
 def trained(
     rank: int, world_size: int, name: str, kind: str, early: bool, folder: str | None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    model, inputs = build(name)
+    model, inputs = build(name, layers=1)
     mesh = a_mesh()
     sptransform.parallelize(model, (kind, "megatron"), mesh=mesh, backend="aot_eager", inputs=inputs if early else None)
     losses = train(model, inputs)
@@ -76,22 +77,21 @@ def trained(
 
 @pytest.mark.parametrize(
     ("name", "kind", "early"),
-    [
-        ("sdpa_transformer", "ring", False),
-        ("sdpa_transformer", "ulysses", True),
-        pytest.param("bert", "allgather", True, marks=pytest.mark.slow),
-    ],
+    tiered(
+        [("sdpa_transformer", "ring", False), ("sdpa_transformer", "ulysses", True), ("bert", "allgather", True)],
+        quick=[("sdpa_transformer", "ring", False)],
+    ),
 )
 def test_three_steps_are_those_of_one_device(name: str, kind: str, early: bool, tmp_path: Path) -> None:
     """And what was saved of them is read by the plain model."""
-    model, inputs = build(name)
+    model, inputs = build(name, layers=1)
     losses = train(model, inputs)
     folder = str(tmp_path / "checkpoint")
     for got, parameters in get_pool(4).run(trained, name, kind, early, folder, timeout=180):
         assert got == pytest.approx(losses, rel=1e-10)
         for key, parameter in model.named_parameters():
             torch.testing.assert_close(parameters[key], parameter.detach(), rtol=1e-9, atol=1e-9, msg=key)
-    plain, _ = build(name)
+    plain, _ = build(name, layers=1)
     state = get_model_state_dict(plain)
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(plain, state)
@@ -115,9 +115,8 @@ def composed_and_explained(rank: int, world_size: int, kind: str) -> Sent:
     return sent_and_explained(rank, world_size, "llama_nocache", (kind, "megatron"), {}, a_mesh())
 
 
-@pytest.mark.parametrize(
-    "kind", ["ring", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("allgather", "ulysses"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ring", "allgather", "ulysses"])
 def test_what_is_explained_is_sent(kind: str) -> None:
     assert_sent_as_explained(get_pool(4).run(composed_and_explained, kind, timeout=180), "llama_nocache")
 
@@ -133,13 +132,10 @@ def returned(rank: int, world_size: int, kind: str, length: int) -> tuple[Result
     return Result(out.loss.detach(), grads), how, whole.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "length", "how"),
-    [
-        ("ulysses", 23, ["S(1)", "R"]),
-        pytest.param("ring", 64, ["S(1)", "S(2)"], marks=pytest.mark.slow),
-        pytest.param("ring", 23, ["S(1)", "R"], marks=pytest.mark.slow),
-    ],
+    [("ulysses", 23, ["S(1)", "R"]), ("ring", 64, ["S(1)", "S(2)"]), ("ring", 23, ["S(1)", "R"])],
     ids=str,
 )
 def test_outputs_and_odd_lengths(kind: str, length: int, how: list[str]) -> None:

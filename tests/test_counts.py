@@ -11,9 +11,12 @@ import pytest
 
 import sptransform
 from sptransform.explain.counting import Collective as Planned
+from sptransform.mesh import Mesh
 from tests.collective_counts import Collective as Ran
 from tests.equality import one_layer_on_ranks
 from tests.models import HEADS, HIDDEN, LAYERS, build
+from tests.rewritten import model_for_meshes
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -63,8 +66,8 @@ def expected(name: str, N: int) -> list[tuple[str, str, Fraction]]:
 
 @functools.cache
 def planned(name: str, N: int, layers: int = LAYERS) -> list[Planned]:
-    model, inputs = build(name, layers=layers)
-    return sptransform.rewrite(model, "ulysses", inputs, world_size=N).collectives()
+    (graph,) = model_for_meshes(name, [Mesh.pretended(N)], layers=layers, outputs="dtensor")
+    return sptransform.Rewritten(graph.graph_module, graph.context).collectives()
 
 
 @pytest.mark.parametrize(("name", "N"), CASES)
@@ -82,8 +85,7 @@ def test_each_attention_layer_has_two_all_to_alls_in_each_direction(name: str, N
 
 @pytest.mark.parametrize(
     ("name", "N"),
-    # fewer key heads than ranks on four, the others on two
-    [pytest.param(*case, marks=pytest.mark.slow if case[1] == 4 and "kv2" not in case[0] else ()) for case in CASES],
+    tiered(CASES, quick=[("llama", 2)]),
 )
 def test_real_ranks_send_what_the_graph_says(name: str, N: int) -> None:
     for result in one_layer_on_ranks(name, N):
@@ -92,7 +94,8 @@ def test_real_ranks_send_what_the_graph_says(name: str, N: int) -> None:
             assert [(c.name, c.sent_bytes) for c in collectives] == plan
 
 
-@pytest.mark.parametrize("N", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [2, 4])
 def test_repeated_keys_cost_no_more_than_keys_as_they_are(N: int) -> None:
     def sent(name: str) -> list[Ran]:
         return [c for c in one_layer_on_ranks(name, N)[0].forward if c.name == "all_to_all_single"]

@@ -22,6 +22,7 @@ from tests.collective_counts import CountCollectives, by_message
 from tests.gloo_pool import get_pool
 from tests.models import HEADS, HIDDEN, LAYERS, Inputs, build
 from tests.shapes import build_shape
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -119,6 +120,7 @@ def test_one_mesh_dim(strategy: Strategy, N: int, K: int, dtype: torch.dtype) ->
     assert sent(explained(strategy, N, K, dtype)) == [*forward, _floored(loss), *backward, gradients]
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize(("R", "U", "K"), [(2, 2, 2), (4, 2, 2), (2, 4, 8), (2, 4, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_mesh_dims(R: int, U: int, K: int, dtype: torch.dtype) -> None:
@@ -188,7 +190,10 @@ def _ran(model: nn.Module, inputs: Inputs) -> Sent:
 
 @pytest.mark.parametrize(
     ("N", "seq_len", "num_layers", "strategies"),
-    [(2, 16, 2, [Ring(), AllGatherKV(regather=True)]), (4, 21, 1, [Ring(), USP(2, 2)])],
+    tiered(
+        [(2, 16, 2, [Ring(), AllGatherKV(regather=True)]), (4, 21, 1, [Ring(), USP(2, 2)])],
+        quick=[(2, 16, 2, [Ring(), AllGatherKV(regather=True)])],
+    ),
     ids=["even", "uneven"],
 )
 def test_real_ranks_send_what_is_explained(N: int, seq_len: int, num_layers: int, strategies: list[Strategy]) -> None:

@@ -71,6 +71,7 @@ def _rewrite(program: Callable[[Tensor], Tensor], **options: Any) -> sptransform
     return sptransform.rewrite(Model(), "ulysses", (inputs(),), world_size=2, **options)
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize(
     "program",

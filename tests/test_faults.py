@@ -32,11 +32,12 @@ from sptransform.ops import exchanges
 from tests.gloo_pool import PRELOAD
 from tests.golden import Golden
 from tests.models import Inputs
+from tests.tiers import tiered
 from tests.tiny import AttentionWithLoss, token_inputs
 
 pytestmark = pytest.mark.timeout(180)
 
-SEEDS, USUAL, NUM_SOFT = range(10), range(7), 4  # the others behind `make slow`
+SEEDS, QUICK, NUM_SOFT = range(10), (0, 3, 6), 4
 CHECK_TIMEOUT = 4.0  # of ranks that wait for one that does not come; more than their compiles differ by
 NAMED_WITHIN = 5.0  # seconds after a rank was killed
 TOGETHER_WITHIN = 10.0  # seconds between the first and the last rank's error: the last may have to compile first
@@ -309,7 +310,7 @@ def run(scenario: Scenario, directory: Path) -> list[list[dict[str, Any]]]:
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.mark.parametrize("seed", [s if s in USUAL else pytest.param(s, marks=pytest.mark.slow) for s in SEEDS])
+@pytest.mark.parametrize("seed", tiered(SEEDS, quick=QUICK))
 def test_every_rank_raises_and_names_the_one_at_fault(seed: int, tmp_path: Path, golden: Golden) -> None:
     scenario = Scenario.of(seed)
     outcomes = run(scenario, tmp_path)
@@ -343,12 +344,12 @@ def test_every_rank_raises_and_names_the_one_at_fault(seed: int, tmp_path: Path,
 def test_there_are_fifty_faults_of_all_kinds() -> None:
     scenarios = [Scenario.of(seed) for seed in SEEDS]
     assert sum(len(scenario.soft) + 1 for scenario in scenarios) == 50
-    usual = [scenarios[seed] for seed in USUAL]
-    assert {fault.kind for scenario in usual for fault in scenario.soft} == set(SOFT)
-    assert {scenario.hard.kind for scenario in usual} == set(HARD)
-    assert {scenario.num_ranks for scenario in usual} == {2, 3, 4}
-    assert {scenario.store for scenario in usual} == {"file", "tcp"}
-    assert any(scenario.hard.victim == 0 and scenario.store == "tcp" for scenario in usual)
+    assert {scenario.hard.kind for scenario in scenarios} == set(HARD)
+    quick = [scenarios[seed] for seed in QUICK]
+    assert {fault.kind for scenario in quick for fault in scenario.soft} == set(SOFT)
+    assert {scenario.num_ranks for scenario in quick} == {2, 3, 4}
+    assert {scenario.store for scenario in quick} == {"file", "tcp"}
+    assert any(scenario.hard.victim == 0 and scenario.store == "tcp" for scenario in quick)
 
 
 def host_a_store(ready: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -29,6 +28,7 @@ from tests.gloo_pool import get_pool
 from tests.golden import Golden
 from tests.graphs import while_captured
 from tests.models import Inputs, build
+from tests.tiers import tiered
 from tests.tiny import AttentionWithLoss, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(180)
@@ -50,13 +50,16 @@ def program_of(model: nn.Module, inputs: Inputs, rank: int, world_size: int, **o
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [
-        ("bert", Ulysses()),
-        ("llama", Ulysses()),
-        ("sdpa_transformer", Ulysses()),
-        ("sdpa_transformer", Ring()),
-        ("sdpa_transformer", USP(2, 2)),
-    ],
+    tiered(
+        [
+            ("bert", Ulysses()),
+            ("llama", Ulysses()),
+            ("sdpa_transformer", Ulysses()),
+            ("sdpa_transformer", Ring()),
+            ("sdpa_transformer", USP(2, 2)),
+        ],
+        quick=[("sdpa_transformer", Ulysses()), ("sdpa_transformer", USP(2, 2))],
+    ),
     ids=str,
 )
 def test_a_program_is_the_same_on_every_rank(name: str, strategy: Strategy) -> None:
@@ -120,11 +123,10 @@ def agreement() -> Agreement:
     return found
 
 
-def caught(call: Callable[[], Any]) -> tuple[str, str, float]:
-    start = time.monotonic()
+def caught(call: Callable[[], Any]) -> tuple[str, str]:
     with pytest.raises(RankError) as error:
         call()
-    return type(error.value).__name__, str(error.value), time.monotonic() - start
+    return type(error.value).__name__, str(error.value)
 
 
 def goes_on_after_errors(rank: int, world_size: int) -> list[str]:
@@ -150,18 +152,21 @@ def test_ranks_go_on_after_errors(world_size: int) -> None:
     assert found[2:] == found[:1] * (world_size - 2)
 
 
-def comes_late(rank: int, world_size: int) -> tuple[str, str, float]:
+def comes_late(rank: int, world_size: int) -> tuple[str, str]:
+    """Rank 1 comes once the others have given up; it would wait for longer than the test may take."""
+    store = dist.group.WORLD.get_group_store()
     if rank == 1:
-        time.sleep(1.5)
-    return caught(lambda: agreement().agree(ONE, "forward", 0.5))
+        store.wait(["gave up 0", "gave up 2"])
+    found = caught(lambda: agreement().agree(ONE, "forward", 0.5 if rank != 1 else 600))
+    store.set(f"gave up {rank}", "")
+    return found
 
 
 def test_a_rank_that_comes_late_is_told_what_the_others_were(golden: Golden) -> None:
     found = get_pool(3).run(comes_late)
-    assert {kind for kind, _, _ in found} == {"RankMissingError"}
-    (message,) = {message for _, message, _ in found}
+    ((kind, message),) = set(found)
+    assert kind == "RankMissingError"
     golden.check("agreement_missing", message=message)
-    assert found[0][2] < 1.5 and found[1][2] < 0.5
 
 
 def tells_an_error_once(rank: int, world_size: int) -> str:
@@ -265,6 +270,7 @@ def calls_of_all_kinds(rank: int, world_size: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_each_graph_is_agreed_on_at_each_call() -> None:
     first, second = get_pool(2).run(calls_of_all_kinds)
     assert first == second
@@ -282,9 +288,9 @@ def test_each_graph_is_agreed_on_at_each_call() -> None:
     }
 
 
-def differs_on_a_cache_hit(rank: int, world_size: int) -> list[tuple[str, str, float]]:
-    """Both graphs are compiled on both ranks; then the ranks run one each."""
-    model = parallel(attention_with_loss())
+def differs_on_a_cache_hit(rank: int, world_size: int) -> list[tuple[str, str]]:
+    """Both graphs are compiled on both ranks; then the ranks run one each, and neither waits for its time-out."""
+    model = parallel(attention_with_loss(), check_timeout=600)
     short = {name: x[:, :8] for name, x in token_inputs().items()}
     for inputs in (token_inputs(), short):
         model(**inputs).backward()
@@ -295,14 +301,13 @@ def differs_on_a_cache_hit(rank: int, world_size: int) -> list[tuple[str, str, f
 
 def test_a_difference_between_compiled_graphs_is_seen() -> None:
     found = get_pool(2).run(differs_on_a_cache_hit)
-    assert found[0][0][:2] == found[1][0][:2]
-    for ((kind, message, seconds),) in found:
-        assert kind == "ScheduleMismatchError"
-        assert "%tokens" in message and "i64[2,16]" in message and "now for 8" in message
-        assert seconds < 1.0
+    assert found[0] == found[1]
+    ((kind, message),) = found[0]
+    assert kind == "ScheduleMismatchError"
+    assert "%tokens" in message and "i64[2,16]" in message and "now for 8" in message
 
 
-def differs_in_length(rank: int, world_size: int) -> list[tuple[str, str, float]]:
+def differs_in_length(rank: int, world_size: int) -> list[tuple[str, str]]:
     """One graph serves both lengths."""
     model = parallel(attention_with_loss())
     for length in (16, 8, 12):
@@ -315,7 +320,7 @@ def differs_in_length(rank: int, world_size: int) -> list[tuple[str, str, float]
 
 def test_a_difference_in_length_is_seen(golden: Golden) -> None:
     (first,), (second,) = get_pool(2).run(differs_in_length)
-    assert first[:2] == second[:2]
+    assert first == second
     golden.check("mismatch_length", message=first[1])
 
 
@@ -343,24 +348,21 @@ def test_groups_agree_on_their_own() -> None:
     assert len({loss for losses in found for loss in losses}) == 1
 
 
-def is_interruptible(rank: int, world_size: int) -> float:
-    """A rank that waits is in Python, so that Ctrl-C ends it."""
+def is_interruptible(rank: int, world_size: int) -> None:
+    """A rank that waits is in Python, so that Ctrl-C ends it; else it would wait for longer than the test may take."""
     if rank == 1:
-        time.sleep(1.0)
-        return 0.0
+        return
     import _thread
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process was used for before
-    threading.Timer(0.3, _thread.interrupt_main).start()
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        agreement().agree(ONE, "forward", 60)
-    return time.monotonic() - start
+        threading.Timer(0.3, _thread.interrupt_main).start()
+        agreement().agree(ONE, "forward", 600)
 
 
 def test_waiting_can_be_interrupted() -> None:
     get_pool(2).stop()  # of a process with a long past, Python may be collecting garbage when the interrupt comes
-    assert get_pool(2).run(is_interruptible)[0] < 1.0
+    get_pool(2).run(is_interruptible)
     get_pool(2).stop()  # the ranks are out of step now
 
 

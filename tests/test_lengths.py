@@ -53,26 +53,21 @@ def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_com
             assert_equal_to_one_device(run_one_device(model, inputs), result, MODELS[name].tolerance)
 
 
-_NAMES = ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"]
-_USUAL = {(2, "llama"), (4, "torch_encoder")}
-_CASES = [
-    pytest.param(num_ranks, name, marks=() if (num_ranks, name) in _USUAL else pytest.mark.slow)
-    for num_ranks in (2, 4)
-    for name in _NAMES
-]
-
-
-@pytest.mark.parametrize(("num_ranks", "name"), _CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_five_lengths_compile_at_most_twice(name: str, num_ranks: int) -> None:
     """Torch makes the length symbolic at its second value, and the graph of it serves all the others."""
     lengths = random.Random(num_ranks).sample(range(2 * num_ranks, 129, num_ranks), 5)
     assert_lengths_equal(name, num_ranks, lengths, most_compiles=2)
 
 
+@pytest.mark.slow
 def test_a_length_the_ranks_do_not_share_evenly_is_compiled_for_itself() -> None:
     assert_lengths_equal("llama_nocache", 3, [63, 61, 30], most_compiles=3)
 
 
+@pytest.mark.slow
 def test_a_clipped_sequence_is_compiled_for_every_length() -> None:
     """``x[:, :-1]`` gives the last rank one less: sizes in its graph are those of one length."""
     assert_lengths_equal("sdpa_transformer", 2, [64, 32, 48], most_compiles=3)

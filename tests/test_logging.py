@@ -58,12 +58,14 @@ def test_graphs_after_every_pass_at_debug(debugged: Debugged) -> None:
         assert f"after {name}:" in debugged.log
 
 
+@pytest.mark.slow
 def test_info_has_no_graphs() -> None:
     shown = run(TORCH_LOGS="sptransform")
     assert " collectives forward" in shown
     assert "after Place:" not in shown
 
 
+@pytest.mark.slow
 def test_silent_without_torch_logs() -> None:
     assert " collectives forward" not in run()
 

@@ -19,8 +19,9 @@ from torch.nn import functional
 from sptransform import MegatronSP, annotations
 from sptransform.rewrite import Rewritten, rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
-from tests.models import FLOAT64, HIDDEN, LAYERS, MODELS, VOCAB, build, usually
-from tests.rewritten import Asked, on_pretended_ranks
+from tests.models import FLOAT64, HIDDEN, LAYERS, MODELS, VOCAB, build
+from tests.rewritten import Asked, model_on_pretended_ranks, on_pretended_ranks
+from tests.tiers import tiered
 
 B, S, H, D = 2, 24, 4, 4
 WIDTH = H * D
@@ -28,14 +29,17 @@ ASKED = [Asked(n, MegatronSP()) for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(
-    "name", usually("bert", "gpt2", "gpt_neox", "llama_mha_kv2", "qwen3", "sdpa_transformer", "torch_encoder")
+    ("name", "asked"),
+    tiered(
+        [(name, asked) for name in MODELS for asked in ASKED],
+        quick=[("gpt2", ASKED[0]), ("llama_mha_kv2", ASKED[1]), ("torch_encoder", ASKED[1]), ("qwen3", ASKED[0])],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("sizes", [(2, 3), pytest.param((4,), marks=pytest.mark.slow)], ids=str)
-def test_models(name: str, sizes: tuple[int, ...]) -> None:
-    asked = [each for each in ASKED if each.num_ranks in sizes]
-    for ranks in on_pretended_ranks(*build(name), asked).values():
-        for result in ranks.results():
-            assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
+def test_models(name: str, asked: Asked) -> None:
+    (ranks,) = model_on_pretended_ranks(name, [asked]).values()
+    for result in ranks.results():
+        assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
 
 
 class Block(nn.Module):
@@ -144,16 +148,18 @@ def block_of(name: str) -> tuple[Block, dict[str, Tensor]]:
     return block, {"ids": ids, "labels": labels}
 
 
+@pytest.mark.covering(ways=1)
+@pytest.mark.parametrize("asked", ASKED, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(name: str) -> None:
+def test_blocks(name: str, asked: Asked) -> None:
     block, inputs = block_of(name)
     reference = run_one_device(block, inputs)
-    for ranks in on_pretended_ranks(block, inputs, ASKED).values():
-        for result in ranks.results():
-            assert_equal_to_one_device(reference, result, FLOAT64)
+    (ranks,) = on_pretended_ranks(block, inputs, [asked]).values()
+    for result in ranks.results():
+        assert_equal_to_one_device(reference, result, FLOAT64)
 
 
-@pytest.mark.parametrize("length", [23, 5, 3])
+@pytest.mark.parametrize("length", tiered([23, 5, 3], quick=[5]))
 def test_lengths_that_do_not_divide(length: int) -> None:
     block, inputs = block_of("6 query heads, 2 key heads")
     inputs = {key: x[:, :length] for key, x in inputs.items()}
@@ -204,8 +210,13 @@ def sent(graph: Rewritten, layer: str) -> Counter[tuple[str, str]]:
     return Counter((c.direction, c.kind) for c in graph.collectives() if c.layer.startswith(layer))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("name", ["llama_nocache", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    tiered(
+        [(name, n) for name in ("llama_nocache", "gpt2", "opt") for n in (2, 4)],
+        quick=[("llama_nocache", 4), ("gpt2", 2)],
+    ),
+)
 def test_messages_and_bytes_of_a_layer(name: str, num_ranks: int) -> None:
     """numbers.md: 4 BSh(N-1)/N elements forward; backward 6 where the gathered is gathered again, else 4."""
     model, inputs = build(name)
@@ -244,7 +255,7 @@ def test_no_rank_has_all_logits(num_ranks: int) -> None:
     assert largest == B * S * -(-VOCAB // num_ranks)
 
 
-@pytest.mark.parametrize("name", ["llama_nocache", "opt"])
+@pytest.mark.parametrize("name", tiered(["llama_nocache", "opt"], quick=["llama_nocache"]))
 def test_what_is_scattered_comes_from_a_linear(name: str) -> None:
     """Between linears everything is sharded on the sequence: no residual addition is of pending sums."""
     model, inputs = build(name)

@@ -24,17 +24,13 @@ from tests.collective_counts import by_message
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device, run_parallel
 from tests.gloo_pool import get_pool
 from tests.models import MODELS, Inputs, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(300)
 
 RANKS = dict.fromkeys(MODELS, (2,)) | {"gpt2": (3,), "llama_mha_kv2": (4,), "sdpa_transformer": (2, 3, 4)}
 # lockstep has them all
-USUAL = {("bert", 2), ("gpt2", 3), ("llama_mha_kv2", 4), ("sdpa_transformer", 2), ("torch_encoder", 2)}
-CASES = [
-    pytest.param(name, n, marks=() if (name, n) in USUAL else pytest.mark.slow)
-    for name, sizes in RANKS.items()
-    for n in sizes
-]
+CASES = tiered([(name, n) for name, sizes in RANKS.items() for n in sizes], quick=[("sdpa_transformer", 2)])
 INDUCTOR_TOLERANCE = 1e-5
 
 
@@ -45,12 +41,14 @@ def test_equals_one_device(name: str, world_size: int) -> None:
         assert sum(collective.sent_bytes for collective in result.forward) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_equals_one_device_under_inductor() -> None:
     for result in get_pool(2).run(run_parallel, "llama", "megatron", "inductor", torch.float32, 1, timeout=240):
         assert_equal_to_one_device(one_device("llama", torch.float32, 1), result, INDUCTOR_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_parameters_in_parts_under_ring() -> None:
     for result in get_pool(3).run(run_parallel, "gpt2", "ring", "aot_eager", shard_parameters=True, timeout=180):
         assert_equal_to_one_device(one_device("gpt2"), result, MODELS["gpt2"].tolerance)
@@ -91,18 +89,22 @@ def assert_sent_as_explained(ranks: list[Sent], name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy", "options"),
-    [
-        ("llama_nocache", MegatronSP(), {}),
-        ("llama_nocache", MegatronSP(regather=False), {}),
-        pytest.param("gpt2", MegatronSP(), {}, marks=pytest.mark.slow),
-        ("bert", Ulysses(), {"shard_parameters": True}),
-    ],
+    tiered(
+        [
+            ("llama_nocache", MegatronSP(), {}),
+            ("llama_nocache", MegatronSP(regather=False), {}),
+            ("gpt2", MegatronSP(), {}),
+            ("bert", Ulysses(), {"shard_parameters": True}),
+        ],
+        quick=[("llama_nocache", MegatronSP(), {})],
+    ),
     ids=str,
 )
 def test_what_is_explained_is_sent(name: str, strategy: Strategy, options: dict[str, Any]) -> None:
     assert_sent_as_explained(get_pool(2).run(sent_and_explained, name, strategy, options, timeout=180), name)
 
 
+@pytest.mark.slow
 def test_parameters_in_parts_over_two_mesh_dims() -> None:
     """Under USP by the ring's ranks, and each part by those of Ulysses: gathered in turn."""
     options = {"shard_parameters": True}
@@ -130,7 +132,7 @@ def kept(rank: int, world_size: int, early: bool) -> dict[str, tuple[int, int, i
     return found
 
 
-@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("early", tiered([True, False], quick=[False]))
 def test_every_rank_keeps_its_share(early: bool) -> None:
     """Vocabulary of 97 over 2 ranks is 49 and 48; all else is cut evenly, but for the norms, which are whole."""
     for found in get_pool(2).run(kept, early, timeout=180):
@@ -204,6 +206,7 @@ def saved(rank: int, world_size: int, strategy: Strategy, options: dict[str, Any
     return sum(found), weights
 
 
+@pytest.mark.slow
 def test_whole_parameters_are_not_saved() -> None:
     """A linear saves its weight for its backward: now the rank's half of it."""
     parts = get_pool(2).run(saved, Ulysses(), {"shard_parameters": True}, timeout=120)
@@ -212,6 +215,7 @@ def test_whole_parameters_are_not_saved() -> None:
         assert more - less >= weights // 2
 
 
+@pytest.mark.slow
 def test_what_linears_gathered_is_not_saved() -> None:
     """Two linears of a layer, and the head, read [2, 64, 64]; half of it is the rank's own."""
     again = get_pool(2).run(saved, MegatronSP(), {}, timeout=120)
@@ -244,7 +248,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def parallel_training(
     rank: int, world_size: int, strategy: str, options: dict[str, Any], load: str | None, save: str | None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    model, inputs = build("sdpa_transformer")
+    model, inputs = build("sdpa_transformer", layers=1)
     inputs_now = {"inputs": inputs} if strategy == "megatron" else {}
     sptransform.parallelize(model, strategy, backend="aot_eager", **options, **inputs_now)
     optimizer = adamw(model)
@@ -270,11 +274,13 @@ def assert_close(got: tuple[list[float], dict[str, Tensor]], losses: list[float]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options"), [("megatron", {}), ("ulysses", {"shard_parameters": True})], ids=["megatron", "zero"]
+    ("strategy", "options"),
+    tiered([("megatron", {}), ("ulysses", {"shard_parameters": True})], quick=[("megatron", {})]),
+    ids=["megatron", "zero"],
 )
 def test_training_goes_on_elsewhere(strategy: str, options: dict[str, Any], tmp_path: Path) -> None:
     """5 steps on 2 ranks are those of one device; 5 more are, on 3 ranks and in the plain model."""
-    model, inputs = build("sdpa_transformer")
+    model, inputs = build("sdpa_transformer", layers=1)
     optimizer = adamw(model)
     first = train(model, optimizer, inputs)
     middle = copy.deepcopy(model)
@@ -284,7 +290,7 @@ def test_training_goes_on_elsewhere(strategy: str, options: dict[str, Any], tmp_
         assert_close(got, first, middle)
     for got in get_pool(3).run(parallel_training, strategy, options, folder, None, timeout=180):
         assert_close(got, second, model)
-    plain, inputs = build("sdpa_transformer")
+    plain, inputs = build("sdpa_transformer", layers=1)
     optimizer = adamw(plain)
     resume(plain, optimizer, folder)
     assert train(plain, optimizer, inputs) == pytest.approx(second, rel=1e-10)
@@ -306,6 +312,7 @@ def checkpointed_and_generating(
     return result, tokens
 
 
+@pytest.mark.slow
 def test_checkpointing_and_generation() -> None:
     assert_trained_and_generated(get_pool(2).run(checkpointed_and_generating, timeout=180))
 

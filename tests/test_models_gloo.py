@@ -16,6 +16,7 @@ from tests.equality import (
 )
 from tests.gloo_pool import get_pool
 from tests.models import MODELS
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -24,14 +25,11 @@ INDUCTOR_TOLERANCE = 1e-5
 VISIBLE = 100.0
 
 
-# every model on 2 ranks, some on one and on 4; the rest behind `make slow`
-USUAL = {(2, name) for name in MODELS} | {(1, name) for name in ("bert", "llama", "sdpa_transformer")}
-USUAL.add((4, "llama_mha_kv2"))
-CASES = [
-    pytest.param(world_size, name, marks=() if (world_size, name) in USUAL else pytest.mark.slow)
-    for world_size in (1, 2, 4)
-    for name in MODELS
-]
+# all of them are in lockstep too
+CASES = tiered(
+    [(world_size, name) for world_size in (1, 2, 4) for name in MODELS],
+    quick=[(1, "sdpa_transformer"), (2, "llama"), (2, "sdpa_transformer")],
+)
 
 
 @pytest.mark.parametrize(("world_size", "name"), CASES)
@@ -43,7 +41,8 @@ def test_ulysses_equals_one_device(world_size: int, name: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["llama", pytest.param("sdpa_transformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "sdpa_transformer"])
 def test_ulysses_under_inductor_equals_one_device(name: str) -> None:
     results = get_pool(2).run(run_parallel, name, "ulysses", "inductor", torch.float32, 1, timeout=240)
     for result in results:

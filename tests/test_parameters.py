@@ -23,6 +23,7 @@ from tests.collective_counts import CountCollectives
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device, run_parallel
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, MODELS, build
+from tests.tiers import tiered
 from tests.tiny import Attention, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(240)
@@ -65,7 +66,7 @@ class Manifold(Attention):
 # --- the same training ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", tiered(RANKS, quick=["bert"]))
 def test_equals_one_device(name: str) -> None:
     for result in get_pool(RANKS[name]).run(run_parallel, name, "ulysses", "aot_eager", shard_parameters=True):
         assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
@@ -83,7 +84,7 @@ def manifold(rank: int, world_size: int) -> tuple[Result, dict[str, Any]]:
     return result, {name: (p.placements[0], p.requires_grad, p.to_local().numel()) for name, p in named}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", tiered([2, 3], quick=[2]))
 def test_every_way_to_have_parameters(world_size: int) -> None:
     expected = run_one_device(tiny(Manifold), token_inputs())
     sizes = {name: p.numel() for name, p in tiny(Manifold).named_parameters()}
@@ -115,7 +116,8 @@ def modes(rank: int, world_size: int, strategy: str) -> list[tuple[Tensor, int]]
     return found
 
 
-@pytest.mark.parametrize("strategy", ["megatron", pytest.param("ulysses", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["megatron", "ulysses"])
 def test_evaluation_comes_first(strategy: str) -> None:
     model, inputs = build("sdpa_transformer", layers=1)
     expected = [model(**{name: x[:, :n] for name, x in inputs.items()}).detach() for n in (64, 64, 64, 32)]
@@ -136,7 +138,7 @@ def generates(rank: int, world_size: int, strategy: str) -> Tensor:
     return after
 
 
-@pytest.mark.parametrize("strategy", ["megatron", "ulysses"])
+@pytest.mark.parametrize("strategy", tiered(["megatron", "ulysses"], quick=["megatron"]))
 def test_generation(strategy: str) -> None:
     model, inputs = build("llama", layers=1)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -155,6 +157,7 @@ def with_fsdp(rank: int, world_size: int, strategy: str) -> Result:
     return run_one_device(model, {name: x.chunk(2)[mesh["data"].get_local_rank()] for name, x in inputs.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["megatron", "ulysses"])
 def test_fsdp_over_parts(strategy: str) -> None:
     batches = [{name: x.chunk(2)[i] for name, x in token_inputs().items()} for i in range(2)]
@@ -203,6 +206,7 @@ def copies(rank: int, world_size: int) -> list[tuple[Result, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_copies() -> None:
     """A copy keeps parts too; whoever wants it to run says how, as of every copy."""
     expected = run_one_device(tiny(Manifold), token_inputs())

@@ -15,6 +15,7 @@ import sptransform
 from tests.collective_counts import CountCollectives
 from tests.gloo_pool import get_pool
 from tests.models import HIDDEN, VOCAB, CausalBlock
+from tests.tiers import tiered
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -101,7 +102,7 @@ def piped(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "length"), [("ring", 30), ("megatron", 32), pytest.param("ulysses", 32, marks=pytest.mark.slow)]
+    ("strategy", "length"), tiered([("ring", 30), ("megatron", 32), ("ulysses", 32)], quick=[("ring", 30)])
 )
 def test_three_steps_are_those_of_one_device(strategy: str, length: int) -> None:
     losses, expected = one_device(length)

@@ -14,6 +14,7 @@ from tests.collective_counts import CountCollectives
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import HIDDEN, MODELS, CausalBlock, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -56,14 +57,17 @@ def shared(
 
 @pytest.mark.parametrize(
     ("kind", "strategy", "placement", "lengths"),
-    [
-        (CausalBlock, "ulysses", Shard(1), (8, 12, 7)),
-        (CausalBlock, "ring", Shard(1), (8, 7)),
-        (CausalBlock, "megatron", Shard(1), (8,)),
-        (CausalBlock, "ulysses", Shard(0), (8,)),
-        (CausalBlock, "ulysses", Replicate(), (8,)),
-        (Feed, "ulysses", Shard(1), (8,)),
-    ],
+    tiered(
+        [
+            (CausalBlock, "ulysses", Shard(1), (8, 12, 7)),
+            (CausalBlock, "ring", Shard(1), (8, 7)),
+            (CausalBlock, "megatron", Shard(1), (8,)),
+            (CausalBlock, "ulysses", Shard(0), (8,)),
+            (CausalBlock, "ulysses", Replicate(), (8,)),
+            (Feed, "ulysses", Shard(1), (8,)),
+        ],
+        quick=[(CausalBlock, "ring", Shard(1), (8, 7)), (Feed, "ulysses", Shard(1), (8,))],
+    ),
     ids=str,
 )
 def test_equals_one_device(
@@ -96,6 +100,7 @@ def whole_model(rank: int, world_size: int, name: str) -> Result:
     return run_one_device(model, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdpa_transformer", "bert"])
 def test_tokens_and_labels_in_parts(name: str) -> None:
     for result in get_pool(2).run(whole_model, name, timeout=150):
@@ -113,6 +118,7 @@ def many(rank: int, world_size: int) -> float:
     return float((x.full_tensor() - expected).abs().max())
 
 
+@pytest.mark.slow
 def test_many_modules() -> None:
     assert max(get_pool(2).run(many, timeout=150)) < 1e-12
 
@@ -146,7 +152,8 @@ def across(rank: int, world_size: int, strategy: object) -> tuple[list[str], Ten
     return [str(placement) for placement in hidden.placements], out.detach().full_tensor(), whole
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("usp", marks=pytest.mark.slow), ("ring", "megatron")], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["usp", ("ring", "megatron")], ids=str)
 def test_over_two_mesh_dims(strategy: object) -> None:
     torch.manual_seed(0)
     blocks = [CausalBlock().double() for _ in range(2)]

@@ -10,6 +10,7 @@ from sptransform.ops.simulation import register
 from tests.equality import assert_equal_to_one_device, one_device
 from tests.models import MODELS
 from tests.rewritten import run_on_ranks, simulated_graph
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -22,9 +23,13 @@ def _ops_know_the_simulation() -> None:
     register()
 
 
-# at 2 ranks the same models run on real ones
-@pytest.mark.parametrize("num_ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in UNEVEN])
+CASES = [(name, num_ranks) for name in MODELS if name not in UNEVEN for num_ranks in (2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    tiered(CASES, quick=[("bert", 2), ("gpt2", 4), ("llama_mha_kv2", 8), ("llama_nocache", 4), ("opt", 2)]),
+)
 def test_rewritten_graph_equals_one_device(name: str, num_ranks: int) -> None:
     results = run_on_ranks(simulated_graph(name, num_ranks), num_ranks)
     assert len(results) == num_ranks

@@ -14,6 +14,7 @@ from sptransform.strategies import USP, AllGatherKV, Ring, Strategy
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, MODELS, VOCAB, build
+from tests.tiers import tiered
 from tests.tiny import Attention, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(240)
@@ -95,7 +96,7 @@ def logits(rank: int, world_size: int, length: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("length", [16, 13])
+@pytest.mark.parametrize("length", tiered([16, 13], quick=[13]))
 def test_logits_are_in_order(length: int) -> None:
     """Sequences come back in the order of the input, whatever the ranks computed with: cut as DTensor says."""
     expected = logits_model()(tokens(length)).detach()
@@ -132,7 +133,9 @@ def lengths(rank: int, world_size: int, asked: list[int]) -> tuple[list[Result],
     return results, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("asked", "most"), [([16, 32, 24, 8], 2), ([16, 18, 32], 3)], ids=str)
+@pytest.mark.parametrize(
+    ("asked", "most"), tiered([([16, 32, 24, 8], 2), ([16, 18, 32], 3)], quick=[([16, 32, 24, 8], 2)]), ids=str
+)
 def test_lengths(asked: list[int], most: int) -> None:
     """One graph serves all lengths that fold into zigzag on all ranks alike; others are compiled for themselves."""
     for results, num_compiles in get_pool(2).run(lengths, asked):

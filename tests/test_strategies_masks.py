@@ -78,6 +78,7 @@ def test_models_with_masks(make: Callable[[], Any]) -> None:
             assert_equal_to_one_device(reference, result, MODELS["llama"].tolerance)
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("num_keys", [4, 9])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_attention_to_another_sequence(strategy: Strategy, num_keys: int) -> None:
@@ -147,6 +148,7 @@ def test_dropout_of_attention(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(rows.unique(dim=0)) == len(rows)
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("strategy", [Ring(), AllGatherKV(), USP(2, 2)], ids=str)
 @pytest.mark.parametrize(
     "mask",

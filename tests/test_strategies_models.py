@@ -5,7 +5,6 @@ In lockstep, in one process; some of it on real ranks is in `tests/test_strategi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import pytest
@@ -16,9 +15,10 @@ from torch.nn import functional
 from sptransform.strategies import USP, AllGatherKV, Ring, Strategy
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
 from tests.graphs import assert_ranks_equal_one_device, run_once
-from tests.models import FLOAT64, MODELS, build, usually
-from tests.rewritten import Asked, Ranks, function_on_ranks, on_pretended_ranks
+from tests.models import FLOAT64, MODELS
+from tests.rewritten import Asked, function_on_ranks, model_on_pretended_ranks, on_pretended_ranks
 from tests.shapes import build_shape
+from tests.tiers import tiered
 
 # of 64 tokens: shared evenly, but by models that clip one off
 EVERY_MODEL = [Asked(4, Ring()), Asked(2, Ring("contiguous")), Asked(2, AllGatherKV()), Asked(4, USP(2, 2))]
@@ -29,22 +29,22 @@ def asked_of(name: str) -> list[Asked]:
     return EVERY_MODEL + (MORE if name == "sdpa_transformer" else [])
 
 
-@functools.lru_cache(maxsize=1)
-def ranks_of(name: str) -> dict[Asked, Ranks]:
-    return on_pretended_ranks(*build(name), asked_of(name))
+CASES = [(name, asked) for name in MODELS for asked in asked_of(name)]
+# every strategy with a model of its own, and what is asked of one model only
+QUICK = [
+    ("llama_padded", EVERY_MODEL[0]),
+    ("gpt_neox", EVERY_MODEL[1]),
+    ("bert", EVERY_MODEL[2]),
+    ("qwen3", EVERY_MODEL[3]),
+    ("sdpa_transformer", MORE[0]),
+    ("sdpa_transformer", MORE[3]),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        pytest.param(*model.values, asked, marks=model.marks)
-        for model in usually("bert", "gpt_neox", "llama_mha_kv2", "llama_padded", "qwen3", "sdpa_transformer")
-        for asked in asked_of(*model.values)
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "asked"), tiered(CASES, quick=QUICK), ids=str)
 def test_models(name: str, asked: Asked) -> None:
-    for result in ranks_of(name)[asked].results():
+    (ranks,) = model_on_pretended_ranks(name, [asked]).values()
+    for result in ranks.results():
         assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)
 
 
@@ -53,10 +53,9 @@ SHAPES = [(63, 1, (7, 1)), (37, 2, (8, 2)), (5, 1, (6, 2)), (3, 2, (3, 1))]
 ON_FOUR = [Asked(4, x) for x in (Ring(), AllGatherKV("contiguous"), Ring(kv="allgather"), USP(2, 2))]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_that_do_not_divide(shape: tuple[int, int, tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("length", "batch", "heads"), tiered(SHAPES, quick=SHAPES[2:]))
+def test_shapes_that_do_not_divide(length: int, batch: int, heads: tuple[int, int]) -> None:
     """Fewer tokens than ranks, fewer key heads than ranks, numbers of heads that the ranks of USP do not divide."""
-    length, batch, heads = shape
     model, inputs = build_shape(*heads, batch, length, repeat=batch == 2, num_layers=1)
     reference = run_one_device(model, inputs)
     asked = ON_FOUR[:-1] if length < 5 else ON_FOUR  # two mesh dims ask for two tokens on every rank of the first
@@ -100,6 +99,7 @@ def clipped(x: Tensor) -> Tensor:
     return attend(x)[:, 1:] * 2
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("function", [last_token, front, clipped], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("length", [16, 13, 5])
 def test_ranks_of_a_mesh_dim_may_be_left_with_nothing(function: Callable[[Tensor], Tensor], length: int) -> None:

@@ -13,6 +13,7 @@ from tests.collective_counts import CountCollectives
 from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, VOCAB, CausalTransformer, Inputs, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -45,7 +46,7 @@ class BrokenBeforeTheLoss(Broken):
 
 def broken(make: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return make().double()
+    return make(layers=2 if issubclass(make, Broken) else 1).double()
 
 
 def inputs() -> Inputs:
@@ -64,7 +65,7 @@ def step(rank: int, world_size: int, make: type[nn.Module], plain: bool, **optio
     return Result(result.loss, grads), sum(c.name == "all_to_all_single" for c in counted.collectives)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["parallelize", "backend"])
+@pytest.mark.parametrize("plain", tiered([False, True], quick=[True]), ids=["parallelize", "backend"])
 def test_parts_with_attention_are_sharded_each_and_hand_over_whole_tensors(plain: bool) -> None:
     reference = run_one_device(broken(Broken), inputs())
     for result, num_exchanges in get_pool(2).run(step, Broken, plain):
@@ -120,7 +121,7 @@ def exceeds_the_limit(rank: int, world_size: int, fullgraph: bool) -> int:
     return 5
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", tiered([True, False], quick=[False]))
 def test_the_recompile_limit_is_an_error(fullgraph: bool) -> None:
     assert get_pool(2).run(exceeds_the_limit, fullgraph) == [2, 2]
 

@@ -29,6 +29,7 @@ from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.graphs import captured
 from tests.models import LAYERS, MODELS, CausalTransformer, Inputs, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -180,8 +181,7 @@ ONLY_FOR_EXCHANGES["llama-non-reentrant"] = ONLY_FOR_EXCHANGES["llama"]
 
 
 @pytest.mark.parametrize(
-    "which",
-    ["all", "both", "second", "attention", pytest.param("llama", marks=pytest.mark.slow), "llama-non-reentrant"],
+    "which", tiered(["all", "both", "second", "attention", "llama", "llama-non-reentrant"], quick=["second"])
 )
 def test_recomputes_what_torch_would_and_communicates_no_more(which: str) -> None:
     (alone,) = get_pool(1).run(run, which, False)

@@ -16,6 +16,7 @@ from tests.collective_counts import CountCollectives
 from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, Inputs, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -47,7 +48,8 @@ def by_turns(rank: int, world_size: int, meshes: str) -> list[tuple[Result, set[
     return results
 
 
-@pytest.mark.parametrize("meshes", [pytest.param("same", marks=pytest.mark.slow), "different"])
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", ["same", "different"])
 def test_two_models_by_turns(meshes: str) -> None:
     for results in get_pool(4).run(by_turns, meshes, timeout=180):
         for (result, group_sizes), name in zip(results, ["bert", "sdpa_transformer"] * 2, strict=True):
@@ -67,6 +69,7 @@ def each_its_own(rank: int, world_size: int) -> tuple[str, Result]:
     return name, result
 
 
+@pytest.mark.slow
 def test_groups_with_a_model_each() -> None:
     results = get_pool(4).run(each_its_own, timeout=180)
     assert [name for name, _ in results] == ["bert", "bert", "sdpa_transformer", "sdpa_transformer"]
@@ -111,12 +114,15 @@ def replicated(rank: int, world_size: int, order: str, num_micro: int, strategy:
 
 @pytest.mark.parametrize(
     ("order", "num_micro", "strategy"),
-    [
-        ("parallelize first", 1, "ulysses"),
-        ("parallelize first", 2, "ring"),
-        pytest.param("its module after", 1, "ring", marks=pytest.mark.slow),
-        ("its module after", 2, "ulysses"),
-    ],
+    tiered(
+        [
+            ("parallelize first", 1, "ulysses"),
+            ("parallelize first", 2, "ring"),
+            ("its module after", 1, "ring"),
+            ("its module after", 2, "ulysses"),
+        ],
+        quick=[("its module after", 2, "ulysses")],
+    ),
 )
 def test_ddp_over_dp_x_sp_is_one_device_with_the_global_batch(order: str, num_micro: int, strategy: str) -> None:
     reference = run_one_device(build("sdpa_transformer", layers=1)[0], global_batch())
@@ -151,6 +157,7 @@ def trained_by_ddp(rank: int, world_size: int, strategy: str) -> dict[str, torch
     return {name: x.detach() for name, x in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_three_steps_of_ddp_over_dp_x_sp() -> None:
     model, _ = build("sdpa_transformer", layers=1)
     steps(model, batches())
@@ -202,7 +209,7 @@ def fully_sharded(rank: int, world_size: int, case: str) -> list[Result]:
 
 
 @pytest.mark.parametrize(
-    "case", ["complete gradients", pytest.param("terms of gradients", marks=pytest.mark.slow), "megatron"]
+    "case", tiered(["complete gradients", "terms of gradients", "megatron"], quick=["terms of gradients"])
 )
 def test_fsdp_around_a_parallelized_model(case: str) -> None:
     model, _ = build("sdpa_transformer", layers=1)

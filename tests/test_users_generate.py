@@ -11,6 +11,7 @@ from tests.collective_counts import CountCollectives
 from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import MODELS, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -36,7 +37,7 @@ def generate(rank: int, world_size: int, name: str, **options: object) -> tuple[
     return tokens, [m for m in messages if "cache" in m], len(counted.collectives)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", tiered(["llama", "gpt2"], quick=["llama"]))
 def test_greedy_generation_gives_the_tokens_of_one_device_and_says_that_it_is_not_sharded(name: str) -> None:
     expected = build(name, layers=1)[0].generate(prompt(name), **NEW)
     for tokens, messages, num_collectives in get_pool(2).run(generate, name):
@@ -45,6 +46,7 @@ def test_greedy_generation_gives_the_tokens_of_one_device_and_says_that_it_is_no
         assert len(messages) == 1 and "not sharded" in messages[0]
 
 
+@pytest.mark.slow
 def test_sampling_and_beams_draw_the_same_on_ranks_seeded_alike() -> None:
     for options in ({"do_sample": True, "temperature": 1.0}, {"num_beams": 2}):
         torch.manual_seed(0)
@@ -69,6 +71,7 @@ def trains_after_generating(rank: int, world_size: int) -> tuple[torch.Tensor, t
     return before, after, len(counted.collectives)
 
 
+@pytest.mark.slow
 def test_generating_between_steps_leaves_training_sharded() -> None:
     for before, after, num_collectives in get_pool(2).run(trains_after_generating):
         assert torch.equal(before, after)

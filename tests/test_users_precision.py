@@ -10,6 +10,7 @@ import sptransform
 from tests.equality import Result, assert_equal_to_one_device, one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, Inputs, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -71,12 +72,14 @@ def assert_no_further_than_one_device(results: list[Result], name: str, where: s
 
 
 PLACES = ("around", "inside", "parameters")
-CASES: list[Any] = [("sdpa_transformer", where) for where in PLACES]
-CASES += [pytest.param("llama", where, marks=pytest.mark.slow) for where in PLACES]
+CASES = [(name, where) for name in ("sdpa_transformer", "llama") for where in PLACES]
 
 
 # llama_nocache: its keys are repeated to all heads in the graph, which is rewritten within the region
-@pytest.mark.parametrize(("name", "where"), [*CASES, ("llama_nocache", "inside")])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    tiered([*CASES, ("llama_nocache", "inside")], quick=[("sdpa_transformer", "around"), ("llama_nocache", "inside")]),
+)
 def test_no_further_from_float64_than_one_device(name: str, where: str) -> None:
     assert_no_further_than_one_device(get_pool(2).run(narrow, name, where), name, where)
 
@@ -102,7 +105,7 @@ def scales(rank: int, world_size: int, overflow: bool) -> tuple[Result, float]:
     return scaled(sptransform.parallelize(model, "ulysses", backend="aot_eager"), inputs, overflow=overflow)
 
 
-@pytest.mark.parametrize("overflow", [False, True], ids=["step", "overflow"])
+@pytest.mark.parametrize("overflow", tiered([False, True], quick=[False]), ids=["step", "overflow"])
 def test_a_gradient_scaler_steps_as_on_one_device(overflow: bool) -> None:
     model, inputs = build("sdpa_transformer")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

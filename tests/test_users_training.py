@@ -16,6 +16,7 @@ from tests.collective_counts import CountCollectives
 from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, HEADS, HIDDEN, MODELS, CausalTransformer, Inputs, build
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -59,7 +60,8 @@ def switches(rank: int, world_size: int, outputs: str) -> tuple[list[Any], dict[
     return [(loss.clone(), logits.clone(), *rest) for loss, logits, *rest in found], grads_of(model)
 
 
-@pytest.mark.parametrize("outputs", ["dtensor", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("outputs", ["dtensor", "full"])
 def test_evaluating_between_steps(outputs: str) -> None:
     model, inputs = build("llama", layers=1)
     expected, tolerance = through_modes(model, inputs), MODELS["llama"].tolerance
@@ -92,6 +94,7 @@ def assert_same(first: Result, other: Result) -> None:
         assert torch.equal(grad, other.grads[name]), name
 
 
+@pytest.mark.slow
 def test_twenty_runs_are_the_same_to_the_bit_on_all_ranks() -> None:
     first, second = get_pool(2).run(runs, 20)
     assert len(first) == len(second) == 20
@@ -126,7 +129,7 @@ def accumulates(rank: int, world_size: int, grad_sync: bool) -> Result:
     return result
 
 
-@pytest.mark.parametrize("grad_sync", [True, False])
+@pytest.mark.parametrize("grad_sync", tiered([True, False], quick=[False]))
 def test_accumulated_gradients_are_those_of_one_device(grad_sync: bool) -> None:
     reference = accumulate(build("sdpa_transformer", layers=1)[0])
     for result in get_pool(2).run(accumulates, grad_sync):
@@ -161,7 +164,7 @@ class Dropping(CausalTransformer):
 
 
 def dropping(is_checkpointed: bool) -> tuple[nn.Module, Inputs]:
-    model, inputs = build("sdpa_transformer")
+    model, inputs = build("sdpa_transformer", layers=1)
     model.__class__ = Dropping
     model.is_checkpointed = is_checkpointed
     return parallel(model), inputs
@@ -215,7 +218,7 @@ def slope(rank: int, world_size: int, is_checkpointed: bool) -> tuple[float, flo
     return by_backward, (ahead - behind) / 2, is_same
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("is_checkpointed", tiered([False, True], quick=[True]), ids=["kept", "recomputed"])
 def test_the_backward_sees_the_masks_of_the_forward(is_checkpointed: bool) -> None:
     for by_backward, by_differences, is_same in get_pool(2).run(slope, is_checkpointed):
         assert abs(by_backward - by_differences) < 1e-5 * abs(by_differences)

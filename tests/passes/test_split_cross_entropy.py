@@ -28,6 +28,7 @@ from tests.graphs import (
     while_captured,
 )
 from tests.passes.blocks import HIDDEN, Attention, hidden_states
+from tests.tiers import tiered
 
 aten = torch.ops.aten
 PASS = (SplitCrossEntropy(),)
@@ -78,6 +79,7 @@ def assert_same_meaning(model: Callable[..., Tensor], *inputs: Tensor, tolerance
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 
 
+@pytest.mark.covering(ways=2)
 @REDUCTIONS
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weighted"])
@@ -89,6 +91,7 @@ def test_class_indices(reduction: str, smoothing: float, weight: Tensor | None, 
     assert_same_meaning(lambda x, y: functional.cross_entropy(x, y, **options), logits, labels)
 
 
+@pytest.mark.covering(ways=1)
 @REDUCTIONS
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weighted"])
@@ -98,6 +101,7 @@ def test_class_probabilities(reduction: str, smoothing: float, weight: Tensor | 
     assert_same_meaning(lambda x, y: functional.cross_entropy(x, y, **options), logits, probabilities(ROWS, CLASSES))
 
 
+@pytest.mark.covering(ways=2)
 @REDUCTIONS
 @pytest.mark.parametrize("shape", [(CLASSES,), (2, CLASSES, 3), (2, CLASSES, 3, 4)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -118,6 +122,7 @@ def test_a_class_without_a_chance(smoothing: float) -> None:
     assert_same_meaning(lambda x, y: functional.cross_entropy(x, y, **options), logits, labels)
 
 
+@pytest.mark.covering(ways=1)
 @REDUCTIONS
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1}, {"weight": WEIGHT.bfloat16()}], ids=["plain", "smoothed", "weighted"]
@@ -164,13 +169,16 @@ class Head(nn.Module):
 
 @pytest.mark.parametrize(
     ("num_classes", "kind", "reduction", "smoothing", "is_weighted"),
-    [
-        (12, "indices", "sum", 0.0, False),
-        (13, "indices", "mean", 0.1, True),
-        (13, "indices", "none", 0.1, False),
-        (13, "probabilities", "mean", 0.1, True),
-        (13, "probabilities", "none", 0.0, False),
-    ],
+    tiered(
+        [
+            (12, "indices", "sum", 0.0, False),
+            (13, "indices", "mean", 0.1, True),
+            (13, "indices", "none", 0.1, False),
+            (13, "probabilities", "mean", 0.1, True),
+            (13, "probabilities", "none", 0.0, False),
+        ],
+        quick=[(13, "indices", "mean", 0.1, True), (13, "probabilities", "none", 0.0, False)],
+    ),
 )
 def test_on_a_part_of_the_classes(
     num_classes: int, kind: str, reduction: str, smoothing: float, is_weighted: bool

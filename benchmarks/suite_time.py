@@ -1,0 +1,104 @@
+"""Where the processor time of the tests goes, by kind of work and by file.
+
+    make times                      the quick tier
+    make times ARGS="tests/passes"  any arguments of pytest
+
+py-spy looks at every process of the run 20 times a second. A sample counts for the innermost frame that says what kind
+of work it is, and for the test file whose frame is outermost. Only Python is seen: a C++ compiler that Inductor starts
+is in the total, which is the operating system's, and in no row.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RATE = 20  # samples a second
+# The first line that fits an innermost frame tells its kind.
+KINDS: list[tuple[str, str]] = [
+    ("imports", r"<frozen importlib|forkserver\.py|popen_\w+\.py|spawn\.py"),
+    ("running", r"_aot_autograd/runtime_wrappers|torch/_higher_order_ops/\w+\.py:__call__|tests/lockstep\.py"),
+    ("our retrace", r"sptransform/(capture|functionalize)"),
+    ("verifier", r"sptransform/verifier"),
+    ("passes", r"sptransform/|(^|/)passes/"),
+    ("Inductor", r"torch/_inductor/"),
+    ("AOT", r"torch/_functorch/(_aot_autograd|aot_autograd|partitioners)"),
+    ("Dynamo", r"torch/_dynamo/(?!eval_frame|utils|external_utils|decorators)"),
+    ("models", r"transformers/|tests/(models|tiny|shapes)\.py"),
+    ("garbage collection", r"tests/gloo_pool\.py:_reset"),
+    ("pytest", r"_pytest/(?!python\.py)|pluggy/"),
+]
+OWN_OPS = re.compile(r"sptransform/(ops|agreement|faults)")
+
+
+def kind_of(stack: list[str]) -> str:
+    """Of frames `function (file:line)`, outermost first."""
+    for frame in reversed(stack):
+        if OWN_OPS.search(frame):
+            continue  # runs in every kind of work
+        for kind, pattern in KINDS:
+            if re.search(pattern, frame):
+                return kind
+    return "running"
+
+
+def file_of(stack: list[str]) -> str:
+    for frame in stack:
+        found = re.search(r"tests/(\S*test_\w+\.py)", frame)
+        if found is not None:
+            return found[1]
+    return "(between tests, and processes that start)"
+
+
+def table(title: str, samples: Counter[str], console: Console) -> None:
+    total = samples.total()
+    shown = Table(title, "seconds", "share")
+    for name, count in samples.most_common():
+        shown.add_row(name, f"{count / RATE:.1f}", f"{count / total:.1%}")
+    shown.add_row("all", f"{total / RATE:.1f}", "")
+    console.print(shown)
+
+
+def read(lines: Iterable[str]) -> tuple[Counter[str], Counter[str]]:
+    """Samples by kind and by file, of py-spy's raw format: `frame;frame;frame count`."""
+    kinds: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    for line in lines:
+        stack, _, count = line.rpartition(" ")
+        if not count.isdecimal():
+            continue  # the rest of a process name with line breaks
+        frames = stack.split(";")
+        kinds[kind_of(frames)] += int(count)
+        files[file_of(frames)] += int(count)
+    return kinds, files
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "raw")
+        spy = ["py-spy", "record", "--rate", str(RATE), "--subprocesses", "--nonblocking", "--format", "raw"]
+        start = time.monotonic()
+        command = [*spy, "--output", str(raw), "--", sys.executable, "-m", "pytest", "-q", *sys.argv[1:]]
+        code = subprocess.run(command, check=False).returncode
+        wall, used = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        kinds, files = read(raw.read_text().splitlines())
+    console = Console()
+    table("kind of work", kinds, console)
+    table("test file", files, console)
+    processor = used.ru_utime + used.ru_stime
+    console.print(f"{processor:.0f} s of processor time (py-spy's included), {wall:.0f} s of wall time")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""See the package. The mistakes of a run are drawn by `--seed`, as many of each kind as there are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.mutants.mutations import KINDS, Mutation, mutations_of
+from tests.mutants.reach import Reach, Test, source_files, sources_digest
+from tests.mutants.recorder import FOLDER, ROOT
+from tests.mutants.trial import Trials
+
+KEPT = ROOT / ".mutants"
+NO_FAULT = Path(__file__).with_name("no_fault.json")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`verdict`: killed by the quick tier, only by the whole suite ("slow"), survived; `by` is the test that failed."""
+
+    path: str
+    line: int
+    kind: str
+    before: str
+    after: str
+    verdict: str
+    by: str
+    num_tests: int
+    seconds: float
+    whole: bool
+
+    @property
+    def names(self) -> Names:
+        return self.path, self.line, self.kind, self.before, self.after
+
+
+def main() -> int:
+    asked = _arguments()
+    folder = KEPT / sources_digest()
+    _record(folder / "reach", asked.whole)
+    console = Console()
+    results = folder / "outcomes.jsonl"
+    known = _known(results)
+    drawn = draw(asked.num, asked.seed)
+    open_ones = [mutation for mutation in drawn if _is_open(known.get(_named(mutation)), asked.whole)]
+    reach = Reach(folder / "reach")
+    tasks = [(mutation, reach.tests_at(mutation.path, mutation.line)) for mutation in open_ones]
+    # a process for each, which forks trials in its turn: a fork beside threads would not be safe
+    with Trials() as trials, get_context("fork").Pool(asked.jobs) as pool, results.open("a") as kept:
+        for outcome in pool.imap_unordered(partial(try_out, trials, asked.whole), tasks):
+            known[outcome.names] = outcome
+            kept.write(json.dumps(asdict(outcome)) + "\n")
+            kept.flush()
+            at = f"{outcome.path}:{outcome.line} {outcome.kind}"
+            console.print(f"{outcome.verdict:8} {at}, {outcome.seconds:.0f} s  {outcome.by}", markup=False)
+    return _report(console, [known[_named(mutation)] for mutation in drawn])
+
+
+Names = tuple[str, int, str, str, str]
+
+
+def _named(mutation: Mutation) -> Names:
+    return mutation.path, mutation.line, mutation.kind, *mutation.shown((ROOT / mutation.path).read_text())
+
+
+def _is_open(found: Outcome | None, whole: bool) -> bool:
+    return found is None or (whole and found.verdict == "survived" and not found.whole)
+
+
+def try_out(trials: Trials, whole: bool, asked: tuple[Mutation, list[Test]]) -> Outcome:
+    """Run the tests that reach a mutation: those of the quick tier, and where none fails the others."""
+    mutation, tests = asked
+    verdict, by, seconds = "survived", "", 0.0
+    for tier in ("quick", "slow") if whole else ("quick",):
+        by, took = trials.first_failure(mutation, [test for test in tests if test.is_slow == (tier == "slow")])
+        seconds += took
+        if by:
+            verdict = tier
+            break
+    return Outcome(*_named(mutation), verdict, by, len(tests), round(seconds, 1), whole)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make mutants ARGS=..", description="How many small mistakes the tests see.")
+    parser.add_argument("--num", type=int, default=120, help="how many mistakes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
+    parser.add_argument("--whole", action="store_true", help="what the quick tier misses meets the slow tests too")
+    return parser.parse_args()
+
+
+def draw(num: int, seed: int) -> list[Mutation]:
+    """Of each kind equally many, as far as there are, from anywhere in the sources."""
+    every: dict[str, list[Mutation]] = {kind: [] for kind in KINDS}
+    for file in source_files():
+        for mutation in mutations_of(str(file.relative_to(ROOT)), file.read_text()):
+            every[mutation.kind].append(mutation)
+    generator = random.Random(seed)
+    for found in every.values():
+        generator.shuffle(found)
+    drawn: list[Mutation] = []
+    while len(drawn) < num and any(every.values()):
+        drawn += [found.pop() for found in every.values() if found]
+    return drawn[:num]
+
+
+def _record(folder: Path, whole: bool) -> None:
+    """Run the tests once, and note what they reach; of the quick tier where no more is asked for."""
+    done = folder / ("whole" if whole else "quick")
+    if done.exists() or (folder / "whole").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+    tests = ["-o", "addopts=--strict-markers"] if whole else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.recorder", *tests]
+    if subprocess.run(command, cwd=ROOT, env=os.environ | {FOLDER: str(folder)}, check=False).returncode:
+        raise SystemExit("the tests fail as they are: what they reach was not recorded")
+    done.touch()
+
+
+def _known(results: Path) -> dict[Names, Outcome]:
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {outcome.names: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
+
+
+def _report(console: Console, outcomes: list[Outcome]) -> int:
+    """A row for each kind, and every survivor with what is known of it; 1 if of one nothing is known."""
+    entries = json.loads(NO_FAULT.read_text())
+    reasons = {(entry["path"], entry["before"], entry["after"]): entry["why"] for entry in entries}
+    why = {x: reasons.get((x.path, x.before, x.after)) for x in outcomes if x.verdict == "survived"}
+    table = Table("kind", "mistakes", "seen by the quick tier", "by slow tests only", "no fault", "survived")
+    for kind in [*KINDS, "all"]:
+        own = [x for x in outcomes if kind in (x.kind, "all")]
+        verdicts = Counter("no fault" if why.get(x) else x.verdict for x in own)
+        table.add_row(kind, str(len(own)), *(str(verdicts[x]) for x in ("quick", "slow", "no fault", "survived")))
+    console.print(table)
+    for outcome, reason in why.items():
+        console.print(f"\n{outcome.path}:{outcome.line}: {outcome.kind}, {outcome.num_tests} tests", markup=False)
+        console.print(f"  - {outcome.before}\n  + {outcome.after}\n  {reason or 'survived'}", markup=False)
+    return 1 if None in why.values() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
