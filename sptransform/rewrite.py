@@ -116,7 +116,7 @@ def rewrite_call(
     found: list[Rewritten] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        found.append(Rewritten(*_rewritten(gm, example_inputs, options, mesh)))
+        found.append(rewritten_for(mesh, gm, example_inputs, options))
         raise _Stop
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
@@ -125,11 +125,11 @@ def rewrite_call(
     return found[0]
 
 
-def _rewritten(
-    gm: fx.GraphModule, example_inputs: list[Any], options: Options, mesh: Mesh
-) -> tuple[fx.GraphModule, Context]:
+def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:
+    """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
     if mesh.size > 1:
         parts = options.shard_parameters or options.strategy.shards_weights
-        return rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=parts)
+        return Rewritten(*rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=parts))
     # one rank runs the model as it is, see backend.py
-    return capture(gm, example_inputs), Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
+    context = Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
+    return Rewritten(capture(gm, example_inputs), context)

@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.gloo_pool import collect_seldom, stop_pools
+from tests.gloo_pool import collect_seldom, seed_everything, stop_pools
 from tests.golden import Golden
 from tests.tiers import mark_what_is_covered
 
@@ -42,6 +42,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden texts, see `tests/golden.py`."""
     return Golden(update=request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    seed_everything()
 
 
 @pytest.fixture(scope="session", autouse=True)

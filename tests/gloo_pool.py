@@ -319,12 +319,19 @@ def _answer(call: bytes, rank: int, world_size: int, recorded: Recorded) -> byte
 
 def _reset() -> None:
     """Let no call see what the last one left: compiled code, random state, tensors."""
-    import numpy
     import torch
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    seed_everything()
+    gc.collect(1)  # what is older is rarely garbage, and takes long to look through
+
+
+def seed_everything() -> None:
+    """The random state of a new process that nobody seeded otherwise."""
+    import numpy
+    import torch
+
     torch.manual_seed(0)
     numpy.random.seed(0)
     random.seed(0)
-    gc.collect()

@@ -34,8 +34,8 @@ def main(rank: int, store: str, result: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     model, x = model_and_input()
-    compiled = torch.compile(model, backend="sptransform", options={"strategy": "ulysses", "backend": "aot_eager"})
     assert not any(name.split(".")[0] == "sptransform" for name in sys.modules)
+    compiled = torch.compile(model, backend="sptransform", options={"strategy": "ulysses", "backend": "aot_eager"})
     loss = compiled(x)
     loss.backward()
     assert "sptransform.backend" in sys.modules

@@ -21,6 +21,7 @@ from sptransform.mesh import Mesh
 from sptransform.ops.groups import pretend
 from sptransform.options import Options
 from sptransform.pass_manager import Context
+from sptransform.rewrite import Rewritten, rewritten_for
 from tests.equality import Result
 from tests.graphs import DynamoGraph, copied, dynamo_graph, while_captured
 from tests.lockstep import in_lockstep
@@ -151,10 +152,27 @@ def model_on_pretended_ranks(
     }
 
 
-def model_for_meshes(name: str, meshes: Sequence[Mesh], *, layers: int = LAYERS, **options: Any) -> list[Runnable]:
+def model_for_meshes(name: str, meshes: Sequence[Mesh], **options: Any) -> list[Runnable]:
     """A model's graph rewritten for each of `meshes`, whose groups need not exist yet."""
-    graph, names = dynamo_graph_of(name, layers)
+    graph, names = dynamo_graph_of(name)
     return graph.use(lambda gm, inputs: _for_meshes(gm, inputs, names, meshes, options))
+
+
+def rewritten_model(
+    name: str,
+    strategy: StrategyLike,
+    world_size: int | tuple[int, ...],
+    *,
+    rank: int = 0,
+    layers: int = LAYERS,
+    seq_len: int = 64,
+    **options: Any,
+) -> Rewritten:
+    """What `sptransform.rewrite` gives of a model of `tests/models.py`."""
+    graph, _ = dynamo_graph_of(name, layers, seq_len)
+    chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
+    mesh = Mesh.pretended(world_size, rank, chosen.strategy)
+    return graph.use(lambda gm, inputs: rewritten_for(mesh, gm, inputs, chosen))
 
 
 def _for_meshes(

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from tests.collective_counts import Collective, CountCollectives, num_by_name
 from tests.gloo_pool import get_pool
+from tests.tiers import INDUCTOR
 
 pytestmark = pytest.mark.timeout(120)
 functional = torch.ops._c10d_functional
@@ -52,7 +53,7 @@ def count_unequal_splits(rank: int, world_size: int) -> list[Collective]:
     return counted.collectives
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("backend", [None, "aot_eager", INDUCTOR])
 def test_each_direction_is_counted_once(backend: str | None) -> None:
     for forward, backward in get_pool(2).run(count_exchange, backend, timeout=100):
         assert num_by_name(forward) == {"all_to_all_single": 1, "all_gather_into_tensor": 1}

@@ -8,25 +8,25 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
 
 from sptransform import AllGatherKV, MegatronSP, Ring, Ulysses, UsageError, annotations, explain
 from sptransform.composition import Composed, strategy_of
 from sptransform.mesh import PRETENDED_GROUP
-from sptransform.rewrite import rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
-from tests.models import HEADS, HIDDEN, MODELS, Inputs, build
-from tests.rewritten import Asked, model_on_pretended_ranks
+from tests.models import HEADS, HIDDEN, LAYERS, MODELS, build
+from tests.rewritten import Asked, model_on_pretended_ranks, rewritten_model
 from tests.tiers import tiered
 
 SEQUENCE = ("allgather", "ring", "ulysses")
 B, S, KEY_HEADS = 2, 64, 4
 
 
-def check_model(name: str, kinds: Sequence[str], shape: tuple[int, int] = (2, 2), length: int = S) -> None:
+def check_model(
+    name: str, kinds: Sequence[str], shape: tuple[int, int] = (2, 2), length: int = S, layers: int = 1
+) -> None:
     asked = [Asked(shape, (kind, "megatron")) for kind in kinds]
-    reference = one_device(name) if length == S else run_one_device(*build(name, seq_len=length))
-    for ranks in model_on_pretended_ranks(name, asked, seq_len=length).values():
+    reference = run_one_device(*build(name, seq_len=length, layers=layers))
+    for ranks in model_on_pretended_ranks(name, asked, seq_len=length, layers=layers).values():
         for result in ranks.results():
             assert_equal_to_one_device(reference, result, MODELS[name].tolerance)
 
@@ -51,7 +51,7 @@ def test_models(name: str, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_every_strategy(name: str) -> None:
-    check_model(name, [kind for kind in SEQUENCE if (name, kind) != IMPOSSIBLE])
+    check_model(name, [kind for kind in SEQUENCE if (name, kind) != IMPOSSIBLE], layers=LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_shapes(shape: tuple[int, int], length: int, kinds: Sequence[str]) -> No
 def test_batch_split() -> None:
     """Ulysses by the batch: heads are tensor parallelism's alone, so two key heads will do."""
     asked = Asked((2, 2), (Ulysses(split="batch"), MegatronSP()))
-    (ranks,) = model_on_pretended_ranks("llama_mha_kv2", [asked]).values()
+    (ranks,) = model_on_pretended_ranks("llama_mha_kv2", [asked], layers=1).values()
     for result in ranks.results():
-        assert_equal_to_one_device(one_device("llama_mha_kv2"), result, MODELS["llama_mha_kv2"].tolerance)
+        assert_equal_to_one_device(one_device("llama_mha_kv2", layers=1), result, MODELS["llama_mha_kv2"].tolerance)
 
 
 Sent = tuple[int, int]
@@ -80,18 +80,13 @@ Sent = tuple[int, int]
 
 def sent_in_second_layer(kind: str, shape: tuple[int, int]) -> dict[tuple[str, str], Sent]:
     """(kind, direction) -> number of messages, elements. The first layer would have the embedding's."""
-    collectives = explain(*_named("llama_nocache", kind), world_size=shape).collectives
+    collectives = rewritten_model("llama_nocache", (kind, "megatron"), shape).collectives()
     found: dict[tuple[str, str], Sent] = {}
     for c in collectives:
         if c.layer.startswith("model.layers.1"):
             messages, elements = found.get((c.kind, c.direction), (0, 0))
             found[c.kind, c.direction] = messages + c.count, elements + c.bytes_sent // 8
     return found
-
-
-def _named(name: str, kind: str) -> tuple[nn.Module, tuple[str, str], Inputs]:
-    model, inputs = build(name)
-    return model, (kind, "megatron"), inputs
 
 
 @pytest.mark.parametrize(("kind", "c", "t"), [(kind, 2, 2) for kind in SEQUENCE] + [("ring", 4, 2), ("ring", 2, 4)])
@@ -120,7 +115,7 @@ def test_a_layer_sends_what_both_send_of_their_part(kind: str, c: int, t: int) -
 @pytest.mark.parametrize("kind", SEQUENCE)
 def test_gradients_are_summed_where_they_are_pending(kind: str) -> None:
     """Of what tensor parallelism cuts over the first mesh dim, of norms over both at once."""
-    graph = rewrite(*_named("llama_nocache", kind), world_size=(2, 2)).graph_module.graph
+    graph = rewritten_model("llama_nocache", (kind, "megatron"), (2, 2)).graph_module.graph
     groups: dict[str, set[str]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.sptransform.replicate.default):
         names = (str(annotations.note(x).input_name) for x in node.args[0])
@@ -129,7 +124,7 @@ def test_gradients_are_summed_where_they_are_pending(kind: str) -> None:
 
 
 def test_even_shares_give_all_ranks_one_graph() -> None:
-    rewritten = [rewrite(*_named("gpt2", "ulysses"), world_size=(2, 2), rank=rank) for rank in range(4)]
+    rewritten = [rewritten_model("gpt2", ("ulysses", "megatron"), (2, 2), rank=rank, layers=1) for rank in range(4)]
     assert len({graph.text("transformer.h.0") for graph in rewritten}) == 1  # the vocabulary of 97 is beyond the layers
 
 
@@ -162,9 +157,8 @@ def test_refused(strategy: object, world_size: object, found: str) -> None:
 
 @pytest.mark.parametrize("kind", SEQUENCE)
 def test_sequences_too_short_for_two_dims(kind: str) -> None:
-    model, inputs = build("llama_nocache", seq_len=3)
     with pytest.raises(UsageError, match="too short to be split over two mesh dims"):
-        explain(model, (kind, "megatron"), inputs, world_size=(2, 2))
+        rewritten_model("llama_nocache", (kind, "megatron"), (2, 2), seq_len=3, layers=1)
 
 
 def test_one_of_one_is_that_one() -> None:

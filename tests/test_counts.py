@@ -11,11 +11,10 @@ import pytest
 
 import sptransform
 from sptransform.explain.counting import Collective as Planned
-from sptransform.mesh import Mesh
 from tests.collective_counts import Collective as Ran
 from tests.equality import one_layer_on_ranks
 from tests.models import HEADS, HIDDEN, LAYERS, build
-from tests.rewritten import model_for_meshes
+from tests.rewritten import rewritten_model
 from tests.tiers import tiered
 
 pytestmark = pytest.mark.timeout(240)
@@ -66,8 +65,7 @@ def expected(name: str, N: int) -> list[tuple[str, str, Fraction]]:
 
 @functools.cache
 def planned(name: str, N: int, layers: int = LAYERS) -> list[Planned]:
-    (graph,) = model_for_meshes(name, [Mesh.pretended(N)], layers=layers, outputs="dtensor")
-    return sptransform.Rewritten(graph.graph_module, graph.context).collectives()
+    return rewritten_model(name, "ulysses", N, layers=layers).collectives()
 
 
 @pytest.mark.parametrize(("name", "N"), CASES)

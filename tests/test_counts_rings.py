@@ -20,7 +20,8 @@ from sptransform.ops.ring.plan import attended_pairs
 from sptransform.partition import Partition
 from tests.collective_counts import CountCollectives, by_message
 from tests.gloo_pool import get_pool
-from tests.models import HEADS, HIDDEN, LAYERS, Inputs, build
+from tests.models import HEADS, HIDDEN, LAYERS, Inputs
+from tests.rewritten import rewritten_model
 from tests.shapes import build_shape
 from tests.tiers import tiered
 
@@ -140,10 +141,8 @@ def _floored(entry: tuple[str, str, int, Fraction]) -> tuple[str, str, int, Frac
 
 def test_repeated_keys_travel_as_they_are() -> None:
     """Hugging Face's Llama repeats its key heads before attention: K of them go round, not H."""
-    model, inputs = build("llama_nocache")
-    explanation = sptransform.explain(model, Ring(), inputs, world_size=4)
-    batch, seq_len = inputs["input_ids"].shape
-    block = 2 * KEY_HEADS * batch * seq_len // 4 * (HIDDEN // HEADS) * 8
+    explanation = rewritten_model("llama_nocache", Ring(), 4).explain()
+    block = 2 * KEY_HEADS * B * S // 4 * (HIDDEN // HEADS) * 8
     found = [
         (r.forward.count, r.forward.bytes_sent, r.backward.count, r.backward.bytes_sent) for r in explanation.rings
     ]

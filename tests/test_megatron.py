@@ -19,8 +19,8 @@ from torch.nn import functional
 from sptransform import MegatronSP, annotations
 from sptransform.rewrite import Rewritten, rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
-from tests.models import FLOAT64, HIDDEN, LAYERS, MODELS, VOCAB, build
-from tests.rewritten import Asked, model_on_pretended_ranks, on_pretended_ranks
+from tests.models import FLOAT64, HIDDEN, LAYERS, MODELS, VOCAB
+from tests.rewritten import Asked, model_on_pretended_ranks, on_pretended_ranks, rewritten_model
 from tests.tiers import tiered
 
 B, S, H, D = 2, 24, 4, 4
@@ -219,10 +219,9 @@ def sent(graph: Rewritten, layer: str) -> Counter[tuple[str, str]]:
 )
 def test_messages_and_bytes_of_a_layer(name: str, num_ranks: int) -> None:
     """numbers.md: 4 BSh(N-1)/N elements forward; backward 6 where the gathered is gathered again, else 4."""
-    model, inputs = build(name)
     elements = Fraction(2 * 64 * HIDDEN * (num_ranks - 1), num_ranks)
     for regather, backward in ((True, 6), (False, 4)):
-        graph = rewrite(model, MegatronSP(regather=regather), inputs, world_size=num_ranks)
+        graph = rewritten_model(name, MegatronSP(regather=regather), num_ranks)
         messages = [c for c in graph.collectives() if c.kind in ("all_gather", "reduce_scatter")]
         # what an embedding gives is scattered in front of its first reader, in the first layer
         in_layers = (c for c in messages if any(part.isdigit() for part in c.layer.split(".")))
@@ -258,8 +257,7 @@ def test_no_rank_has_all_logits(num_ranks: int) -> None:
 @pytest.mark.parametrize("name", tiered(["llama_nocache", "opt"], quick=["llama_nocache"]))
 def test_what_is_scattered_comes_from_a_linear(name: str) -> None:
     """Between linears everything is sharded on the sequence: no residual addition is of pending sums."""
-    model, inputs = build(name)
-    graph = rewrite(model, MegatronSP(), inputs, world_size=2).graph_module.graph
+    graph = rewritten_model(name, MegatronSP(), 2).graph_module.graph
     scatters = graph.find_nodes(op="call_function", target=torch.ops.sptransform.sum_scatter.default)
     made_by = Counter("embedding" if "embedding" in x.args[0].name else x.args[0].target for x in scatters)
     assert made_by[torch.ops.aten.linear.default] == 2 * LAYERS

@@ -66,7 +66,7 @@ class Manifold(Attention):
 # --- the same training ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiered(RANKS, quick=["bert"]))
+@pytest.mark.parametrize("name", tiered(RANKS, quick=["torch_encoder"]))
 def test_equals_one_device(name: str) -> None:
     for result in get_pool(RANKS[name]).run(run_parallel, name, "ulysses", "aot_eager", shard_parameters=True):
         assert_equal_to_one_device(one_device(name), result, MODELS[name].tolerance)

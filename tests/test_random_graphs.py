@@ -171,8 +171,20 @@ def check(steps: list[Step], has_embedding: bool, ending: int, length: int) -> N
         assert_ranks_equal_one_device(reference, ranks)
 
 
-@pytest.mark.timeout(240)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(_models())
+def drawn(max_examples: int) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    asked = settings(
+        max_examples=max_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    )
+    return lambda test: asked(given(_models())(test))
+
+
+@drawn(4)
 def test_random_models_equal_one_device(drawn: tuple[list[Step], bool, int, int]) -> None:
+    check(*drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@drawn(40)
+def test_more_random_models_equal_one_device(drawn: tuple[list[Step], bool, int, int]) -> None:
     check(*drawn)

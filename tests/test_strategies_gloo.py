@@ -35,11 +35,14 @@ def steps(rank: int, world_size: int, name: str, strategy: Strategy, num_runs: i
 
 @pytest.mark.parametrize(
     ("name", "strategy", "num_ranks"),
-    [
-        ("sdpa_transformer", Ring(), 3),
-        ("bert", AllGatherKV(regather=True), 2),
-        ("sdpa_transformer", USP(2, 2), 4),
-    ],
+    tiered(
+        [
+            ("sdpa_transformer", Ring(), 3),
+            ("bert", AllGatherKV(regather=True), 2),
+            ("sdpa_transformer", USP(2, 2), 4),
+        ],
+        quick=[("sdpa_transformer", Ring(), 3), ("sdpa_transformer", USP(2, 2), 4)],
+    ),
     ids=str,
 )
 def test_models(name: str, strategy: Strategy, num_ranks: int) -> None:

@@ -39,7 +39,7 @@ class AutocastAround(AutocastInside):
 
 def step(name: str, where: str, strategy: Any = None, **options: Any) -> Result:
     """One step in mixed precision, asked for at that place; without a strategy on one device."""
-    model, inputs = build(name, dtype=torch.float32)
+    model, inputs = build(name, dtype=torch.float32, layers=1)
     if where == "parameters":
         model.bfloat16()
     wrapped = (AutocastInside if where == "inside" else AutocastAround)(model)
@@ -63,7 +63,7 @@ def error(result: Result, reference: Result) -> float:
 
 
 def assert_no_further_than_one_device(results: list[Result], name: str, where: str) -> None:
-    reference = one_device(name)
+    reference = one_device(name, layers=1)
     allowed = SLACK * error(step(name, where), reference)
     assert allowed > 1e-3  # it is narrow
     for result in results:
@@ -101,13 +101,13 @@ def scaled(model: nn.Module, inputs: Inputs, *, overflow: bool) -> tuple[Result,
 
 
 def scales(rank: int, world_size: int, overflow: bool) -> tuple[Result, float]:
-    model, inputs = build("sdpa_transformer")
+    model, inputs = build("sdpa_transformer", layers=1)
     return scaled(sptransform.parallelize(model, "ulysses", backend="aot_eager"), inputs, overflow=overflow)
 
 
 @pytest.mark.parametrize("overflow", tiered([False, True], quick=[False]), ids=["step", "overflow"])
 def test_a_gradient_scaler_steps_as_on_one_device(overflow: bool) -> None:
-    model, inputs = build("sdpa_transformer")
+    model, inputs = build("sdpa_transformer", layers=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     reference, scale = scaled(model, inputs, overflow=overflow)
     for result, found_scale in get_pool(2).run(scales, overflow):

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from allpairspy import AllPairs
 
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+
 
 def tiered(values: Iterable[Any], *, quick: Collection[Any]) -> list[Any]:
     """The values of a parameter, or of several (tuples), with those that are not `quick` marked slow."""
@@ -34,11 +36,18 @@ def mark_what_is_covered(items: Iterable[pytest.Item]) -> None:
 
 
 def _mark_all_but_covering(cases: Sequence[Any]) -> None:
+    """An axis is what one decorator gives; each case is a place on all of them."""
+    axes = [_axis(cases, mark.args[0]) for mark in cases[0].iter_markers("parametrize")]
     ways = cases[0].get_closest_marker("covering").kwargs["ways"]
-    # parameters that one decorator gives together have the same indices
-    indices = [case.callspec.indices for case in cases]
-    axes = list({tuple(index[name] for index in indices): name for name in indices[0]})
     covering = {tuple(found) for found in AllPairs([sorted(set(axis)) for axis in axes], n=ways)}
     for case, place in zip(cases, zip(*axes, strict=True), strict=True):
         if place not in covering:
             case.add_marker(pytest.mark.slow)
+
+
+def _axis(cases: Sequence[Any], names: str | Sequence[str]) -> list[int]:
+    """Which of the decorator's values each case has; every case has the very same object."""
+    names = names.split(",") if isinstance(names, str) else names
+    values = [tuple(id(case.callspec.params[name.strip()]) for name in names) for case in cases]
+    order = {value: index for index, value in enumerate(dict.fromkeys(values))}
+    return [order[value] for value in values]

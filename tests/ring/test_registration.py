@@ -11,6 +11,7 @@ from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tests.ring.ranks import Problem, one_device, visible
+from tests.tiers import INDUCTOR
 
 sp = torch.ops.sptransform
 
@@ -99,7 +100,7 @@ def _model(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2).square().sum(-1)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_compiled(backend: str) -> None:
     xs = inputs(dtype=torch.float32)
     expected = torch.autograd.grad(_model(*xs).sum(), xs)
