@@ -179,7 +179,7 @@ def _swapped(node: ast.AST, text: Text) -> Changes:
 def _letter(node: ast.AST, text: Text) -> Changes:
     """Text in the notation of rules, ``... i k, k j``: one letter becomes another, or an ellipsis a letter."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and NOTATION.fullmatch(node.value):
-        factors = re.findall(r"\w|\.{3}", node.value)
+        factors = list(dict.fromkeys(re.findall(r"\w|\.{3}", node.value)))
         for found in re.finditer(r"\w|\.{3}", node.value):
             other = factors[(factors.index(found[0]) + 1) % len(factors)]
             new = other if other != found[0] else "z"
