@@ -24,19 +24,21 @@ from rich.console import Console
 from rich.table import Table
 
 RATE = 20  # samples a second
-# The first line that fits an innermost frame tells its kind.
+# The first line that fits a frame tells its kind; frames are `function (file:line)`.
 KINDS: list[tuple[str, str]] = [
-    ("imports", r"<frozen importlib|forkserver\.py|popen_\w+\.py|spawn\.py"),
-    ("running", r"_aot_autograd/runtime_wrappers|torch/_higher_order_ops/\w+\.py:__call__|tests/lockstep\.py"),
+    ("garbage collection", r"^(_reset|collect_seldom) \(tests/gloo_pool"),
+    ("imports", r"<frozen importlib"),
+    ("processes", r"multiprocessing/|subprocess\.py"),
     ("our retrace", r"sptransform/(capture|functionalize)"),
     ("verifier", r"sptransform/verifier"),
-    ("passes", r"sptransform/|(^|/)passes/"),
+    ("passes", r"sptransform/|\(passes/"),
     ("Inductor", r"torch/_inductor/"),
-    ("AOT", r"torch/_functorch/(_aot_autograd|aot_autograd|partitioners)"),
+    ("running", r"_aot_autograd/runtime_wrappers|tests/lockstep"),
+    ("AOT", r"torch/_functorch/"),
     ("Dynamo", r"torch/_dynamo/(?!eval_frame|utils|external_utils|decorators)"),
-    ("models", r"transformers/|tests/(models|tiny|shapes)\.py"),
-    ("garbage collection", r"tests/gloo_pool\.py:_reset"),
-    ("pytest", r"_pytest/(?!python\.py)|pluggy/"),
+    ("models", r"transformers/|\(tests/(models|tiny|shapes)"),
+    ("running", r"\(tests/"),
+    ("pytest", r"_pytest/|pluggy/"),
 ]
 OWN_OPS = re.compile(r"sptransform/(ops|agreement|faults)")
 

@@ -1,10 +1,11 @@
 """One device is the specification: its loss and gradients, and the comparison of a parallel run with them."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -20,12 +21,17 @@ from tests.models import IGNORED, LAYERS, Inputs, build
 FLOOR = 1e-2
 
 
+def _rank_of_this_process() -> int | None:
+    return dist.get_rank() if dist.is_initialized() else None
+
+
 @dataclass(frozen=True)
 class Result:
-    """A loss, and the gradient of every trainable parameter by name."""
+    """A loss, and the gradient of every trainable parameter by name; and the rank that has them, if one does."""
 
     loss: torch.Tensor
     grads: dict[str, torch.Tensor]
+    rank: int | None = field(default_factory=_rank_of_this_process, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ def assert_equal_to_one_device(reference: Result, got: Result, tolerance: float)
         f"unexpected gradients: {sorted(got.grads.keys() - reference.grads.keys())}"
     )
     name, error = worst_error(reference, got)
-    assert error <= tolerance, f"{name} differs from one device by {error:.2e}, allowed is {tolerance:.0e}"
+    where = "" if got.rank is None else f" on rank {got.rank}"
+    assert error <= tolerance, f"{name}{where} differs from one device by {error:.2e}, allowed is {tolerance:.0e}"
 
 
 def worst_error(reference: Result, got: Result) -> tuple[str, float]:

@@ -183,6 +183,8 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
     for thread in threads:
         thread.join()
     torch.set_rng_state(state)
-    for error in stage.errors.values():
+    for rank, error in stage.errors.items():
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"on rank {rank} of {num_ranks} in lockstep, seed {seed}")
         raise error
     return [results[rank] for rank in range(num_ranks)]

@@ -6,7 +6,7 @@ A graph takes Dynamo's inputs, parameters among them, in Dynamo's order; only a 
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -77,7 +77,7 @@ def run_on_ranks(graph: Runnable, num_ranks: int) -> list[Result]:
             for name, argument in zip(graph.names, arguments, strict=True)
             if name is not None and argument.grad is not None
         }
-    return [Result(losses[r], {name: grad[r] for name, grad in grads.items()}) for r in range(num_ranks)]
+    return [Result(losses[r], {name: grad[r] for name, grad in grads.items()}, rank=r) for r in range(num_ranks)]
 
 
 def _on_ranks(x: Any, num_ranks: int) -> Any:
@@ -102,7 +102,7 @@ class Ranks:
 
     def results(self) -> list[Result]:
         """One forward and backward; of what the graph returns, the loss is the scalar."""
-        return self.run(_forward_and_backward)
+        return [replace(result, rank=rank) for rank, result in enumerate(self.run(_forward_and_backward))]
 
 
 @dataclass(frozen=True)
