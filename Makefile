@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: help demo test test-all durations mutants times lint bench clean
+.PHONY: help demo test test-all mutants times lint bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,22 +25,18 @@ demo: $(VENV)/.installed-examples
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest $(ARGS)
 
-# Parts are of equal length by the times in tests/durations.json; `make durations` measures them anew.
-ALL    := $(RUN) -m pytest -o addopts=--strict-markers --durations-path tests/durations.json
-PARTS  := 1/4 2/4 3/4 4/4
+PARTS := 1/4 2/4 3/4 4/4
+# what pyproject.toml leaves out is run as well
+ALL   := $(RUN) -m pytest -o addopts=--strict-markers
 
 test-all: $(VENV)/.installed-test
 ifneq ($(ARGS),)
 	$(ALL) $(ARGS)
 else ifneq ($(PART),)
-	$(ALL) --splitting-algorithm duration_based_chunks --group $(word 1,$(subst /, ,$(PART))) \
-	    --splits $(word 2,$(subst /, ,$(PART)))
+	$(ALL) --part $(PART)
 else
 	@for part in $(PARTS); do $(MAKE) test-all PART=$$part || exit 1; done
 endif
-
-durations: $(VENV)/.installed-test
-	$(ALL) --store-durations --clean-durations
 
 mutants: $(VENV)/.installed-dev
 	$(RUN) -m tests.mutants $(ARGS)

@@ -18,11 +18,22 @@ hypothesis.settings.load_profile("sptransform")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the files of tests/golden anew")
+    parser.addoption("--part", type=a_part, help="2/4: every fourth test, from the second on")
+
+
+def a_part(text: str) -> slice:
+    """Tests of every file are in every part, so that parts take about the same time."""
+    part, num_parts = map(int, text.split("/"))
+    if not 1 <= part <= num_parts:
+        raise ValueError(text)
+    return slice(part - 1, None, num_parts)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_what_is_covered(items)
+    if (part := config.getoption("--part")) is not None:
+        items[:] = items[part]
 
 
 def pytest_collection_finish() -> None:

@@ -9,8 +9,8 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -57,9 +57,14 @@ def main() -> int:
     open_ones = [mutation for mutation in drawn if _is_open(known.get(_named(mutation)), asked.whole)]
     reach = Reach(folder / "reach")
     tasks = [(mutation, reach.tests_at(mutation.path, mutation.line)) for mutation in open_ones]
-    # a process for each, which forks trials in its turn: a fork beside threads would not be safe
-    with Trials() as trials, get_context("fork").Pool(asked.jobs) as pool, results.open("a") as kept:
-        for outcome in pool.imap_unordered(partial(try_out, trials, asked.whole), tasks):
+    # processes, which fork trials in their turn: a fork beside threads would not be safe
+    with (
+        Trials() as trials,
+        ProcessPoolExecutor(asked.jobs, mp_context=get_context("fork")) as pool,
+        results.open("a") as kept,
+    ):
+        for done in as_completed([pool.submit(try_out, trials, asked.whole, task) for task in tasks]):
+            outcome = done.result()
             known[outcome.names] = outcome
             kept.write(json.dumps(asdict(outcome)) + "\n")
             kept.flush()

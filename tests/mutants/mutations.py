@@ -34,8 +34,8 @@ OPERATORS = {
     ast.BitAnd: "|",
     ast.BitOr: "&",
 }
-# two factors or more, as rules are written
-NOTATION = re.compile(r"([a-z]|\.{3})([ ,]| ?-> ?)+([a-z]|\.{3}|[ ,]|->)*")
+# factors as rules are written: single letters and ellipses between spaces, commas and an arrow
+NOTATION = re.compile(r"(([a-z]|\.{3})(, ?| |$)|-> ?)+")
 FACTOR_KINDS = ("reduce", "whole")
 MESSAGES = {"describe", "debug", "info", "warning"}
 
@@ -176,9 +176,13 @@ def _swapped(node: ast.AST, text: Text) -> Changes:
             yield node, f"{text(node.func)}(({text(second)}), ({text(first)}){rest})"
 
 
+def _is_notation(value: object) -> bool:
+    return isinstance(value, str) and len(value) > 1 and NOTATION.fullmatch(value) is not None
+
+
 def _letter(node: ast.AST, text: Text) -> Changes:
     """Text in the notation of rules, ``... i k, k j``: one letter becomes another, or an ellipsis a letter."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str) and NOTATION.fullmatch(node.value):
+    if isinstance(node, ast.Constant) and _is_notation(node.value):
         factors = list(dict.fromkeys(re.findall(r"\w|\.{3}", node.value)))
         for found in re.finditer(r"\w|\.{3}", node.value):
             other = factors[(factors.index(found[0]) + 1) % len(factors)]

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,8 +27,9 @@ from tests.mutants.mutations import Mutation
 from tests.mutants.reach import Test
 from tests.mutants.recorder import ROOT
 
-TIMEOUT = 60  # seconds of one test: a mistake can make it wait for ever
+TIMEOUT = 180  # seconds of one test: a mistake can make it wait for ever, and its workers may have to start first
 OURS = ("sptransform", "tests")
+NONE_RAN = "<the tests did not run>"
 
 
 class Trials:
@@ -47,27 +48,45 @@ class Trials:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def first_failure(self, mutation: Mutation, tests: Sequence[Test]) -> tuple[str, float]:
-        """The first test that fails with the mistake, or "", and the seconds it took to tell."""
-        if not tests:
-            return "", 0.0
+        """The first test that fails with the mistake, and fails again alone, or ""; and the seconds it took to tell."""
         start = time.monotonic()
+        names = [test.name for test in tests]
+        with self._copy(mutation) as copy:
+            while names:
+                failed = _failed(copy, names)
+                if not failed or failed == NONE_RAN or _failed(copy, [failed]):
+                    return failed, time.monotonic() - start
+                names = names[names.index(failed) + 1 :]
+        return "", time.monotonic() - start
+
+    @contextmanager
+    def _copy(self, mutation: Mutation) -> Iterator[Path]:
+        """The files of the checkout, as they are but for the mistake."""
         copy = Path(tempfile.mkdtemp(dir=self._folder))
         files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
         for name in files.decode().split("\0")[:-1]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
         (copy / mutation.path).write_text(mutation.apply((ROOT / mutation.path).read_text()))
-        pid = os.fork()
-        if pid == 0:
-            _run(copy, [test.name for test in tests])
-        _, status = os.waitpid(pid, 0)
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # workers that outlive their parent
-        failed = (copy / "failed").read_text() if (copy / "failed").exists() else ""
-        if os.waitstatus_to_exitcode(status) != 0 and not failed:
-            failed = "<the tests did not run>"
-        shutil.rmtree(copy, ignore_errors=True)
-        return failed, time.monotonic() - start
+        try:
+            yield copy
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def _failed(copy: Path, names: Sequence[str]) -> str:
+    """Run these tests in the copy, until one fails: its name, or ""."""
+    failed = copy / "failed"
+    failed.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        _run(copy, names)
+    _, status = os.waitpid(pid, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # workers that outlive their parent
+    if failed.exists():
+        return failed.read_text()
+    return NONE_RAN if os.waitstatus_to_exitcode(status) else ""
 
 
 def _run(copy: Path, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -159,8 +160,76 @@ def test_flash_attn_comes_first_where_installed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda_kernels, "has_flash_attn", lambda: True)
     monkeypatch.setattr(cuda_kernels, "_capability", lambda: (9, 0))
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "flash-attn"
+    monkeypatch.setattr(cuda_kernels, "_capability", lambda: (8, 0))
+    assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "flash-attn"
     monkeypatch.setattr(cuda_kernels, "_capability", lambda: (7, 5))
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "CUDA memory-efficient"
+
+
+class FlashAttnStandIn:
+    """The two functions of flash-attn 2.8 that are called, in the open: its tensors are [B, s, H, D]."""
+
+    @staticmethod
+    def _flash_attn_forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        return_softmax: bool,
+    ) -> tuple[Tensor, Tensor, None, None]:
+        assert (dropout_p, window_size_left, window_size_right) == (0.0, -1, 0 if causal else -1)
+        assert (softcap, alibi_slopes, return_softmax) == (0.0, None, False)
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        out, lse = OPEN.forward(*(x.transpose(1, 2) for x in (q, k, v)), None, causal, softmax_scale)
+        return out.transpose(1, 2), lse, None, None
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        deterministic: bool,
+    ) -> None:
+        assert (dropout_p, window_size_left, window_size_right) == (0.0, -1, 0 if causal else -1)
+        assert (softcap, alibi_slopes, deterministic) == (0.0, None, False)
+        assert softmax_lse.is_contiguous() and all(x.stride(-1) == 1 for x in (dout, q, k, v, out))
+        heads_first = (x.transpose(1, 2) for x in (dout, q, k, v))
+        grads = OPEN.backward(*heads_first, None, out.transpose(1, 2), softmax_lse, causal, softmax_scale)
+        for x, grad in zip((dq, dk, dv), grads, strict=True):
+            x.copy_(grad.transpose(1, 2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_is_called_as_it_is_defined(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", FlashAttnStandIn)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", FlashAttnStandIn)
+    kernel = next(kernel for kernel in TABLE if kernel.name == "flash-attn")
+    grad, query, key, value = (torch.randn(2, 4, 8, 6, dtype=torch.float64).mT for _ in range(4))
+    expected = OPEN.forward(query, key, value, None, causal, 0.3)
+    out, lse = kernel.forward(query, key, value, None, causal, 0.3)
+    grads = kernel.backward(grad, query, key, value, None, out, lse.mT.contiguous().mT, causal, 0.3)
+    true_grads = OPEN.backward(grad, query, key, value, None, *expected, causal, 0.3)
+    for x, y in zip((out, lse, *grads), (*expected, *true_grads), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_kernel_name() -> None:
