@@ -79,9 +79,10 @@ class Projections(nn.Module):
 class Fused(nn.Module):
     """One linear, cut to queries, keys and values as `how` says."""
 
-    def __init__(self, how: str, num_heads: int = H, num_key_heads: int = H) -> None:
+    def __init__(self, how: str, num_heads: int = H, num_key_heads: int = H, norm: bool = False) -> None:
         super().__init__()
         self.how, self.num_heads = how, num_heads
+        self.norm = nn.LayerNorm(num_key_heads * D) if norm else nn.Identity()
         self.sizes = [n * D for n in (num_heads, num_key_heads, num_key_heads)]
         self.linear = nn.Linear(WIDTH, sum(self.sizes))
 
@@ -90,7 +91,8 @@ class Fused(nn.Module):
         if self.how == "chunk":
             pieces = fused.chunk(3, -1)
         elif self.how == "split":
-            pieces = fused.split(self.sizes, -1)
+            query, key, value = fused.split(self.sizes, -1)
+            pieces = query, key, self.norm(value)
         elif self.how == "slice":
             first, second = self.sizes[0], self.sizes[0] + self.sizes[1]
             pieces = fused[..., :first], fused[..., first:second], fused[..., second:]
@@ -135,6 +137,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
         f"fused by {how}": lambda how=how: Block(lambda: Fused(how), plain)
         for how in ("chunk", "split", "slice", "heads outside", "reshape")
     },
+    "fused, values normed": lambda: Block(lambda: Fused("split", norm=True), plain),
     "fused, 6 and 2 heads": lambda: Block(lambda: Fused("split", 6, 2), plain),
     "sliced, 6 and 2 heads": lambda: Block(lambda: Fused("slice", 6, 2), plain),
 }

@@ -163,6 +163,8 @@ def test_ranks_that_would_meet_with_other_placements_say_so(kept: int, alike: bo
     lines = [placement_lines(graph.graph_module.graph, mesh) for graph, mesh in zip(ranks.graphs, outer, strict=True)]
     assert lines[0] and lines[0] == lines[1] and lines[2] == lines[3]
     assert ([x.text for x in lines[0]] == [x.text for x in lines[2]]) == alike
+    if kept == 13:  # what communicates over the first mesh dim, and nothing else
+        assert [x.text.split()[0] for x in lines[0]] == ["%x0_S_1", "%ring_attention", "%sum_1_I"]
     if alike:
         runs = ranks.run(lambda graph: run_once(graph.graph_module, graph.inputs))
         assert_ranks_equal_one_device(run_once(loss_of_the_first, [x]), runs)

@@ -70,6 +70,7 @@ CASES = [
     case(aten.to.other, randn(4, 6), randn(4, 6).float()),
     case(aten.to.other, randn(4, 6), randn(7).float(), factors=".1 .2"),
     case(aten.to.other, randn(6), randn(4, 6).float()),
+    case(aten.to.other, randn(2, 4), randn(2, 1).float(), factors=".1 .2"),
     case(aten.type_as.default, randn(4, 6), integers(3, 6)),
     case(aten.type_as.default, randn(4, 6), randn().float()),
     case(aten.type_as.default, randn(6), randn(2, 3, 4).float(), factors=".1"),
