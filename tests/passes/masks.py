@@ -228,6 +228,12 @@ PROGRAMS: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tup
     "padding of queries": (lambda x: causal() & x[:, None, :, None].bool(), [PADDING], (0, None), (1, 0)),
     "padding added": (lambda x: hide(causal()) + hide(unmasked(x)), [PADDING], (0, None), (0, 1)),
     "documents": (lambda x: causal() & same_document(x), [DOCUMENTS], (0, None), (1, 1)),
+    "documents by where": (
+        lambda x: torch.where(causal() & same_document(x), x[:, None, None].double(), zeros() - math.inf),
+        [DOCUMENTS],
+        (0, None),
+        (1, 2),
+    ),
     "positions of the user": (
         lambda x: x[:, None, None] <= x[:, None, :, None],
         [POSITIONS],

@@ -36,6 +36,15 @@ def test_one_bucket() -> None:
     assert buckets(gm) == [["query_weight", "key_weight", "value_weight", "out_weight", "out_bias"]]
 
 
+def test_a_bucket_stands_for_the_op_that_reads_it_first() -> None:
+    """As far as source line and module path go."""
+    gm, _ = after((*BEFORE, BucketGradients()), Attention(), hidden_states())
+    (bucket,) = nodes_of(gm, torch.ops.sptransform.replicate.default)
+    first, *_ = nodes_of(gm, torch.ops.aten.linear.default)
+    assert annotations.module_path(bucket) == annotations.module_path(first) == "query"
+    assert annotations.source_line(bucket) == annotations.source_line(first) is not None
+
+
 def test_a_limit_splits() -> None:
     """query 512 bytes, key and value 256 each, out 512 and 64."""
     gm, _ = after((*BEFORE, BucketGradients(bucket_bytes=800)), Attention(), hidden_states())
