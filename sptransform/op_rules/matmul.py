@@ -62,8 +62,8 @@ def einsum(call: OpCall) -> OpRule | None:
     left, arrow, right = equation.partition("->")
     operands = left.split(",")
     if not arrow:
-        letters = left.replace(",", "").replace("...", "")
-        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        right = "".join(["..." if "..." in left else "", *once])
     if any(len(set(part.replace("...", ""))) != len(part.replace("...", "")) for part in operands):
         return None
     if "..." in left and "..." not in right:

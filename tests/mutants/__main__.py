@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.mutants.mutations import KINDS, Mutation, mutations_of
-from tests.mutants.reach import Reach, Test, source_files, sources_digest
+from tests.mutants.reach import Reach, Test, digest, source_files
 from tests.mutants.recorder import FOLDER, ROOT
 from tests.mutants.trial import Trials
 
@@ -28,7 +28,10 @@ NO_FAULT = Path(__file__).with_name("no_fault.json")
 
 @dataclass(frozen=True)
 class Outcome:
-    """`verdict`: killed by the quick tier, only by the whole suite ("slow"), survived; `by` is the test that failed."""
+    """`verdict`: seen by the quick tier, by slow tests only, or survived; `by` is the test that failed.
+
+    `tests` is the state of the tests, `whole` whether slow ones were asked.
+    """
 
     path: str
     line: int
@@ -39,6 +42,7 @@ class Outcome:
     by: str
     num_tests: int
     seconds: float
+    tests: str
     whole: bool
 
     @property
@@ -48,13 +52,14 @@ class Outcome:
 
 def main() -> int:
     asked = _arguments()
-    folder = KEPT / sources_digest()
-    _record(folder / "reach", asked.whole)
+    folder = KEPT / digest(source_files())
+    tests = digest(sorted((ROOT / "tests").rglob("*.py")))
+    _record(folder / "reach", tests, asked.whole)
     console = Console()
     results = folder / "outcomes.jsonl"
     known = _known(results)
     drawn = draw(asked.num, asked.seed)
-    open_ones = [mutation for mutation in drawn if _is_open(known.get(_named(mutation)), asked.whole)]
+    open_ones = [mutation for mutation in drawn if _is_open(known.get(_named(mutation)), tests, asked.whole)]
     reach = Reach(folder / "reach")
     tasks = [(mutation, reach.tests_at(mutation.path, mutation.line)) for mutation in open_ones]
     # processes, which fork trials in their turn: a fork beside threads would not be safe
@@ -63,7 +68,7 @@ def main() -> int:
         ProcessPoolExecutor(asked.jobs, mp_context=get_context("fork")) as pool,
         results.open("a") as kept,
     ):
-        for done in as_completed([pool.submit(try_out, trials, asked.whole, task) for task in tasks]):
+        for done in as_completed([pool.submit(try_out, trials, tests, asked.whole, *task) for task in tasks]):
             outcome = done.result()
             known[outcome.names] = outcome
             kept.write(json.dumps(asdict(outcome)) + "\n")
@@ -80,13 +85,14 @@ def _named(mutation: Mutation) -> Names:
     return mutation.path, mutation.line, mutation.kind, *mutation.shown((ROOT / mutation.path).read_text())
 
 
-def _is_open(found: Outcome | None, whole: bool) -> bool:
-    return found is None or (whole and found.verdict == "survived" and not found.whole)
+def _is_open(found: Outcome | None, tests: str, whole: bool) -> bool:
+    """What survived meets tests that have changed since, and slow ones where they were not asked."""
+    survived = found is not None and found.verdict == "survived"
+    return found is None or (survived and (found.tests != tests or (whole and not found.whole)))
 
 
-def try_out(trials: Trials, whole: bool, asked: tuple[Mutation, list[Test]]) -> Outcome:
+def try_out(trials: Trials, state: str, whole: bool, mutation: Mutation, tests: list[Test]) -> Outcome:
     """Run the tests that reach a mutation: those of the quick tier, and where none fails the others."""
-    mutation, tests = asked
     verdict, by, seconds = "survived", "", 0.0
     for tier in ("quick", "slow") if whole else ("quick",):
         by, took = trials.first_failure(mutation, [test for test in tests if test.is_slow == (tier == "slow")])
@@ -94,7 +100,7 @@ def try_out(trials: Trials, whole: bool, asked: tuple[Mutation, list[Test]]) -> 
         if by:
             verdict = tier
             break
-    return Outcome(*_named(mutation), verdict, by, len(tests), round(seconds, 1), whole)
+    return Outcome(*_named(mutation), verdict, by, len(tests), round(seconds, 1), state, whole)
 
 
 def _arguments() -> argparse.Namespace:
@@ -121,19 +127,19 @@ def draw(num: int, seed: int) -> list[Mutation]:
     return drawn[:num]
 
 
-def _record(folder: Path, whole: bool) -> None:
+def _record(folder: Path, state: str, whole: bool) -> None:
     """Run the tests once, and note what they reach; of the quick tier where no more is asked for."""
     done = folder / ("whole" if whole else "quick")
-    if done.exists() or (folder / "whole").exists():
+    if any(file.exists() and file.read_text() == state for file in (done, folder / "whole")):
         return
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    tests = ["-o", "addopts=--strict-markers"] if whole else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.recorder", *tests]
+    options = ["-o", "addopts=--strict-markers"] if whole else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.recorder", *options]
     if subprocess.run(command, cwd=ROOT, env=os.environ | {FOLDER: str(folder)}, check=False).returncode:
         raise SystemExit("the tests fail as they are: what they reach was not recorded")
-    done.touch()
+    done.write_text(state)
 
 
 def _known(results: Path) -> dict[Names, Outcome]:

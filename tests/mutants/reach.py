@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,11 @@ def source_files() -> list[Path]:
     return sorted(file for file in found if (ROOT / "sptransform" / "passes") not in file.parents)
 
 
-def sources_digest() -> str:
-    digest = hashlib.sha256()
-    for file in source_files():
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def digest(files: Iterable[Path]) -> str:
+    together = hashlib.sha256()
+    for file in files:
+        together.update(file.read_bytes())
+    return together.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
