@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants.__main__ import draw
-from tests.mutants.mutations import KINDS, mutations_of
-from tests.mutants.recorder import ROOT
+from tests.mutants.mutations import KINDS, ROOT, draw, mutations_of
 
 SOURCE = '''
 """A docstring with 1 + 1."""

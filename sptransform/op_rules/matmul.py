@@ -14,8 +14,6 @@ aten = torch.ops.aten
 
 _EACH = ((0,), (1,))
 
-_product = rule("... i k, ... k j -> ... i j", reduce="k", linear=_EACH, heavy=True)
-
 
 def matmul(call: OpCall) -> OpRule:
     """``torch.matmul`` with its 1-D forms; a contraction over one entry is an outer product and not heavy."""

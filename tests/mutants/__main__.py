@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -17,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.mutants.mutations import KINDS, Mutation, mutations_of
-from tests.mutants.reach import Reach, Test, digest, source_files
-from tests.mutants.recorder import FOLDER, ROOT
+from tests.mutants.mutations import KINDS, ROOT, Mutation, draw, source_files
+from tests.mutants.reach import Reach, Test, digest
+from tests.mutants.recorder import FOLDER
 from tests.mutants.trial import Trials
 
 KEPT = ROOT / ".mutants"
@@ -110,21 +109,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
     parser.add_argument("--whole", action="store_true", help="what the quick tier misses meets the slow tests too")
     return parser.parse_args()
-
-
-def draw(num: int, seed: int) -> list[Mutation]:
-    """Of each kind equally many, as far as there are, from anywhere in the sources."""
-    every: dict[str, list[Mutation]] = {kind: [] for kind in KINDS}
-    for file in source_files():
-        for mutation in mutations_of(str(file.relative_to(ROOT)), file.read_text()):
-            every[mutation.kind].append(mutation)
-    generator = random.Random(seed)
-    for found in every.values():
-        generator.shuffle(found)
-    drawn: list[Mutation] = []
-    while len(drawn) < num and any(every.values()):
-        drawn += [found.pop() for found in every.values() if found]
-    return drawn[:num]
 
 
 def _record(folder: Path, state: str, whole: bool) -> None:

@@ -8,9 +8,11 @@ and of logs.
 from __future__ import annotations
 
 import ast
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 COMPARISONS = {
     ast.Eq: "!=",
@@ -40,6 +42,10 @@ FACTOR_KINDS = ("reduce", "whole")
 MESSAGES = {"describe", "debug", "info", "warning"}
 
 
+ROOT = Path(__file__).parents[2]
+SOURCES = ("sptransform", "passes")
+
+
 @dataclass(frozen=True)
 class Mutation:
     """One mistake: in `path` (from the root of the checkout), characters `start` to `end` become `text`."""
@@ -65,6 +71,27 @@ class Mutation:
 def mutations_of(path: str, source: str) -> list[Mutation]:
     """Every mutation of a file, in the order of the file."""
     return sorted(_Finder(path, source).find(), key=lambda mutation: (mutation.start, mutation.kind))
+
+
+def source_files() -> list[Path]:
+    """What may hold a mistake; `sptransform/passes` is a link to `passes`."""
+    found = [file for name in SOURCES for file in (ROOT / name).rglob("*.py")]
+    return sorted(file for file in found if (ROOT / "sptransform" / "passes") not in file.parents)
+
+
+def draw(num: int, seed: int) -> list[Mutation]:
+    """Of each kind equally many, as far as there are, from anywhere in the sources."""
+    every: dict[str, list[Mutation]] = {kind: [] for kind in KINDS}
+    for file in source_files():
+        for mutation in mutations_of(str(file.relative_to(ROOT)), file.read_text()):
+            every[mutation.kind].append(mutation)
+    generator = random.Random(seed)
+    for found in every.values():
+        generator.shuffle(found)
+    drawn: list[Mutation] = []
+    while len(drawn) < num and any(every.values()):
+        drawn += [found.pop() for found in every.values() if found]
+    return drawn[:num]
 
 
 class _Finder:

@@ -11,13 +11,7 @@ from pathlib import Path
 
 import coverage
 
-from tests.mutants.recorder import ROOT, SOURCES
-
-
-def source_files() -> list[Path]:
-    """What may hold a mistake; `sptransform/passes` is a link to `passes`."""
-    found = [file for name in SOURCES for file in (ROOT / name).rglob("*.py")]
-    return sorted(file for file in found if (ROOT / "sptransform" / "passes") not in file.parents)
+from tests.mutants.mutations import ROOT
 
 
 def digest(files: Iterable[Path]) -> str:

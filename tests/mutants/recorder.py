@@ -16,8 +16,8 @@ from pathlib import Path
 import coverage
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ("sptransform", "passes")
+from tests.mutants.mutations import ROOT, SOURCES
+
 FOLDER = "SPTRANSFORM_REACH"  # the environment variable that says where to record
 
 

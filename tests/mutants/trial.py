@@ -23,9 +23,8 @@ from typing import Any
 import pytest
 
 from tests.gloo_pool import PRELOAD
-from tests.mutants.mutations import Mutation
+from tests.mutants.mutations import ROOT, Mutation
 from tests.mutants.reach import Test
-from tests.mutants.recorder import ROOT
 
 TIMEOUT = 180  # seconds of one test: a mistake can make it wait for ever, and its workers may have to start first
 OURS = ("sptransform", "tests")
