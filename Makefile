@@ -9,15 +9,14 @@ RUN    := $(VENV)/bin/python
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train a small Llama on one device and on 4 ranks, compare the losses"
-	@echo "make test    run the quick tier of the tests: minutes"
-	@echo "make test-all          run all tests, in four parts one after the other; ARGS= picks some"
-	@echo "make test-all PART=2/4 run one part"
-	@echo "make mutants make small mistakes in the sources, and see whether the tests notice"
-	@echo "make times   show where the processor time of the tests goes"
-	@echo "make lint    run ruff"
-	@echo "make bench   measure the time of the transform, and of attention beside others"
-	@echo "make clean   remove .venv and caches"
+	@echo "make demo      train a small Llama on one device and on 4 ranks, compare the losses"
+	@echo "make test      run the quick tier of the tests"
+	@echo "make test-all  run all tests, in four parts one after the other; PART=2/4 for one of them"
+	@echo "make mutants   make small mistakes in the sources, and see whether the tests notice"
+	@echo "make times     show where the processor time of the tests goes"
+	@echo "make lint      run ruff"
+	@echo "make bench     measure the time of the transform, and of attention beside others"
+	@echo "make clean     remove .venv and caches"
 
 demo: $(VENV)/.installed-examples
 	$(RUN) examples/quickstart.py $(ARGS)
