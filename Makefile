@@ -29,12 +29,10 @@ PARTS := 1/4 2/4 3/4 4/4
 ALL   := $(RUN) -m pytest -o addopts=--strict-markers
 
 test-all: $(VENV)/.installed-test
-ifneq ($(ARGS),)
-	$(ALL) $(ARGS)
-else ifneq ($(PART),)
-	$(ALL) --part $(PART)
+ifneq ($(ARGS)$(PART),)
+	$(ALL) $(if $(PART),--part $(PART)) $(ARGS)
 else
-	@for part in $(PARTS); do $(MAKE) test-all PART=$$part || exit 1; done
+	@failed=0; for part in $(PARTS); do $(MAKE) test-all PART=$$part || failed=1; done; exit $$failed
 endif
 
 mutants: $(VENV)/.installed-dev

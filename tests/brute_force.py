@@ -13,6 +13,8 @@ one line of ranks of that first dim, each with operands of its own.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -33,6 +35,7 @@ from sptransform.partition import Partition
 from sptransform.placement import P, Placement, R, Shard, local_shape
 from sptransform.rule_table import Local
 from sptransform.rules import OpCall, Operand, OpRule, map_nodes
+from tests.gloo_pool import current_test
 from tests.lockstep import in_lockstep
 
 # of the mesh dim distributed before, and of the one that rules are tried on
@@ -81,26 +84,33 @@ def case(target: Any, *args: Any, factors: str | None = None, **kwargs: Any) -> 
     return Case(target, args, kwargs, factors)
 
 
-_generator = torch.Generator().manual_seed(0)
+@functools.cache
+def _generator_of(file: str) -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _generator() -> torch.Generator | None:
+    """In a test the default one, which is seeded for each; in a table of cases one for each file."""
+    return None if current_test() else _generator_of(sys._getframe(2).f_globals["__name__"])
 
 
 def randn(*shape: int) -> Tensor:
-    """Float64 entries from one fixed stream."""
-    return torch.randn(shape, dtype=torch.float64, generator=_generator)
+    """Float64 entries, the same at every run."""
+    return torch.randn(shape, dtype=torch.float64, generator=_generator())
 
 
 def positive(*shape: int) -> Tensor:
     """Float64 entries between 0.1 and 0.9: within every op's domain."""
-    return torch.rand(shape, dtype=torch.float64, generator=_generator) * 0.8 + 0.1
+    return torch.rand(shape, dtype=torch.float64, generator=_generator()) * 0.8 + 0.1
 
 
 def integers(high: int, *shape: int) -> Tensor:
     """Int64 entries in ``0 .. high-1``."""
-    return torch.randint(high, shape, generator=_generator)
+    return torch.randint(high, shape, generator=_generator())
 
 
 def booleans(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=_generator) < 0.5
+    return torch.rand(shape, generator=_generator()) < 0.5
 
 
 # Operands that have no gradient.

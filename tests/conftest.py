@@ -1,5 +1,6 @@
 """What every test shares: golden texts, the tiers, how to repeat what fails, and the end of the worker processes."""
 
+import argparse
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +12,8 @@ from tests.gloo_pool import collect_seldom, seed_everything, stop_pools
 from tests.golden import Golden
 from tests.tiers import mark_what_is_covered
 
-# a failing example is printed with what repeats it
-hypothesis.settings.register_profile("sptransform", print_blob=True)
+# the same examples at every run; one that fails is printed with what repeats it
+hypothesis.settings.register_profile("sptransform", print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("sptransform")
 
 
@@ -25,7 +26,7 @@ def a_part(text: str) -> slice:
     """Tests of every file are in every part, so that parts take about the same time."""
     part, num_parts = map(int, text.split("/"))
     if not 1 <= part <= num_parts:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"a part is I/N with I from 1 to N, not {text}")
     return slice(part - 1, None, num_parts)
 
 
@@ -46,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if reports:
         terminalreporter.section("to repeat")
     for name in dict.fromkeys(report.nodeid for report in reports):
-        terminalreporter.write_line(f"make test-all ARGS={shlex.quote(shlex.quote(name))}")
+        terminalreporter.write_line("make test-all ARGS=" + shlex.quote(shlex.quote(name).replace("$", "$$")))
 
 
 @pytest.fixture

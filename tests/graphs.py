@@ -65,16 +65,26 @@ class DynamoGraph:
     graph_module: fx.GraphModule
     inputs: list[Any]
     context: TracingContext
+    arguments: dict[str, Any]  # what Dynamo knew of each input, its name among it, and forgets after the call
 
     def use(self, call: Callable[[fx.GraphModule, list[Any]], Any]) -> Any:
         """`call` as Dynamo would call a backend; as often as one likes, for rewriting leaves the graph as it is."""
+        for node in self.graph_module.graph.find_nodes(op="placeholder"):
+            if node.name in self.arguments:
+                node.meta["grapharg"] = self.arguments[node.name]
         with torch._guards.tracing(self.context):
             return call(self.graph_module, self.inputs)
 
 
 def dynamo_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> DynamoGraph:
     """The graph of this call; nothing is run."""
-    return while_captured(model, lambda gm, inputs: DynamoGraph(gm, inputs, TracingContext.get()), *args, **kwargs)
+
+    def use(gm: fx.GraphModule, inputs: list[Any]) -> DynamoGraph:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        arguments = {node.name: node.meta["grapharg"] for node in placeholders if "grapharg" in node.meta}
+        return DynamoGraph(gm, inputs, TracingContext.get(), arguments)
+
+    return while_captured(model, use, *args, **kwargs)
 
 
 def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:

@@ -49,10 +49,9 @@ class Runnable:
 
 def runnables(model: nn.Module, inputs: Inputs, meshes: Sequence[Mesh], **options: Any) -> list[Runnable]:
     """The model's graph, captured once and rewritten for each of `meshes`, whose groups need not exist yet."""
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> list[Runnable]:
-        return _for_meshes(gm, example_inputs, [by_identity.get(id(x)) for x in example_inputs], meshes, options)
+        return _for_meshes(gm, example_inputs, _parameter_names(model, example_inputs), meshes, options)
 
     return while_captured(model, use, **inputs)
 
@@ -123,22 +122,20 @@ def on_pretended_ranks(
 
     ``compiler`` is an inner backend; without, graphs run as they are.
     """
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> dict[Asked, Ranks]:
-        names = [by_identity.get(id(x)) for x in example_inputs]
+        names = _parameter_names(model, example_inputs)
         return {each: _for_ranks(gm, example_inputs, names, each, compiler, options) for each in asked}
 
     return while_captured(model, use, **inputs)
 
 
 @functools.cache
-def dynamo_graph_of(name: str, layers: int = LAYERS, seq_len: int = 64) -> tuple[DynamoGraph, list[str | None]]:
+def dynamo_graph_of(name: str, layers: int, seq_len: int) -> tuple[DynamoGraph, list[str | None]]:
     """The graph of a model of `tests/models.py`, made once, and the names of its parameters among its inputs."""
     model, inputs = build(name, layers=layers, seq_len=seq_len)
     graph = dynamo_graph(model, **inputs)
-    by_identity = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
-    return graph, [by_identity.get(id(x)) for x in graph.inputs]
+    return graph, _parameter_names(model, graph.inputs)
 
 
 def model_on_pretended_ranks(
@@ -154,7 +151,7 @@ def model_on_pretended_ranks(
 
 def model_for_meshes(name: str, meshes: Sequence[Mesh], **options: Any) -> list[Runnable]:
     """A model's graph rewritten for each of `meshes`, whose groups need not exist yet."""
-    graph, names = dynamo_graph_of(name)
+    graph, names = dynamo_graph_of(name, LAYERS, 64)
     return graph.use(lambda gm, inputs: _for_meshes(gm, inputs, names, meshes, options))
 
 
@@ -173,6 +170,11 @@ def rewritten_model(
     chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
     mesh = Mesh.pretended(world_size, rank, chosen.strategy)
     return graph.use(lambda gm, inputs: rewritten_for(mesh, gm, inputs, chosen))
+
+
+def _parameter_names(model: nn.Module, inputs: Sequence[Any]) -> list[str | None]:
+    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [by_identity.get(id(x)) for x in inputs]
 
 
 def _for_meshes(

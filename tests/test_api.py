@@ -365,6 +365,18 @@ def test_plain_backend_needs_no_import_of_this_package(tmp_path: Path) -> None:
         assert_equal_to_one_device(reference, Result(*torch.load(result)), FLOAT64)
 
 
+def plainly_compiled(rank: int, world_size: int) -> Result:
+    options = {"strategy": "ulysses", "backend": "aot_eager"}
+    result = run_one_device(torch.compile(bert(), backend="sptransform", options=options), bert_inputs())
+    return Result(result.loss, {name.removeprefix("_orig_mod."): grad for name, grad in result.grads.items()})
+
+
+@pytest.mark.slow
+def test_plain_backend_takes_models_of_libraries() -> None:
+    for result in get_pool(2).run(plainly_compiled):
+        assert_equal_to_one_device(one_device("bert", layers=1), result, FLOAT64)
+
+
 # --- ops without a rule, graphs without attention -------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import torch
 from sptransform import AllGatherKV, MegatronSP, Ring, Ulysses, UsageError, annotations, explain
 from sptransform.composition import Composed, strategy_of
 from sptransform.mesh import PRETENDED_GROUP
+from sptransform.rewrite import rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
 from tests.models import HEADS, HIDDEN, LAYERS, MODELS, build
 from tests.rewritten import Asked, model_on_pretended_ranks, rewritten_model
@@ -67,12 +68,14 @@ def test_shapes(shape: tuple[int, int], length: int, kinds: Sequence[str]) -> No
     check_model("llama_nocache", kinds, shape, length)
 
 
-def test_batch_split() -> None:
+@pytest.mark.parametrize("layers", tiered([1, LAYERS], quick=[1]))
+def test_batch_split(layers: int) -> None:
     """Ulysses by the batch: heads are tensor parallelism's alone, so two key heads will do."""
     asked = Asked((2, 2), (Ulysses(split="batch"), MegatronSP()))
-    (ranks,) = model_on_pretended_ranks("llama_mha_kv2", [asked], layers=1).values()
+    (ranks,) = model_on_pretended_ranks("llama_mha_kv2", [asked], layers=layers).values()
+    reference = one_device("llama_mha_kv2", layers=layers)
     for result in ranks.results():
-        assert_equal_to_one_device(one_device("llama_mha_kv2", layers=1), result, MODELS["llama_mha_kv2"].tolerance)
+        assert_equal_to_one_device(reference, result, MODELS["llama_mha_kv2"].tolerance)
 
 
 Sent = tuple[int, int]
@@ -124,7 +127,8 @@ def test_gradients_are_summed_where_they_are_pending(kind: str) -> None:
 
 
 def test_even_shares_give_all_ranks_one_graph() -> None:
-    rewritten = [rewritten_model("gpt2", ("ulysses", "megatron"), (2, 2), rank=rank, layers=1) for rank in range(4)]
+    model, inputs = build("gpt2", layers=1)
+    rewritten = [rewrite(model, ("ulysses", "megatron"), inputs, world_size=(2, 2), rank=rank) for rank in range(4)]
     assert len({graph.text("transformer.h.0") for graph in rewritten}) == 1  # the vocabulary of 97 is beyond the layers
 
 

@@ -1,6 +1,7 @@
 """Lengths that change between calls: one graph for all that the ranks share evenly, another compile for others."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -45,11 +46,19 @@ def run_logits(rank: int, world_size: int, lengths: list[int]) -> list[tuple[boo
     import sptransform
 
     model = sptransform.parallelize(logits_model(), "ulysses", backend="aot_eager")
-    found = []
-    for length in lengths:
-        logits = model(tokens(length))
-        found.append((isinstance(logits, DTensor), logits.full_tensor().detach()))
-    return found
+    return [is_dtensor_and_whole(model(tokens(length))) for length in lengths]
+
+
+def run_logits_of_llama(rank: int, world_size: int, lengths: list[int]) -> list[tuple[bool, torch.Tensor]]:
+    import sptransform
+
+    model = sptransform.parallelize(build("llama_nocache", layers=1)[0], "ulysses", backend="aot_eager")
+    inputs = [build("llama_nocache", seq_len=length)[1] for length in lengths]
+    return [is_dtensor_and_whole(model(**each).logits) for each in inputs]
+
+
+def is_dtensor_and_whole(logits: Any) -> tuple[bool, torch.Tensor]:
+    return isinstance(logits, DTensor), logits.full_tensor().detach()
 
 
 def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_compiles: int) -> None:
@@ -86,3 +95,13 @@ def test_dtensors_have_the_length_of_their_call() -> None:
         for length, (is_dtensor, logits) in zip(lengths, found, strict=True):
             assert is_dtensor
             torch.testing.assert_close(logits, logits_model()(tokens(length)).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_dtensors_of_llama_have_the_length_of_their_call() -> None:
+    lengths = [64, 32, 48]
+    for found in get_pool(2).run(run_logits_of_llama, lengths, timeout=200):
+        for length, (is_dtensor, logits) in zip(lengths, found, strict=True):
+            model, inputs = build("llama_nocache", seq_len=length, layers=1)
+            assert is_dtensor
+            torch.testing.assert_close(logits, model(**inputs).logits.detach(), rtol=1e-5, atol=1e-6)

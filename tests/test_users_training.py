@@ -164,7 +164,8 @@ class Dropping(CausalTransformer):
 
 
 def dropping(is_checkpointed: bool) -> tuple[nn.Module, Inputs]:
-    model, inputs = build("sdpa_transformer", layers=1)
+    # of two layers that are recomputed the second one's masks are drawn again first
+    model, inputs = build("sdpa_transformer", layers=2 if is_checkpointed else 1)
     model.__class__ = Dropping
     model.is_checkpointed = is_checkpointed
     return parallel(model), inputs

@@ -38,7 +38,12 @@ def mark_what_is_covered(items: Iterable[pytest.Item]) -> None:
 def _mark_all_but_covering(cases: Sequence[Any]) -> None:
     """An axis is what one decorator gives; each case is a place on all of them."""
     axes = [_axis(cases, mark.args[0]) for mark in cases[0].iter_markers("parametrize")]
-    ways = cases[0].get_closest_marker("covering").kwargs["ways"]
+    ways = cases[0].get_closest_marker("covering").kwargs.get("ways")
+    if ways not in range(1, len(axes) + 1) or any(case.get_closest_marker("slow") for case in cases):
+        raise pytest.UsageError(
+            f"{cases[0].nodeid}: covering(ways=n) is for a product of n or more parameters of which no value is slow, "
+            f"here ways={ways} of {len(axes)}"
+        )
     covering = {tuple(found) for found in AllPairs([sorted(set(axis)) for axis in axes], n=ways)}
     for case, place in zip(cases, zip(*axes, strict=True), strict=True):
         if place not in covering:

@@ -1,17 +1,18 @@
-"""See the package. The mistakes of a run are drawn by `--seed`, as many of each kind as there are."""
+"""See the package. Mistakes are drawn by `--seed`, as many of one kind as of another."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from tests.mutants.recorder import FOLDER
 from tests.mutants.trial import Trials
 
 KEPT = ROOT / ".mutants"
+T = TypeVar("T")
 NO_FAULT = Path(__file__).with_name("no_fault.json")
 
 
@@ -51,30 +53,33 @@ class Outcome:
 
 def main() -> int:
     asked = _arguments()
-    folder = KEPT / digest(source_files())
-    tests = digest(sorted((ROOT / "tests").rglob("*.py")))
-    _record(folder / "reach", tests, asked.whole)
+    folder = KEPT / digest([*source_files(), *Path(__file__).parent.glob("*.py")])
+    state = digest(file for file in (ROOT / "tests").rglob("*") if file.suffix in (".py", ".txt"))
+    _record(folder / "reach", state, asked.whole)
+    reach = Reach(folder / "reach")
     console = Console()
     results = folder / "outcomes.jsonl"
     known = _known(results)
-    drawn = draw(asked.num, asked.seed)
-    open_ones = [mutation for mutation in drawn if _is_open(known.get(_named(mutation)), tests, asked.whole)]
-    reach = Reach(folder / "reach")
-    tasks = [(mutation, reach.tests_at(mutation.path, mutation.line)) for mutation in open_ones]
-    # processes, which fork trials in their turn: a fork beside threads would not be safe
-    with (
-        Trials() as trials,
-        ProcessPoolExecutor(asked.jobs, mp_context=get_context("fork")) as pool,
-        results.open("a") as kept,
-    ):
-        for done in as_completed([pool.submit(try_out, trials, tests, asked.whole, *task) for task in tasks]):
-            outcome = done.result()
+    drawn = {_named(mutation): mutation for mutation in draw(asked.num, asked.seed)}
+    open_ones = [names for names in drawn if _is_open(known.get(names), state, asked.whole)]
+    with Trials() as trials, results.open("a") as kept:
+
+        def try_out(names: Names) -> str:
+            before = known.get(names)
+            mutation = drawn[names]
+            tests = reach.tests_at(mutation.path, mutation.line)
+            # a test that saw it before comes first
+            tests.sort(key=lambda test: before is None or test.name != before.by)
+            return json.dumps(asdict(_outcome(trials, mutation, names, tests, state, asked.whole)))
+
+        for line in in_processes(try_out, open_ones, asked.jobs):
+            outcome = Outcome(**json.loads(line))
             known[outcome.names] = outcome
-            kept.write(json.dumps(asdict(outcome)) + "\n")
+            kept.write(line + "\n")
             kept.flush()
             at = f"{outcome.path}:{outcome.line} {outcome.kind}"
             console.print(f"{outcome.verdict:8} {at}, {outcome.seconds:.0f} s  {outcome.by}", markup=False)
-    return _report(console, [known[_named(mutation)] for mutation in drawn])
+    return _report(console, [known[names] for names in drawn])
 
 
 Names = tuple[str, int, str, str, str]
@@ -84,22 +89,64 @@ def _named(mutation: Mutation) -> Names:
     return mutation.path, mutation.line, mutation.kind, *mutation.shown((ROOT / mutation.path).read_text())
 
 
-def _is_open(found: Outcome | None, tests: str, whole: bool) -> bool:
-    """What survived meets tests that have changed since, and slow ones where they were not asked."""
+def _is_open(found: Outcome | None, state: str, whole: bool) -> bool:
+    """What other tests told is asked again, and slow ones where they were not."""
     survived = found is not None and found.verdict == "survived"
-    return found is None or (survived and (found.tests != tests or (whole and not found.whole)))
+    return found is None or found.tests != state or (survived and whole and not found.whole)
 
 
-def try_out(trials: Trials, state: str, whole: bool, mutation: Mutation, tests: list[Test]) -> Outcome:
+def _outcome(
+    trials: Trials, mutation: Mutation, names: Names, tests: list[Test], state: str, whole: bool
+) -> Outcome:
     """Run the tests that reach a mutation: those of the quick tier, and where none fails the others."""
     verdict, by, seconds = "survived", "", 0.0
     for tier in ("quick", "slow") if whole else ("quick",):
-        by, took = trials.first_failure(mutation, [test for test in tests if test.is_slow == (tier == "slow")])
+        asked = [test.name for test in tests if test.is_slow == (tier == "slow")]
+        by, took = trials.first_failure(mutation, asked)
         seconds += took
         if by:
             verdict = tier
             break
-    return Outcome(*_named(mutation), verdict, by, len(tests), round(seconds, 1), state, whole)
+    return Outcome(*names, verdict, by, len(tests), round(seconds, 1), state, whole)
+
+
+def in_processes(call: Callable[[T], str], arguments: Sequence[T], jobs: int) -> Iterator[str]:
+    """`call` of each, in processes forked from this one, as they end. They end with this one."""
+    waiting, running = list(reversed(arguments)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                argument = waiting.pop()
+                read, write = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    _answer(lambda argument=argument: call(argument), write)
+                os.close(write)
+                running[pid] = read
+            pid, status = os.wait()
+            with os.fdopen(running.pop(pid)) as answer:
+                text = answer.read()
+            if os.waitstatus_to_exitcode(status):
+                raise RuntimeError(f"a trial failed:\n{text}")
+            yield text
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+
+
+def _answer(call: Callable[[], str], write: int) -> NoReturn:
+    """Be a process that writes what the call gives, an answer of less than a pipe holds, and ends."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and says when to end
+    code = 1
+    try:
+        os.write(write, call().encode())
+        code = 0
+    except BaseException as error:
+        os.write(write, repr(error).encode())
+    finally:
+        os._exit(code)
 
 
 def _arguments() -> argparse.Namespace:
@@ -121,7 +168,9 @@ def _record(folder: Path, state: str, whole: bool) -> None:
         file.unlink()
     options = ["-o", "addopts=--strict-markers"] if whole else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.recorder", *options]
-    if subprocess.run(command, cwd=ROOT, env=os.environ | {FOLDER: str(folder)}, check=False).returncode:
+    # the other tracers of coverage know no contexts
+    environment = os.environ | {FOLDER: str(folder), "COVERAGE_CORE": "ctrace"}
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
         raise SystemExit("the tests fail as they are: what they reach was not recorded")
     done.write_text(state)
 

@@ -42,15 +42,11 @@ class Reach:
     @cached_property
     def _data(self) -> coverage.CoverageData:
         """The files of all processes as one."""
-        together = coverage.CoverageData(basename=str(self._folder / "together"))
-        together.read()
-        merged = together.measured_files()
-        if not merged:
-            for file in sorted(self._folder.glob("lines.*")):
-                part = coverage.CoverageData(basename=str(file))
-                part.read()
-                together.update(part)
-            together.write()
+        together = coverage.CoverageData(no_disk=True)
+        for file in sorted(self._folder.glob("lines.*")):
+            part = coverage.CoverageData(basename=str(file))
+            part.read()
+            together.update(part)
         return together
 
     @cached_property
@@ -65,9 +61,9 @@ class Reach:
         """
         contexts = self._data.contexts_by_lineno(str((ROOT / path).resolve()))
         names = {name for name in contexts.get(line, ()) if name}
-        if not names:
-            names = {name for found in contexts.values() for name in found if name}
-        files = {name.split("::")[0] for name in names}
-        beside = {name for name in self.tests if name.split("::")[0] in files} | self._unknown
+        at_import = not names or "" in contexts.get(line, ())
+        also = {name for found in contexts.values() for name in found if name} if at_import else names
+        files = {name.split("::")[0] for name in also}
+        beside = also | {name for name in self.tests if name.split("::")[0] in files} | self._unknown
         tests = [self.tests[name] for name in (names | beside) & self.tests.keys()]
         return sorted(tests, key=lambda test: (test.name not in names, test.seconds, test.name))

@@ -198,7 +198,7 @@ BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {
 PADDING = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
-BIAS = torch.randn(BATCH, 1, LENGTH, LENGTH, dtype=torch.float64)
+BIAS = torch.randn(BATCH, 1, LENGTH, LENGTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LOWEST = torch.finfo(torch.float64).min
 
 
