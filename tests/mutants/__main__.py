@@ -57,7 +57,7 @@ def main() -> int:
     state = digest(file for file in (ROOT / "tests").rglob("*") if file.suffix in (".py", ".txt"))
     _record(folder / "reach", state, asked.whole)
     reach = Reach(folder / "reach")
-    console = Console()
+    console = Console(emoji=False)  # `file:100:` is a place
     results = folder / "outcomes.jsonl"
     known = _known(results)
     drawn = {_named(mutation): mutation for mutation in draw(asked.num, asked.seed)}
