@@ -34,6 +34,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+REACH = "SPTRANSFORM_REACH"  # the environment variable that says where to record which lines a test reaches
 START_TIMEOUT = 60.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 # After one rank has failed, how long the others may still answer: enough to hear of a failure they share.
@@ -300,7 +301,7 @@ Recorded = Callable[[str], AbstractContextManager[None]]
 
 def _recorded() -> Recorded:
     """Where `make mutants` asks which lines a test reaches, this notes what runs inside."""
-    if "SPTRANSFORM_REACH" not in os.environ:
+    if REACH not in os.environ:
         return lambda test: nullcontext()
     from tests.mutants.recorder import Recorder
 

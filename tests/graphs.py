@@ -65,13 +65,9 @@ class DynamoGraph:
     graph_module: fx.GraphModule
     inputs: list[Any]
     context: TracingContext
-    arguments: dict[str, Any]  # what Dynamo knew of each input, its name among it, and forgets after the call
 
     def use(self, call: Callable[[fx.GraphModule, list[Any]], Any]) -> Any:
         """`call` as Dynamo would call a backend; as often as one likes, for rewriting leaves the graph as it is."""
-        for node in self.graph_module.graph.find_nodes(op="placeholder"):
-            if node.name in self.arguments:
-                node.meta["grapharg"] = self.arguments[node.name]
         with torch._guards.tracing(self.context):
             return call(self.graph_module, self.inputs)
 
@@ -79,12 +75,15 @@ class DynamoGraph:
 def dynamo_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> DynamoGraph:
     """The graph of this call; nothing is run."""
 
-    def use(gm: fx.GraphModule, inputs: list[Any]) -> DynamoGraph:
+    def use(gm: fx.GraphModule, inputs: list[Any]) -> tuple[DynamoGraph, dict[fx.Node, Any]]:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        arguments = {node.name: node.meta["grapharg"] for node in placeholders if "grapharg" in node.meta}
-        return DynamoGraph(gm, inputs, TracingContext.get(), arguments)
+        arguments = {node: node.meta["grapharg"] for node in placeholders if "grapharg" in node.meta}
+        return DynamoGraph(gm, inputs, TracingContext.get()), arguments
 
-    return while_captured(model, use, *args, **kwargs)
+    graph, arguments = while_captured(model, use, *args, **kwargs)
+    for node, argument in arguments.items():  # the name of the input among it, which Dynamo forgets after the call
+        node.meta["grapharg"] = argument
+    return graph
 
 
 def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from tests.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.gloo_pool import get_pool
 from tests.models import MODELS, VOCAB, build
-from tests.tiny import Attention
+from tests.tiny import attention
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,11 +32,6 @@ def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tu
     return results, counters["stats"]["unique_graphs"]
 
 
-def logits_model() -> Attention:
-    torch.manual_seed(0)
-    return Attention().double()
-
-
 def tokens(length: int) -> torch.Tensor:
     return torch.randint(VOCAB, (2, length), generator=torch.Generator().manual_seed(length))
 
@@ -45,7 +40,7 @@ def run_logits(rank: int, world_size: int, lengths: list[int]) -> list[tuple[boo
     """Logits of every length: whether they came as DTensors, and the whole of them."""
     import sptransform
 
-    model = sptransform.parallelize(logits_model(), "ulysses", backend="aot_eager")
+    model = sptransform.parallelize(attention(), "ulysses", backend="aot_eager")
     return [is_dtensor_and_whole(model(tokens(length))) for length in lengths]
 
 
@@ -94,7 +89,7 @@ def test_dtensors_have_the_length_of_their_call() -> None:
     for found in get_pool(2).run(run_logits, lengths, timeout=200):
         for length, (is_dtensor, logits) in zip(lengths, found, strict=True):
             assert is_dtensor
-            torch.testing.assert_close(logits, logits_model()(tokens(length)).detach(), rtol=0, atol=1e-12)
+            torch.testing.assert_close(logits, attention()(tokens(length)).detach(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

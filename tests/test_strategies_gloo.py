@@ -15,7 +15,7 @@ from tests.equality import Result, assert_equal_to_one_device, one_device, run_o
 from tests.gloo_pool import get_pool
 from tests.models import FLOAT64, MODELS, VOCAB, build
 from tests.tiers import tiered
-from tests.tiny import Attention, attention_with_loss, token_inputs
+from tests.tiny import attention, attention_with_loss, token_inputs
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -71,11 +71,6 @@ def test_a_ring_under_inductor() -> None:
 # --- outputs --------------------------------------------------------------------------------------------------
 
 
-def logits_model() -> Attention:
-    torch.manual_seed(0)
-    return Attention().double()
-
-
 def tokens(length: int) -> torch.Tensor:
     return torch.randint(VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
 
@@ -90,7 +85,7 @@ def logits(rank: int, world_size: int, length: int) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name, (strategy, options) in asked.items():
-        model = sptransform.parallelize(logits_model(), strategy, backend="eager", **options)
+        model = sptransform.parallelize(attention(), strategy, backend="eager", **options)
         out = model(tokens(length)).detach()
         if isinstance(out, DTensor):
             found[name] = out.full_tensor(), out.to_local(), out.placements, out.device_mesh.mesh.tolist()
@@ -102,7 +97,7 @@ def logits(rank: int, world_size: int, length: int) -> dict[str, Any]:
 @pytest.mark.parametrize("length", tiered([16, 13], quick=[13]))
 def test_logits_are_in_order(length: int) -> None:
     """Sequences come back in the order of the input, whatever the ranks computed with: cut as DTensor says."""
-    expected = logits_model()(tokens(length)).detach()
+    expected = attention()(tokens(length)).detach()
     found = get_pool(4).run(logits, length)
     halves = expected.chunk(2, 1)
     if length % 2:  # after uneven shares of the ring, whole on the ranks that share heads

@@ -50,6 +50,12 @@ def token_inputs() -> Inputs:
     return {"tokens": tokens, "labels": labels}
 
 
+def attention() -> Attention:
+    """In float64, the same at every call."""
+    torch.manual_seed(0)
+    return Attention().double()
+
+
 def attention_with_loss(**loss: Any) -> AttentionWithLoss:
     """In float64, the same at every call; a `weight` among the arguments stands for random class weights."""
     torch.manual_seed(0)

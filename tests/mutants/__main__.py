@@ -17,9 +17,9 @@ from typing import NoReturn, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from tests.gloo_pool import REACH
 from tests.mutants.mutations import KINDS, ROOT, Mutation, draw, source_files
 from tests.mutants.reach import Reach, Test, digest
-from tests.mutants.recorder import FOLDER
 from tests.mutants.trial import Trials
 
 KEPT = ROOT / ".mutants"
@@ -169,7 +169,7 @@ def _record(folder: Path, state: str, whole: bool) -> None:
     options = ["-o", "addopts=--strict-markers"] if whole else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.recorder", *options]
     # the other tracers of coverage know no contexts
-    environment = os.environ | {FOLDER: str(folder), "COVERAGE_CORE": "ctrace"}
+    environment = os.environ | {REACH: str(folder), "COVERAGE_CORE": "ctrace"}
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
         raise SystemExit("the tests fail as they are: what they reach was not recorded")
     done.write_text(state)

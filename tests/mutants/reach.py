@@ -65,5 +65,5 @@ class Reach:
         also = {name for found in contexts.values() for name in found if name} if at_import else names
         files = {name.split("::")[0] for name in also}
         beside = also | {name for name in self.tests if name.split("::")[0] in files} | self._unknown
-        tests = [self.tests[name] for name in (names | beside) & self.tests.keys()]
+        tests = [self.tests[name] for name in beside & self.tests.keys()]
         return sorted(tests, key=lambda test: (test.name not in names, test.seconds, test.name))

@@ -16,16 +16,15 @@ from pathlib import Path
 import coverage
 import pytest
 
+from tests.gloo_pool import REACH
 from tests.mutants.mutations import ROOT, SOURCES
-
-FOLDER = "SPTRANSFORM_REACH"  # the environment variable that says where to record
 
 
 class Recorder:
     """Records the lines that this process runs, by test, in a file of its own."""
 
     def __init__(self) -> None:
-        folder = os.environ[FOLDER]
+        folder = os.environ[REACH]
         self._coverage = coverage.Coverage(
             data_file=f"{folder}/lines.{os.getpid()}",
             config_file=False,
@@ -50,7 +49,7 @@ class Plugin:
 
     def __init__(self) -> None:
         self._recorder = Recorder()
-        self._costs = Path(os.environ[FOLDER], "costs.jsonl")
+        self._costs = Path(os.environ[REACH], "costs.jsonl")
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
