@@ -39,7 +39,6 @@ class BucketGradients(Pass):
     bucket_bytes: int = BUCKET_BYTES
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        region = next((node for node in graph.nodes if annotations.marks_region(node)), None)
         for mesh in dict.fromkeys((*(part.mesh for part in context.parts), context.mesh)):
             moved = _moved_inputs(graph)
             moves = [
@@ -51,7 +50,7 @@ class BucketGradients(Pass):
             for bucket in fill(moves, self.bucket_bytes):
                 order = {node: position for position, node in enumerate(graph.nodes)}
                 readers = [reader for node in bucket for output in node.users for reader in output.users]
-                _merge(bucket, min(readers if region is None else [*readers, region], key=order.__getitem__))
+                _merge(bucket, annotations.outermost(graph)[min(readers, key=order.__getitem__)])
 
 
 def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:

@@ -40,24 +40,12 @@ class GatherParameters(Pass):
             for move in moves
         }
         moves.sort(key=lambda move: order[first_reader[move]])
-        outside = _outside_regions(graph)
+        outside = annotations.outermost(graph)
         read_before: fx.Node | None = None
         for bucket in fill(moves, self.bucket_bytes):
             read = first_reader[bucket[0]]
             _merge(bucket, outside[read_before or read])
             read_before = read
-
-
-def _outside_regions(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Every node, or the node that opens the outermost region it is in."""
-    found, depth, opening = {}, 0, None
-    for node in graph.nodes:
-        if annotations.marks_region(node):
-            closes = bool(node.all_input_nodes) or node.args == (True,)
-            opening = opening if depth else node
-            depth = max(depth - 1, 0) if closes else depth + 1
-        found[node] = opening if depth and opening is not None else node
-    return found
 
 
 def _is_of_parameter(node: fx.Node) -> bool:

@@ -5,7 +5,7 @@ Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is dem
     %q1 : S(1) = redistribute(%q, S(2) -> S(1))
     %o = attention(%q1, ...)
 
-1. Edges from one producer to the same placement share a redistribute, within one grad-mode region.
+1. Edges from one producer to the same placement share a redistribute, where autocast and grad mode are the same.
 2. A redistribute stands right before its first reader; one of a placeholder to R stands after the placeholders, where
    neither autocast nor ``no_grad`` regions are open.
 3. S -> S along the same axis, where each index only gets another owner, is one redistribute; S -> S along two axes of
@@ -26,22 +26,22 @@ from sptransform.decisions import demands
 from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Pass
 from sptransform.placement import I, Placement, R, Shard, keeps_own, leads_through_whole, repartitions
+from sptransform.regions import OUTSIDE, Region
 from sptransform.rewriter import insert_redistribute, replace_operand
 from sptransform.verifier import satisfies
 
 
 @dataclass
 class _Inserter:
-    """Redistributes made so far, by producer, target placement and grad-mode region."""
+    """Redistributes made so far, by producer, target placement and region."""
 
     first: fx.Node
-    region: int = 0
-    made: dict[tuple[fx.Node, Placement, int], fx.Node] = field(default_factory=dict)
+    made: dict[tuple[fx.Node, Placement, Region], fx.Node] = field(default_factory=dict)
 
     def moved(self, producer: fx.Node, target: Placement, before: fx.Node) -> fx.Node:
         source = annotations.placement(producer)
         hoisted = producer.op == "placeholder" and target == R
-        key = (producer, target, -1 if hoisted else self.region)
+        key = (producer, target, OUTSIDE if hoisted else annotations.region_of(before))
         if key not in self.made:
             if isinstance(source, Shard) and not source.partition.is_exact and not keeps_own(source, target):
                 own = replace(source, partition=source.partition.first_owners())
@@ -71,8 +71,6 @@ class InsertRedistributes(Pass):
                 for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
                     if demanded is not None:
                         self._satisfy(node, index, operands[index], demanded, inserter)
-            elif annotations.marks_region(node):
-                inserter.region += 1
 
     def _satisfy(
         self, node: fx.Node, index: int, producer: fx.Node, demanded: Placement, inserter: _Inserter

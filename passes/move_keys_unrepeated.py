@@ -29,6 +29,7 @@ from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
 from sptransform.rule_table import RuleTable
 from sptransform.rules import OpCall
+from sptransform.sizes import number
 
 _HEADS = 1
 
@@ -60,7 +61,7 @@ class MoveKeysUnrepeated(Pass):
                 call.argument("dropout_p"),
                 call.argument("is_causal"),
                 scale=call.argument("scale"),
-                key_head_of=[i // group for i in range(annotations.shape(query)[_HEADS])],
+                key_head_of=[i // group for i in range(number(annotations.shape(query)[_HEADS]))],
             )
             succeed(node, new)
         graph.eliminate_dead_code()

@@ -44,27 +44,14 @@ class OpenCheckpointed(Pass):
         policies = annotations.take_policies(graph)
         if not policies:
             return
-        autocasts: list[torch.autocast] = []
         with ranks_of(graph, context):
-            try:
-                for node in graph.nodes:  # not a copy: what takes a result out of an opened op is gone by then
-                    _follow_autocast(node, autocasts)
-                    policy = policies.get(node.meta.get("ac_graph_id"))
-                    if policy is not None and node.meta["recompute"] is not CheckpointPolicy.MUST_SAVE:
-                        if annotations.handles_tensors(node):
+            for node in graph.nodes:  # not a copy: what takes a result out of an opened op is gone by then
+                policy = policies.get(node.meta.get("ac_graph_id"))
+                if policy is not None and node.meta["recompute"] is not CheckpointPolicy.MUST_SAVE:
+                    if annotations.handles_tensors(node):
+                        # autocast decides what an op opens into
+                        with annotations.region_of(node).autocast():
                             _open(node, policy)
-            finally:
-                while autocasts:
-                    autocasts.pop().__exit__(None, None, None)
-
-
-def _follow_autocast(node: fx.Node, autocasts: list[torch.autocast]) -> None:
-    """Be in the autocast regions that ``node`` is in: they decide what its op opens into."""
-    if node.target is torch.amp.autocast_mode._enter_autocast:
-        autocasts.append(torch.autocast(*node.args, **node.kwargs))
-        autocasts[-1].__enter__()
-    elif node.target is torch.amp.autocast_mode._exit_autocast:
-        autocasts.pop().__exit__(None, None, None)
 
 
 def _open(node: fx.Node, policy: Any) -> None:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from torch import fx
 
@@ -39,11 +38,10 @@ class Place(Pass):
                 annotations.note(node).rule = context.rules.rule_of(OpCall.of_node(node))
         light = light_nodes(graph)
         rules = [note.rule for note in map(annotations.note, graph.nodes) if note.rule is not None]
-        is_causal = any(rule.is_causal for rule in rules)
-        divide = partial(context.strategy.partition, num_ranks=context.mesh.size, is_causal=is_causal)
-        axes = Axes(graph, divide, context.sequence_dims, ignored=light)
+        context.is_causal = any(rule.is_causal for rule in rules)
+        axes = Axes(graph, context.divide, context.sequence_dims, ignored=light)
         if not axes.has_sequence:  # without attention, what arrives in parts is cut along the sequence
-            axes = Axes(graph, divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
+            axes = Axes(graph, context.divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
         if not any(rule.roles for rule in rules) and not axes.has_sequence:
             raise UsageError(
                 describe(

@@ -39,7 +39,7 @@ from sptransform.masks.visibility import Band, Visibility
 from sptransform.op_rules.attention import ATTENTION, mask_of
 from sptransform.op_rules.masks import CONVERT, broadcast_view
 from sptransform.pass_manager import Context, Pass
-from sptransform.rewriter import autocast_at, emit_like, rename, succeed
+from sptransform.rewriter import emit_like, rename, succeed
 from sptransform.rules import OpCall
 from sptransform.sizes import SymbolicSizeError
 
@@ -156,7 +156,7 @@ def _cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
     value = annotations.value(mask)
     if not value.dtype.is_floating_point or value.dtype == torch.float64:
         return None
-    with autocast_at(attention):
+    with annotations.region_of(attention).autocast():
         if not torch.is_autocast_enabled(value.device.type):
             return None
         dtype = torch.get_autocast_dtype(value.device.type)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from sptransform.placement import Shard
+from sptransform.regions import OUTSIDE, Region
 from sptransform.sizes import Size, size_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Note:
     local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # stated shape, dtype per output
     transitions: tuple[tuple[Placement, Placement], ...] = ()  # of a redistribute node: (from, to) per tensor
     mesh: Mesh | None = None  # of a lowered node that communicates: over which ranks
+    region: Region | None = None  # once asked for, see region_of
 
 
 def note(node: fx.Node) -> Note:
@@ -102,9 +104,31 @@ def handles_tensors(node: fx.Node) -> bool:
     return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))
 
 
-def marks_region(node: fx.Node) -> bool:
-    """Whether the node begins or ends an autocast or grad-mode region, and computes nothing."""
-    return node.op == "call_function" and value(node) is None and not handles_tensors(node)
+def region_of(node: fx.Node) -> Region:
+    """The autocast and grad-mode region the node stands in. Passes may add nodes, but move none of a region.
+
+    What is found is kept, so that each node is looked at once.
+    """
+    unknown = []
+    at = node
+    while at.op != "root" and note(at).region is None:
+        unknown.append(at)
+        at = at.prev
+    for following in reversed(unknown):
+        before = following.prev
+        note(following).region = OUTSIDE if before.op == "root" else note(before).region.after(before)
+    return note(node).region
+
+
+def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Every node, or the node that opens the outermost region it stands in."""
+    found: dict[fx.Node, fx.Node] = {}
+    opening = None
+    for node in graph.nodes:
+        if region_of(node) == OUTSIDE:
+            opening = node
+        found[node] = opening
+    return found
 
 
 def writes(node: fx.Node) -> bool:
@@ -146,7 +170,7 @@ def copy(source: fx.Node, target: fx.Node) -> None:
 
 def fork(source: fx.Node, target: fx.Node) -> None:
     """Let ``target``, another form of ``source``, start with all that is known of it, and a note of its own."""
-    target.meta = {**source.meta, _KEY: replace(note(source))}
+    target.meta = {**source.meta, _KEY: replace(note(source), region=None)}
 
 
 def is_even(graph: fx.Graph) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -34,7 +35,7 @@ from sptransform.options import Options, check_torch_version
 from sptransform.parameters import stored_in
 from sptransform.pass_manager import Context
 from sptransform.placement import Placement, Shard
-from sptransform.sizes import SymbolicSizeError
+from sptransform.sizes import needs_number
 from sptransform.stages import distribute
 from sptransform.trace import traced
 
@@ -134,9 +135,8 @@ def rewrite_graph(
         with _no_garbage_collection():
             fix_sizes(gm, options.strategy.multiple(mesh.size))
             return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
-    # a comparison of sizes that depends on the length raises TypeError in sympy
-    except (SymbolicSizeError, TypeError) as error:
-        if not has_symbolic_sizes(gm):
+    except Exception as error:
+        if not (needs_number(error) and has_symbolic_sizes(gm)):
             raise
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
@@ -326,11 +326,18 @@ def _recompute_tags(graph: fx.Graph) -> str:
 
 
 @cache
-def _version() -> str:
-    """Hash of the package's files: compile caches must not serve a backward of another version."""
+def _version(package: Path = Path(__file__).parent) -> str:
+    """Hash of the package's files: compile caches must not serve what another version compiled."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in _sources(package):
+        digest.update(f"{file.relative_to(package)}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _sources(package: Path) -> list[Path]:
+    """Every Python file of the package. ``passes`` is a link in a checkout, which ``Path.rglob`` does not follow."""
+    folders = os.walk(package, followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))
 
 

@@ -13,9 +13,11 @@ from torch import fx
 from sptransform import verifier
 from sptransform.errors import VerificationError
 from sptransform.mesh import Mesh
+from sptransform.partition import Partition
 from sptransform.placement import Placement
 from sptransform.printer import text
 from sptransform.rule_table import RuleTable
+from sptransform.sizes import Size
 
 if TYPE_CHECKING:
     from sptransform.strategies import Strategy
@@ -47,6 +49,7 @@ class Context:
         sequence_dims: placeholder name -> its sequence dimension.
         fallbacks: ops that run replicated for want of a rule.
         output_placements: what the graph returns, one per output; None for outputs that are no tensors.
+        is_causal: once placed: whether any attention of the graph is causal; sequences are laid out for all of it.
         is_even: once distributed: every rank has an equal share of whatever is cut.
         parts: of the request as a whole, the contexts of its mesh dims, in the order in which they were distributed.
     """
@@ -62,8 +65,13 @@ class Context:
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     output_placements: tuple[Placement | None, ...] = ()
+    is_causal: bool = False
     is_even: bool = True
     parts: tuple[Context, ...] = ()
+
+    def divide(self, size: Size) -> Partition:
+        """Who owns what of a sequence of ``size``, once placed."""
+        return self.strategy.partition(size, self.mesh.size, self.is_causal)
 
 
 class Pass:

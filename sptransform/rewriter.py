@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import sympy
@@ -122,7 +122,7 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
 
 def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a node in front of ``before`` in its name, outside any fake mode."""
-    with annotations.values(before)[0].fake_mode, torch.no_grad(), autocast_at(before):
+    with annotations.values(before)[0].fake_mode, torch.no_grad(), annotations.region_of(before).autocast():
         return emitter(before)(target, args, kwargs)
 
 
@@ -130,20 +130,3 @@ def keep_result(node: fx.Node) -> None:
     """In a checkpointed region, save what the node gives: recomputing it would communicate again."""
     if "recompute" in node.meta:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-@contextmanager
-def autocast_at(node: fx.Node) -> Iterator[None]:
-    """Within the block, autocast is on or off as where the node stands in its graph."""
-    regions: list[fx.Node] = []
-    for earlier in node.graph.nodes:
-        if earlier is node:
-            break
-        if earlier.target is torch.amp.autocast_mode._enter_autocast:
-            regions.append(earlier)
-        elif earlier.target is torch.amp.autocast_mode._exit_autocast:
-            regions.pop()
-    with ExitStack() as stack:
-        for region in regions:
-            stack.enter_context(torch.autocast(*region.args, **region.kwargs))
-        yield

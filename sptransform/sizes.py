@@ -7,12 +7,14 @@ size of the graph is then a polynomial in such ``k``, equality is structural, an
 from __future__ import annotations
 
 import operator
+import traceback
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch import fx
 
 Size = int | sympy.Expr
@@ -23,6 +25,30 @@ _LENGTHS: WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = WeakKeyDictio
 
 class SymbolicSizeError(ValueError):
     """A symbolic size is asked something only a number can answer; the graph must be captured for its value."""
+
+
+# where sympy says that an expression has no truth value, and no value as a number
+_UNDECIDED = {
+    conversion.__code__ for conversion in (Relational.__bool__, sympy.Expr.__int__, sympy.Expr.__float__)
+}
+
+
+def needs_number(error: BaseException) -> bool:
+    """Whether the error was raised because a symbolic size was asked what only a number can answer.
+
+    A comparison that depends on the length is asked of sympy, which raises TypeError, as a great many faults do.
+    """
+    if isinstance(error, SymbolicSizeError):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, TypeError) and bool(frames) and frames[-1].f_code in _UNDECIDED
+
+
+def number(size: Size) -> int:
+    """The size, where it is a number. Raises SymbolicSizeError otherwise."""
+    if isinstance(size, int):
+        return size
+    raise SymbolicSizeError(f"the graph has to know the number behind {size}")
 
 
 def split_length(length: torch.SymInt, num_ranks: int) -> None:

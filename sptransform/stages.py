@@ -105,7 +105,7 @@ def _of_sequences(node: fx.Node, part: Context) -> list[Partition]:
     if note.rule is None or "queries" not in note.rule.roles:
         return []
     sizes = (note.rule.sizes[factor] for role, factor in note.rule.roles.items() if role in ("queries", "keys"))
-    return [part.strategy.partition(size, part.mesh.size, note.rule.is_causal) for size in sizes]
+    return [part.divide(size) for size in sizes]
 
 
 def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:

@@ -1,7 +1,9 @@
 """Ranks share compile caches: their graphs are the same to the byte, so what one compiled the others load."""
 
 import functools
+import importlib
 import os
+import pkgutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -111,12 +113,31 @@ def test_what_one_rank_compiled_the_others_load(tmp_path: Path) -> None:
         assert found["loss"] == own[0]["loss"]
 
 
-def test_the_version_is_of_the_packages_files(tmp_path: Path) -> None:
-    before = backend._version.__wrapped__()
-    assert before == backend._version.__wrapped__()
-    (tmp_path / "backend.py").write_text("x = 1")
-    with mock.patch.object(backend, "__file__", str(tmp_path / "backend.py")):
-        one = backend._version.__wrapped__()
-        (tmp_path / "backend.py").write_text("x = 2")
-        two = backend._version.__wrapped__()
-    assert len({before, one, two}) == 3
+def version_of(package: Path) -> str:
+    return backend._version.__wrapped__(package)
+
+
+def test_the_version_is_of_all_the_packages_files(tmp_path: Path) -> None:
+    """Those behind a link as well: in a checkout, the passes."""
+    package, passes = tmp_path / "package", tmp_path / "passes"
+    for folder in (package / "inside", passes):
+        folder.mkdir(parents=True)
+    (package / "passes").symlink_to(passes)
+    files = [package / "backend.py", package / "inside" / "op.py", passes / "place.py"]
+    versions = [version_of(package)]
+    for text in ("x = 1", "x = 2"):
+        for file in files:
+            file.write_text(text)
+            versions.append(version_of(package))
+    assert version_of(package) == versions[-1]
+    files[0].rename(package / "another.py")
+    versions.append(version_of(package))
+    assert len(set(versions)) == len(versions)
+
+
+def test_every_module_of_the_package_counts_in_its_version() -> None:
+    package = Path(sptransform.__file__).parent
+    names = [x.name for x in pkgutil.walk_packages([str(package)], "sptransform.")]
+    modules = {Path(importlib.import_module(name).__file__).resolve() for name in names}
+    assert {file.resolve() for file in backend._sources(package)} == {*modules, Path(sptransform.__file__).resolve()}
+    assert any(name.startswith("sptransform.passes.") for name in names)

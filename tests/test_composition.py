@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
 from sptransform import AllGatherKV, MegatronSP, Ring, Ulysses, UsageError, annotations, explain
 from sptransform.composition import Composed, strategy_of
 from sptransform.mesh import PRETENDED_GROUP
 from sptransform.rewrite import rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
-from tests.models import HEADS, HIDDEN, LAYERS, MODELS, build
-from tests.rewritten import Asked, model_on_pretended_ranks, rewritten_model
+from tests.models import FLOAT64, HEADS, HIDDEN, LAYERS, MODELS, build
+from tests.rewritten import Asked, model_on_pretended_ranks, on_pretended_ranks, rewritten_model
 from tests.tiers import tiered
 
 SEQUENCE = ("allgather", "ring", "ulysses")
@@ -163,6 +165,34 @@ def test_refused(strategy: object, world_size: object, found: str) -> None:
 def test_sequences_too_short_for_two_dims(kind: str) -> None:
     with pytest.raises(UsageError, match="too short to be split over two mesh dims"):
         rewritten_model("llama_nocache", (kind, "megatron"), (2, 2), seq_len=3, layers=1)
+
+
+class EncoderDecoder(nn.Module):
+    """Attention that sees everything, then causal attention: two layouts would each suit one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+        self.decoder = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, is_causal in ((self.encoder, False), (self.decoder, True)):
+            query, key, value = functional.linear(x, attention.in_proj_weight).chunk(3, -1)
+            heads = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (query, key, value))
+            out = functional.scaled_dot_product_attention(*heads, is_causal=is_causal)
+            x = x + functional.linear(out.transpose(1, 2).flatten(2), attention.out_proj.weight)
+        return x.sin().mean()
+
+
+@pytest.mark.parametrize("kind", ["allgather", "ring"])
+def test_the_layout_of_a_sequence_is_one_for_all_its_attention(kind: str) -> None:
+    """Nine tokens are 3, 2, 2, 2 in zigzag; contiguous chunks would leave the last rank none, and be refused."""
+    model = EncoderDecoder()
+    inputs = {"x": torch.randn(2, 9, 8, dtype=torch.float64)}
+    (ranks,) = on_pretended_ranks(model, inputs, [Asked((4, 2), (kind, "megatron"))]).values()
+    reference = run_one_device(model, inputs)
+    for result in ranks.results():
+        assert_equal_to_one_device(reference, result, FLOAT64)
 
 
 def test_one_of_one_is_that_one() -> None:

@@ -20,7 +20,7 @@ FILES = {
 # A module may import modules of its own tier and of those above it in this list.
 TIERS: tuple[tuple[str, ...], ...] = (
     # types, and access to the graph
-    ("annotations", "errors", "mesh", "partition", "placement", "printer", "sizes"),
+    ("annotations", "errors", "mesh", "partition", "placement", "printer", "regions", "sizes"),
     # the engine: knows no op and no strategy by name
     ("axes", "decisions", "inner_axes", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it

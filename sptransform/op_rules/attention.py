@@ -14,6 +14,7 @@ from sptransform.ops.ring.kernels import compute_dtype
 from sptransform.placement import Shard
 from sptransform.rule_table import Local, OpEntry, Sent
 from sptransform.rules import Dims, OpCall, OpRule, Resize, RuleFn, Shape
+from sptransform.sizes import number
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 
@@ -37,7 +38,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
         return None
     if call.target is not aten.scaled_dot_product_attention.default:
         key_head_of = list(call.argument("key_head_of"))
-        if key_head_of and key_head_of != [i // group for i in range(query[1])]:
+        if key_head_of and key_head_of != [i // group for i in range(number(query[1]))]:
             return None
     names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "d": query[3], "e": value[3]}
     names["m"] = more.pop("num_masked", key[2])
@@ -97,7 +98,7 @@ def _key_head_of(call: OpCall, local: Local) -> list[int]:
     """For each local query head, the local index of the key head it reads."""
     group = call.operand_shapes[0][1] // call.operand_shapes[1][1]
     if not isinstance(local.decision, Sharded) or local.decision.factor != "h":
-        return [i // group for i in range(call.operand_shapes[0][1])]
+        return [i // group for i in range(number(call.operand_shapes[0][1]))]
     queries = [i for lo, hi in local.decision.partition.owned[local.rank] for i in range(lo, hi)]
     keys = [i for lo, hi in local.decision.partition.quotient(group).owned[local.rank] for i in range(lo, hi)]
     return [keys.index(i // group) for i in queries]

@@ -104,3 +104,23 @@ def test_what_is_computed_is_in_no_bucket() -> None:
     assert ["softmax"] in buckets(gm) and sum("softmax" in bucket for bucket in buckets(gm)) == 1
     reference, ranks, _ = on_ranks(Pooled(), hidden_states(), num_ranks=2)
     assert_ranks_equal_one_device(reference, ranks)
+
+
+def test_a_region_that_has_ended_holds_no_bucket_back() -> None:
+    """Position tables are often made without gradients, in front of everything."""
+
+    class Positions(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                table = torch.arange(x.shape[1], device=x.device).unsqueeze(1).sin()
+            return super().forward(x + table)
+
+    gm, _ = after((*BEFORE, BucketGradients(bucket_bytes=800)), Positions(), hidden_states())
+    assert buckets(gm) == [["query_weight", "key_weight"], ["value_weight", "out_weight"], ["out_bias"]]
+    order = list(gm.graph.nodes)
+    linears = nodes_of(gm, torch.ops.aten.linear.default)
+    first, second, third = nodes_of(gm, torch.ops.sptransform.replicate.default)
+    regions = [order.index(node) for node in order if annotations.region_of(node) != annotations.region_of(order[0])]
+    assert max(regions) < order.index(first)
+    query, _, value, out = map(order.index, linears)
+    assert order.index(first) < query < order.index(second) < value < order.index(third) < out
