@@ -123,7 +123,7 @@ def show_rewrite(args):
         table.add_column(name)
     for name in ("count", "bytes sent"):
         table.add_column(name, justify="right")
-    for record in rewritten.collectives():
+    for record in sptransform.explanation_of(rewritten).collectives:
         bytes_sent = f"{record.bytes_sent:,}"
         table.add_row(record.layer, record.direction, record.kind, str(record.count), bytes_sent)
     console.print(table)

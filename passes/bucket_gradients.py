@@ -64,7 +64,7 @@ def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
-    graph, notes = before.graph, [annotations.note(node) for node in nodes]
+    graph, merged = before.graph, [annotations.note(node) for node in nodes]
     with graph.inserting_before(before):
         new = graph.call_function(_REPLICATE, ([node.args[0][0] for node in nodes], nodes[0].args[1]))
         outputs = [graph.call_function(operator.getitem, (new, i)) for i in range(len(nodes))]
@@ -73,9 +73,9 @@ def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
     keep_result(new)
     new.meta["val"] = [value for node in nodes for value in annotations.values(node)]
     note = annotations.note(new)
-    note.mesh, note.differentiable = notes[0].mesh, any(each.differentiable for each in notes)
-    note.transitions = tuple(transition for each in notes for transition in each.transitions)
-    note.placements = tuple(placement for each in notes for placement in each.placements)
+    note.mesh, note.differentiable = merged[0].mesh, any(each.differentiable for each in merged)
+    note.transitions = tuple(transition for each in merged for transition in each.transitions)
+    note.placements = tuple(placement for each in merged for placement in each.placements)
     for node, output in zip(nodes, outputs, strict=True):
         (old,) = node.users
         annotations.fork(old, output)

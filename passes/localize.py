@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.decisions import Circular, Sharded
 from sptransform.ops.groups import pretend
 from sptransform.pass_manager import Context, Pass
@@ -35,7 +36,7 @@ class Localize(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         nodes = list(graph.nodes)
-        calls = {node: OpCall.of_node(node) for node in nodes if _has_local_form(node, context)}
+        calls = {node: op_call(node) for node in nodes if _has_local_form(node, context)}
         for node in nodes:
             note = annotations.note(node)
             if note.placements is not None:

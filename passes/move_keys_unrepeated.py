@@ -23,12 +23,12 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.axes import Atom, resolve, unify
+from sptransform.calls import op_call
 from sptransform.op_rules.attention import mask_of
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
 from sptransform.rule_table import RuleTable
-from sptransform.rules import OpCall
 from sptransform.sizes import number
 
 _HEADS = 1
@@ -43,7 +43,7 @@ class MoveKeysUnrepeated(Pass):
         for node in list(graph.nodes):
             if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
                 continue
-            call = OpCall.of_node(node)
+            call = op_call(node)
             query, key, value = node.args[:3]
             if len(call.operand_shapes[0]) != 4 or annotations.shape(query)[_HEADS] != annotations.shape(key)[_HEADS]:
                 continue
@@ -72,7 +72,7 @@ def unrepeated(x: fx.Node, dim: int, rules: RuleTable) -> tuple[fx.Node, int] | 
     dims = [[] if size == 1 else [Atom(size)] for size in annotations.shape(x)]
     current, want = x, dims
     while current.target in REARRANGEMENTS and len(annotations.operands(current)) == 1:
-        call = OpCall.of_node(current)
+        call = op_call(current)
         rule = rules.rule_of(call)
         if rule is None:
             return None

@@ -17,6 +17,7 @@ from torch import fx
 
 from sptransform import annotations
 from sptransform.axes import Axes
+from sptransform.calls import op_call
 from sptransform.errors import UnsupportedOpError, UsageError, describe
 from sptransform.inner_axes import InnerAxes
 from sptransform.parameters import first_dim
@@ -24,7 +25,6 @@ from sptransform.partition import Partition
 from sptransform.pass_manager import Context, Fallback, Pass
 from sptransform.placement import I, Placement, R, Shard
 from sptransform.propagation import Propagation, light_nodes
-from sptransform.rules import OpCall
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Place(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in graph.nodes:
             if annotations.handles_tensors(node):
-                annotations.note(node).rule = context.rules.rule_of(OpCall.of_node(node))
+                annotations.note(node).rule = context.rules.rule_of(op_call(node))
         light = light_nodes(graph)
         rules = [note.rule for note in map(annotations.note, graph.nodes) if note.rule is not None]
         context.is_causal = any(rule.is_causal for rule in rules)
@@ -111,8 +111,8 @@ class Place(Pass):
 
 def _shared_inputs(graph: fx.Graph) -> dict[str, int]:
     """Name -> dimension of inputs of which each rank has a part."""
-    notes = [annotations.note(node) for node in graph.find_nodes(op="placeholder")]
-    return {note.input_name: note.stored[0].dim for note in notes if note.stored and not note.is_parameter}
+    found = [annotations.note(node) for node in graph.find_nodes(op="placeholder")]
+    return {note.input_name: note.stored[0].dim for note in found if note.stored and not note.is_parameter}
 
 
 def _user_inputs(graph: fx.Graph) -> list[str]:

@@ -31,6 +31,7 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.errors import UsageError, describe
 from sptransform.masks.constants import Constants
 from sptransform.masks.expressions import Apply, Leaf, Places, program_of
@@ -40,7 +41,6 @@ from sptransform.op_rules.attention import ATTENTION, mask_of
 from sptransform.op_rules.masks import CONVERT, broadcast_view
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, rename, succeed
-from sptransform.rules import OpCall
 from sptransform.sizes import SymbolicSizeError
 
 _LENGTH = 2
@@ -59,7 +59,7 @@ class ReadMasks(Pass):
         largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
         reader = _Reader(Regions(context.rules), Constants(largest))
         for node in nodes:
-            call = OpCall.of_node(node)
+            call = op_call(node)
             mask = mask_of(node)
             read = _Read() if mask is None else reader.read(node, mask)
             band = read.band & Band(nearest=0) if call.argument("is_causal") else read.band
@@ -82,7 +82,7 @@ class ReadMasks(Pass):
 
 def _has_rule(node: fx.Node, context: Context) -> bool:
     """Whether the ring's layouts include this one; the rule sees to heads."""
-    rule = context.rules.rule_of(OpCall.of_node(node))
+    rule = context.rules.rule_of(op_call(node))
     query, key, value = (annotations.shape(x) for x in node.args[:3])
     same_batch = query[0] == key[0] == value[0] and key[_LENGTH] == value[_LENGTH]
     return rule is not None and rule.has_sequence and same_batch

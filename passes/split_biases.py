@@ -20,9 +20,9 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
-from sptransform.rules import OpCall
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ class SplitBiases(Pass):
 
 
 def _split(node: fx.Node) -> None:
-    call = OpCall.of_node(node)
+    call = op_call(node)
     product, names, bias = _PRODUCTS[node.target]
     operands = annotations.operands(node)
     at = call.operand(bias)

@@ -22,10 +22,10 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.op_rules.loss import MEAN, NONE
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
-from sptransform.rules import OpCall
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ class SplitCrossEntropy(Pass):
         if not context.strategy.shards_weights:
             return
         for node in graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
-            if OpCall.of_node(node).argument("reduction") != MEAN:
+            if op_call(node).argument("reduction") != MEAN:
                 succeed(node, _Split(node).loss())
 
 
@@ -47,7 +47,7 @@ class _Split:
     """The nodes that take one node's place, in front of it."""
 
     def __init__(self, node: fx.Node) -> None:
-        self._node, self._call = node, OpCall.of_node(node)
+        self._node, self._call = node, op_call(node)
         self._smoothing, self._reduction = (self._call.argument(name) for name in ("label_smoothing", "reduction"))
         logits, self._target, *weight = map(self._converted, annotations.operands(node))
         self._weight = weight[0] if weight else None

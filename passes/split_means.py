@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.op_rules.loss import MEAN, NONE, SUM
 from sptransform.pass_manager import Context, Pass
 from sptransform.rewriter import emit_like, succeed
@@ -72,7 +73,7 @@ class SplitMeans(Pass):
         for node in list(graph.nodes):
             if node.target not in _COUNTS:
                 continue
-            call = OpCall.of_node(node)
+            call = op_call(node)
             if call.argument("reduction") != MEAN:
                 continue
             count = _COUNTS[node.target](node, call)

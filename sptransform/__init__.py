@@ -15,6 +15,7 @@ from sptransform.errors import (
 )
 from sptransform.explain.explain import explain
 from sptransform.explain.explanation import Explanation
+from sptransform.explain.reading import explanation_of
 from sptransform.parallelize import parallelize
 from sptransform.rewrite import Rewritten, rewrite
 from sptransform.strategies import USP, AllGatherKV, MegatronSP, Ring, Strategy, Ulysses
@@ -40,6 +41,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "explain",
+    "explanation_of",
     "parallelize",
     "rewrite",
 ]

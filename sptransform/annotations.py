@@ -175,9 +175,9 @@ def fork(source: fx.Node, target: fx.Node) -> None:
 
 def is_even(graph: fx.Graph) -> bool:
     """Whether every rank has an equal share of whatever is cut."""
-    notes = [note(node) for node in graph.nodes]
-    ends = [end for found in notes for transition in found.transitions for end in transition]
-    placements = [*ends, *(placement for found in notes for placement in found.placements or ())]
+    every = [note(node) for node in graph.nodes]
+    ends = [end for found in every for transition in found.transitions for end in transition]
+    placements = [*ends, *(placement for found in every for placement in found.placements or ())]
     return all(placement.partition.is_even for placement in placements if isinstance(placement, Shard))
 
 

@@ -49,7 +49,7 @@ def sptransform_backend(
 
     Where this fails the other ranks are told, see :mod:`sptransform.agreement`.
     """
-    mesh = Mesh.of(options.mesh, options.strategy)
+    mesh = options.strategy.mesh_of(options.mesh)
     if mesh.size == 1:
         return lookup_backend(options.backend)(gm, list(inputs))
     agreement = Agreement.of(mesh)

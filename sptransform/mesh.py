@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,9 +14,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sptransform.errors import UsageError, describe
-
-if TYPE_CHECKING:
-    from sptransform.strategies import Strategy
 
 PRETENDED_GROUP = "sptransform"
 
@@ -44,47 +40,26 @@ class Mesh:
         object.__setattr__(self, "shape", self.shape or (self.size,))
 
     @staticmethod
-    def pretended(world_size: int | tuple[int, ...], rank: int = 0, strategy: Strategy | None = None) -> Mesh:
+    def pretended(world_size: int | tuple[int, ...], rank: int = 0) -> Mesh:
         """A mesh without processes, to make and inspect graphs; of several dims, ``world_size`` has the ranks of each.
 
         Raises:
-            UsageError: an impossible rank, or a mesh that is not what ``strategy`` takes.
+            UsageError: an impossible rank.
         """
         shape = world_size if isinstance(world_size, tuple) else (world_size,)
         size = prod(shape)
         if min(shape) < 1 or not 0 <= rank < size:
             fix = f"a rank from 0 to {size - 1}" if min(shape) > 0 else "world_size=1 or more"
             raise UsageError(describe("no such rank", found=f"rank {rank} of world_size {world_size}", fix=fix))
-        if strategy is not None:
-            _check_dims(strategy, shape, f"world_size={world_size}")
-            strategy.mesh_shapes(size, shape)
         return Mesh(size, rank, PRETENDED_GROUP, shape=shape)
 
     @staticmethod
-    def of(device_mesh: DeviceMesh | None, strategy: Strategy) -> Mesh:
-        """The ranks of a DeviceMesh; by default all ranks of the default group.
-
-        Process groups of parts of it are made here, where every rank comes, if ``strategy`` may need some.
+    def of(device_mesh: DeviceMesh) -> Mesh:
+        """The ranks of a DeviceMesh of one or two dims; of two, a process group of all its ranks is made.
 
         Raises:
-            UsageError: no process group is initialised, or the mesh is not what ``strategy`` takes.
+            UsageError: this rank is not in the mesh.
         """
-        if device_mesh is None:
-            if not dist.is_initialized():
-                raise UsageError(
-                    describe(
-                        "no process group to split the sequence over",
-                        found="torch.distributed is not initialised and no mesh was given",
-                        fix="call torch.distributed.init_process_group(...) first, or pass mesh=",
-                    )
-                )
-            device_mesh = _default_mesh()
-        if not isinstance(device_mesh, DeviceMesh):
-            raise UsageError(
-                describe("mesh is not a DeviceMesh", found=f"{type(device_mesh).__name__}", fix="use init_device_mesh")
-            )
-        named = f" with dims {device_mesh.mesh_dim_names}"
-        _check_dims(strategy, tuple(device_mesh.shape), f"a mesh of shape {tuple(device_mesh.shape)}{named}")
         if device_mesh.get_coordinate() is None:
             raise UsageError(
                 describe(
@@ -93,12 +68,8 @@ class Mesh:
                     fix="call parallelize on the ranks of the mesh only, each with the mesh it is in",
                 )
             )
-        shapes = strategy.mesh_shapes(device_mesh.size(), tuple(device_mesh.shape))
         group = device_mesh.get_group() if device_mesh.ndim == 1 else _group_of_all(device_mesh)
-        mesh = Mesh(group.size(), group.rank(), group.group_name, device_mesh, tuple(device_mesh.shape))
-        for shape in shapes:
-            mesh.split(*shape)
-        return mesh
+        return Mesh(group.size(), group.rank(), group.group_name, device_mesh, tuple(device_mesh.shape))
 
     def split(self, outer: int, inner: int) -> tuple[Mesh, Mesh]:
         """The same ranks as ``outer x inner`` of them, a mesh for each dim; the ranks of ``inner`` are neighbours.
@@ -123,14 +94,6 @@ class Mesh:
     def grid(self, outer: int, inner: int) -> DeviceMesh:
         """The torch mesh of two dims behind :meth:`split`."""
         return self.device_mesh if self.device_mesh.ndim == 2 else _split(self.device_mesh, outer, inner)
-
-
-def _check_dims(strategy: Strategy, shape: tuple[int, ...], found: str) -> None:
-    if len(shape) > strategy.max_mesh_dims:
-        takes = "one mesh dim" if strategy.max_mesh_dims == 1 else f"at most {strategy.max_mesh_dims} mesh dims"
-        raise UsageError(
-            describe(f"{type(strategy).__name__} takes {takes}", found=found, fix="pass one dim of it, e.g. mesh['sp']")
-        )
 
 
 # Process groups and what is made of them last as long as their default group.
@@ -175,7 +138,25 @@ def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
     return known[outer, inner]
 
 
-def _default_mesh() -> DeviceMesh:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device_type = accelerator.type if accelerator is not None and dist.get_backend() != "gloo" else "cpu"
-    return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("sp",))
+def device_mesh_of(given: DeviceMesh | None) -> DeviceMesh:
+    """The mesh a user passed; by default one of all ranks of the default group.
+
+    Raises:
+        UsageError: no process group is initialised, or what was passed is no mesh.
+    """
+    if given is None:
+        if not dist.is_initialized():
+            raise UsageError(
+                describe(
+                    "no process group to split the sequence over",
+                    found="torch.distributed is not initialised and no mesh was given",
+                    fix="call torch.distributed.init_process_group(...) first, or pass mesh=",
+                )
+            )
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device_type = accelerator.type if accelerator is not None and dist.get_backend() != "gloo" else "cpu"
+        return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("sp",))
+    if not isinstance(given, DeviceMesh):
+        found = type(given).__name__
+        raise UsageError(describe("mesh is not a DeviceMesh", found=found, fix="use init_device_mesh"))
+    return given

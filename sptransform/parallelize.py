@@ -103,7 +103,7 @@ def parallelize(
                 fix="outputs='full', or fullgraph=True",
             )
         )
-    where = Mesh.of(mesh, options.strategy)  # a wrong mesh is an error here, not at the first call
+    where = options.strategy.mesh_of(mesh)  # a wrong mesh is an error here, not at the first call
     cuts = options.shard_parameters or options.strategy.shards_weights
     if cuts and not grad_sync:
         raise UsageError(

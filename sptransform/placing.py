@@ -26,5 +26,5 @@ def parameter_dims(
     """
     copied, (args, kwargs) = faked(model, (args, dict(kwargs)))
     rewritten = rewrite_call(copied, args, kwargs, options, Mesh.pretended(mesh.shape, mesh.rank))
-    notes = map(annotations.note, rewritten.graph_module.graph.find_nodes(op="placeholder"))
-    return {note.input_name: note.stored[0].dim for note in notes if note.stored}
+    found = map(annotations.note, rewritten.graph_module.graph.find_nodes(op="placeholder"))
+    return {note.input_name: note.stored[0].dim for note in found if note.stored}

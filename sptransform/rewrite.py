@@ -17,9 +17,6 @@ from sptransform.capture import capture
 from sptransform.composition import StrategyLike
 from sptransform.dynamo import configured
 from sptransform.errors import SPTransformError
-from sptransform.explain.counting import Collective
-from sptransform.explain.explanation import Explanation
-from sptransform.explain.reading import read
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.options import Options
@@ -56,14 +53,6 @@ class Rewritten:
             lines.setdefault(annotations.module_path(node), []).append(line(node, is_local=True))
         return {path: tuple(own) for path, own in lines.items()}
 
-    def explain(self) -> Explanation:
-        """What was inserted, where, and the bytes it sends: what :func:`explain` returns."""
-        return read(self)
-
-    def collectives(self) -> list[Collective]:
-        """Every collective of one training step, forward then backward, with the bytes this rank sends."""
-        return list(self.explain().collectives)
-
     def __str__(self) -> str:
         return self.text()
 
@@ -96,7 +85,7 @@ def rewrite(
         UsageError: an argument is wrong.
     """
     chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
-    mesh = Mesh.pretended(world_size, rank, chosen.strategy)
+    mesh = chosen.strategy.pretended_mesh(world_size, rank)
     model, inputs = without_meta(model, inputs)
     return rewrite_call(model, *arguments_of(inputs), chosen, mesh)
 

@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
-from sptransform import annotations
 from sptransform.errors import RuleError
 from sptransform.partition import Partition
-from sptransform.sizes import Size, is_size, quotient, size_of
+from sptransform.sizes import Size, quotient
 
 Dims = tuple[tuple[str, ...], ...]
 Shape = tuple[Size, ...]
@@ -43,21 +40,6 @@ class OpCall:
     kwargs: Mapping[str, Any]
     operand_shapes: tuple[Shape, ...]
     result_shapes: tuple[Shape, ...]
-
-    @staticmethod
-    def of_node(node: fx.Node) -> OpCall:
-        shapes: list[Shape] = []
-
-        def operand(x: Any) -> Any:
-            if isinstance(x, fx.Node) and annotations.is_tensor(x):
-                shapes.append(annotations.shape(x))
-                return Operand(len(shapes) - 1)
-            value = annotations.value(x) if isinstance(x, fx.Node) else x
-            # a number that is no size is passed on as it is
-            return size_of(value) if isinstance(value, torch.SymInt) and is_size(value) else x
-
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
-        return OpCall(node.target, args, kwargs, tuple(shapes), annotations.shapes(node))
 
     def argument(self, name: str) -> Any:
         """The argument called ``name`` in the op's schema, its default where it was not given."""

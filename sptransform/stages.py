@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.decisions import Circular
 from sptransform.errors import UsageError, describe
 from sptransform.mesh import Mesh
@@ -16,7 +17,6 @@ from sptransform.partition import Partition
 from sptransform.pass_manager import DISTRIBUTED, Context, run_passes
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
 from sptransform.rule_table import RuleTable
-from sptransform.rules import OpCall
 
 See = Callable[[fx.Graph, Context], None]
 
@@ -113,7 +113,7 @@ def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:
     found = []
     for node in graph.nodes:
         if annotations.handles_tensors(node):
-            call = OpCall.of_node(node)
+            call = op_call(node)
             rule = rules.rule_of(call)
             if rule is not None and "queries" in rule.roles:
                 found.append((call.operand_shapes[0][1], call.operand_shapes[1][1]))

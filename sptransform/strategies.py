@@ -9,10 +9,11 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from sympy import divisors
+from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.decisions import Circular, Decision, Sharded
 from sptransform.errors import UsageError, describe
-from sptransform.mesh import Mesh
+from sptransform.mesh import Mesh, device_mesh_of
 from sptransform.partition import Partition
 from sptransform.rules import OpRule
 from sptransform.sizes import Size
@@ -36,6 +37,40 @@ class Strategy:
     max_mesh_dims: ClassVar[int] = 1
     regather: ClassVar[bool] = False
     shards_weights: ClassVar[bool] = False
+
+    def mesh_of(self, device_mesh: DeviceMesh | None) -> Mesh:
+        """The ranks of a DeviceMesh; by default all ranks of the default group.
+
+        Process groups of parts of it are made here, where every rank comes, if the strategy may need some.
+
+        Raises:
+            UsageError: no process group is initialised, or the mesh is not what the strategy takes.
+        """
+        device_mesh = device_mesh_of(device_mesh)
+        shape = tuple(device_mesh.shape)
+        self._check_dims(shape, f"a mesh of shape {shape} with dims {device_mesh.mesh_dim_names}")
+        shapes = self.mesh_shapes(device_mesh.size(), shape)
+        mesh = Mesh.of(device_mesh)
+        for degrees in shapes:
+            mesh.split(*degrees)
+        return mesh
+
+    def pretended_mesh(self, world_size: int | tuple[int, ...], rank: int = 0) -> Mesh:
+        """:meth:`Mesh.pretended`, checked.
+
+        Raises:
+            UsageError: an impossible rank, or a mesh that is not what the strategy takes.
+        """
+        mesh = Mesh.pretended(world_size, rank)
+        self._check_dims(mesh.shape, f"world_size={world_size}")
+        self.mesh_shapes(mesh.size, mesh.shape)
+        return mesh
+
+    def _check_dims(self, shape: tuple[int, ...], found: str) -> None:
+        if len(shape) > self.max_mesh_dims:
+            takes = "one mesh dim" if self.max_mesh_dims == 1 else f"at most {self.max_mesh_dims} mesh dims"
+            fix = "pass one dim of it, e.g. mesh['sp']"
+            raise UsageError(describe(f"{type(self).__name__} takes {takes}", found=found, fix=fix))
 
     def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
         """As which meshes of two dims the ranks of a mesh of ``shape`` may come to be used.

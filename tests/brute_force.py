@@ -123,7 +123,7 @@ CONSTANT_OPERANDS: dict[Any, tuple[str, ...]] = {
 
 
 def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
-    """The call as :meth:`OpCall.of_node` would make it, with its operands and eager results."""
+    """The call as :func:`op_call` would make it, with its operands and eager results."""
     (first, *_) = _lines_of(case)
     return first.call, first.operands, first.results
 

@@ -168,7 +168,7 @@ def rewritten_model(
     """What `sptransform.rewrite` gives of a model of `tests/models.py`."""
     graph, _ = dynamo_graph_of(name, layers, seq_len)
     chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
-    mesh = Mesh.pretended(world_size, rank, chosen.strategy)
+    mesh = chosen.strategy.pretended_mesh(world_size, rank)
     return graph.use(lambda gm, inputs: rewritten_for(mesh, gm, inputs, chosen))
 
 

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from sptransform import annotations
 from sptransform.axes import Axes
+from sptransform.calls import op_call
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.partition import Partition
 from sptransform.passes.move_keys_unrepeated import MoveKeysUnrepeated
-from sptransform.rules import OpCall
 from tests.graphs import after, nodes_of
 from tests.models import build
 from tests.passes.blocks import HIDDEN, Attention, hidden_states
@@ -26,7 +26,7 @@ def inferred(model: Any, *args: Any, sequence_dims: dict[str, int] | None = None
     gm, _ = after((MoveKeysUnrepeated(),), model, *args)
     for node in gm.graph.nodes:
         if annotations.handles_tensors(node):
-            annotations.note(node).rule = DEFAULT_RULES.rule_of(OpCall.of_node(node))
+            annotations.note(node).rule = DEFAULT_RULES.rule_of(op_call(node))
     return gm, Axes(gm.graph, lambda size: Partition.contiguous(size, 2), sequence_dims or {})
 
 

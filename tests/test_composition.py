@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sptransform import AllGatherKV, MegatronSP, Ring, Ulysses, UsageError, annotations, explain
+from sptransform import AllGatherKV, MegatronSP, Ring, Ulysses, UsageError, annotations, explain, explanation_of
 from sptransform.composition import Composed, strategy_of
 from sptransform.mesh import PRETENDED_GROUP
 from sptransform.rewrite import rewrite
@@ -85,7 +85,7 @@ Sent = tuple[int, int]
 
 def sent_in_second_layer(kind: str, shape: tuple[int, int]) -> dict[tuple[str, str], Sent]:
     """(kind, direction) -> number of messages, elements. The first layer would have the embedding's."""
-    collectives = rewritten_model("llama_nocache", (kind, "megatron"), shape).collectives()
+    collectives = explanation_of(rewritten_model("llama_nocache", (kind, "megatron"), shape)).collectives
     found: dict[tuple[str, str], Sent] = {}
     for c in collectives:
         if c.layer.startswith("model.layers.1"):

@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 
 import sptransform
+from sptransform import explanation_of
 from sptransform.explain.counting import Collective as Planned
 from tests.collective_counts import Collective as Ran
 from tests.equality import one_layer_on_ranks
@@ -65,7 +66,7 @@ def expected(name: str, N: int) -> list[tuple[str, str, Fraction]]:
 
 @functools.cache
 def planned(name: str, N: int, layers: int = LAYERS) -> list[Planned]:
-    return rewritten_model(name, "ulysses", N, layers=layers).collectives()
+    return list(explanation_of(rewritten_model(name, "ulysses", N, layers=layers)).collectives)
 
 
 @pytest.mark.parametrize(("name", "N"), CASES)
@@ -107,6 +108,6 @@ def test_frozen_parameters_send_nothing() -> None:
         parameter.requires_grad_(not name.startswith("transformer.h.0."))
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     assert trained < sum(parameter.nbytes for parameter in model.parameters())
-    collectives = sptransform.rewrite(model, "ulysses", inputs, world_size=2).collectives()
+    collectives = explanation_of(sptransform.rewrite(model, "ulysses", inputs, world_size=2)).collectives
     gradients = [c for c in collectives if c.kind == "all_reduce" and c.direction == "backward"]
     assert [c.bytes_sent for c in gradients] == [sent_by_all_reduce(trained, 2)]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import sptransform
-from sptransform import USP, AllGatherKV, Explanation, Ring, Strategy
+from sptransform import USP, AllGatherKV, Explanation, Ring, Strategy, explanation_of
 from sptransform.ops.ring.plan import attended_pairs
 from sptransform.partition import Partition
 from tests.collective_counts import CountCollectives, by_message
@@ -141,7 +141,7 @@ def _floored(entry: tuple[str, str, int, Fraction]) -> tuple[str, str, int, Frac
 
 def test_repeated_keys_travel_as_they_are() -> None:
     """Hugging Face's Llama repeats its key heads before attention: K of them go round, not H."""
-    explanation = rewritten_model("llama_nocache", Ring(), 4).explain()
+    explanation = explanation_of(rewritten_model("llama_nocache", Ring(), 4))
     block = 2 * KEY_HEADS * B * S // 4 * (HIDDEN // HEADS) * 8
     found = [
         (r.forward.count, r.forward.bytes_sent, r.backward.count, r.backward.bytes_sent) for r in explanation.rings

@@ -21,7 +21,7 @@ from tests.graphs import captured, nodes_of
 
 MISTAKES: dict[str, Callable[[], Any]] = {
     "backend": lambda: Options(backend="gcc"),
-    "mesh_type": lambda: Mesh.of("sp", Ulysses()),
+    "mesh_type": lambda: Ulysses().mesh_of("sp"),
     "no_process_group": lambda: sptransform.parallelize(nn.Linear(2, 2), "ulysses"),
     "not_a_module": lambda: sptransform.parallelize(torch.sin, "ulysses"),
     "option": lambda: Options.of({"strategie": "ulysses"}),

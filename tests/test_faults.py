@@ -63,12 +63,12 @@ def _die_in_a_hop(name: str) -> None:
     """From now on, die once the first hop of the steps so called is on its way."""
     perform = exchanges.perform
 
-    def until_a_hop(steps: exchanges.Steps[Any]) -> exchanges.Steps[Any]:
-        yield next(steps)
+    def until_a_hop(hops: exchanges.Steps[Any]) -> exchanges.Steps[Any]:
+        yield next(hops)
         _die()
 
-    def deadly(steps: exchanges.Steps[Any], group: str) -> Any:
-        return perform(until_a_hop(steps) if steps.__name__ == name else steps, group)
+    def deadly(hops: exchanges.Steps[Any], group: str) -> Any:
+        return perform(until_a_hop(hops) if hops.__name__ == name else hops, group)
 
     exchanges.perform = deadly
 

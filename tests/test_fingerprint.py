@@ -118,7 +118,7 @@ ONE, TWO = Program((Line("%x = one"),)), Program((Line("%x = two"),))
 
 
 def agreement() -> Agreement:
-    found = Agreement.of(Mesh.of(None, Ulysses()))
+    found = Agreement.of(Ulysses().mesh_of(None))
     assert found is not None
     return found
 

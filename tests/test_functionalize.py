@@ -381,8 +381,8 @@ def test_pieces_of_a_split_are_read_anew() -> None:
 def test_every_node_has_a_note_of_its_own() -> None:
     for program in PROGRAMS:
         gm, _ = captured(program, *an_input())
-        notes = [id(annotations.note(node)) for node in gm.graph.nodes]
-        assert len(set(notes)) == len(notes), program
+        own = [id(annotations.note(node)) for node in gm.graph.nodes]
+        assert len(set(own)) == len(own), program
 
 
 def test_graphs_without_writes_are_left_alone() -> None:

@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     # types, and access to the graph
     ("annotations", "errors", "mesh", "partition", "placement", "printer", "regions", "sizes"),
     # the engine: knows no op and no strategy by name
-    ("axes", "decisions", "inner_axes", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
+    ("axes", "calls", "decisions", "inner_axes", "pass_manager", "propagation", "rewriter", "rule_table", "rules", "verifier"),
     # what is known of ops and strategies, and what passes do with it
     ("buckets", "capture", "composition", "functionalize", "masks", "op_rules", "ops", "parameters", "passes")
     + ("stages", "strategies"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sptransform import MegatronSP, annotations
+from sptransform import MegatronSP, annotations, explanation_of
 from sptransform.rewrite import Rewritten, rewrite
 from tests.equality import assert_equal_to_one_device, one_device, run_one_device
 from tests.models import FLOAT64, HIDDEN, LAYERS, MODELS, VOCAB
@@ -210,7 +210,7 @@ def test_inner_axes() -> None:
 
 
 def sent(graph: Rewritten, layer: str) -> Counter[tuple[str, str]]:
-    return Counter((c.direction, c.kind) for c in graph.collectives() if c.layer.startswith(layer))
+    return Counter((c.direction, c.kind) for c in explanation_of(graph).collectives if c.layer.startswith(layer))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_messages_and_bytes_of_a_layer(name: str, num_ranks: int) -> None:
     elements = Fraction(2 * 64 * HIDDEN * (num_ranks - 1), num_ranks)
     for regather, backward in ((True, 6), (False, 4)):
         graph = rewritten_model(name, MegatronSP(regather=regather), num_ranks)
-        messages = [c for c in graph.collectives() if c.kind in ("all_gather", "reduce_scatter")]
+        messages = [c for c in explanation_of(graph).collectives if c.kind in ("all_gather", "reduce_scatter")]
         # what an embedding gives is scattered in front of its first reader, in the first layer
         in_layers = (c for c in messages if any(part.isdigit() for part in c.layer.split(".")))
         inside = [c for c in in_layers if not c.node.startswith("embedding")]

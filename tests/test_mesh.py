@@ -51,30 +51,30 @@ def split_really(rank: int, world_size: int) -> dict[str, Any]:
     """What a worker does: every way to come to two dims."""
     found: dict[str, Any] = {}
     with mock.patch.object(dist, "new_group", wraps=dist.new_group) as made:
-        one = Mesh.of(None, USP())
+        one = USP().mesh_of(None)
         found["whole"] = one.size, one.rank, dist.get_process_group_ranks(dist.group.WORLD)
         found["groups"] = made.call_count
         found["split"] = [ranks_of(part) for part in one.split(2, 2)]
         # nothing is made twice, whoever asks
-        again = Mesh.of(None, USP(2, 2))
+        again = USP(2, 2).mesh_of(None)
         assert [part.group for part in again.split(2, 2)] == [part.group for part in one.split(2, 2)]
-        assert Mesh.of(None, Ring()).group == one.group
+        assert Ring().mesh_of(None).group == one.group
         found["groups at the end"] = made.call_count
     given = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
-    two = Mesh.of(given, USP())
+    two = USP().mesh_of(given)
     assert (two.size, two.rank) == (4, rank)
     assert dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(two.group)) == [0, 1, 2, 3]
     found["given"] = [ranks_of(part) for part in two.split(2, 2)]
     assert [part.group for part in two.split(2, 2)] == [given.get_group(dim).group_name for dim in range(2)]
     # half of the ranks: the others need not know
     half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"]
-    part = Mesh.of(half, USP())
+    part = USP().mesh_of(half)
     found["half"] = ranks_of(part)
     for wrong in (USP(3), USP(2, 1)):
         with pytest.raises(UsageError, match="not ring x ulysses"):
-            Mesh.of(None, wrong)
+            wrong.mesh_of(None)
     with pytest.raises(UsageError, match="not ring x ulysses"):
-        Mesh.of(init_device_mesh("cpu", (4, 1)), USP(2, 2))
+        USP(2, 2).mesh_of(init_device_mesh("cpu", (4, 1)))
     return found
 
 

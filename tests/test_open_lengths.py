@@ -13,7 +13,7 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional
 
-from sptransform import Ulysses, backend
+from sptransform import backend
 from sptransform.mesh import Mesh
 from sptransform.options import Options
 from sptransform.pass_manager import Context
@@ -81,7 +81,7 @@ def rewritten_for_any_length(monkeypatch: pytest.MonkeyPatch, fail: Callable[[An
     x = heads()
     torch._dynamo.mark_dynamic(x, 2)
     options = Options.of({"strategy": "ulysses"})
-    mesh = Mesh.pretended(2, 0, Ulysses())
+    mesh = Mesh.pretended(2)
     while_captured(attend, lambda gm, inputs: backend.rewrite_graph(gm, inputs, options, mesh), x)
     return runs
 

@@ -22,12 +22,12 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.mesh import Mesh
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.partition import common
 from sptransform.placement import Placement, Shard, cut_alike, transition
 from sptransform.rule_table import Sent
-from sptransform.rules import OpCall
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def kinds(node: fx.Node) -> tuple[str | None, str | None]:
 
 def _own_messages(node: fx.Node) -> tuple[Sent, Sent]:
     operands = [annotations.value(x) for x in annotations.operands(node)]
-    return DEFAULT_RULES[node.target].sends(OpCall.of_node(node), operands, annotations.note(node).mesh.rank)
+    return DEFAULT_RULES[node.target].sends(op_call(node), operands, annotations.note(node).mesh.rank)
 
 
 def is_redone(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from sptransform.composition import StrategyLike
 from sptransform.explain.expanding import expanded_rings
 from sptransform.explain.explanation import Explanation
+from sptransform.explain.reading import explanation_of
 from sptransform.pass_manager import DISTRIBUTED, run_passes
 from sptransform.passes.expand_rings import ExpandRings
 from sptransform.rewrite import rewrite
@@ -44,7 +45,7 @@ def explain(
         UsageError: an argument is wrong.
     """
     rewritten = rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options)
-    explanation = rewritten.explain()
+    explanation = explanation_of(rewritten)
     if expand:
         explanation = replace(explanation, expanded=expanded_rings(rewritten))
         run_passes(rewritten.graph_module, [ExpandRings()], rewritten.context, DISTRIBUTED)

@@ -115,7 +115,7 @@ class Total:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Facts:
     """What one rank of ``world_size`` runs and sends in one training step.
 
     Attributes:
@@ -165,6 +165,11 @@ class Explanation:
     def parameter_gradients(self) -> tuple[Redistribution, ...]:
         """The redistributions whose backward sums parameter gradients over the ranks, one a message."""
         return tuple(r for r in self.redistributions if r.parameters)
+
+
+@dataclass(frozen=True)
+class Explanation(Facts):
+    """The :class:`Facts` of one rank, with the ways to see them: ``print``, ``rich.print``, :meth:`to_dict`."""
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sptransform.explain.explanation import Explanation, Redistribution, RingPass
+    from sptransform.explain.explanation import Facts, Redistribution, RingPass
 
 Row = tuple[str, ...]
 
@@ -37,43 +37,43 @@ class Section:
 # What a page says.
 
 
-def sections(explanation: Explanation) -> list[Section]:
+def sections(facts: Facts) -> list[Section]:
     """Everything worth a reader's time, most important first; sections with nothing to say are left out."""
-    if explanation.world_size == 1:
+    if facts.world_size == 1:
         return [
-            Section(f"{explanation.strategy} on 1 rank", sentences=["Nothing is inserted: the model runs as it is."])
+            Section(f"{facts.strategy} on 1 rank", sentences=["Nothing is inserted: the model runs as it is."])
         ]
     found = [
-        _totals(explanation),
-        _redistributions(explanation),
-        _rings(explanation),
-        *_expanded(explanation),
-        _parameter_gradients(explanation),
-        _fallbacks(explanation),
-        _gathered(explanation),
-        _outputs(explanation),
+        _totals(facts),
+        _redistributions(facts),
+        _rings(facts),
+        *_expanded(facts),
+        _parameter_gradients(facts),
+        _fallbacks(facts),
+        _gathered(facts),
+        _outputs(facts),
     ]
     return [section for section in found if section.rows or section.sentences]
 
 
-def _totals(explanation: Explanation) -> Section:
-    rows = [(t.direction, t.kind, str(t.count), f"{t.bytes_sent:,}") for t in explanation.totals]
+def _totals(facts: Facts) -> Section:
+    rows = [(t.direction, t.kind, str(t.count), f"{t.bytes_sent:,}") for t in facts.totals]
     for direction in ("forward", "backward"):
-        count = sum(t.count for t in explanation.totals if t.direction == direction)
-        rows.append((direction, "in all", str(count), f"{explanation.bytes_sent(direction):,}"))
+        count = sum(t.count for t in facts.totals if t.direction == direction)
+        rows.append((direction, "in all", str(count), f"{facts.bytes_sent(direction):,}"))
     rows.sort(key=lambda row: row[0] != "forward")
     note = "All-reduces of n bytes count as 2(N-1)/N n."
     return Section(
-        f"{explanation.strategy} on {explanation.world_size} ranks: "
-        f"what rank {explanation.rank} sends in one training step",
+        f"{facts.strategy} on {facts.world_size} ranks: "
+        f"what rank {facts.rank} sends in one training step",
         ("direction", "collective", "count", "bytes sent"),
         rows,
-        [note] if any(t.kind == "all_reduce" for t in explanation.totals) else [],
+        [note] if any(t.kind == "all_reduce" for t in facts.totals) else [],
     )
 
 
-def _redistributions(explanation: Explanation) -> Section:
-    shown = [r for r in explanation.redistributions if not r.parameters]
+def _redistributions(facts: Facts) -> Section:
+    shown = [r for r in facts.redistributions if not r.parameters]
     sending = [r for r in shown if r.forward is not None or r.backward is not None]
     num_local = len(shown) - len(sending)
     columns = ("module", "count", "from -> to", "forward", "bytes each", "backward", "bytes each", "read by")
@@ -94,9 +94,9 @@ def _cells(r: Redistribution) -> Row:
     return tuple(cells)
 
 
-def _rings(explanation: Explanation) -> Section:
+def _rings(facts: Facts) -> Section:
     groups: dict[tuple[object, ...], list[RingPass]] = {}
-    for ring in explanation.rings:
+    for ring in facts.rings:
         cells = [(str(c.count), f"{c.bytes_sent:,}") if c else ("-", "") for c in (ring.forward, ring.backward)]
         key = (re.sub(r"\d+", "#", ring.layer), *cells[0], *cells[1], ring.kernel, ring.source_line)
         groups.setdefault(key, []).append(ring)
@@ -124,25 +124,25 @@ def _joined(paths: list[str]) -> str:
     return re.sub(r"\d+", lambda _: next(ranges), paths[0])
 
 
-def _expanded(explanation: Explanation) -> Iterable[Section]:
+def _expanded(facts: Facts) -> Iterable[Section]:
     """The steps of each kind of ring once: layers do the same on other tensors."""
     shown: set[str] = set()
-    for ring in explanation.expanded:
+    for ring in facts.expanded:
         pattern = re.sub(r"\d+", "#", ring.layer)
         if pattern not in shown:
             shown.add(pattern)
             for direction, steps in (("forward", ring.forward), ("backward", ring.backward)):
-                title = f"{ring.node} in {ring.layer or '(model)'}, {direction} on rank {explanation.rank}"
+                title = f"{ring.node} in {ring.layer or '(model)'}, {direction} on rank {facts.rank}"
                 yield Section(title, sentences=steps)
 
 
-def _parameter_gradients(explanation: Explanation) -> Section:
-    if not explanation.grad_sync:
+def _parameter_gradients(facts: Facts) -> Section:
+    if not facts.grad_sync:
         return Section(
             "Parameter gradients", sentences=["Not summed over the ranks (grad_sync=False): .grad is one rank's term."]
         )
     groups: dict[tuple[object, ...], list[Redistribution]] = {}
-    for r in explanation.parameter_gradients:
+    for r in facts.parameter_gradients:
         if r.backward is not None:
             names = tuple(re.sub(r"\d+", "#", name) for name in r.parameters)
             groups.setdefault((names, r.backward.kind, r.backward.bytes_sent), []).append(r)
@@ -165,14 +165,14 @@ def _few(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
 
 
-def _fallbacks(explanation: Explanation) -> Section:
-    rows = [(f.op, f"{f.gathered_bytes:,}", _short(f.source)) for f in explanation.fallbacks]
+def _fallbacks(facts: Facts) -> Section:
+    rows = [(f.op, f"{f.gathered_bytes:,}", _short(f.source)) for f in facts.fallbacks]
     title = "Fallbacks: ops without a sharding rule, run whole on every rank"
     return Section(title, ("count", "op", "bytes each", "line"), _counted(rows))
 
 
-def _gathered(explanation: Explanation) -> Section:
-    rows = [(g.op, f"{g.gathered_bytes:,}", _short(g.source_line)) for g in explanation.gathered]
+def _gathered(facts: Facts) -> Section:
+    rows = [(g.op, f"{g.gathered_bytes:,}", _short(g.source_line)) for g in facts.gathered]
     title = "Gathered: tensors made whole for an op that cannot run on shards"
     return Section(title, ("count", "read by", "bytes each", "line"), _counted(rows))
 
@@ -180,8 +180,8 @@ def _gathered(explanation: Explanation) -> Section:
 _MEANINGS = {"I": "whole on every rank", "R": "whole on every rank", "S": "this rank's part"}
 
 
-def _outputs(explanation: Explanation) -> Section:
-    rows = [(o.type, o.placement, _MEANINGS.get(o.placement[0], "")) for o in explanation.outputs]
+def _outputs(facts: Facts) -> Section:
+    rows = [(o.type, o.placement, _MEANINGS.get(o.placement[0], "")) for o in facts.outputs]
     return Section("Outputs", ("count", "type", "placement", "meaning"), _counted(rows))
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sptransform.rewrite import Rewritten
 
 
-def read(rewritten: Rewritten) -> Explanation:
-    """The explanation of ``rewritten``."""
+def explanation_of(rewritten: Rewritten) -> Explanation:
+    """What the rewritten graph inserts, where, and the bytes it sends; what :func:`explain` returns."""
     context, graph = rewritten.context, rewritten.graph_module.graph
     sent = sending_by_node(graph, context.mesh)
     rings = [node for node in sent if not annotations.note(node).transitions and annotations.note(node).rule.roles]

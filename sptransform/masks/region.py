@@ -18,12 +18,13 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, Places, from_the_right, has
 from sptransform.op_rules.masks import CONVERT, FILLED, OPENED, RETYPED, filled
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.ops.mask_program import is_elementwise
 from sptransform.rule_table import RuleTable
-from sptransform.rules import OpCall, map_nodes
+from sptransform.rules import map_nodes
 
 
 class Regions:
@@ -50,7 +51,7 @@ class Regions:
         """What ``node`` computes; None where it is a leaf."""
         operands = annotations.operands(node)
         if node.target in FILLED:
-            value = FILLED[node.target](OpCall.of_node(node))
+            value = FILLED[node.target](op_call(node))
             return None if isinstance(value, fx.Node) else Leaf(filled(node, value), (), node)
         if node.target in OPENED:
             return self._expression(OPENED[node.target](node), places, node)
@@ -70,7 +71,7 @@ class Regions:
         return inside if new.dtype == old.dtype else Apply(CONVERT, (inside, new.dtype), {}, new.dtype)
 
     def _rearranged(self, node: fx.Node, places: Places) -> Expression | None:
-        rule = self._rules.rule_of(OpCall.of_node(node))
+        rule = self._rules.rule_of(op_call(node))
         if rule is None:
             return None
         place_of: dict[tuple[str, ...], int | None] = dict(zip(rule.results[0], places, strict=True))

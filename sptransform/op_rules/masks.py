@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sptransform import annotations
+from sptransform.calls import op_call
 from sptransform.rewriter import emit_like
 from sptransform.rules import OpCall
 
@@ -104,7 +105,7 @@ def filled(node: fx.Node, value: Any) -> fx.Node:
 
 def _triangle(node: fx.Node, above: bool) -> fx.Node:
     """``tril`` or ``triu`` of any tensor by positions: zero where ``j - i`` is beyond the diagonal ``d``."""
-    call = OpCall.of_node(node)
+    call = op_call(node)
     shape, device = call.result_shapes[0], annotations.value(node).device
     queries = emit_like(node, aten.arange.default, shape[-2], device=device)
     keys = emit_like(node, aten.arange.default, shape[-1], device=device)

@@ -121,8 +121,8 @@ def moved(targets: list[Any], dtypes: list[torch.dtype]) -> list[tuple[int, Any]
     output.args = (tuple(moves),)
     PackMoves().run(graph, a_context())
     assert [annotations.placement(node) for node in annotations.operands(output)] == targets
-    notes = [annotations.note(node).transitions for node in graph.nodes if is_redistribute(node)]
-    return [(len(transitions), transitions[0][1]) for transitions in notes]
+    changes = [annotations.note(node).transitions for node in graph.nodes if is_redistribute(node)]
+    return [(len(transitions), transitions[0][1]) for transitions in changes]
 
 
 def test_gathers_of_different_dtypes_are_not_packed() -> None:
