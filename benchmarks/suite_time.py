@@ -29,8 +29,8 @@ KINDS: list[tuple[str, str]] = [
     ("garbage collection", r"^(_reset|collect_seldom) \(tests/gloo_pool"),
     ("imports", r"<frozen importlib"),
     ("processes", r"multiprocessing/|subprocess\.py"),
-    ("our retrace", r"sptransform/(capture|functionalize)"),
-    ("verifier", r"sptransform/verifier"),
+    ("our retrace", r"sptransform/capture/"),
+    ("verifier", r"sptransform/engine/verifier"),
     ("passes", r"sptransform/|\(passes/"),
     ("Inductor", r"torch/_inductor/"),
     ("running", r"_aot_autograd/runtime_wrappers|tests/lockstep"),
@@ -40,7 +40,7 @@ KINDS: list[tuple[str, str]] = [
     ("running", r"\(tests/"),
     ("pytest", r"_pytest/|pluggy/"),
 ]
-OWN_OPS = re.compile(r"sptransform/(ops|agreement|faults)")
+OWN_OPS = re.compile(r"sptransform/(ops|agreement)/")
 
 
 def kind_of(stack: list[str]) -> str:

@@ -39,7 +39,7 @@ from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sptransform
-from sptransform import backend
+from sptransform.compiler import backend, rewrite
 
 WORLD_SIZE = 4
 BATCH, SEQ_LEN, WIDTH = 1, 64, 32
@@ -133,7 +133,7 @@ def measure(num_layers: int, inner_backend: str, profile: cProfile.Profile | Non
 
         return run
 
-    rewrite_graph, lookup_backend = backend.rewrite_graph, backend.lookup_backend
+    rewrite_graph, lookup_backend = rewrite.rewrite_graph, backend.lookup_backend
     with (
         mock.patch.object(backend, "capture", capture.wrap(backend.capture)),
         mock.patch.object(backend, "run_passes", passes.wrap(backend.run_passes)),

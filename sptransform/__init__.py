@@ -1,6 +1,7 @@
 """Sequence-parallel training of unmodified transformers: a compiler from one device to many."""
 
-from sptransform.errors import (
+from sptransform.compiler.rewrite import Rewritten, rewrite
+from sptransform.diagnostics.errors import (
     CaptureError,
     RankError,
     RankFailedError,
@@ -13,12 +14,15 @@ from sptransform.errors import (
     UsageError,
     VerificationError,
 )
-from sptransform.explain.explain import explain
-from sptransform.explain.explanation import Explanation
-from sptransform.explain.reading import explanation_of
-from sptransform.parallelize import parallelize
-from sptransform.rewrite import Rewritten, rewrite
-from sptransform.strategies import USP, AllGatherKV, MegatronSP, Ring, Strategy, Ulysses
+from sptransform.engine.strategy import Strategy
+from sptransform.frontend.parallelize import parallelize
+from sptransform.inspection.explain import explain
+from sptransform.inspection.explanation import Explanation
+from sptransform.inspection.reader import explanation_of
+from sptransform.strategies.megatron import MegatronSP
+from sptransform.strategies.ring import AllGatherKV, Ring
+from sptransform.strategies.ulysses import Ulysses
+from sptransform.strategies.usp import USP
 
 __all__ = [
     "USP",

@@ -8,9 +8,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.gloo_pool import collect_seldom, seed_everything, stop_pools
-from tests.golden import Golden
-from tests.tiers import mark_what_is_covered
+from tests.support.gloo_pool import collect_seldom, seed_everything, stop_pools
+from tests.support.golden import Golden
+from tests.support.tiers import mark_what_is_covered
 
 # the same examples at every run; one that fails is printed with what repeats it
 hypothesis.settings.register_profile("sptransform", print_blob=True, derandomize=True)
@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """The golden texts, see `tests/golden.py`."""
+    """The golden texts, see `tests/support/golden.py`."""
     return Golden(update=request.config.getoption("--update-golden"))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.collective_counts import Collective, CountCollectives, num_by_name
-from tests.gloo_pool import get_pool
-from tests.tiers import INDUCTOR
+from tests.support.collective_counts import Collective, CountCollectives, num_by_name
+from tests.support.gloo_pool import get_pool
+from tests.support.tiers import INDUCTOR
 
 pytestmark = pytest.mark.timeout(120)
 functional = torch.ops._c10d_functional

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gloo_pool import WorkerDied, WorkerError, WorkerTimeout, get_pool
+from tests.support.gloo_pool import WorkerDied, WorkerError, WorkerTimeout, get_pool
 
 pytestmark = pytest.mark.timeout(60)
 

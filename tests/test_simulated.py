@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._local_tensor import LocalIntNode
 
-from tests.simulated import from_ranks, per_rank, simulate, to_ranks
+from tests.support.simulated import from_ranks, per_rank, simulate, to_ranks
 
 pytestmark = pytest.mark.timeout(60)
 functional = torch.ops._c10d_functional

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sptransform import annotations
+from sptransform.graph import dataflow
 from sptransform.masks.expressions import KEYS, QUERIES, Leaf
-from sptransform.op_rules.masks import LIKE
-from sptransform.rules import map_nodes
+from sptransform.op_rules.mask_ops import LIKE
+from sptransform.rules.rule import map_nodes
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class Constants:
         return self._values[node]
 
     def _computed(self, node: fx.Node) -> Any:
-        fakes = annotations.values(node)
+        fakes = dataflow.values(node)
         if any(not isinstance(fake.numel(), int) or fake.numel() > self._max_entries for fake in fakes):
             return None
         if node.op == "get_attr":
             constant = getattr(node.graph.owning_module, node.target)
             return constant.detach().cpu() if type(constant) is Tensor else None
-        if node.op != "call_function" or not fakes or _is_random(node.target) or annotations.writes(node):
+        if node.op != "call_function" or not fakes or _is_random(node.target) or dataflow.writes(node):
             return None
-        likes = annotations.operands(node)[:1] if node.target in LIKE else []
+        likes = dataflow.operands(node)[:1] if node.target in LIKE else []
         values = {x: _shaped_like(x) if x in likes else self.value(x) for x in node.all_input_nodes}
         if any(value is None for value in values.values()):
             return None
@@ -90,7 +90,7 @@ class Constants:
 
 def _shaped_like(node: fx.Node) -> Tensor | None:
     """A tensor whose entries nobody reads; None for a shape that is not known."""
-    like = annotations.value(node)
+    like = dataflow.value(node)
     is_known = all(isinstance(size, int) for size in like.shape)
     return torch.empty((), dtype=like.dtype).expand(like.shape) if is_known else None
 

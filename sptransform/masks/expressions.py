@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sptransform import annotations
+from sptransform.graph import dataflow
 from sptransform.ops.mask_program import MaskProgram, Ref, Step
 
 QUERIES, KEYS = -2, -1
@@ -28,7 +28,7 @@ class Leaf:
 
     @property
     def dtype(self) -> torch.dtype:
-        return annotations.value(self.node).dtype
+        return dataflow.value(self.node).dtype
 
     @property
     def broadcasts(self) -> bool:
@@ -58,7 +58,7 @@ Expression = Leaf | Apply
 
 
 def has(node: fx.Node, places: Places, place: int) -> bool:
-    return any(p == place and size != 1 for p, size in zip(places, annotations.shape(node), strict=True))
+    return any(p == place and size != 1 for p, size in zip(places, dataflow.shape(node), strict=True))
 
 
 def from_the_right(ndim: int) -> Places:

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from sptransform import annotations
-from sptransform.calls import op_call
+from sptransform.graph import dataflow
+from sptransform.graph.calls import op_call
+from sptransform.masks.emit import OPENED, filled
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, Places, from_the_right, has
-from sptransform.op_rules.masks import CONVERT, FILLED, OPENED, RETYPED, filled
+from sptransform.op_rules.mask_ops import CONVERT, FILLED, RETYPED
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.ops.mask_program import is_elementwise
-from sptransform.rule_table import RuleTable
-from sptransform.rules import map_nodes
+from sptransform.rules.rule import map_nodes
+from sptransform.rules.table import RuleTable
 
 
 class Regions:
@@ -36,7 +37,7 @@ class Regions:
 
     def expression(self, mask: fx.Node) -> Expression:
         """The mask, as it broadcasts to scores."""
-        return self._expression(mask, from_the_right(len(annotations.shape(mask))), mask)
+        return self._expression(mask, from_the_right(len(dataflow.shape(mask))), mask)
 
     def _expression(self, node: fx.Node, places: Places, reader: fx.Node) -> Expression:
         key = (node, places)
@@ -49,7 +50,7 @@ class Regions:
 
     def _inside(self, node: fx.Node, places: Places) -> Expression | None:
         """What ``node`` computes; None where it is a leaf."""
-        operands = annotations.operands(node)
+        operands = dataflow.operands(node)
         if node.target in FILLED:
             value = FILLED[node.target](op_call(node))
             return None if isinstance(value, fx.Node) else Leaf(filled(node, value), (), node)
@@ -64,7 +65,7 @@ class Regions:
         return None
 
     def _retyped(self, node: fx.Node, operand: fx.Node, places: Places) -> Expression | None:
-        new, old = annotations.value(node), annotations.value(operand)
+        new, old = dataflow.value(node), dataflow.value(operand)
         if new.device != old.device:
             return None
         inside = self._expression(operand, places, node)
@@ -77,7 +78,7 @@ class Regions:
         place_of: dict[tuple[str, ...], int | None] = dict(zip(rule.results[0], places, strict=True))
         if any(factors and factors not in place_of for factors in rule.operands[0]):
             return None  # a dimension is split, joined or repeated
-        (operand,) = annotations.operands(node)
+        (operand,) = dataflow.operands(node)
         own = tuple(place_of[factors] if factors else None for factors in rule.operands[0])
         # dimensions of one entry have no factor; where they line up they keep their place
         if len(own) <= len(places) and all(a is None or a == b for a, b in zip(own, places[-len(own) :], strict=True)):
@@ -91,7 +92,7 @@ class Regions:
 
     def _applied(self, node: fx.Node, places: Places) -> Expression | None:
         arguments = (*node.args, *node.kwargs.values())
-        device = annotations.value(node).device
+        device = dataflow.value(node).device
         if any(isinstance(x, fx.Node) and not _is_operand(x, device) for x in arguments):
             return None
         if any(not isinstance(x, fx.Node | bool | int | float | str | torch.dtype | None) for x in arguments):
@@ -100,12 +101,12 @@ class Regions:
         def read(x: Any) -> Any:
             if not isinstance(x, fx.Node):
                 return x
-            return self._expression(x, places[len(places) - len(annotations.shape(x)) :], node)
+            return self._expression(x, places[len(places) - len(dataflow.shape(x)) :], node)
 
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), read)
-        return Apply(node.target, tuple(args), kwargs, annotations.value(node).dtype)
+        return Apply(node.target, tuple(args), kwargs, dataflow.value(node).dtype)
 
 
 def _is_operand(x: fx.Node, device: torch.device) -> bool:
     """A tensor on the device, or a scalar tensor, which may be elsewhere."""
-    return annotations.is_tensor(x) and (annotations.value(x).device == device or not annotations.shape(x))
+    return dataflow.is_tensor(x) and (dataflow.value(x).device == device or not dataflow.shape(x))

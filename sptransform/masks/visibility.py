@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sptransform.masks.constants import Constants, Position, Uniform, position
 from sptransform.masks.expressions import QUERIES, Apply, Expression, Leaf, parts_of
-from sptransform.op_rules.masks import AND, CHOICES, CONVERT, HIDE, NOT, OF_DISTANCE, SUMS
+from sptransform.op_rules.mask_ops import AND, CHOICES, CONVERT, HIDE, NOT, OF_DISTANCE, SUMS
 
 _MAX_INPUTS = 4  # of a truth table
 

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from sptransform.op_rules import (
-    attention,
-    creation,
-    indexing,
-    loss,
-    matmul,
-    pointwise,
-    redistribution,
-    reduction,
-    shape,
-)
-from sptransform.rule_table import RuleTable
+from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, redistribute, reduction, shape
+from sptransform.rules.table import RuleTable
 
 TABLES = (
     attention.TABLE,
@@ -22,7 +12,7 @@ TABLES = (
     loss.TABLE,
     matmul.TABLE,
     pointwise.TABLE,
-    redistribution.TABLE,
+    redistribute.TABLE,
     reduction.TABLE,
     shape.TABLE,
 )

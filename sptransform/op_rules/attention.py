@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
-from sptransform.decisions import Circular, Sharded
-from sptransform.ops.ring.kernels import compute_dtype
-from sptransform.placement import Shard
-from sptransform.rule_table import Local, OpEntry, Sent
-from sptransform.rules import Dims, OpCall, OpRule, Resize, RuleFn, Shape
-from sptransform.sizes import number
+from sptransform.ops.ring.kernels.interface import compute_dtype
+from sptransform.rules.decision import Circular, Sharded
+from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
+from sptransform.rules.table import Local, OpEntry, Sent
+from sptransform.sharding.placement import Shard
+from sptransform.sharding.sizes import number
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 
@@ -152,7 +152,7 @@ def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Se
     return Sent("send_recv", hops, ahead), Sent("send_recv", 2 * hops, ahead + home)
 
 
-# attention as models write it, or as MoveKeysUnrepeated leaves it
+# attention as models write it, or as UnrepeatKeyHeads leaves it
 ATTENTION = (aten.scaled_dot_product_attention.default, sp.attention.default)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sptransform.rule_table import Local, OpEntry
-from sptransform.rules import OpCall, OpRule, RuleFn
+from sptransform.rules.rule import OpCall, OpRule, RuleFn
+from sptransform.rules.table import Local, OpEntry
 
 aten = torch.ops.aten
 
@@ -41,6 +41,7 @@ def _sized(call: OpCall, local: Local) -> Any:
 
 
 _UNIFORM = OpEntry(uniform, _sized)
+
 
 def _like(call: OpCall) -> OpRule:
     """``zeros_like`` and its kin: the operand's dimensions are the result's."""

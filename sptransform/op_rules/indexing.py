@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
-from sptransform.rule_table import Local, OpEntry
-from sptransform.rules import OpCall, Operand, OpRule, RuleFn, rule
-from sptransform.sizes import broadcast
+from sptransform.rules.einsum import rule
+from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn
+from sptransform.rules.table import Local, OpEntry
+from sptransform.sharding.sizes import broadcast
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 

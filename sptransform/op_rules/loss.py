@@ -1,4 +1,4 @@
-"""Losses with ``reduction`` "none" or "sum"; ``passes/split_means.py`` writes a mean as sum / count first."""
+"""Losses with ``reduction`` "none" or "sum"; ``passes/normalize/split_means.py`` writes a mean as sum / count first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
-from sptransform.rule_table import Local, OpEntry
-from sptransform.rules import OpCall, OpRule, RuleFn, rule
+from sptransform.rules.einsum import rule
+from sptransform.rules.rule import OpCall, OpRule, RuleFn
+from sptransform.rules.table import Local, OpEntry
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
+
 
 NONE, MEAN, SUM = 0, 1, 2
 _IGNORED = -100  # no class of any rank

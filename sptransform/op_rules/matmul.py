@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from sptransform.rule_table import OpEntry
-from sptransform.rules import OpCall, OpRule, RuleFn, rule
+from sptransform.rules.einsum import rule
+from sptransform.rules.rule import OpCall, OpRule, RuleFn
+from sptransform.rules.table import OpEntry
 
 aten = torch.ops.aten
+
 
 _EACH = ((0,), (1,))
 

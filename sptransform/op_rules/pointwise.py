@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from sptransform.rule_table import Local, OpEntry
-from sptransform.rules import OpCall, OpRule, RuleFn, rule
+from sptransform.rules.einsum import rule
+from sptransform.rules.rule import OpCall, OpRule, RuleFn
+from sptransform.rules.table import Local, OpEntry
 
 aten = torch.ops.aten
+
 
 _LINEAR_IN_EACH = ((0,), (1,))
 _LINEAR_JOINTLY = ((0, 1),)

@@ -6,6 +6,7 @@ import torch
 
 aten = torch.ops.aten
 
+
 REARRANGEMENTS = frozenset(
     {
         aten._reshape_alias.default,

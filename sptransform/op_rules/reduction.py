@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
-from sptransform.rule_table import Local, OpEntry, Sent
-from sptransform.rules import OpCall, OpRule, RuleFn
+from sptransform.rules.rule import OpCall, OpRule, RuleFn
+from sptransform.rules.table import Local, OpEntry, Sent
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
+
 
 _LINEAR = (frozenset({0}),)
 

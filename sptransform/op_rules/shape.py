@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from sptransform.rule_table import Local, OpEntry
-from sptransform.rules import Dims, OpCall, OpRule, Resize, RuleFn, Shape
-from sptransform.sizes import Size, order, quotient
+from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
+from sptransform.rules.table import Local, OpEntry
+from sptransform.sharding.sizes import Size, order, quotient
 
 aten = torch.ops.aten
+
 
 _LINEAR = (frozenset({0}),)
 

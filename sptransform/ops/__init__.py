@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sptransform.ops import attention, lookup, random, redistribute, ring, sharding, softmax
+from sptransform.ops import attention, dropout_mask, joined_softmax, local_index, local_slice, redistribute, ring
 
-__all__ = ["attention", "lookup", "random", "redistribute", "ring", "sharding", "softmax"]
+__all__ = ["attention", "dropout_mask", "joined_softmax", "local_index", "local_slice", "redistribute", "ring"]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+
 # Pointwise, deterministic and without a view of sizes or devices, though torch does not tag them so
 _ALSO_ELEMENTWISE = frozenset(
     {

@@ -1,25 +1,21 @@
 """One op per change of placement, each an autograd function whose backward is its transpose.
 
-Gradients follow the types of :mod:`sptransform.placement`: of ``I`` and ``P`` every rank holds the gradient, of ``R``
-a pending sum, of ``S`` its part.
+Gradients follow the types of :mod:`sptransform.sharding.placement`: of ``I`` and ``P`` every rank holds the gradient,
+of ``R`` a pending sum, of ``S`` its part.
 """
 
 from __future__ import annotations
 
-from itertools import chain
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sptransform.ops import collectives
-from sptransform.ops.exchanges import Start, Steps, Wait, communicating
-from sptransform.ops.groups import rank_in
+from sptransform.ops.communication import collectives
+from sptransform.ops.communication.all_to_all import exchange
 from sptransform.ops.library import LIBRARY, composite
-from sptransform.ops.pieces import conceal, expose
-from sptransform.partition import common, stored
-from sptransform.placement import Shard, repartitions
+from sptransform.ops.repartition import _remember, _repartition_back
+from sptransform.sharding.placement import Shard
 
 _sp = torch.ops.sptransform
 
@@ -158,7 +154,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchange(xs: list[Tensor], sources: list[str], targets: list[str], group: str) -> list[Tensor]:
-    return collectives.exchange(
+    return exchange(
         xs,
         [Shard.parse(source, part=x) for source, x in zip(sources, xs, strict=True)],
         [Shard.parse(target, whole=x) for target, x in zip(targets, xs, strict=True)],
@@ -209,62 +205,6 @@ def keep_own(x: Tensor, source: str, target: str, group_name: str) -> Tensor:
 @composite("all_to_all(Tensor[] xs, str[] sources, str[] targets, str group_name) -> Tensor[]")
 def all_to_all(xs: list[Tensor], sources: list[str], targets: list[str], group_name: str) -> list[Tensor]:
     return list(_Exchange.apply(sources, targets, group_name, *xs))
-
-
-# ---- S -> S along one axis: the only change that reads the rank to know what to send, so that compilers see one op
-
-
-def _ends(x: Tensor, source: str, target: str) -> tuple[Shard, Shard]:
-    # sizes left open are shared evenly, so x is as large as a part of either
-    ends = Shard.parse(source, part=x), Shard.parse(target, part=x)
-    if not repartitions(*ends):
-        raise ValueError(f"a repartition keeps the axis and one owner of each index, not {source} to {target}")
-    return ends
-
-
-def _fake_repartition(x: Tensor, source: str, target: str, group_name: str) -> Tensor:
-    before, after = _ends(x, source, target)
-    if before.partition.is_even and after.partition.is_even:
-        return x.new_empty(x.shape)
-    size = after.local_dim_size(0 if after.partition.is_even else rank_in(group_name))
-    return x.new_empty([*x.shape[: after.dim], size, *x.shape[after.dim + 1 :]])
-
-
-@communicating("repartition(Tensor x, str source, str target, str group_name) -> Tensor", fake=_fake_repartition)
-def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str) -> Steps[Tensor]:
-    """Send every other rank what it owns in ``target`` of this rank's part in ``source``: one all-to-all.
-
-    Args:
-        x: this rank's part, ``[.., outer * local size, ..]``.
-        source, target: specs of shards along the same axis of the same dimension.
-
-    Raises:
-        ValueError: shards of different axes, or of which ranks share indices.
-    """
-    before, after = _ends(x, source, target)
-    x, dim = expose(x, before)
-    mine, wanted = before.partition.owned[rank], after.partition.owned[rank]
-    leaving = [stored(mine, common(mine, theirs)) for theirs in after.partition.owned]
-    coming = [stored(wanted, common(theirs, wanted)) for theirs in before.partition.owned]
-    lead, tail = x.shape[:dim], x.shape[dim + 1 :]
-    entry = prod(lead) * prod(tail)
-    sent, received = ([entry * sum(hi - lo for lo, hi in own) for own in peers] for peers in (leaving, coming))
-    pieces = (x.narrow(dim, lo, hi - lo).reshape(-1) for lo, hi in chain.from_iterable(leaving))
-    pending = yield Start(torch.cat([x.new_empty(0), *pieces]), sent, received)
-    came = yield Wait(pending)
-    places = [*chain.from_iterable(coming)]
-    parts = zip(places, came.split([entry * (hi - lo) for lo, hi in places]), strict=True)
-    found = {(lo, hi): part.view(*lead, hi - lo, *tail) for (lo, hi), part in parts}
-    # a rank may own nothing
-    return conceal(torch.cat([x.narrow(dim, 0, 0), *(found[place] for place in sorted(places))], dim), after)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.source, ctx.target, ctx.group = inputs
-
-
-def _repartition_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _sp.repartition(grad, ctx.target, ctx.source, ctx.group), None, None, None
 
 
 torch.library.register_autograd("sptransform::repartition", _repartition_back, setup_context=_remember, lib=LIBRARY)

@@ -15,12 +15,12 @@ from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 from torch.utils import _pytree as pytree
 
-from sptransform.ops.exchanges import COMMUNICATING, Steps, group_of, perform_together
-from sptransform.ops.lookup import local_index_for
-from sptransform.ops.random import mask_for
-from sptransform.ops.sharding import first_rank_for, place_for, take_for
-from sptransform.partition import Partition
-from sptransform.placement import Shard
+from sptransform.ops.communication.steps import COMMUNICATING, Steps, group_of, perform_together
+from sptransform.ops.dropout_mask import mask_for
+from sptransform.ops.local_index import local_index_for
+from sptransform.ops.local_slice import first_rank_for, place_for, take_for
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import Shard
 
 _PER_RANK: dict[str, Callable[..., Tensor]] = {
     "dropout_mask": lambda rank, x, p, group: mask_for(x, p, rank),

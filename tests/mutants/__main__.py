@@ -17,10 +17,10 @@ from typing import NoReturn, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from tests.gloo_pool import REACH
 from tests.mutants.mutations import KINDS, ROOT, Mutation, draw, source_files
 from tests.mutants.reach import Reach, Test, digest
 from tests.mutants.trial import Trials
+from tests.support.gloo_pool import REACH
 
 KEPT = ROOT / ".mutants"
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from pathlib import Path
 import coverage
 import pytest
 
-from tests.gloo_pool import REACH
 from tests.mutants.mutations import ROOT, SOURCES
+from tests.support.gloo_pool import REACH
 
 
 class Recorder:

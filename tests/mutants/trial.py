@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from tests.gloo_pool import PRELOAD
 from tests.mutants.mutations import ROOT, Mutation
+from tests.support.gloo_pool import PRELOAD
 
 TEST_LIMIT = 180  # seconds of one test: a mistake can make it wait for ever, and its workers may have to start first
 LIMIT = 3600  # seconds of all tests of a trial

@@ -9,7 +9,7 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the library's own attention
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import OUTER, Case, booleans, call_of, case, check_case, ids, integers, randn, rule_for
+from tests.support.brute_force import OUTER, Case, booleans, call_of, case, check_case, ids, integers, randn, rule_for
 
 aten = torch.ops.aten
 sdpa = aten.scaled_dot_product_attention.default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.brute_force import Case, case, check_case, ids, integers, randn
+from tests.support.brute_force import Case, case, check_case, ids, integers, randn
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import Case, booleans, call_of, case, check_case, ids, integers, randn
+from tests.support.brute_force import Case, booleans, call_of, case, check_case, ids, integers, randn
 
 aten = torch.ops.aten
 

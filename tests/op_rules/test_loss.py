@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sptransform.op_rules.loss import MEAN, NONE, SUM
-from tests.brute_force import Case, booleans, case, check_case, ids, integers, positive, randn
+from tests.support.brute_force import Case, booleans, case, check_case, ids, integers, positive, randn
 
 aten = torch.ops.aten
 cross_entropy = aten.cross_entropy_loss.default

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sptransform.op_rules import DEFAULT_RULES
-from tests.brute_force import Case, call_of, case, check_case, ids, randn, rule_for
+from tests.support.brute_force import Case, call_of, case, check_case, ids, randn, rule_for
 
 aten = torch.ops.aten
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sptransform.decisions import Sharded
 from sptransform.op_rules import DEFAULT_RULES, pointwise
 from sptransform.ops.groups import pretend
-from sptransform.ops.sharding import take_for
-from sptransform.partition import Partition
-from sptransform.placement import Shard
-from sptransform.rule_table import Local
-from tests.brute_force import (
+from sptransform.ops.local_slice import take_for
+from sptransform.rules.decision import Sharded
+from sptransform.rules.table import Local
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import Shard
+from tests.support.brute_force import (
     GROUP,
     Case,
     booleans,

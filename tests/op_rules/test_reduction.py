@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.brute_force import OUTER, Case, booleans, case, check_case, ids, positive, randn, rule_for
+from tests.support.brute_force import OUTER, Case, booleans, case, check_case, ids, positive, randn, rule_for
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 
@@ -89,7 +89,7 @@ def test_rule(case: Case) -> None:
 
 
 def test_softmax_joins_what_must_be_whole() -> None:
-    """Nothing else does; values are compared in ``tests/test_joined_softmax.py``."""
+    """Nothing else does; values are compared in ``tests/ops/test_joined_softmax.py``."""
     joining = {aten._log_softmax.default, aten._softmax.default, aten.log_softmax.int, aten.softmax.int}
     for each in CASES:
         _, rule = rule_for(each)

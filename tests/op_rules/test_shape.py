@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sptransform.decisions import Sharded, outcomes
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.op_rules.shape import _split_local
-from sptransform.ops.sharding import take_for
-from sptransform.partition import Partition
-from sptransform.placement import Shard
-from sptransform.rule_table import Local
-from tests.brute_force import Case, call_of, case, check_case, emit, ids, integers, randn, rule_for
+from sptransform.ops.local_slice import take_for
+from sptransform.rules.decision import Sharded, outcomes
+from sptransform.rules.table import Local
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import Shard
+from tests.support.brute_force import Case, call_of, case, check_case, emit, ids, integers, randn, rule_for
 
 aten = torch.ops.aten
 END = 2**63 - 1

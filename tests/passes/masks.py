@@ -12,17 +12,17 @@ from torch import Tensor, fx
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sptransform import annotations
-from sptransform.capture import capture
+from sptransform.capture.capture import capture
+from sptransform.engine.pass_manager import run_passes
+from sptransform.graph import dataflow
 from sptransform.ops.mask_program import block_mask
-from sptransform.pass_manager import run_passes
 from sptransform.passes import PIPELINE
-from sptransform.passes.read_masks import ReadMasks
-from sptransform.strategies import Ring
-from tests.graphs import a_context, nodes_of, run_once
+from sptransform.passes.normalize.attend_by_position import AttendByPosition
+from sptransform.strategies.ring import Ring
+from tests.support.graphs import a_context, nodes_of, run_once
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 6, 4
-PASSES = PIPELINE[: [type(step) for step in PIPELINE].index(ReadMasks) + 1]
+PASSES = PIPELINE[: [type(step) for step in PIPELINE].index(AttendByPosition) + 1]
 RING = torch.ops.sptransform.ring_attention.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 Mask = Callable[..., Tensor]
@@ -78,8 +78,8 @@ class Read:
     @property
     def squares(self) -> list[str]:
         """Nodes that have the dimensions of scores."""
-        tensors = [node for node in self.gm.graph.nodes if annotations.is_tensor(node)]
-        return [node.name for node in tensors if annotations.shape(node)[-2:] == (LENGTH, LENGTH)]
+        tensors = [node for node in self.gm.graph.nodes if dataflow.is_tensor(node)]
+        return [node.name for node in tensors if dataflow.shape(node)[-2:] == (LENGTH, LENGTH)]
 
     def assert_same_mask(self) -> None:
         """What is added to scores, from band and program, is what is added by the mask."""

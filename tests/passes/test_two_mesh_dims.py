@@ -1,4 +1,4 @@
-"""MergeReplicates and ReturnInOrder: what is put right once both mesh dims are distributed."""
+"""MergeGradientSums and RestoreOutputOrder: what is put right once both mesh dims are distributed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from sptransform import annotations
-from sptransform.mesh import PRETENDED_GROUP
-from sptransform.strategies import USP
-from tests.rewritten import Asked, function_on_ranks
+from sptransform.graph import notes
+from sptransform.sharding.mesh import PRETENDED_GROUP
+from sptransform.strategies.usp import USP
+from tests.support.rewritten import Asked, function_on_ranks
 
 sp = torch.ops.sptransform
 
@@ -34,7 +34,7 @@ def rewritten(length: int, layout: str = "zigzag") -> fx.Graph:
 def test_gradients_are_summed_once_where_shares_are_even(length: int, groups: list[str]) -> None:
     nodes = rewritten(length).find_nodes(op="call_function", target=sp.replicate.default)
     assert [node.args[1] for node in nodes] == groups
-    assert [annotations.note(node).mesh.group for node in nodes] == groups
+    assert [notes.note(node).mesh.group for node in nodes] == groups
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sptransform.ops.library import primitive
-from sptransform.ops.ring.kernels import Case, Kernel, choose, compute_dtype
+from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
+from sptransform.ops.ring.kernels.table import choose
 from sptransform.ops.ring.merging import raise_sunk, sink, weigh
 
 _OPTIONS = (

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from sptransform.partition import Intervals
+from sptransform.sharding.partition import Intervals
 
 # rows of a call whose mask is computed: masks stay small, and a sliding window looks at few keys in vain
 TILE = 512

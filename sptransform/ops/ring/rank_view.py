@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sptransform.ops.exchanges import Start
+from sptransform.ops.communication.steps import Start
 from sptransform.ops.mask_program import block_mask
 from sptransform.ops.ring.blocks import lay_out, positions
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
-from sptransform.partition import Intervals, Partition
-from sptransform.placement import Shard
+from sptransform.sharding.partition import Intervals, Partition
+from sptransform.sharding.placement import Shard
 
 _sp = torch.ops.sptransform
 

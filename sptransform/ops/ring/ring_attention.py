@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sptransform.ops.exchanges import communicating
+from sptransform.ops.communication.steps import communicating
 from sptransform.ops.library import LIBRARY
 from sptransform.ops.ring.blocks import new_rows
-from sptransform.ops.ring.kernels import compute_dtype
+from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.schedule import backward_steps, forward_steps
 
 _OPTIONS = (

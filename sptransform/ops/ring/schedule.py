@@ -1,4 +1,4 @@
-"""Ring attention's two rings, as steps of :mod:`sptransform.ops.exchanges` (Liu et al., arXiv 2310.01889).
+"""Ring attention's two rings, as steps of :mod:`sptransform.ops.communication.steps` (Liu et al., arXiv 2310.01889).
 
 Rank r begins with its own keys and values, and sends to rank r + 1 what it has from rank r - 1: at step s it has those
 of rank r - s. The next ones are on their way while a step computes, forward and backward.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sptransform.ops.exchanges import Steps, Wait
+from sptransform.ops.communication.steps import Steps, Wait
 from sptransform.ops.ring.blocks import lay_out
-from sptransform.ops.ring.kernels import compute_dtype
+from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.rank_view import RankView
 from sptransform.ops.ring.sums import IN_PLACE, Sums
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from sptransform.ops.ring.blocks import add_block_, merge_block_
 from sptransform.ops.ring.messages import add_to_message_
 
+_sp = torch.ops.sptransform
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -35,9 +37,6 @@ def _add(total: Tensor, block: Tensor, start: int) -> Tensor:
 def _add_to_message(message: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
     add_to_message_(message, key, value, start)
     return message
-
-
-_sp = torch.ops.sptransform
 
 IN_PLACE = Sums(_merge, _add, _add_to_message)
 AS_NODES = Sums(_sp.merge_block.default, _sp.add_block.default, _sp.add_to_message.default)

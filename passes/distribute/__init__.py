@@ -1,0 +1,1 @@
+"""Passes for one mesh dim: placements, redistributes, and local sizes."""

@@ -1,0 +1,123 @@
+"""Give every node its rule, a decision, and every tensor a placement.
+
+1. Rules are looked up and applied to global shapes; axes are inferred from them.
+2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
+   Parameters and inputs of which each rank has a part are S.
+3. Where weights are cut, inner axes are found (see :mod:`sptransform.engine.inner_axes`).
+4. Propagation decides (see :mod:`sptransform.engine.propagation`).
+5. With ``shard_parameters`` it is decided which part of each parameter a rank is to keep.
+6. An op without a rule that gathers a shard, or works on trainable tensors, is recorded, or with ``strict`` refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sptransform.diagnostics import provenance
+from sptransform.diagnostics.errors import UnsupportedOpError, UsageError, describe
+from sptransform.engine.axes import Axes
+from sptransform.engine.context import Context, Fallback
+from sptransform.engine.inner_axes import InnerAxes
+from sptransform.engine.pass_manager import Pass
+from sptransform.engine.propagation import Propagation, light_nodes
+from sptransform.graph import dataflow, notes
+from sptransform.graph.calls import op_call
+from sptransform.parameters.parts import first_dim
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import I, Placement, R, Shard
+
+
+@dataclass(frozen=True)
+class AssignPlacements(Pass):
+    requires = frozenset({"functional"})
+    ensures = frozenset({"functional", "placed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for node in graph.nodes:
+            if dataflow.handles_tensors(node):
+                notes.note(node).rule = context.rules.rule_of(op_call(node))
+        light = light_nodes(graph)
+        rules = [note.rule for note in map(notes.note, graph.nodes) if note.rule is not None]
+        context.is_causal = any(rule.is_causal for rule in rules)
+        axes = Axes(graph, context.divide, context.sequence_dims, ignored=light)
+        if not axes.has_sequence:  # without attention, what arrives in parts is cut along the sequence
+            axes = Axes(graph, context.divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
+        if not any(rule.roles for rule in rules) and not axes.has_sequence:
+            raise UsageError(
+                describe(
+                    "nothing in this graph says which dimension is the sequence",
+                    found="no scaled_dot_product_attention of queries [batch, heads, sequence, head size]",
+                    fix="pass sequence_dims={'<input name>': <dim>}; inputs of this graph: "
+                    + ", ".join(_user_inputs(graph)),
+                )
+            )
+        sources = (n for n in graph.nodes if n.op in ("placeholder", "get_attr") and dataflow.values(n))
+        inputs = {n: self._input(n, context) for n in sources}
+        inner = InnerAxes(graph, axes, context.mesh.size, light) if context.strategy.shards_weights else None
+        propagation = Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light, inner)
+        propagation.run()
+        if context.shard_parameters:
+            for node in inputs:
+                note = notes.note(node)
+                if note.is_parameter and all(stored.group != context.mesh.group for stored in note.stored):
+                    self._keep_part(node, propagation.demanded(node), context)
+        for node in graph.nodes:
+            if node.op == "call_function" and notes.note(node).decision is not None:
+                self._record_fallback(node, context)
+
+    def _input(self, node: fx.Node, context: Context) -> Placement:
+        for stored in notes.note(node).stored:
+            if stored.group == context.mesh.group:
+                size = dataflow.shape(node)[stored.dim]
+                return Shard(stored.dim, Partition.contiguous(size, context.mesh.size))
+        return R if notes.note(node).differentiable and not context.grad_sync else I
+
+    def _keep_part(self, node: fx.Node, demanded: list[Placement], context: Context) -> None:
+        """Store of a parameter what the graph reads of it; where only sequences are split, of each its first dim."""
+        if context.strategy.shards_weights:
+            dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
+            dim = dims.pop() if len(dims) == 1 else None
+        else:
+            num_ranks = max(context.num_ranks, context.mesh.size)
+            dim = 0 if notes.note(node).stored else first_dim(dataflow.shape(node), num_ranks)
+        if dim is not None:
+            notes.note(node).stored += (notes.Stored(dim, context.mesh.group),)
+            notes.set_placement(node, self._input(node, context))
+
+    def _record_fallback(self, node: fx.Node, context: Context) -> None:
+        note = notes.note(node)
+        if note.rule is not None or any(known.node == node.name for known in context.fallbacks):
+            return
+        gathered = [
+            producer
+            for producer in dataflow.operands(node)
+            if isinstance(notes.placement(producer), Shard)
+        ]
+        # positions and masks are whole on every rank anyway; work on trainable tensors is not meant to be
+        if not gathered and not note.differentiable:
+            return
+        if context.strict:
+            raise UnsupportedOpError(
+                describe(
+                    f"{node.target} has no sharding rule, and strict=True forbids running it replicated",
+                    node=node,
+                    found=", ".join(f"%{x.name} placed {notes.placement(x)}" for x in dataflow.operands(node)),
+                    fix="pass strict=False to gather its operands, or add a rule for it",
+                )
+            )
+        num_bytes = sum(dataflow.value(x).numel() * dataflow.value(x).element_size() for x in gathered)
+        context.fallbacks.append(Fallback(str(node.target), node.name, provenance.source_line(node), num_bytes))
+
+
+def _shared_inputs(graph: fx.Graph) -> dict[str, int]:
+    """Name -> dimension of inputs of which each rank has a part."""
+    found = [notes.note(node) for node in graph.find_nodes(op="placeholder")]
+    return {note.input_name: note.stored[0].dim for note in found if note.stored and not note.is_parameter}
+
+
+def _user_inputs(graph: fx.Graph) -> list[str]:
+    """Names of the tensors the user passes: inputs that are not the module's own."""
+    names = [notes.note(n).input_name for n in graph.nodes if n.op == "placeholder" and dataflow.is_tensor(n)]
+    return [name for name in names if name is not None and "." not in name] or ["(none)"]

@@ -1,0 +1,65 @@
+"""Gather parameters of which ranks keep parts in few large messages, ahead of use.
+
+A parameter kept in parts is moved S -> R before it is read, an all-gather forward and a reduce-scatter of its gradient
+backward. Packed into buckets, which travel together::
+
+    %p0, %p1, ... = redistribute([%w0, %w1, ...], S -> R)
+
+1. Buckets hold parameters of one dtype, at most ``bucket_bytes`` in all, in the order in which the forward first reads
+   them.
+2. A bucket stands where the one before it is first read, so that it may travel meanwhile; no more than two are whole at
+   a time. It stands outside of autocast and grad-mode regions, where gradients might not pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph import notes
+from sptransform.graph.buckets import BUCKET_BYTES, fill
+from sptransform.graph.edit import succeed
+from sptransform.graph.redistribute import insert_redistribute, is_gather, is_redistribute
+
+
+@dataclass(frozen=True)
+class BucketParameters(Pass):
+    """``bucket_bytes``: largest bucket; a parameter larger than it has one of its own."""
+
+    requires = frozenset({"typed"})
+    ensures = frozenset({"functional", "placed", "typed"})
+
+    bucket_bytes: int = BUCKET_BYTES
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        order = {node: position for position, node in enumerate(graph.nodes)}
+        moves = [node for node in graph.nodes if _is_of_parameter(node)]
+        first_reader = {
+            move: min((reader for output in move.users for reader in output.users), key=order.__getitem__)
+            for move in moves
+        }
+        moves.sort(key=lambda move: order[first_reader[move]])
+        outside = notes.outermost(graph)
+        read_before: fx.Node | None = None
+        for bucket in fill(moves, self.bucket_bytes):
+            read = first_reader[bucket[0]]
+            _merge(bucket, outside[read_before or read])
+            read_before = read
+
+
+def _is_of_parameter(node: fx.Node) -> bool:
+    if not is_redistribute(node) or len(node.args[0]) != 1:
+        return False
+    return is_gather(node) and notes.note(node.args[0][0]).is_parameter
+
+
+def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
+    transitions = [transition for node in nodes for transition in notes.note(node).transitions]
+    new = insert_redistribute(before, [node.args[0][0] for node in nodes], transitions)
+    for node, after in zip(nodes, new, strict=True):
+        (old,) = node.users
+        succeed(old, after)
+        node.graph.erase_node(node)

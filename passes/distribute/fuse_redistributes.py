@@ -1,0 +1,62 @@
+"""Send what one op needs in one message.
+
+Before, queries, keys and values each move on their own; after, one redistribute moves all three.
+
+1. Packed are redistributes of the same dtype and kind that stand right before the same node: S(i) -> S(j), i and j
+   differing, and S -> R but of parameters, which have buckets of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import succeed
+from sptransform.graph.redistribute import insert_redistribute, is_redistribute
+from sptransform.sharding.placement import cut_alike, kind
+
+
+@dataclass(frozen=True)
+class FuseRedistributes(Pass):
+    requires = frozenset({"typed"})
+    ensures = frozenset({"functional", "placed", "typed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        waiting: dict[tuple[torch.dtype, str], list[fx.Node]] = {}
+        for node in list(graph.nodes):
+            if is_redistribute(node):
+                if (packable := _packable(node)) is not None:
+                    waiting.setdefault((dataflow.values(node)[0].dtype, packable), []).append(node)
+            elif dataflow.projection(node) is None or not is_redistribute(dataflow.projection(node)[0]):
+                for group in waiting.values():
+                    _pack(group)
+                waiting = {}
+
+
+def _packable(node: fx.Node) -> str | None:
+    """The kind of message that may carry this and others; None for what travels alone."""
+    transitions = notes.note(node).transitions
+    kinds = {kind(source) + kind(target) for source, target in transitions}
+    if kinds == {"SS"} and not cut_alike(*transitions[0]):
+        return "all_to_all"
+    is_parameter = notes.note(dataflow.operands(node)[0]).is_parameter
+    return "gather" if kinds == {"SR"} and not is_parameter else None
+
+
+def _pack(nodes: list[fx.Node]) -> None:
+    """Replace redistributes that stand next to each other by one, put where the last of them is."""
+    if len(nodes) < 2:
+        return
+    sources = [producer for node in nodes for producer in dataflow.operands(node)]
+    transitions = [t for node in nodes for t in notes.note(node).transitions]
+    old = [user for node in nodes for user in sorted(node.users, key=lambda user: user.args[1])]
+    new = insert_redistribute(nodes[0], sources, transitions)
+    for before, after in zip(old, new, strict=True):
+        succeed(before, after)
+    for node in nodes:
+        node.graph.erase_node(node)

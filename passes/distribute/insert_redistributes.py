@@ -1,0 +1,100 @@
+"""Insert a redistribute on every edge whose producer is not placed as its consumer demands.
+
+Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is demanded; after::
+
+    %q1 : S(1) = redistribute(%q, S(2) -> S(1))
+    %o = attention(%q1, ...)
+
+1. Edges from one producer to the same placement share a redistribute, where autocast and grad mode are the same.
+2. A redistribute stands right before its first reader; one of a placeholder to R stands after the placeholders, where
+   neither autocast nor ``no_grad`` regions are open.
+3. S -> S along the same axis, where each index only gets another owner, is one redistribute; S -> S along two axes of
+   the same dimension, or where ranks share indices, goes through I.
+4. Of a shard whose indices ranks share (key heads) the first owners' are what is moved on.
+5. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
+   express: contiguous chunks in the original order, or I where its axis is only a part of the dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.engine.verifier import satisfies
+from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import replace_operand
+from sptransform.graph.redistribute import insert_redistribute
+from sptransform.graph.regions import OUTSIDE, Region
+from sptransform.rules.decision import demands
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import I, Placement, R, Shard, keeps_own, leads_through_whole, repartitions
+
+
+@dataclass
+class _Inserter:
+    """Redistributes made so far, by producer, target placement and region."""
+
+    first: fx.Node
+    made: dict[tuple[fx.Node, Placement, Region], fx.Node] = field(default_factory=dict)
+
+    def moved(self, producer: fx.Node, target: Placement, before: fx.Node) -> fx.Node:
+        source = notes.placement(producer)
+        hoisted = producer.op == "placeholder" and target == R
+        key = (producer, target, OUTSIDE if hoisted else notes.region_of(before))
+        if key not in self.made:
+            if isinstance(source, Shard) and not source.partition.is_exact and not keeps_own(source, target):
+                own = replace(source, partition=source.partition.first_owners())
+                producer, source = self.moved(producer, own, before), own
+            if leads_through_whole(source, target):
+                producer, source = self.moved(producer, I, before), I
+            (self.made[key],) = insert_redistribute(
+                self.first if hoisted else before, [producer], [(source, target)]
+            )
+        return self.made[key]
+
+
+@dataclass(frozen=True)
+class InsertRedistributes(Pass):
+    requires = frozenset({"functional", "placed"})
+    ensures = frozenset({"functional", "placed", "typed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        nodes = list(graph.nodes)
+        inserter = _Inserter(next(n for n in nodes if n.op != "placeholder"))
+        for node in nodes:
+            note = notes.note(node)
+            if node.op == "output":
+                self._return(node, inserter, context)
+            elif note.decision is not None:
+                operands = dataflow.operands(node)
+                for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
+                    if demanded is not None:
+                        self._satisfy(node, index, operands[index], demanded, inserter)
+
+    def _satisfy(
+        self, node: fx.Node, index: int, producer: fx.Node, demanded: Placement, inserter: _Inserter
+    ) -> None:
+        actual = notes.placement(producer)
+        if not satisfies(actual, demanded, notes.note(producer).differentiable):
+            replace_operand(node, index, inserter.moved(producer, demanded, node))
+
+    def _return(self, node: fx.Node, inserter: _Inserter, context: Context) -> None:
+        for index, producer in enumerate(dataflow.operands(node)):
+            self._satisfy(node, index, producer, _returned(notes.placement(producer), context), inserter)
+        leaves = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+        context.output_placements = tuple(
+            notes.placement(x) if isinstance(x, fx.Node) and dataflow.is_tensor(x) else None for x in leaves
+        )
+
+
+def _returned(actual: Placement | None, context: Context) -> Placement:
+    """What a tensor so placed becomes when the graph returns it."""
+    if context.outputs == "full" or not isinstance(actual, Shard):
+        return I
+    if context.outputs == "kept":
+        return actual if actual.outer == 1 and actual.partition.is_exact else I
+    chunks = replace(actual, partition=Partition.contiguous(actual.partition.size, actual.partition.num_ranks))
+    return chunks if chunks.is_contiguous and (actual == chunks or repartitions(actual, chunks)) else I

@@ -1,0 +1,127 @@
+"""Let every op run on shards: sizes in its arguments become local, and fake values are those of this rank.
+
+Before: ``%v : f32[2,64,8,8] = aten.view(%x, [2, 64, 8, 8])`` with dim 1 cut over 4 ranks; after:
+``%v : f32[2,16@sp,8,8] = aten.reshape(%x, [2, 16, 8, 8])``.
+
+1. Ops whose table entry has a ``localize`` function are rewritten by it where they are sharded.
+2. A parameter or input of which each rank has a part is an input of the part's shape.
+3. Every node is then run on fake shards; the verifier compares shape and dtype with what its placement says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph import dataflow, notes
+from sptransform.graph.calls import op_call
+from sptransform.graph.edit import compute_value, emitter, succeed
+from sptransform.graph.redistribute import keep_result
+from sptransform.ops.groups import pretend
+from sptransform.rules.decision import Circular, Sharded
+from sptransform.rules.rule import OpCall
+from sptransform.rules.table import Local
+from sptransform.sharding.placement import Placement, Shard, local_shape
+
+
+@dataclass(frozen=True)
+class Localize(Pass):
+    requires = frozenset({"typed", "lowered"})
+    ensures = frozenset({"functional", "lowered", "local"})
+    breaks = frozenset({"placed", "typed"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        nodes = list(graph.nodes)
+        calls = {node: op_call(node) for node in nodes if _has_local_form(node, context)}
+        for node in nodes:
+            note = notes.note(node)
+            if note.placements is not None:
+                pairs = zip(note.placements, dataflow.shapes(node), dataflow.values(node), strict=True)
+                note.local_types = tuple(
+                    (local_shape(placement, shape, context.mesh.rank), value.dtype) for placement, shape, value in pairs
+                )
+        with _fakes(graph), ranks_of(graph, context):
+            for node in nodes:
+                if node in calls:
+                    _localize(node, calls[node], context)
+                elif node.op == "call_function":
+                    compute_value(node)
+                elif notes.note(node).stored:
+                    ((shape, _),) = notes.note(node).local_types
+                    node.meta["val"] = dataflow.value(node).new_empty(shape)
+
+
+def _has_local_form(node: fx.Node, context: Context) -> bool:
+    if node.op != "call_function" or not isinstance(notes.note(node).decision, Sharded | Circular):
+        return False
+    return context.rules[node.target].localize is not None
+
+
+def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
+    note = notes.note(node)
+    local = Local(
+        emit=emitter(node),
+        operands=tuple(dataflow.operands(node)),
+        result_shapes=tuple(shape for shape, _ in note.local_types),
+        result_dtypes=tuple(dtype for _, dtype in note.local_types),
+        rule=note.rule,
+        decision=note.decision,
+        rank=context.mesh.rank,
+        group=context.mesh.group,
+    )
+    new = context.rules[node.target].localize(call, local)
+    new_note = notes.note(new)
+    new_note.placements, new_note.local_types = note.placements, note.local_types
+    new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
+    new_note.rule, new_note.decision = note.rule, note.decision
+    new_note.transitions = _held(note, local.operands, context.mesh.rank)
+    communicates = isinstance(note.decision, Circular) or note.decision.factor in note.rule.joined
+    if communicates:
+        new_note.mesh = context.mesh
+    if communicates or note.rule.unrepeatable:
+        keep_result(new)
+    succeed(node, new)
+
+
+def _held(
+    note: notes.Note, operands: tuple[fx.Node, ...], rank: int
+) -> tuple[tuple[Placement, Placement], ...]:
+    """What another mesh dim moves, of what this rank has.
+
+    What is gathered is whole in the result, what is cut in the operand: there this mesh dim says what is held of it.
+    """
+    if not note.transitions:
+        return ()
+    found = []
+    for (source, target), operand, result in zip(note.transitions, operands, note.placements, strict=True):
+        ends = (source, result), (target, notes.placement(operand))
+        found.append(tuple(end.held(held, rank) if isinstance(end, Shard) else end for end, held in ends))
+    return tuple(found)
+
+
+@contextmanager
+def ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
+    """Ops that ask for their rank are told, on this mesh dim and on those distributed before it."""
+    meshes = {note.mesh for note in map(notes.note, graph.nodes) if note.mesh is not None} | {context.mesh}
+    with ExitStack() as stack:
+        for mesh in meshes:
+            stack.enter_context(pretend(mesh.group, mesh.rank))
+        yield
+
+
+@contextmanager
+def _fakes(graph: fx.Graph) -> Iterator[None]:
+    """Ops compute on fake tensors, without gradients; grad mode is restored whatever grad-mode nodes ran."""
+    mode = dataflow.fake_mode(graph)
+    before = torch.is_grad_enabled()
+    try:
+        with mode, torch.no_grad():
+            yield
+    finally:
+        torch._C._set_grad_enabled(before)

@@ -1,0 +1,46 @@
+"""Gather again in the backward, instead of saving what was gathered: keys and values, what linears read, parameters.
+
+Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node
+is tagged as what the backward must recompute, and of each rank's keys only its part is saved.
+
+1. Keys and values, and what linears read, where the strategy asks for it; parameters of which ranks keep parts always.
+2. A checkpointed region would save the result, as it saves whatever was sent: the strategy's word is the later one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph import dataflow, notes
+from sptransform.graph.redistribute import is_gather
+
+
+@dataclass(frozen=True)
+class RecomputeGathers(Pass):
+    requires = frozenset({"lowered"})
+    ensures = frozenset({"functional", "placed", "typed", "lowered"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for node in graph.nodes:
+            if is_gather(node) and all(notes.note(x).is_parameter for x in dataflow.operands(node)):
+                _recompute(node)
+            if not context.strategy.regather:
+                continue
+            rule = notes.note(node).rule
+            if rule is not None and (rule.roles or (context.strategy.shards_weights and rule.heavy)):
+                for operand in dataflow.operands(node):
+                    picked = dataflow.projection(operand)
+                    producer = operand if picked is None else picked[0]
+                    if is_gather(producer) and notes.note(producer).mesh == context.mesh:
+                        _recompute(producer)
+
+
+def _recompute(node: fx.Node) -> None:
+    for part in (node, *(user for user in node.users if dataflow.projection(user) is not None)):
+        part.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        part.meta.setdefault("ac_graph_id", 0)  # torch's partitioner reads it wherever it finds the tag

@@ -1,0 +1,1 @@
+"""Passes on the graph of one rank, once all mesh dims are distributed."""

@@ -1,0 +1,85 @@
+"""Reduce parameter gradients in few large messages.
+
+Every parameter read by sharded work is moved I -> R once, which costs nothing forward and an all-reduce backward.
+Before, each on its own; after, in buckets whose gradients travel together::
+
+    %p0, %p1, ... = sptransform.replicate([%w0, %w1, ...], ..)
+
+1. Buckets hold parameters of one dtype whose gradients are summed over the same ranks, at most ``bucket_bytes`` in all,
+   in the order in which the forward first reads them.
+2. A bucket stands right before its first reader: autograd runs last to first, so a bucket is reduced while the layers
+   before it still compute. It stays in front of autocast and grad-mode regions, where gradients might not pass.
+3. Of two mesh dims, what is summed over the second may be read by what is summed over the first.
+4. What the graph computes and moves I -> R stays where it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph import dataflow, notes
+from sptransform.graph.buckets import BUCKET_BYTES, fill
+from sptransform.graph.edit import rename, succeed
+from sptransform.graph.redistribute import keep_result
+
+_REPLICATE = torch.ops.sptransform.replicate.default
+
+
+@dataclass(frozen=True)
+class BucketGradients(Pass):
+    """``bucket_bytes``: largest bucket; a parameter larger than it has one of its own."""
+
+    requires = frozenset({"local", "lowered"})
+    ensures = frozenset({"functional", "local", "lowered"})
+
+    bucket_bytes: int = BUCKET_BYTES
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        for mesh in dict.fromkeys((*(part.mesh for part in context.parts), context.mesh)):
+            moved = _moved_inputs(graph)
+            moves = [
+                node
+                for node in graph.find_nodes(op="call_function", target=_REPLICATE)
+                if node in moved and notes.note(node).mesh == mesh and len(node.args[0]) == 1
+            ]
+            # they stand in the order in which they are first read
+            for bucket in fill(moves, self.bucket_bytes):
+                order = {node: position for position, node in enumerate(graph.nodes)}
+                readers = [reader for node in bucket for output in node.users for reader in output.users]
+                _merge(bucket, notes.outermost(graph)[min(readers, key=order.__getitem__)])
+
+
+def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Inputs of the graph, and what is only moved since: all of it stands in front of what is computed."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        only_moves = bool(notes.note(node).transitions) or dataflow.projection(node) is not None
+        if node.op == "placeholder" or (only_moves and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
+    graph, merged = before.graph, [notes.note(node) for node in nodes]
+    with graph.inserting_before(before):
+        new = graph.call_function(_REPLICATE, ([node.args[0][0] for node in nodes], nodes[0].args[1]))
+        outputs = [graph.call_function(operator.getitem, (new, i)) for i in range(len(nodes))]
+    rename(new, "replicate")
+    notes.copy(before if before.op == "call_function" else nodes[0], new)
+    keep_result(new)
+    new.meta["val"] = [value for node in nodes for value in dataflow.values(node)]
+    note = notes.note(new)
+    note.mesh, note.differentiable = merged[0].mesh, any(each.differentiable for each in merged)
+    note.transitions = tuple(transition for each in merged for transition in each.transitions)
+    note.placements = tuple(placement for each in merged for placement in each.placements)
+    for node, output in zip(nodes, outputs, strict=True):
+        (old,) = node.users
+        notes.fork(old, output)
+        succeed(old, output)
+        graph.erase_node(node)

@@ -1,0 +1,119 @@
+"""Let selective checkpointing see the ops it decides on: those that run, not those that were captured.
+
+A policy of ``create_selective_checkpoint_contexts`` is asked about ``aten.mm``; the graph has ``aten.linear``. Before,
+in a region with a policy that saves ``aten.mm``::
+
+    %y = aten.linear(%x, %w)                                            PREFER_RECOMPUTE
+
+after::
+
+    %t = aten.t(%w)                                                     PREFER_RECOMPUTE
+    %v = aten.view(%x, [64, 16])                                        PREFER_RECOMPUTE
+    %mm = aten.mm(%v, %t)                                               MUST_SAVE
+    %y = aten._unsafe_view(%mm, [2, 32, 8])                             PREFER_RECOMPUTE
+
+1. An op of several becomes those, each tagged as torch's own mode for the region tags it; an op of one is only tagged.
+2. What communicates is saved whatever the policy says, see :mod:`sptransform.passes.distribute.lower_redistributes`.
+3. An op that opens into writes (dropout) or constants stays one node: it is recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import rename, succeed
+from sptransform.passes.distribute.localize import ranks_of
+from sptransform.rules.rule import map_nodes
+from sptransform.sharding.sizes import SymbolicSizeError
+
+
+@dataclass(frozen=True)
+class DecomposeCheckpointed(Pass):
+    requires = frozenset({"lowered", "local"})
+    ensures = frozenset({"functional", "lowered", "local"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        policies = notes.take_policies(graph)
+        if not policies:
+            return
+        with ranks_of(graph, context):
+            for node in graph.nodes:  # not a copy: what takes a result out of an opened op is gone by then
+                policy = policies.get(node.meta.get("ac_graph_id"))
+                if policy is not None and node.meta["recompute"] is not CheckpointPolicy.MUST_SAVE:
+                    if dataflow.handles_tensors(node):
+                        # autocast decides what an op opens into
+                        with notes.region_of(node).autocast():
+                            _open(node, policy)
+
+
+def _open(node: fx.Node, policy: Any) -> None:
+    traced = _trace(node, policy)
+    calls = [inner for inner in traced.nodes if inner.op == "call_function"]
+    (returned,) = traced.output_node().args
+    if len(calls) == 1 and calls[0].target is node.target:
+        node.meta["recompute"] = calls[0].meta["recompute"]
+        return
+    if any(inner.op == "get_attr" or dataflow.writes(inner) for inner in traced.nodes) or not calls:
+        return
+    placeholders = [inner for inner in traced.nodes if inner.op == "placeholder"]
+    copies = dict(zip(placeholders, node.all_input_nodes, strict=True))
+    if isinstance(returned, fx.Node) and returned in copies:
+        return
+    for inner in calls:
+        with node.graph.inserting_before(node):
+            copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
+        copies[inner].meta = {"val": inner.meta["val"]}
+        notes.copy(node, copies[inner])
+        notes.note(copies[inner]).differentiable = notes.note(node).differentiable
+        copies[inner].meta["recompute"] = inner.meta.get("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+        rename(copies[inner], inner.name)
+    if isinstance(returned, fx.Node):
+        _state(copies[returned], node, slice(None))
+        succeed(node, copies[returned])
+        return
+    for user in list(node.users):
+        _, index = dataflow.projection(user)
+        _state(copies[returned[index]], node, slice(index, index + 1))
+        succeed(user, copies[returned[index]])
+    node.graph.erase_node(node)
+
+
+def _trace(node: fx.Node, policy: Any) -> fx.Graph:
+    """What the node's op runs below autograd and autocast, each op tagged by the region's policy."""
+    inputs = node.all_input_nodes
+    if any(isinstance(size, torch.SymInt) for x in inputs for value in dataflow.values(x) for size in value.shape):
+        raise SymbolicSizeError("a selective checkpoint policy is asked about ops on tensors of known size")
+
+    def call(*values: Any) -> Any:
+        at = dict(zip(inputs, values, strict=True))
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda x: at[x] if isinstance(x, fx.Node) else x)
+        return node.target(*args, **kwargs)
+
+    mode = dataflow.values(node)[0].fake_mode
+    with mode, torch.enable_grad(), fx.traceback.preserve_node_meta(), policy:
+        return make_fx(call, _allow_non_fake_inputs=True)(*map(_leaf, inputs)).graph
+
+
+def _leaf(node: fx.Node) -> Any:
+    """A value to trace with; which kernel an op chooses may depend on whether it needs a gradient."""
+    value = dataflow.value(node)
+    if not isinstance(value, torch.Tensor):
+        return value
+    is_tracked = notes.note(node).differentiable and value.dtype.is_floating_point
+    return value.detach().requires_grad_(is_tracked)
+
+
+def _state(new: fx.Node, old: fx.Node, which: slice) -> None:
+    """``new`` gives the outputs of ``old`` that ``which`` picks: what was stated of them holds."""
+    stated, placements = notes.note(old).local_types, notes.note(old).placements
+    notes.note(new).local_types = None if stated is None else stated[which]
+    notes.note(new).placements = None if placements is None else placements[which]

@@ -1,0 +1,1 @@
+"""Passes for reading a graph, of which no training step comes."""

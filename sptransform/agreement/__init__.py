@@ -1,0 +1,1 @@
+"""Ranks agree on what they run before they communicate."""

@@ -1,0 +1,267 @@
+"""Ranks agree before they communicate: at every call of a compiled graph, and of its backward.
+
+The calls of one process group are numbered, whatever model or graph they are of. In each call every rank has a slot in
+the group's store, written once: by the rank itself, with the digest of what it is about to run or the error that keeps
+it from running; or in its stead by a rank that found it gone or waited too long. All ranks read all slots, so all come
+to the same conclusion: run, or raise the same error. No collective is involved.
+
+    call 7, rank 0: forward 9a0c..    call 7, rank 1: forward 9a0c..    -> run
+    call 7, rank 0: forward 9a0c..    call 7, rank 1: forward 51b2..    -> ScheduleMismatchError
+    call 7, rank 0: forward 9a0c..    call 7, rank 1: {"failed": ...}   -> RankFailedError, on rank 1 its own error
+    call 7, rank 0: forward 9a0c..    call 7, rank 1: {"lost": ...}     -> RankLostError
+
+Every outcome uses up the call's number on every rank, so ranks that go on after an error are still in step.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+# Private: how Dynamo begins a compile anew, and how a checkpointed region stops recomputing; neither is a failure.
+from torch._dynamo.exc import RestartAnalysis
+from torch.utils.checkpoint import _StopRecomputationError
+
+from sptransform.agreement.backward_guard import wrap_backward
+from sptransform.agreement.peers import Peers
+from sptransform.agreement.program import Program, difference, list_by_ranks
+from sptransform.agreement.verdicts import error_text, failed_error, lost_error, missing_error
+from sptransform.diagnostics.errors import RankError, RankLostError, ScheduleMismatchError, describe
+from sptransform.ops.groups import group_called
+from sptransform.sharding.mesh import Mesh
+
+_LOOK = 0.1  # seconds between looks at who is still missing, and whether it is alive
+_GRACE = 1.0  # seconds the others have to arrive once one has failed
+_NEWS = 0.5  # seconds for the news of a death to arrive after a collective broke
+_TEXTS = 30.0  # seconds for the texts of differing programs to arrive
+_CONTROL_FLOW = (RestartAnalysis, _StopRecomputationError)
+
+
+class Agreement:
+    """The numbered calls of one process group; one object per group and process."""
+
+    @staticmethod
+    def of(mesh: Mesh) -> Agreement | None:
+        """The agreement of the mesh's group; None where there is no other process to agree with."""
+        if mesh.device_mesh is None or mesh.size == 1:
+            return None
+        group = group_called(mesh.group)
+        if dist.get_backend(group) == "fake":
+            return None
+        if group not in _agreements:
+            _agreements[group] = Agreement(group)
+        return _agreements[group]
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        world = dist.group.WORLD
+        if world not in _peers:
+            _peers[world] = Peers(world.get_group_store(), dist.get_rank())
+        self._peers = _peers[world]
+        self._store = dist.PrefixStore("sptransform/calls", group.get_group_store())
+        self._ranks = dist.get_process_group_ranks(group)
+        self._me = dist.get_rank()
+        self._others = [rank for rank in self._ranks if rank != self._me]
+        self._calls = 0
+        self._lock = threading.RLock()  # backward may run on a thread of its own
+
+    def checked(
+        self, compiled: Callable[..., Any], program: Program, lengths_at: Sequence[tuple[int, int]], timeout: float
+    ) -> Callable[..., Any]:
+        """``compiled``, run only in agreement, its backward too; whatever breaks a collective is named.
+
+        ``lengths_at`` are the (argument, dim) whose sizes the program leaves open.
+        """
+        has_backward = False
+
+        def around(backward: Callable[..., Any]) -> Callable[..., Any]:
+            def run_backward(*args: Any) -> Any:
+                self.agree(program, "backward", timeout)
+                with self.running():
+                    return backward(*args)
+
+            return run_backward
+
+        def run(*args: Any) -> Any:
+            nonlocal has_backward
+            self.agree(program, "forward", timeout, [args[i].shape[dim] for i, dim in lengths_at])
+            with self.running():
+                outputs = compiled(*args)
+            if not has_backward:
+                has_backward = wrap_backward(outputs, args, around)
+            return outputs
+
+        return run
+
+    def agree(self, program: Program, direction: str, timeout: float, lengths: Sequence[int] = ()) -> None:
+        """Return when every rank is about to run the same program in the same direction, for the same lengths.
+
+        Raises:
+            RankFailedError: another rank failed before it came here.
+            RankLostError: the process of another rank has ended, or the store cannot be reached.
+            RankMissingError: a rank did not come within ``timeout`` seconds.
+            ScheduleMismatchError: a rank is about to run something else.
+        """
+        mine = " ".join([direction, program.digest, *map(str, lengths)])
+        with self._lock, self._reaching_the_store():
+            call = self._calls
+            self._calls += 1
+            slots = self._collect(call, mine, timeout)
+            if any(slot != mine for slot in slots.values()):
+                self._refuse(slots, program)
+            if call == 0:
+                self._peers.connect(self._others)
+            if call >= 2:  # everybody is in this call, so nobody still reads the one before the last
+                self._store.delete_key(f"{call - 2}/{self._me}")
+
+    def fail(self, error: Exception) -> None:
+        """Tell the ranks that wait in the next call that this one will not come. An error is told once."""
+        error = getattr(error, "inner_exception", error)  # of Dynamo's BackendCompilerFailed
+        if isinstance(error, (RankError, *_CONTROL_FLOW)) or getattr(error, "_sptransform_told", False):
+            return
+        error._sptransform_told = True  # type: ignore[attr-defined]
+        with self._lock, suppress(RuntimeError):  # a store that is gone tells nobody
+            call = self._calls
+            self._calls += 1
+            self._store.compare_set(f"{call}/{self._me}", "", json.dumps({"failed": error_text(error)}))
+
+    @contextmanager
+    def telling_failure(self) -> Iterator[None]:
+        """An exception in the block is told to the other ranks."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A failure in the block, which communicates, is told; where another rank is its cause, that rank is named."""
+        call = self._calls
+        try:
+            yield
+        except (RankError, *_CONTROL_FLOW):
+            raise
+        except Exception as error:
+            cause = self._cause(error, call)
+            self.fail(error)
+            if cause is not None:
+                raise cause from error
+            raise
+
+    def _collect(self, call: int, mine: str, timeout: float) -> dict[int, str]:
+        """Every rank's slot of this call; after a failure, those that came in time."""
+        own = self._store.compare_set(f"{call}/{self._me}", "", mine).decode()
+        if own != mine:
+            return {self._me: own}  # too late: the others have gone on without this rank
+        slots = {self._me: mine}
+        missing = list(self._others)
+        start = looked = time.monotonic()
+        deadline = None
+        while missing:
+            if self._store.check(keys := [f"{call}/{rank}" for rank in missing]):
+                slots |= zip(missing, (value.decode() for value in self._store.multi_get(keys)), strict=True)
+                break
+            now = time.monotonic()
+            if now - looked > _LOOK:
+                looked = now
+                for rank in [rank for rank in missing if self._store.check([f"{call}/{rank}"])]:
+                    missing.remove(rank)
+                    slots[rank] = self._store.get(f"{call}/{rank}").decode()
+                    if slots[rank].startswith("{"):
+                        deadline = min(deadline or now + _GRACE, now + _GRACE)
+                if deadline is not None and now > deadline:
+                    break
+                if lost := self._peers.gone(missing):
+                    self._write_off(call, lost, {"lost": lost})
+                elif now - start > timeout:
+                    self._write_off(call, missing, {"missing": list(missing), "waited": timeout})
+            time.sleep(min(max(0.1 * (now - start), 2e-5), 0.02))
+        return slots
+
+    def _write_off(self, call: int, ranks: Sequence[int], verdict: dict[str, Any]) -> None:
+        for rank in ranks:
+            self._store.compare_set(f"{call}/{rank}", "", json.dumps(verdict))
+
+    def _refuse(self, slots: dict[int, str], program: Program) -> None:
+        """Raise what every rank concludes from these slots."""
+        verdicts = {rank: json.loads(slot) for rank, slot in sorted(slots.items()) if slot.startswith("{")}
+        for verdict in verdicts.values():
+            if "lost" in verdict:
+                raise lost_error(verdict["lost"])
+            if "missing" in verdict:
+                raise missing_error(verdict["missing"], verdict["waited"])
+        if verdicts:
+            raise failed_error({rank: verdict["failed"] for rank, verdict in verdicts.items()})
+        directions: dict[str, list[int]] = {}
+        for rank, slot in sorted(slots.items()):
+            directions.setdefault(f"the {slot.split()[0]} of a graph", []).append(rank)
+        if len(directions) > 1:
+            message = describe(
+                "ranks are not in the same step",
+                found=list_by_ranks(directions),
+                fix="on every rank call the model, and backward, equally often and in the same order",
+            )
+        else:
+            programs = self._programs({rank: slot.split()[1] for rank, slot in slots.items()}, program)
+            message = difference(programs, {rank: slot.split()[2:] for rank, slot in slots.items()})
+        raise ScheduleMismatchError(message, self._ranks)
+
+    def _programs(self, digests: dict[int, str], program: Program) -> dict[int, Program]:
+        """Every rank's program; each publishes its own, now that it is of interest."""
+        self._store.set(f"program/{program.digest}", program.dumps())
+        keys = [f"program/{digest}" for digest in dict.fromkeys(digests.values())]
+        deadline = time.monotonic() + _TEXTS
+        while not self._store.check(keys):
+            if lost := self._peers.gone(self._others):
+                raise lost_error(lost)
+            if time.monotonic() > deadline:
+                raise missing_error([rank for rank in digests if digests[rank] != program.digest], _TEXTS)
+            time.sleep(0.01)
+        found = {key: Program.loads(self._store.get(key)) for key in keys}
+        return {rank: found[f"program/{digest}"] for rank, digest in digests.items()}
+
+    def _cause(self, error: Exception, call: int) -> RankError | None:
+        """The other rank's fault that ``error`` is a consequence of, if it is one."""
+        # errors of communication are RuntimeErrors; any other kind is this rank's own
+        lost = self._peers.gone_within(self._others, _NEWS) if isinstance(error, RuntimeError) else []
+        # the first to see a failure has the word: by now others may be gone because of it
+        word = {"lost": lost, "rank": self._me, "failed": error_text(error)}
+        with suppress(RuntimeError):
+            word = json.loads(self._store.compare_set(f"fault/{call}", "", json.dumps(word)))
+        if not isinstance(error, RuntimeError):
+            return None
+        if word["lost"] or lost:
+            return lost_error(word["lost"] or lost)
+        if word["rank"] != self._me and word["failed"] != error_text(error):
+            return failed_error({word["rank"]: word["failed"]})
+        return None
+
+    @contextmanager
+    def _reaching_the_store(self) -> Iterator[None]:
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:  # of the store: nothing else is called in the block
+            lost = self._peers.gone_within(self._others, _NEWS)
+            if lost:
+                raise lost_error(lost) from error
+            raise RankLostError(
+                describe(
+                    "the store that ranks agree through cannot be reached",
+                    found=str(error).split("\n")[0],
+                    fix="see the log of its host: rank 0, or the launcher",
+                ),
+                [0],
+            ) from error
+
+
+_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, Agreement] = weakref.WeakKeyDictionary()
+_peers: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()

@@ -1,0 +1,99 @@
+"""Dynamo's graph to a functional, pre-dispatch ATen graph: attention, linear, embedding, losses one node each.
+
+Tracing runs below Dynamo and above autograd and autocast, so what the user wrote is what the graph says: autocast and
+grad-mode regions are nodes, dropout is dropout. Kept per node: fake value, source line, module path, recompute tags,
+and whether autograd tracks it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch._functorch.predispatch
+from torch import fx
+
+# Private: the fake mode Dynamo traced with. Values of another mode cannot meet its own.
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import TensorMetadata
+
+from sptransform.capture.functionalize import functionalize
+from sptransform.capture.interpreter import Inliner, InParts
+from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import rename
+from sptransform.parameters.parts import stored_in
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Return the ATen graph of ``gm`` called with ``inputs`` (real or fake tensors), one placeholder for each.
+
+    Raises:
+        CaptureError: the graph writes into a tensor in a way that has no functional form.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
+    fakes = [_fake(x, mode, context) if isinstance(x, torch.Tensor) else x for x in inputs]
+    with mode, fx.traceback.preserve_node_meta():
+        inliner = Inliner(gm, policies := {})
+
+        def run(*args: Any) -> Any:
+            pairs = zip(args, inputs, strict=True)
+            return inliner.run(*(InParts(arg) if isinstance(x, DTensor) else arg for arg, x in pairs))
+
+        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    notes.give_policies(traced.graph, policies)
+    for node in traced.graph.nodes:
+        notes.note(node).differentiable = _is_tracked(node.meta.get("tensor_meta"))
+        picked = dataflow.projection(node)
+        if picked is not None and notes.note(node).differentiable:
+            notes.note(picked[0]).differentiable = True  # ops of several outputs carry no metadata themselves
+        if node.op == "get_attr" and isinstance(constant := getattr(traced, node.target), torch.Tensor):
+            node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    origins = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, origin, x in zip(placeholders, origins, inputs, strict=True):
+        note = notes.note(node)
+        note.differentiable = isinstance(x, torch.Tensor) and x.requires_grad
+        note.input_name = _input_name(origin)
+        note.stored = stored_in(x) if isinstance(x, DTensor) else ()
+        note.is_parameter = isinstance(x, torch.nn.Parameter)
+        rename(node, note.input_name)
+    functionalize(traced.graph)
+    return traced
+
+
+def _input_name(placeholder: fx.Node) -> str:
+    """What the user calls an input of Dynamo's graph: ``input_ids``, ``model.layers.0.mlp.up_proj.weight``."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    if source is None:
+        return placeholder.name
+    name = source.name() if callable(source.name) else source.name
+    keys = [a or b for a, b in re.findall(r"\['([^']+)'\]|\[(\d+)\]", name)]
+    if "_parameters" in name or "_buffers" in name:
+        return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name))
+    # keyword arguments arrive in a dict whose own name nobody chose
+    return ".".join(keys[1:] if len(keys) > 1 and not keys[1].isdigit() else keys) or placeholder.name
+
+
+def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None) -> torch.Tensor:
+    """A fake of ``x`` with the symbols Dynamo gave its sizes, or none."""
+    if isinstance(x, DTensor):  # in the graph whole
+        with mode:
+            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            return fake.requires_grad_(x.requires_grad)
+    symbols = None if context is None else context.tensor_to_context.get(x)
+    if symbols is None:
+        return mode.from_tensor(x, static_shapes=True)
+    return mode.from_tensor(x, symbolic_context=symbols, source=symbols.tensor_source)
+
+
+def _is_tracked(meta: Any) -> bool:
+    """Whether autograd tracked a node's output, or any of its outputs, while it was traced."""
+    if isinstance(meta, TensorMetadata):
+        return meta.requires_grad
+    return isinstance(meta, tuple | list) and any(map(_is_tracked, meta))

@@ -1,0 +1,120 @@
+"""Runs Dynamo's graph so that it can be traced: checkpointed regions inline, and what a trace would lose refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.predispatch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sptransform.diagnostics.errors import CaptureError, describe
+from sptransform.parameters.parts import whole
+
+_regions = itertools.count(1)
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
+# functorch's transforms enter and leave a level of their own; what runs there is not the graph's to see
+_TRANSFORMS = {
+    getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")
+} | {fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")}
+
+
+class Inliner(fx.Interpreter):
+    """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be.
+
+    Of selectively checkpointed regions ``policies`` gets the mode that decides, for the pass DecomposeCheckpointed.
+    """
+
+    def __init__(self, gm: fx.GraphModule, policies: dict[int, Any]) -> None:
+        super().__init__(gm)
+        self._policies = policies
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self._autocasts: list[torch.autocast] = []
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self._autocasts:  # an op failed inside of a region
+                self._autocasts.pop().__exit__(None, None, None)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *operands = args
+            region = next(_regions)
+            for node in body.graph.nodes:
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+                node.meta["ac_graph_id"] = region
+            if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
+                self._policies[region] = _policy_of(contexts)
+            return Inliner(body, self._policies).run(*operands)
+        if target is whole:
+            return args[0].tensor
+        # torch's tracer notes these two calls without making them; entered as a user would, they are noted and hold
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self._autocasts.append(torch.autocast(*args, **kwargs))
+            return self._autocasts[-1].__enter__()
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self._autocasts.pop().__exit__(None, None, None)
+        if isinstance(target, torch._ops.HigherOrderOperator) or target in _TRANSFORMS:
+            raise CaptureError(
+                describe(
+                    "the graph cannot show what this does to gradients or control flow",
+                    found=f"{target}: a custom autograd.Function, a functorch transform, or control flow as an op",
+                    node=self._at,
+                    fix="write it with torch ops, or register it as an op with torch.library and register_autograd",
+                )
+            )
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _HOOKS:
+            raise CaptureError(
+                describe(
+                    "a hook on a tensor is no part of the graph, and would be lost",
+                    found=f"Tensor.{target} in a forward",
+                    node=self._at,
+                    fix="write what the hook does as an op, or register it on a parameter outside of the forward",
+                )
+            )
+        return super().call_method(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._at = n
+        if n.op != "placeholder" and n.target not in (whole, torch.ops.higher_order.tag_activation_checkpoint):
+            for operand in n.all_input_nodes:
+                if isinstance(self.env[operand], InParts):
+                    raise CaptureError(
+                        describe(
+                            "a DTensor is not an input a graph can be split for",
+                            node=n,
+                            found=f"%{operand.name}, and not as an attribute of the module whose parameter it is",
+                            fix="read parameters as module.name; pass plain tensors: x.full_tensor()",
+                        )
+                    )
+        return super().run_node(n)
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A parameter or input of which each rank has its part; in the graph it is whole, and a plain tensor."""
+
+    tensor: torch.Tensor
+
+
+def _policy_of(contexts: Callable[[], Any]) -> TorchDispatchMode:
+    """The mode that torch.utils.checkpoint would run a region's forward in. Raises CaptureError for other contexts."""
+    forward, _ = contexts()
+    if not isinstance(forward, TorchDispatchMode):
+        raise CaptureError(
+            describe(
+                "checkpoint's context_fn gives contexts that say nothing of what to save",
+                found=type(forward).__name__,
+                fix="torch.utils.checkpoint.create_selective_checkpoint_contexts",
+            )
+        )
+    return forward

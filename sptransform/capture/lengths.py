@@ -1,0 +1,39 @@
+"""Which sizes of Dynamo's graph stay symbolic: those that the ranks share evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch._functorch.predispatch
+from torch import fx
+
+from sptransform.sharding.sizes import split_length
+
+
+def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
+    """Decide for every size Dynamo left symbolic whether the graph serves all lengths ``num_ranks`` divides, or one.
+
+    None fixes them all to their values. The guards are Dynamo's: another size is another compile, never a wrong run.
+    """
+    for size, is_length in _symbolic(gm):
+        if num_ranks is None:
+            int(size)
+        elif is_length:  # a number that is an input of its own may stay open
+            split_length(size, num_ranks)
+
+
+def has_symbolic_sizes(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo left any input size open."""
+    return any(not size.node.expr.is_number for size, _ in _symbolic(gm))
+
+
+def _symbolic(gm: fx.GraphModule) -> Iterator[tuple[torch.SymInt, bool]]:
+    """Every symbolic int among the inputs, and whether it is a tensor's size."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            example = node.meta.get("example_value")
+            is_tensor = isinstance(example, torch.Tensor)
+            for size in example.shape if is_tensor else [example]:
+                if isinstance(size, torch.SymInt):
+                    yield size, is_tensor

@@ -1,0 +1,1 @@
+"""From a captured graph to a compiled one: the torch.compile backend."""

@@ -1,0 +1,104 @@
+"""The torch.compile backend: capture, rewrite, hand to the inner backend, dress the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+# Private: the registry behind torch.compile(backend="name"); the only way to call an inner backend by its name.
+from torch._dynamo.backends.registry import lookup_backend
+
+from sptransform.agreement.agreement import Agreement
+from sptransform.agreement.program import Line, Program, captured_lines, lengths_at, placement_lines, schedule_lines
+from sptransform.compiler.caches import package_version, recompute_tags
+from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, check_parameters
+from sptransform.compiler.dtensor_boundary import local_input, of_local_parts, with_dtensors
+from sptransform.compiler.options import Options, check_torch_version
+from sptransform.compiler.rewrite import rewrite_graph
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.context import Context
+from sptransform.sharding.mesh import Mesh
+
+
+def sptransform_backend(
+    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], *, whole: bool = False
+) -> Callable[..., Any]:
+    """Compile Dynamo's ``gm`` for this rank; ``whole``: it is the whole model, not a part after a graph break.
+
+    Where this fails the other ranks are told, see :mod:`sptransform.agreement.agreement`.
+    """
+    mesh = options.strategy.mesh_of(options.mesh)
+    if mesh.size == 1:
+        return lookup_backend(options.backend)(gm, list(inputs))
+    agreement = Agreement.of(mesh)
+    with nullcontext() if agreement is None else agreement.telling_failure():
+        compiled, program, lengths, context = _compile(options, gm, inputs, mesh, whole)
+    if agreement is not None:
+        compiled = agreement.checked(compiled, program, lengths, options.check_timeout)
+    if options.outputs != "dtensor":
+        return compiled
+    return with_dtensors(compiled, context)
+
+
+def _compile(
+    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh, whole: bool
+) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context]:
+    check_not_split_by_ddp()
+    check_devices(inputs, mesh)
+    check_parameters(inputs, options, mesh)
+    lines: list[Line] = []
+    lengths: list[tuple[int, int]] = []
+    uneven: Context | None = None
+
+    def see(graph: fx.Graph, part: Context | None) -> None:
+        nonlocal uneven
+        if part is None:
+            lines[:], lengths[:], uneven = captured_lines(graph), lengths_at(graph), None
+        elif uneven is None:
+            lines.extend(schedule_lines(graph, part.mesh))
+            uneven = None if part.is_even else part
+        else:  # what a group of this mesh dim does is its own, but for where groups meet
+            lines.extend(placement_lines(graph, uneven.mesh))
+
+    rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
+    program = Program((*settings(options, mesh, package_version()), *lines))
+    # local sizes of uneven shares may stand nowhere in the graph: they are the rank's own
+    share = "" if all(part.is_even for part in context.parts) else f"-{mesh.rank}/{mesh.size}"
+    tag = f"sptransform-{package_version()}{share}{recompute_tags(rewritten.graph)}"
+    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
+        compiled = lookup_backend(options.backend)(rewritten, [local_input(x, rewritten) for x in inputs])
+    return of_local_parts(compiled, inputs), program, lengths, context
+
+
+def sptransform(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
+    """Entry point of ``torch.compile(model, backend="sptransform", options={...})``."""
+    check_torch_version()
+    chosen = Options.of(options or {})
+    if chosen.shard_parameters:
+        raise UsageError(
+            describe(
+                "a backend of torch.compile cannot change parameters",
+                found="shard_parameters=True",
+                fix="sptransform.parallelize(model, strategy, shard_parameters=True)",
+            )
+        )
+    return sptransform_backend(chosen, gm, inputs)
+
+
+def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
+    """Versions, and the options that change what runs."""
+    found = {
+        "sptransform": version,
+        "torch": torch.__version__,
+        "strategy": options.strategy,
+        "ranks": " x ".join(map(str, mesh.shape)),
+        "inner backend": options.backend,
+        "outputs": options.outputs,
+        "grad_sync": options.grad_sync,
+        "sequence_dims": dict(sorted(options.sequence_dims.items())),
+    }
+    return [Line(f"{name}: {value}") for name, value in found.items()]

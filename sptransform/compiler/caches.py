@@ -1,0 +1,38 @@
+"""What the keys of compile caches need beyond the graph: the version of this package, and what is recomputed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+
+def recompute_tags(graph: fx.Graph) -> str:
+    """What is recomputed, hashed; "" for nothing. Compile caches see the ops of a graph, not what is said of them."""
+    regions: dict[Any, int] = {}  # the numbers of checkpointed regions are the process's, their order is the model's
+    tags = [
+        (index, node.meta["recompute"].value, regions.setdefault(node.meta.get("ac_graph_id"), len(regions)))
+        for index, node in enumerate(graph.nodes)
+        if "recompute" in node.meta
+    ]
+    return f"-{hashlib.sha256(repr(tags).encode()).hexdigest()[:16]}" if tags else ""
+
+
+@cache
+def package_version(package: Path = Path(__file__).parents[1]) -> str:
+    """Hash of the package's files: compile caches must not serve what another version compiled."""
+    digest = hashlib.sha256()
+    for file in sources(package):
+        digest.update(f"{file.relative_to(package)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def sources(package: Path) -> list[Path]:
+    """Every Python file of the package. ``passes`` is a link in a checkout, which ``Path.rglob`` does not follow."""
+    folders = os.walk(package, followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))

@@ -1,0 +1,116 @@
+"""How Dynamo captures whole models, and how it is kept from running one otherwise than sharded without a word."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+
+from sptransform.diagnostics.errors import SPTransformError, UsageError, describe
+
+
+class WatchedCompiler:
+    """A backend that knows whether what it compiled is what runs."""
+
+    def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
+        self._backend = backend
+        self._num_runs = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = self._backend(gm, inputs)
+
+        def run(*args: Any) -> Any:
+            self._num_runs += 1
+            return compiled(*args)
+
+        return run
+
+    def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``; an error where Dynamo ran the model as it was, which some modes make it do without a word."""
+
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = self._num_runs
+            result = call(*args, **kwargs)
+            if self._num_runs == before:
+                raise UsageError(
+                    describe(
+                        "the model ran as it was, not sharded",
+                        found="torch.compile was kept from compiling it: a stance, a TorchDispatchMode, "
+                        "or TORCHDYNAMO_DISABLE",
+                        fix="call it outside of that; a copy.deepcopy of the model is the one-device model",
+                    )
+                )
+            return result
+
+        return run
+
+
+_is_capturing = False  # Dynamo reads it when it traces the hook below
+
+
+def compiled_by_itself(module: nn.Module, args: Any) -> None:
+    """A hook that keeps Dynamo, where it compiles what calls ``module``, from taking the module as it was along.
+
+    The call is then made from outside of that graph, and sharded. Copies of ``module`` are not parallelized.
+    """
+    if torch.compiler.is_compiling() and not _is_capturing and module._compiled_call_impl is not None:
+        torch._dynamo.graph_break("a parallelized model is compiled by itself: call it outside of a whole graph")
+
+
+def configured(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` under the Dynamo configuration that captures whole models; our errors come as they were raised."""
+
+    @wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        global _is_capturing
+        before, _is_capturing = _is_capturing, True
+        try:
+            return in_configuration(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, SPTransformError):
+                raise error.inner_exception from None
+            raise
+        except FailOnRecompileLimitHit as error:
+            raise UsageError(
+                describe(
+                    "the model was compiled for as many different inputs as Dynamo allows",
+                    found=str(error).split("\n")[0],
+                    fix="pad lengths to a multiple of the number of ranks, which one graph then serves; pass numbers "
+                    "that change as tensors; or raise torch._dynamo.config.recompile_limit",
+                )
+            ) from error
+        finally:
+            _is_capturing = before
+
+    def in_configuration(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(
+            # a logger's warning would break the graph; what is logged while tracing is not the model
+            ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
+            # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
+            optimize_ddp=False,
+            # with graph breaks allowed, Dynamo would go on with the model as it was, unsharded, and not say so
+            fail_on_recompile_limit_hit=True,
+            # a float argument left open arrives as a tensor's item, which a graph traced anew cannot read
+            specialize_float=True,
+        ):
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _logging_functions() -> set[Any]:
+    """Every logging function of ``logging.Logger``, those that libraries added to it too (``warning_once``)."""
+    quiet = {"debug", "info", "warning", "error", "critical", "exception", "log", "warn"}
+    added = set(vars(logging.Logger)) - set(_STANDARD)
+    return {getattr(logging.Logger, name) for name in (quiet & set(vars(logging.Logger))) | added}
+
+
+_STANDARD = frozenset(
+    name for name, fn in vars(logging.Logger).items() if getattr(fn, "__module__", "logging") == "logging"
+)

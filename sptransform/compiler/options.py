@@ -1,0 +1,100 @@
+"""What a user asks of the compiler, checked once, for `parallelize` and the plain backend alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch._dynamo.backends.registry import list_backends
+from torch.distributed.device_mesh import DeviceMesh
+
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.strategies.names import StrategyLike, strategy_of
+
+OUTPUTS = ("dtensor", "full", "local")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation; see :func:`sptransform.frontend.parallelize` for their meaning."""
+
+    strategy: StrategyLike = "ulysses"
+    mesh: DeviceMesh | None = None
+    backend: str = "inductor"
+    outputs: str = "full"
+    grad_sync: bool = True
+    strict: bool = False
+    shard_parameters: bool = False
+    sequence_dims: Mapping[str, int] = field(default_factory=dict)
+    check_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy", strategy_of(self.strategy))
+        if self.outputs not in OUTPUTS:
+            raise UsageError(
+                describe("unknown outputs", found=repr(self.outputs), fix=f"one of {', '.join(map(repr, OUTPUTS))}")
+            )
+        if self.backend not in (known := list_backends(exclude_tags=())) or self.backend == "sptransform":
+            raise UsageError(
+                describe("unknown inner backend", found=repr(self.backend), fix=f"one of {', '.join(sorted(known))}")
+            )
+        for name in ("grad_sync", "strict", "shard_parameters"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UsageError(describe(f"{name} is a bool", found=repr(value), fix="True or False"))
+        if self.shard_parameters and self.strategy.shards_weights:
+            found = f"{self.strategy}, which cuts parameters along its own dimensions"
+            raise UsageError(
+                describe("shard_parameters does not go with this", found=found, fix="shard_parameters=False")
+            )
+        if not isinstance(self.check_timeout, int | float) or not self.check_timeout > 0:
+            raise UsageError(
+                describe("check_timeout is a number of seconds", found=repr(self.check_timeout), fix="300.0")
+            )
+        if not isinstance(self.sequence_dims, Mapping):
+            raise UsageError(
+                describe("sequence_dims maps input names to dims", found=repr(self.sequence_dims), fix="{'x': 1}")
+            )
+        object.__setattr__(self, "sequence_dims", dict(self.sequence_dims))
+        for name, dim in self.sequence_dims.items():
+            if not isinstance(name, str) or not isinstance(dim, int) or isinstance(dim, bool):
+                raise UsageError(
+                    describe("sequence_dims maps input names to dims", found=f"{name!r}: {dim!r}", fix="{'x': 1}")
+                )
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Options:
+        """Options from the dict a user passed. Raises UsageError naming an unknown key."""
+        known = [f.name for f in fields(Options)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise UsageError(
+                describe(f"unknown option {unknown[0]!r}", found=", ".join(unknown), fix=f"one of {', '.join(known)}")
+            )
+        return replace(Options(), **given)
+
+
+def check_torch_version() -> None:
+    """Raise UsageError where torch is none of the versions that this package's metadata requires."""
+    try:
+        requirements = metadata.requires("sptransform") or []
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return
+    required = next((each for each in requirements if re.match(r"torch\b[^;]*[<>]", each)), "")
+    found = _release(torch.__version__)
+    for comparison, version in re.findall(r"(>=|<)\s*(\d+\.\d+)", required):
+        if (found >= _release(version)) != (comparison == ">="):
+            raise UsageError(
+                describe(
+                    "this version of torch is not supported",
+                    found=f"torch {torch.__version__}",
+                    fix=f"pip install '{required}'",
+                )
+            )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))

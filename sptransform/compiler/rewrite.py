@@ -1,0 +1,206 @@
+"""``rewrite``: what parallelize would compile, as a graph to read. Needs no processes and runs no model."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sptransform.capture.capture import capture
+from sptransform.capture.lengths import fix_sizes, has_symbolic_sizes
+from sptransform.compiler.checks import check_sequence_dims
+from sptransform.compiler.compile_log import traced
+from sptransform.compiler.distribute import distribute
+from sptransform.compiler.dynamo import configured
+from sptransform.compiler.fake_models import without_meta
+from sptransform.compiler.options import Options
+from sptransform.diagnostics import provenance
+from sptransform.diagnostics.errors import SPTransformError
+from sptransform.engine.context import Context
+from sptransform.graph.printer import line, text
+from sptransform.op_rules import DEFAULT_RULES
+from sptransform.sharding.mesh import Mesh
+from sptransform.sharding.sizes import needs_number
+from sptransform.strategies.names import StrategyLike
+
+log = logging.getLogger(__name__)
+
+
+def rewrite_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: Mesh,
+    see: Callable[[fx.Graph, Context | None], None] = lambda graph, part: None,
+    whole: bool = True,
+    shard_parameters: bool = False,
+) -> tuple[fx.GraphModule, Context]:
+    """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
+
+    Lengths Dynamo left symbolic stay so where every rank gets an equal share whatever they are; where something needs
+    the number itself, they are fixed to it. ``see`` is shown the captured graph before it changes, and what each mesh
+    dim makes of it, with that dim's context; ``whole``: ``gm`` is the whole model; ``shard_parameters``: see
+    :class:`Context`.
+    """
+    try:
+        with _no_garbage_collection():
+            fix_sizes(gm, options.strategy.multiple(mesh.size))
+            return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
+    except Exception as error:
+        if not (needs_number(error) and has_symbolic_sizes(gm)):
+            raise
+        log.info("compiling for one length: %s", error)
+        fix_sizes(gm, None)
+        return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Graphs are webs of objects that stay alive: looking through them for garbage takes a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _rewrite_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: Mesh,
+    see: Callable[[fx.Graph, Context | None], None],
+    whole: bool,
+    shard_parameters: bool,
+) -> tuple[fx.GraphModule, Context]:
+    context = Context(
+        mesh=mesh,
+        strategy=options.strategy,
+        rules=DEFAULT_RULES,
+        outputs=options.outputs,
+        grad_sync=options.grad_sync,
+        strict=options.strict,
+        shard_parameters=shard_parameters,
+        sequence_dims=options.sequence_dims,
+    )
+    captured = capture(gm, inputs)
+    check_sequence_dims(captured.graph, options.sequence_dims, whole)
+    see(captured.graph, None)
+    with traced(captured.graph, context):
+        distribute(captured, context, see)
+    for fallback in context.fallbacks:
+        log.warning(
+            "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
+            fallback.op,
+            fallback.gathered_bytes,
+            fallback.source,
+        )
+    return captured, context
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """One rank's rewritten graph.
+
+    Attributes:
+        graph_module: runnable where the process group exists.
+        context: the request and what the passes found (``fallbacks``, ``output_placements``).
+    """
+
+    graph_module: fx.GraphModule
+    context: Context
+
+    def text(self, layer: str | None = None) -> str:
+        """The graph, one line a node; with ``layer`` only the nodes of that module path, and what is inside it."""
+        nodes = list(self.graph_module.graph.nodes)
+        if layer:
+            inside = (provenance.module_path(node) for node in nodes)
+            nodes = [n for n, path in zip(nodes, inside, strict=True) if path == layer or path.startswith(f"{layer}.")]
+        return text(nodes, is_local=True)
+
+    @cached_property
+    def text_by_layer(self) -> Mapping[str, tuple[str, ...]]:
+        """Every module's own lines by its path, in the order of the graph; "" is the model itself."""
+        lines: dict[str, list[str]] = {}
+        for node in self.graph_module.graph.nodes:
+            lines.setdefault(provenance.module_path(node), []).append(line(node, is_local=True))
+        return {path: tuple(own) for path, own in lines.items()}
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+class _Stop(SPTransformError):
+    """Ends the model's call once its graph is rewritten; raised while compiling, so that Dynamo caches nothing."""
+
+
+def rewrite(
+    model: nn.Module,
+    strategy: StrategyLike,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    world_size: int | tuple[int, ...],
+    rank: int = 0,
+    **options: Any,
+) -> Rewritten:
+    """Return the graph ``rank`` of ``world_size`` would run, without processes; the model is not run or changed.
+
+    Args:
+        model: the unmodified module.
+        strategy: as for :func:`parallelize`.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward. They and the model
+            may live on the ``meta`` device, where they take no memory.
+        world_size: number of ranks, for a mesh of several dims of each; for one, the graph is what was captured.
+        rank: whose graph; with even partitions all ranks have the same.
+        options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``).
+
+    Raises:
+        UsageError: an argument is wrong.
+    """
+    chosen = Options.of({"outputs": "dtensor", **options, "strategy": strategy})
+    mesh = chosen.strategy.pretended_mesh(world_size, rank)
+    model, inputs = without_meta(model, inputs)
+    return rewrite_call(model, *arguments_of(inputs), chosen, mesh)
+
+
+def arguments_of(inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, of which users give either."""
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+
+
+def rewrite_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, mesh: Mesh
+) -> Rewritten:
+    """The graph of one call of the model, rewritten for a pretended mesh, as if parameters were kept in parts.
+
+    What ``options`` says of the mesh is not looked at. Raises UsageError as :func:`rewrite`.
+    """
+    found: list[Rewritten] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        found.append(rewritten_for(mesh, gm, example_inputs, options))
+        raise _Stop
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    with suppress(_Stop):
+        configured(compiled)(*args, **kwargs)
+    return found[0]
+
+
+def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:
+    """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
+    if mesh.size > 1:
+        parts = options.shard_parameters or options.strategy.shards_weights
+        return Rewritten(*rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=parts))
+    # one rank runs the model as it is, see backend.py
+    context = Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
+    return Rewritten(capture(gm, example_inputs), context)

@@ -1,0 +1,1 @@
+"""Errors, and what they say of a node."""

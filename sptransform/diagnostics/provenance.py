@@ -1,0 +1,30 @@
+"""Where a node comes from: the user's source line, and the module whose forward made it."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>.*)')
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line: code`` of the innermost frame of the user's stack, if capture recorded one."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return None
+    last = frames[-1]
+    return f"{last['file']}:{last['line']}: {last['code'].strip()}"
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward made the node: ``model.layers.0.self_attn``; "" for the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    # Dynamo writes L['self']._modules['model'].layers._modules['0']; people write model.layers.0
+    path = re.sub(r"^L\['\w+'\](\[\d+\])?", "", path)
+    path = re.sub(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]", lambda m: f".{m[1] or m[2] or m[3]}", path)
+    return path.strip(".")

@@ -1,0 +1,189 @@
+"""Axis inference: which tensor dimensions of a graph are the same logical axis, by unifying what the rules equate.
+
+Every dimension is a product of atoms. A rule that names one factor on two dimensions unifies their atoms; a reshape
+splits an atom into several. A slice or a pad *links* two atoms: another extent of the same axis. The sequence is then
+whatever is unified with, or linked to, the query or key factor of an attention op. Knows no op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from sptransform.graph import dataflow, notes
+from sptransform.rules.rule import Dims, OpRule, Resize
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.sizes import Size, quotient
+
+
+class Atom:
+    """An indivisible axis so far; ``merged`` or ``parts`` say what it turned out to be."""
+
+    __slots__ = ("merged", "parts", "size")
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.merged: Atom | None = None
+        self.parts: tuple[Atom, ...] | None = None
+
+
+def resolve(atoms: list[Atom]) -> list[Atom]:
+    """What ``atoms`` stand for by now: indivisible representatives, in order."""
+    found: list[Atom] = []
+    stack = list(reversed(atoms))
+    while stack:
+        atom = stack.pop()
+        while atom.merged is not None:
+            if atom.merged.merged is not None:
+                atom.merged = atom.merged.merged
+            atom = atom.merged
+        if atom.parts is None:
+            found.append(atom)
+        else:
+            stack.extend(reversed(atom.parts))
+    return found
+
+
+def unify(left: list[Atom], right: list[Atom]) -> bool:
+    """Make two products the same; False where their factors do not nest (then they stay apart from there on)."""
+    a, b = resolve(left)[::-1], resolve(right)[::-1]
+    while a and b:
+        x, y = a.pop(), b.pop()
+        if x is y:
+            continue
+        if x.size == y.size:
+            y.merged = x
+        elif (rest := quotient(x.size, y.size)) is not None:
+            x.parts = (Atom(y.size), Atom(rest))
+            a.extend(resolve([x])[::-1])
+            b.append(y)
+        elif (rest := quotient(y.size, x.size)) is not None:
+            y.parts = (Atom(x.size), Atom(rest))
+            b.extend(resolve([y])[::-1])
+            a.append(x)
+        else:
+            return False
+        # a merge or split may have changed what waits on either side
+        a, b = resolve(a[::-1])[::-1], resolve(b[::-1])[::-1]
+    return True
+
+
+@dataclass(frozen=True)
+class Link:
+    """A factor of ``node``'s rule and a tensor dimension that has it in another extent, each as its atoms."""
+
+    factor: tuple[Atom, ...]
+    dim: tuple[Atom, ...]
+    resize: Resize
+    node: fx.Node
+
+    @property
+    def ends(self) -> tuple[list[Atom], list[Atom]]:
+        return resolve(list(self.factor)), resolve(list(self.dim))
+
+
+class Axes:
+    """The axes of a graph whose nodes carry rules.
+
+    Args:
+        graph: every node annotated with its rule, if it has one.
+        divide: gives the partition of a sequence axis of some size.
+        sequence_dims: input name -> dimension that is a sequence, for graphs whose ops do not say.
+        ignored: nodes whose links say nothing about ownership (their values are replicated anyway).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        divide: Callable[[Size], Partition],
+        sequence_dims: Mapping[str, int],
+        ignored: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self.divide = divide
+        self._dims: dict[tuple[fx.Node, int], list[list[Atom]]] = {}
+        self._factors: dict[fx.Node, dict[str, list[Atom]]] = {}
+        self.links: list[Link] = []
+        self._ignored = ignored
+        self._sequences: list[Atom] = []
+        for node in graph.nodes:
+            picked = dataflow.projection(node)
+            if picked is not None:
+                self._dims[node, 0] = self._dims[picked]
+                continue
+            for index, shape in enumerate(dataflow.shapes(node)):
+                self._dims[node, index] = [[] if size == 1 else [Atom(size)] for size in shape]
+        for node in graph.nodes:
+            rule = notes.note(node).rule
+            if rule is not None:
+                self._apply(node, rule)
+        for node in graph.nodes:
+            name = notes.note(node).input_name
+            if name in sequence_dims:
+                self._sequences.extend(self._dims[node, 0][sequence_dims[name]])
+        self._family = self._close_over_links()
+        self._partitions: dict[Atom, Partition] = {}
+
+    def _apply(self, node: fx.Node, rule: OpRule) -> None:
+        factors = {name: [Atom(size)] if size != 1 else [] for name, size in rule.sizes.items()}
+        self._factors[node] = factors
+        operands = dataflow.operands(node)
+        for side, index, dims in rule.tensors():
+            owner = (operands[index], 0) if side == "operand" else (node, index)
+            self._equate(node, rule, side, index, dims, self._dims.get(owner, []))
+        for role in ("queries", "keys"):
+            if role in rule.roles:
+                self._sequences.extend(factors[rule.roles[role]])
+
+    def _equate(
+        self, node: fx.Node, rule: OpRule, side: str, index: int, dims: Dims, own: list[list[Atom]]
+    ) -> None:
+        for names, atoms in zip(dims, own, strict=True):
+            factors = [atom for name in names for atom in self._factors[node][name]]
+            resized = [rule.resize[side, index, name] for name in names if (side, index, name) in rule.resize]
+            if not resized:
+                unify(atoms, factors)
+            else:
+                self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node))
+
+    def _close_over_links(self) -> set[Atom]:
+        family = set(resolve(self._sequences))
+        links = [link.ends for link in self.links if link.resize.links]
+        grown = True
+        while grown:
+            grown = False
+            for source, target in links:
+                inside = [not family.isdisjoint(end) for end in (source, target)]
+                if len(source) == len(target) == 1 and any(inside) and not all(inside):
+                    family.update(source, target)
+                    grown = True
+        return family
+
+    @property
+    def has_sequence(self) -> bool:
+        return bool(self._family)
+
+    def is_sequence(self, atom: Atom) -> bool:
+        return atom in self._family
+
+    def dims(self, node: fx.Node, index: int = 0) -> list[list[Atom]]:
+        """Atoms of each dimension of a node's output."""
+        return [resolve(atoms) for atoms in self._dims[node, index]]
+
+    def factor(self, node: fx.Node, name: str) -> list[Atom]:
+        """Atoms of one factor of the node's rule, outermost first."""
+        return resolve(self._factors[node][name])
+
+    def partition(self, atom: Atom) -> Partition:
+        """Who owns what of a sequence axis: what the op that derived it says, else what ``divide`` gives."""
+        if atom not in self._partitions:
+            self._partitions[atom] = self.divide(atom.size)
+            for link in self.links:
+                if link.node in self._ignored or not link.resize.links:
+                    continue
+                source, target = link.ends
+                if target == [atom] and len(source) == 1 and source != target:
+                    self._partitions[atom] = link.resize.partition(self.partition(source[0]))
+                    break
+        return self._partitions[atom]

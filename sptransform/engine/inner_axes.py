@@ -1,0 +1,166 @@
+"""Inner axes: what tensor parallelism cuts, found from how linears follow one another. Knows no op.
+
+A linear is a contraction of something computed with a parameter, and leads from the axis it contracts to the axis it
+makes; a lookup in a table leads from the table's rows. Axes are of two kinds, and a linear leads from one to the other:
+the *stream* (the hidden axis of the residual stream), which stays whole, and *inner* axes, which are cut. The heads of
+attention are inner; everything else follows from them:
+
+- the other end of a linear with an inner end is stream;
+- the other end of a linear with a stream end is inner, if nothing needs it whole (a norm would).
+
+A slice or piece of an inner axis is inner, and so is what it is a piece of (a fused projection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from sptransform.engine.axes import Atom, Axes, Link
+from sptransform.graph import dataflow, notes
+from sptransform.rules.rule import OpRule
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.sizes import Size
+
+Linear = tuple[list[Atom], list[Atom]]
+
+
+class InnerAxes:
+    """The inner axes of a graph whose nodes carry rules, and who owns what of each.
+
+    Args:
+        graph: every node annotated with its rule, if it has one.
+        axes: its axes.
+        num_ranks: over how many ranks inner axes are cut.
+        light: see :func:`sptransform.engine.propagation.light_nodes`.
+    """
+
+    def __init__(self, graph: fx.Graph, axes: Axes, num_ranks: int, light: frozenset[fx.Node]) -> None:
+        self._axes = axes
+        self._num_ranks = num_ranks
+        self._partitions: dict[Atom, Partition | None] = {}
+        self._inner: set[Atom] = set()
+        self._heads: set[Atom] = set()
+        self._uncut = self._needed_whole(graph, light)
+        for node in graph.nodes:
+            rule = notes.note(node).rule
+            if rule is not None and "heads" in rule.roles:
+                self._heads.update(axes.factor(node, rule.roles["heads"])[:1])
+        self._add(self._heads)
+        self._colour(list(self._linears(graph, light)))
+
+    def __contains__(self, atom: Atom) -> bool:
+        return atom in self._inner
+
+    def _needed_whole(self, graph: fx.Graph, light: frozenset[fx.Node]) -> set[Atom]:
+        """Axes that an op cannot run on a part of; what only picks indices (an argmax) may gather its operand."""
+        found: set[Atom] = set()
+        for node in graph.nodes:
+            rule = notes.note(node).rule
+            if rule is not None and node not in light and dataflow.values(node)[0].is_floating_point():
+                for factor in rule.whole - rule.joined:
+                    if factor in rule.sizes:
+                        found.update(self._axes.factor(node, factor))
+        return found
+
+    def _linears(self, graph: fx.Graph, light: frozenset[fx.Node]) -> Iterator[Linear]:
+        """(axis it contracts, axis it makes) of every contraction with a parameter."""
+        of_parameters: set[fx.Node] = set()
+        for node in graph.nodes:
+            inputs = node.all_input_nodes
+            if notes.note(node).is_parameter or (node in light and inputs and of_parameters.issuperset(inputs)):
+                of_parameters.add(node)
+            rule = notes.note(node).rule
+            if rule is None or not rule.heavy or rule.roles:
+                continue
+            weights = [i for i, x in enumerate(dataflow.operands(node)) if x in of_parameters]
+            if len(weights) == 1:
+                ends = [self._atoms(node, factors) for factors in _ends(rule, weights[0])]
+                if all(ends):
+                    yield ends[0], ends[1]
+
+    def _atoms(self, node: fx.Node, factors: list[str]) -> list[Atom]:
+        return [atom for factor in factors for atom in self._axes.factor(node, factor)]
+
+    def _colour(self, linears: list[Linear]) -> None:
+        stream: set[Atom] = set()
+        grown = -1
+        while grown != len(stream) + len(self._inner):
+            grown = len(stream) + len(self._inner)
+            for pair in linears:
+                for own, other in (pair, pair[::-1]):
+                    if not self._inner.isdisjoint(own) and self._inner.isdisjoint(other):
+                        stream.update(other)
+                    elif not stream.isdisjoint(own) and stream.isdisjoint(other) and self._inner.isdisjoint(other):
+                        self._try(other[0], stream)
+
+    def _try(self, atom: Atom, stream: set[Atom]) -> None:
+        """Cut ``atom``, and what it is a piece of or has as pieces, if all of them may be."""
+        family = self._kin({atom})
+        usable = stream.isdisjoint(family) and self._uncut.isdisjoint(family)
+        if usable and not any(self._axes.is_sequence(kin) or kin.size < self._num_ranks for kin in family):
+            self._add(family)
+
+    def _add(self, atoms: set[Atom]) -> None:
+        self._inner |= self._kin(atoms)
+        self._partitions.clear()
+
+    def _kin(self, atoms: set[Atom]) -> set[Atom]:
+        """``atoms``, and those that a resized dimension of some op links to them."""
+        found = set(atoms)
+        grown = 0
+        while grown != len(found):
+            grown = len(found)
+            for link in self._axes.links:
+                factor, dim = link.ends
+                if factor and dim and len(factor) == 1 and (factor[0] in found or dim[0] in found):
+                    found.update((factor[0], dim[0]))
+        return found
+
+    def partition(self, atom: Atom) -> Partition:
+        """Who owns what of an inner axis: its pieces' parts one after the other, or what an op derives from another.
+
+        Contiguous parts otherwise; of heads, and where a rank would get none, balanced ones.
+        """
+        if atom not in self._partitions:
+            self._partitions[atom] = None  # what is derived from another axis does not say what that one is
+            pieces = [link for link in self._axes.links if link.resize.start is not None and link.ends[0] == [atom]]
+            derived = [link for link in self._axes.links if link.resize.start is None and link.ends[1] == [atom]]
+            found = self._composed(atom, pieces)
+            for link in derived if found is None else ():
+                factor, _ = link.ends
+                if len(factor) == 1 and factor[0] in self._inner and self._partitions.get(factor[0], True) is not None:
+                    found = link.resize.partition(self.partition(factor[0]))
+                    break
+            self._partitions[atom] = self._divided(atom) if found is None else found
+        return self._partitions[atom] or self._divided(atom)
+
+    def _composed(self, atom: Atom, pieces: list[Link]) -> Partition | None:
+        """The parts of all pieces, where these lie one after the other and leave nothing out; else None."""
+        owned: list[list[tuple[Size, Size]]] = [[] for _ in range(self._num_ranks)]
+        end: Size = 0
+        for link in sorted({link.resize.start: link for link in pieces}.values(), key=lambda link: link.resize.start):
+            _, (first, *rest) = link.ends
+            if link.resize.start != end or first not in self._inner:
+                return None
+            part = self.partition(first)
+            for inside in rest:
+                part = part.refine(inside.size)
+            for rank, own in enumerate(part.owned):
+                owned[rank].extend((lo + end, hi + end) for lo, hi in own)
+            end += part.size
+        return Partition.of(atom.size, owned) if end == atom.size else None
+
+    def _divided(self, atom: Atom) -> Partition:
+        contiguous = Partition.contiguous(atom.size, self._num_ranks)
+        is_fair = atom not in self._heads and min(contiguous.local_sizes) > 0
+        return contiguous if is_fair else Partition.balanced(atom.size, self._num_ranks)
+
+
+def _ends(rule: OpRule, weight: int) -> tuple[list[str], list[str]]:
+    """The factors of the weight that the op contracts, and those only the weight brings into the result."""
+    own = [factor for factors in rule.operands[weight] for factor in factors]
+    others = {f for i, dims in enumerate(rule.operands) if i != weight for factors in dims for f in factors}
+    results = {f for dims in rule.results for factors in dims for f in factors}
+    return [f for f in own if f not in results], [f for f in own if f in results and f not in others]

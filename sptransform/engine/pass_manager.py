@@ -1,0 +1,73 @@
+"""Passes over a graph, what each needs and promises, and the manager that checks both after every pass."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import fx
+
+from sptransform.diagnostics.errors import VerificationError
+from sptransform.engine import verifier
+from sptransform.engine.context import Context
+from sptransform.graph.printer import text
+
+log = logging.getLogger(__name__)
+
+
+class Pass:
+    """Base: a frozen dataclass whose fields are its options.
+
+    ``requires`` and ``ensures`` name invariants of :mod:`sptransform.engine.verifier`. What a pass requires must have
+    been ensured before it; what it ensures is checked on the graph it leaves, together with all that still holds.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        """Rewrite ``graph`` in place."""
+        raise NotImplementedError
+
+
+# what holds of a graph before the first pass, and once all mesh dims are done
+CAPTURED = frozenset({"functional"})
+DISTRIBUTED = frozenset({"functional", "local", "lowered"})
+
+
+def run_passes(
+    gm: fx.GraphModule, passes: Sequence[Pass], context: Context, holds: frozenset[str] = CAPTURED
+) -> fx.GraphModule:
+    """Run ``passes`` in order on ``gm`` in place and return it; ``holds`` are the invariants that it has already.
+
+    Raises:
+        VerificationError: a pass lacks what it requires, or leaves a graph that breaks an invariant.
+    """
+    verifier.check_functional(gm.graph, context)
+    ran = ["capture"]
+    for step in passes:
+        missing = step.requires - holds
+        if missing:
+            raise VerificationError(f"{step.name} requires {', '.join(sorted(missing))}; ran: {', '.join(ran)}")
+        start = time.perf_counter()
+        step.run(gm.graph, context)
+        ran.append(step.name)
+        holds = (holds - step.breaks) | step.ensures
+        try:
+            gm.graph.lint()
+            for invariant in sorted(holds):
+                verifier.INVARIANTS[invariant](gm.graph, context)
+        except VerificationError as error:
+            raise VerificationError(f"after {' > '.join(ran)}:\n{error}") from error
+        log.debug("%s took %.3f s", step.name, time.perf_counter() - start)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("after %s:\n%s", step.name, text(gm.graph.nodes))
+    gm.recompile()
+    return gm

@@ -1,0 +1,178 @@
+"""Placements to a fixed point: from the anchors a strategy places to a decision for every node. Knows no op.
+
+Three sweeps:
+
+1. Forward, over *heavy* nodes (a contraction, attention, or anything computed from one): an inner axis, where weights
+   are cut, else the sequence is sharded wherever the rule has one; a pending sum passes where the rule is linear; else
+   the node runs replicated.
+2. Backward, over *light* nodes (computed from inputs without heavy work: positions, tables, masks): cut where all
+   consumers want the same cut, else replicated, which costs no communication.
+3. Backward: a replicated node whose gradient arrives as pending sums only is R rather than I, so that the sum over
+   the ranks is taken once, at the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from torch import fx
+
+from sptransform.engine.axes import Atom, Axes
+from sptransform.engine.inner_axes import InnerAxes
+from sptransform.engine.strategy import Strategy
+from sptransform.graph import dataflow, notes
+from sptransform.rules.decision import Decision, Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.rules.rule import OpRule
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import I, P, Placement, R, Shard
+
+
+@dataclass
+class Propagation:
+    """One run over a graph whose nodes carry rules.
+
+    Args:
+        graph: the graph to annotate with decisions and placements.
+        strategy: places attention.
+        num_ranks: size of the mesh dim.
+        inputs: placement of every placeholder and attribute.
+        axes: see :class:`Axes`.
+        light: nodes without heavy work behind them, see :func:`light_nodes`.
+        inner: axes to cut before the sequence, see :class:`InnerAxes`; None where only the sequence is.
+    """
+
+    graph: fx.Graph
+    strategy: Strategy
+    num_ranks: int
+    inputs: dict[fx.Node, Placement]
+    axes: Axes
+    light: frozenset[fx.Node]
+    inner: InnerAxes | None = None
+
+    def run(self) -> None:
+        nodes = [n for n in self.graph.nodes if n.op != "output" and dataflow.projection(n) is None]
+        for node in nodes:
+            if node in self.inputs:
+                notes.set_placement(node, self.inputs[node])
+            elif node not in self.light and dataflow.handles_tensors(node):
+                self._decide(node, self._forward(node))
+        for node in reversed(nodes):
+            if node in self.light and node not in self.inputs and dataflow.handles_tensors(node):
+                self._decide(node, self._backward(node))
+        for node in reversed(nodes):
+            if node not in self.inputs and self._gradient_is_pending(node):
+                self._decide(node, Replicate(R))
+
+    def _decide(self, node: fx.Node, decision: Decision) -> None:
+        note = notes.note(node)
+        note.decision = decision
+        note.placements = outcomes(note.rule, decision, len(dataflow.values(node)))
+
+    def _forward(self, node: fx.Node) -> Decision:
+        rule = notes.note(node).rule
+        if rule is None:
+            return Replicate(I)
+        if rule.has_sequence:
+            return self.strategy.place_attention(rule, self.num_ranks, lambda factor: self._partition(node, factor))
+        candidates = self._inner_decisions(node, rule)
+        operands = dataflow.operands(node)
+        pending = frozenset(i for i, producer in enumerate(operands) if notes.placement(producer) == P)
+        alone = all(len(producer.users) == 1 for producer in operands)  # others would have it reduced anyway
+        if not candidates and pending in rule.linear and 1 < len(pending) == len(operands) and alone:
+            return Pending(pending)  # one reduction of the sum instead of one of each term
+        candidates = candidates or self.sequence_decisions(node, rule)
+        if candidates:
+            return max(candidates, key=lambda decision: self._preference(node, rule, decision))
+        return Pending(pending) if pending and pending in rule.linear else Replicate(I)
+
+    def _partition(self, node: fx.Node, factor: str) -> Partition:
+        """Who owns what of a factor of an attention node; of a sequence, such that every index has one owner."""
+        atoms = self.axes.factor(node, factor)
+        if self.inner is not None and atoms[0] in self.inner:
+            return self.inner.partition(atoms[0]).refine(prod(atom.size for atom in atoms[1:]))
+        if len(atoms) == 1 and (partition := self.axes.partition(atoms[0])).is_exact:
+            return partition
+        return self.axes.divide(prod(atom.size for atom in atoms))
+
+    def sequence_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
+        """Every way to shard a sequence axis of the node, in the order of the rule's factors."""
+        return self._decisions(node, rule, self.axes.is_sequence, self.axes.partition)
+
+    def _inner_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
+        """Every way to shard an inner axis of the node."""
+        if self.inner is None:
+            return []
+        return self._decisions(node, rule, self.inner.__contains__, self.inner.partition)
+
+    def _decisions(
+        self, node: fx.Node, rule: OpRule, wanted: Callable[[Atom], bool], partition: Callable[[Atom], Partition]
+    ) -> list[Sharded]:
+        found = []
+        resized = {name for _, _, name in rule.resize}
+        for factor in rule.sizes:
+            if factor in rule.whole and factor not in rule.joined:
+                continue
+            atoms = self.axes.factor(node, factor)
+            for at, atom in enumerate(atoms):
+                if not wanted(atom) or (factor in resized and len(atoms) > 1):
+                    continue
+                after = prod(a.size for a in atoms[at + 1 :])
+                outer = prod(a.size for a in atoms[:at])
+                found.append(Sharded(factor, partition(atom).refine(after), outer))
+        return found
+
+    def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:
+        kept = any(decision.factor in factors for dims in rule.results for factors in dims)
+        asked = demands(rule, decision, len(rule.operands))
+        actual = [notes.placement(producer) for producer in dataflow.operands(node)]
+        return kept, sum(a == d for a, d in zip(actual, asked, strict=True) if isinstance(d, Shard))
+
+    def demanded(self, node: fx.Node) -> list[Placement]:
+        """What the consumers of a node's output ask of it; the graph's output asks for the whole."""
+        asked: list[Placement] = []
+        for user in node.users:
+            if user.op == "output":
+                asked.append(I)
+            elif dataflow.projection(user) is not None:
+                asked.extend(self.demanded(user))
+            elif (decision := notes.note(user).decision) is not None:
+                operands = dataflow.operands(user)
+                wanted = demands(notes.note(user).rule, decision, len(operands))
+                pairs = zip(operands, wanted, strict=True)
+                asked.extend(want for producer, want in pairs if producer is node and want is not None)
+        return asked
+
+    def _backward(self, node: fx.Node) -> Decision:
+        rule = notes.note(node).rule
+        asked = set(self.demanded(node))
+        if rule is not None and len(asked) == 1 and len(rule.results) == 1:
+            (shard,) = asked
+            if isinstance(shard, Shard):
+                return decision_for(rule, rule.results[0], shard) or Replicate(I)
+        return Replicate(I)
+
+    def _gradient_is_pending(self, node: fx.Node) -> bool:
+        note = notes.note(node)
+        if not isinstance(note.decision, Replicate) or not note.differentiable:
+            return False
+        asked = self.demanded(node)
+        return bool(asked) and all(isinstance(a, Shard) or a == R for a in asked)
+
+
+def light_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes computed from placeholders and constants without heavy work: replicating them costs no communication.
+
+    It would of what is computed from an input of which each rank has only a part.
+    """
+    light: set[fx.Node] = set()
+    for node in graph.nodes:
+        note = notes.note(node)
+        if node.op == "output" or (note.stored and not note.is_parameter):
+            continue
+        rule = note.rule
+        heavy = rule is not None and rule.heavy
+        if not heavy and all(source in light for source in node.all_input_nodes):
+            light.add(node)
+    return frozenset(light)

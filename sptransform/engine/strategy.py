@@ -1,0 +1,122 @@
+"""The base of every strategy: how it lays out sequences, and how it places attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.rules.decision import Decision
+from sptransform.rules.rule import OpRule
+from sptransform.sharding.mesh import Mesh, device_mesh_of
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.sizes import Size
+
+Divide = Callable[[str], Partition]
+
+
+class Strategy:
+    """Base: how sequences are laid out, and where attention runs, on one mesh dim.
+
+    Attributes:
+        reads_masks: whether attention takes masks as programs over positions, instead of as tensors of scores' shape.
+        max_mesh_dims: of how many dims the mesh may be.
+        regather: whether what attention, or a linear, needs gathered is gathered again in the backward.
+        shards_weights: whether linears are cut along their inner axes, and their weights with them.
+    """
+
+    reads_masks: ClassVar[bool] = False
+    max_mesh_dims: ClassVar[int] = 1
+    regather: ClassVar[bool] = False
+    shards_weights: ClassVar[bool] = False
+
+    def mesh_of(self, device_mesh: DeviceMesh | None) -> Mesh:
+        """The ranks of a DeviceMesh; by default all ranks of the default group.
+
+        Process groups of parts of it are made here, where every rank comes, if the strategy may need some.
+
+        Raises:
+            UsageError: no process group is initialised, or the mesh is not what the strategy takes.
+        """
+        device_mesh = device_mesh_of(device_mesh)
+        shape = tuple(device_mesh.shape)
+        self._check_dims(shape, f"a mesh of shape {shape} with dims {device_mesh.mesh_dim_names}")
+        shapes = self.mesh_shapes(device_mesh.size(), shape)
+        mesh = Mesh.of(device_mesh)
+        for degrees in shapes:
+            mesh.split(*degrees)
+        return mesh
+
+    def pretended_mesh(self, world_size: int | tuple[int, ...], rank: int = 0) -> Mesh:
+        """:meth:`Mesh.pretended`, checked.
+
+        Raises:
+            UsageError: an impossible rank, or a mesh that is not what the strategy takes.
+        """
+        mesh = Mesh.pretended(world_size, rank)
+        self._check_dims(mesh.shape, f"world_size={world_size}")
+        self.mesh_shapes(mesh.size, mesh.shape)
+        return mesh
+
+    def _check_dims(self, shape: tuple[int, ...], found: str) -> None:
+        if len(shape) > self.max_mesh_dims:
+            takes = "one mesh dim" if self.max_mesh_dims == 1 else f"at most {self.max_mesh_dims} mesh dims"
+            fix = "pass one dim of it, e.g. mesh['sp']"
+            raise UsageError(describe(f"{type(self).__name__} takes {takes}", found=found, fix=fix))
+
+    def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """As which meshes of two dims the ranks of a mesh of ``shape`` may come to be used.
+
+        Raises:
+            UsageError: the mesh is not one the strategy can use.
+        """
+        return []
+
+    def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[tuple[Strategy, Mesh]]:
+        """The strategies to apply one after the other, each on its mesh dim.
+
+        ``heads`` has (query heads, key heads) of every attention op of the graph.
+        """
+        return [(self, mesh)]
+
+    def weights_mesh(self, mesh: Mesh) -> Mesh:
+        """Of ``mesh``, the ranks among which parameters are shared, if they are."""
+        return mesh
+
+    def storage_shape(self, num_ranks: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """As which mesh the ranks of a mesh of ``shape`` share parameters that none of them needs to have whole.
+
+        Raises:
+            UsageError: that depends on the model.
+        """
+        return shape
+
+    def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
+        """Who owns what of a sequence, in a graph whose attention ``is_causal``; contiguous blocks."""
+        return Partition.contiguous(size, num_ranks)
+
+    def multiple(self, num_ranks: int) -> int:
+        """What a length must be a multiple of for one graph to serve all such lengths."""
+        return num_ranks
+
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
+        """How an attention op with ``rule`` is cut; ``divide(factor)`` says who owns what of a sequence factor.
+
+        Raises:
+            UsageError: the strategy cannot cut it.
+        """
+        raise NotImplementedError
+
+
+def check_choice(strategy: Strategy, name: str, *choices: Any) -> None:
+    value = getattr(strategy, name)
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        raise UsageError(
+            describe(
+                f"unknown {name} of {type(strategy).__name__}",
+                found=f"{name}={value!r}",
+                fix=" or ".join(map(repr, choices)),
+            )
+        )

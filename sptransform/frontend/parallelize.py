@@ -1,0 +1,216 @@
+"""``parallelize``: compile a module in place, sequence-parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from sptransform.agreement.agreement import Agreement
+from sptransform.compiler.backend import sptransform_backend
+from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
+from sptransform.compiler.options import Options, check_torch_version
+from sptransform.compiler.parameter_dims import parameter_dims
+from sptransform.compiler.rewrite import arguments_of
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.frontend.dtensor_inputs import taking_parts
+from sptransform.frontend.generation import whole_with_cache
+from sptransform.parameters.modules import keep_less, keep_parts
+from sptransform.parameters.parts import first_dims
+from sptransform.sharding.mesh import Mesh
+from sptransform.strategies.names import StrategyLike
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def parallelize(
+    model: ModuleT,
+    strategy: StrategyLike,
+    *,
+    mesh: DeviceMesh | None = None,
+    backend: str = "inductor",
+    outputs: str | None = None,
+    grad_sync: bool = True,
+    strict: bool = False,
+    shard_parameters: bool = False,
+    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    sequence_dims: Mapping[str, int] | None = None,
+    fullgraph: bool = True,
+    check_timeout: float = 300.0,
+) -> ModuleT:
+    """Split the sequence of ``model`` over the ranks of ``mesh``; loss and gradients stay those of one device.
+
+    The module is compiled in place (``nn.Module.compile``) and returned: its class, parameter names, ``state_dict``
+    and pickling do not change. Call it on every rank with the same full-length inputs, or with DTensors over its mesh.
+
+    Not so with :class:`MegatronSP` or ``shard_parameters``: names stay, but parameters become DTensors, of which each
+    rank keeps a part, and modules that own some get a subclass of their class, of its name. Make optimizers afterwards.
+    The model may then be on ``meta``, to be materialised part by part (``to_empty``).
+
+    Args:
+        model: any module ``torch.compile`` captures; nothing in it is rewritten.
+        strategy: "ulysses", "ring", "allgather", "usp", "megatron", or a :class:`Strategy` object. Two of them, the
+            second "megatron": each for its dim of the mesh, as context and tensor parallelism.
+        mesh: DeviceMesh of one dim, or of one for each strategy; by default all ranks of the default process group.
+        backend: inner ``torch.compile`` backend that compiles the rewritten graph.
+        outputs: how outputs that keep a sharded sequence come back: "dtensor" (``.full_tensor()`` gathers), "full"
+            (gathered in the graph), "local" (this rank's part). Others, the loss among them, are plain tensors, equal
+            on all ranks. Default: "dtensor"; with ``fullgraph=False`` "full", and nothing else.
+        grad_sync: True: ``.grad`` of every parameter is complete on every rank. False: ``.grad`` is this rank's term
+            of a sum over the ranks, for whoever reduces it.
+        strict: raise for an op without a sharding rule instead of running it replicated on gathered operands.
+        shard_parameters: keep 1/N of every parameter on each rank, and of its gradient and optimizer state (ZeRO-3,
+            Rajbhandari et al., arXiv 1910.02054, §5.3): gathered before use, gradients reduce-scattered, in the graph.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of a call, of which only shapes matter, with
+            which MegatronSP finds at once how parameters are cut. Without, it does at the first call, and each rank
+            holds them whole until then.
+        sequence_dims: input name -> its sequence dim, for graphs without attention to tell it.
+        fullgraph: as in ``torch.compile``: a graph break is an error. False: parts between breaks are sharded each by
+            itself, and hand each other whole tensors.
+        check_timeout: before each call of the model and of its backward, ranks make sure that all are about to run the
+            same program; how many seconds a rank waits there for the slowest, compile time included.
+
+    Raises:
+        UsageError: an argument is wrong; the module is left as it was.
+        RankError: from the calls: another rank is gone, late, failed, or about to run something else.
+    """
+    check_torch_version()
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            describe("parallelize takes an nn.Module", found=type(model).__name__, fix="pass the model itself")
+        )
+    if not isinstance(fullgraph, bool):
+        raise UsageError(describe("fullgraph is a bool", found=repr(fullgraph), fix="True or False"))
+    options = Options(
+        strategy=strategy,
+        mesh=mesh,
+        backend=backend,
+        outputs=("dtensor" if fullgraph else "full") if outputs is None else outputs,
+        grad_sync=grad_sync,
+        strict=strict,
+        shard_parameters=shard_parameters,
+        sequence_dims={} if sequence_dims is None else sequence_dims,
+        check_timeout=check_timeout,
+    )
+    if not fullgraph and options.outputs != "full":
+        raise UsageError(
+            describe(
+                "after a graph break the model goes on with the outputs of the part before it, so they must be whole",
+                found=f"fullgraph=False, outputs={outputs!r}",
+                fix="outputs='full', or fullgraph=True",
+            )
+        )
+    where = options.strategy.mesh_of(mesh)  # a wrong mesh is an error here, not at the first call
+    cuts = options.shard_parameters or options.strategy.shards_weights
+    if cuts and not grad_sync:
+        raise UsageError(
+            describe(
+                "parameters of which ranks keep parts have complete gradients",
+                found="grad_sync=False",
+                fix="grad_sync=True, or a strategy that leaves parameters whole",
+            )
+        )
+    _check_module(model, where, cuts=cuts)
+    settle = _keep_parts(model, options, where, inputs) if cuts and where.size > 1 else None
+    compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
+    model.compile(backend=compiler, fullgraph=fullgraph)
+    # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
+    compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
+    call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size))
+    call = _telling(call if settle is None else settle(call), Agreement.of(where))
+    if where.size > 1:
+        call = whole_with_cache(model, compiler.checked(call))
+        model.register_forward_pre_hook(compiled_by_itself)
+    # what the user compiles around the model may not take up parts of the call: they would run as they were
+    model._compiled_call_impl = torch.compiler.disable(call)
+    return model
+
+
+def _keep_parts(
+    model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...] | None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Cut the parameters; where the first call has to say how, returns what is to be put around the call."""
+    if not options.strategy.shards_weights:
+        shape = options.strategy.storage_shape(mesh.size, mesh.shape)
+        grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
+        keep_parts(model, grid, first_dims(model, mesh.size))
+        return None
+    sharing = options.strategy.weights_mesh(mesh).device_mesh
+    if inputs is not None:
+        keep_parts(model, sharing, parameter_dims(model, options, mesh, *arguments_of(inputs)))
+        return None
+    keep_parts(model, sharing, {})
+
+    def settle(call: Callable[..., Any]) -> Callable[..., Any]:
+        is_settled = False
+
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_settled
+            if not is_settled:
+                # the call may be one of evaluation; how training reads parameters decides
+                with torch.inference_mode(False), torch.enable_grad():
+                    keep_less(model, parameter_dims(model, options, mesh, args, kwargs))
+                is_settled = True
+            return call(*args, **kwargs)
+
+        return run
+
+    return settle
+
+
+def _check_module(model: nn.Module, mesh: Mesh, cuts: bool) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            describe(
+                "torch.compile cannot see through the forward of DistributedDataParallel",
+                found=f"DistributedDataParallel around {type(model.module).__name__}",
+                fix="parallelize the model it wraps, before or after: parallelize(ddp.module, ...)",
+            )
+        )
+    if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
+        raise UsageError(
+            describe(
+                "this module is compiled already",
+                found=type(model).__name__,
+                fix="parallelize the module as it was made; a copy.deepcopy of it is not compiled",
+            )
+        )
+    devices: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(str(parameter.device), name)
+    if len(devices) > 1:
+        raise UsageError(
+            describe(
+                "the module's parameters are on several devices",
+                found=", ".join(f"{name} on {device}" for device, name in devices.items()),
+                fix="move the module to one device",
+            )
+        )
+    expected = mesh.device_mesh.device_type
+    for device in map(torch.device, devices):
+        if device.type != expected and not (device.type == "meta" and cuts):
+            raise UsageError(
+                describe(
+                    "the module is on another device than its mesh",
+                    found=f"parameters on {device.type}, a mesh of {expected}",
+                    fix=f"move the module to {expected}, or pass a mesh of {device.type}",
+                )
+            )
+
+
+def _telling(call: Callable[..., Any], agreement: Agreement | None) -> Callable[..., Any]:
+    """``call``, with any error of it told to the ranks that wait for this one."""
+    if agreement is None:
+        return call
+
+    @wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with agreement.telling_failure():
+            return call(*args, **kwargs)
+
+    return run

@@ -1,0 +1,28 @@
+"""The call that a node of a graph is, as rules see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform.graph import dataflow
+from sptransform.rules.rule import OpCall, Operand, Shape, map_nodes
+from sptransform.sharding.sizes import is_size, size_of
+
+
+def op_call(node: fx.Node) -> OpCall:
+    """The node's arguments and global shapes. Raises SymbolicSizeError where a shape is no size that rules know."""
+    shapes: list[Shape] = []
+
+    def operand(x: Any) -> Any:
+        if isinstance(x, fx.Node) and dataflow.is_tensor(x):
+            shapes.append(dataflow.shape(x))
+            return Operand(len(shapes) - 1)
+        value = dataflow.value(x) if isinstance(x, fx.Node) else x
+        # a number that is no size is passed on as it is
+        return size_of(value) if isinstance(value, torch.SymInt) and is_size(value) else x
+
+    args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
+    return OpCall(node.target, args, kwargs, tuple(shapes), dataflow.shapes(node))

@@ -1,0 +1,75 @@
+"""What the nodes of a graph compute: fake values, shapes, operands, and where one output of several is picked."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform.sharding.sizes import Size, size_of
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value recorded at capture: a tensor, a tuple of tensors, or a plain value."""
+    return node.meta.get("val")
+
+
+def values(node: fx.Node) -> tuple[torch.Tensor, ...]:
+    """The tensors among the node's outputs, in order."""
+    val = value(node)
+    if isinstance(val, torch.Tensor):
+        return (val,)
+    if isinstance(val, list | tuple):
+        return tuple(v for v in val if isinstance(v, torch.Tensor))
+    return ()
+
+
+def shapes(node: fx.Node) -> tuple[tuple[Size, ...], ...]:
+    """Shapes of the node's tensor outputs."""
+    return tuple(tuple(map(size_of, value.shape)) for value in values(node))
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    return shapes(node)[0]
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The mode of the graph's fake values."""
+    return next(value.fake_mode for node in graph.nodes for value in values(node))
+
+
+def handles_tensors(node: fx.Node) -> bool:
+    """Whether the node computes from tensors, or makes some; picking one of several outputs does neither."""
+    return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the node's op writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
+
+
+def projection(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(producer, index) where the node picks one output of a node that has several; else None."""
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0], node.args[1]
+    return None
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Producers of the tensor arguments, in the order in which rules number them."""
+    found: list[fx.Node] = []
+
+    def visit(x: fx.Node) -> fx.Node:
+        if is_tensor(x):
+            found.append(x)
+        return x
+
+    fx.map_arg((node.args, node.kwargs), visit)
+    return found

@@ -1,0 +1,125 @@
+"""Edits of a graph: one use edge at a time, with what is known of a node carried over. Knows no op."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+# Private: as torch traces; without it some ops of torch 2.11 (a linear) ask for the number behind an open size
+from torch._dispatch.python import enable_python_dispatcher
+
+from sptransform.graph import dataflow, notes
+from sptransform.rules.rule import map_nodes
+from sptransform.sharding.sizes import SymbolicSizeError, lengths_of
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Call the node ``name``, made a legal and unused one."""
+    # Private: assigning ``node.name`` would let two nodes share one
+    node._rename(re.sub(r"\W", "_", name))
+    if node.op == "placeholder":
+        node.target = node.name
+
+
+def succeed(old: fx.Node, new: fx.Node) -> None:
+    """Let ``new`` take the place, the readers and the name of ``old``."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    new.name = old.name
+
+
+def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
+    """Let the node read ``new`` as its ``index``-th tensor; the old producer's other uses stay."""
+    count = -1
+
+    def visit(x: Any) -> Any:
+        nonlocal count
+        if isinstance(x, fx.Node) and dataflow.is_tensor(x):
+            count += 1
+            return new if count == index else x
+        return x
+
+    args, kwargs = map_nodes((node.args, dict(node.kwargs)), visit)
+    node.args, node.kwargs = args, kwargs
+
+
+def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments, with their fake values for the nodes among them."""
+    return map_nodes((node.args, dict(node.kwargs)), lambda x: dataflow.value(x) if isinstance(x, fx.Node) else x)
+
+
+def compute_value(node: fx.Node) -> None:
+    """Set the node's fake value by running it on those of its arguments."""
+    args, kwargs = fake_arguments(node)
+    sizes = (size for x in node.all_input_nodes for value in dataflow.values(x) for size in value.shape)
+    is_open = any(isinstance(size, torch.SymInt) for size in sizes)
+    with enable_python_dispatcher() if is_open else nullcontext():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def emitter(before: fx.Node) -> Callable[..., fx.Node]:
+    """``emit(target, args, kwargs)`` that adds a node in front of ``before``, in its name, with its fake value."""
+
+    def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        args, kwargs = map_nodes(
+            (args, kwargs), lambda x: node_of(x, before) if isinstance(x, sympy.Expr) else x
+        )
+        with before.graph.inserting_before(before):
+            node = before.graph.call_function(target, args, kwargs)
+        notes.copy(before, node)
+        compute_value(node)
+        notes.note(node).differentiable = any(notes.note(x).differentiable for x in node.all_input_nodes)
+        return node
+
+    return emit
+
+
+def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a node in front of ``before`` in its name, outside any fake mode."""
+    with dataflow.values(before)[0].fake_mode, torch.no_grad(), notes.region_of(before).autocast():
+        return emitter(before)(target, args, kwargs)
+
+
+def node_of(size: sympy.Expr, before: fx.Node) -> fx.Node:
+    """Nodes in front of ``before`` that compute a symbolic size from the graph's symbolic inputs."""
+    graph = before.graph
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(before):
+            node = graph.call_function(target, args)
+        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+        return node
+
+    def build(expression: sympy.Expr) -> Any:
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Symbol:
+            source, factor = _length_of(expression, graph)
+            return call(operator.floordiv, source, factor)
+        if isinstance(expression, sympy.Add | sympy.Mul):
+            target = operator.add if isinstance(expression, sympy.Add) else operator.mul
+            first, *rest = map(build, expression.args)
+            for term in rest:
+                first = call(target, first, term)
+            return first
+        raise SymbolicSizeError(f"cannot compute {expression} in the graph")
+
+    return build(size)
+
+
+def _length_of(local: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int]:
+    """(input, num_ranks) for the symbol of a rank's share of it."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt):
+            whole = lengths_of(value).get(value.node.expr)
+            if whole is not None and local in whole.free_symbols:
+                return node, int(whole / local)
+    raise SymbolicSizeError(f"no input of the graph is the length behind {local}")

@@ -1,0 +1,100 @@
+"""One line a node: ``%linear : f32[2,16@sp,64] = aten.linear(%x, %w)``. Goldens, errors, dumps all print so.
+
+``16@sp`` is a dimension cut over the ranks, with its local size (``16..13@sp`` where sizes differ); a tensor that is
+not cut is followed by its placement, ``I``, ``R`` or ``P``. A redistribution shows what it changes instead of its other
+arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform.graph import dataflow, notes
+from sptransform.sharding.placement import Placement, Shard
+from sptransform.sharding.sizes import size_of
+
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.bool: "b8",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def tensor_type(value: torch.Tensor, placement: Placement | None, *, is_local: bool = False) -> str:
+    """Dtype, shape and placement of a tensor; ``value`` has global sizes unless ``is_local``."""
+    sizes = [str(size_of(size)) for size in value.shape]
+    suffix = ""
+    if isinstance(placement, Shard):
+        local = [placement.outer * n for n in placement.partition.local_sizes]
+        size = str(local[0]) if placement.partition.is_even else f"{max(local)}..{min(local)}"
+        sizes[placement.dim] = f"{sizes[placement.dim] if is_local else size}@sp"
+    elif placement is not None:
+        suffix = f" {placement}"
+    return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{','.join(sizes)}]{suffix}"
+
+
+def _argument(x: Any) -> str:
+    if isinstance(x, fx.Node):
+        return f"%{x.name}"
+    if isinstance(x, list | tuple):
+        inside = ", ".join(map(_argument, x))
+        return f"[{inside}]" if isinstance(x, list) else f"({inside})"
+    if isinstance(x, Placement):
+        return str(x)
+    return str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else repr(x) if isinstance(x, str) else str(x)
+
+
+def op_name(target: Any) -> str:
+    """``aten.linear``, ``aten.add.Tensor``, ``getitem``: what a node calls."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def _arguments(node: fx.Node) -> list[str]:
+    transitions = notes.note(node).transitions
+    if transitions:
+        changes = dict.fromkeys(f"{source} -> {target}" for source, target in transitions)
+        return [_argument(node.args[0]), ", ".join(changes)]
+    arguments = [_argument(x) for x in node.args]
+    return arguments + [f"{key}={_argument(x)}" for key, x in node.kwargs.items() if not _is_default(node, key)]
+
+
+def _is_default(node: fx.Node, key: str) -> bool:
+    """Whether a keyword argument says nothing: it is None, or what the op would take without it."""
+    schema = getattr(node.target, "_schema", None)
+    defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return node.kwargs[key] is None or (key in defaults and node.kwargs[key] == defaults[key])
+
+
+def line(node: fx.Node, *, is_local: bool = False) -> str:
+    """The node as one line of text."""
+    placements = notes.note(node).placements
+    picked = dataflow.projection(node)
+    if picked is not None:
+        placements = None if notes.placement(node) is None else (notes.placement(node),)
+    tensors = dataflow.values(node)
+    shown = placements or (None,) * len(tensors)
+    types = [tensor_type(t, p, is_local=is_local) for t, p in zip(tensors, shown, strict=False)]
+    kind = f" : {', '.join(types)}" if types else ""
+    if node.op == "placeholder":
+        return f"%{node.name}{kind} = input"
+    if node.op == "get_attr":
+        return f"%{node.name}{kind} = constant {node.target}"
+    arguments = _arguments(node)
+    if node.op == "output":
+        return f"return {', '.join(arguments)}"
+    return f"%{node.name}{kind} = {op_name(node.target)}({', '.join(arguments)})"
+
+
+def text(nodes: Iterable[fx.Node], *, is_local: bool = False) -> str:
+    """The nodes, one line each; pass ``graph.nodes`` for a whole graph."""
+    return "\n".join(line(node, is_local=is_local) for node in nodes)

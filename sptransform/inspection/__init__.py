@@ -1,0 +1,1 @@
+"""What the compiler does to a model, for people to read."""

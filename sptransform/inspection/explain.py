@@ -1,0 +1,52 @@
+"""``explain``: what the compiler would insert into a model, where and at what cost. Needs no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from sptransform.compiler.rewrite import rewrite
+from sptransform.engine.pass_manager import DISTRIBUTED, run_passes
+from sptransform.inspection.explanation import Explanation
+from sptransform.inspection.reader import explanation_of
+from sptransform.inspection.ring_steps import expanded_rings
+from sptransform.passes.inspect.expand_rings import ExpandRings
+from sptransform.strategies.names import StrategyLike
+
+
+def explain(
+    model: nn.Module,
+    strategy: StrategyLike,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    world_size: int | tuple[int, ...],
+    rank: int = 0,
+    expand: bool = False,
+    **options: Any,
+) -> Explanation:
+    """Return what ``rank`` of ``world_size`` would run and send in one training step, without processes or devices.
+
+    ``print`` it, ``rich.print`` it, or take ``to_dict()``. The model is neither run nor changed; model and inputs may
+    live on the ``meta`` device, where they take no memory.
+
+    Args:
+        model: the unmodified module.
+        strategy: as for :func:`sptransform.frontend.parallelize`.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
+        world_size: number of ranks; for a mesh of several dims, of each.
+        rank: whose bytes; they differ only where something does not divide by the number of ranks.
+        expand: show the steps of rings, hop by hop: in the page, as ``expanded``, and as nodes of ``graph()``.
+        options: further options of :func:`sptransform.frontend.parallelize`.
+
+    Raises:
+        UsageError: an argument is wrong.
+    """
+    rewritten = rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options)
+    explanation = explanation_of(rewritten)
+    if expand:
+        explanation = replace(explanation, expanded=expanded_rings(rewritten))
+        run_passes(rewritten.graph_module, [ExpandRings()], rewritten.context, DISTRIBUTED)
+    return explanation

@@ -1,0 +1,237 @@
+"""An Explanation as a page: its sections, and the two ways to show them, plain text and rich."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sptransform.inspection.records import Facts, Redistribution, RingPass
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled table, or sentences; columns named in ``numbers`` are aligned right."""
+
+    title: str
+    columns: Row = ()
+    rows: Sequence[Row] = ()
+    sentences: Sequence[str] = ()
+    numbers: frozenset[str] = frozenset(
+        {"bytes back", "bytes each", "bytes sent", "count", "hops", "hops back", "parameters"}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a page says.
+
+
+def sections(facts: Facts) -> list[Section]:
+    """Everything worth a reader's time, most important first; sections with nothing to say are left out."""
+    if facts.world_size == 1:
+        return [
+            Section(f"{facts.strategy} on 1 rank", sentences=["Nothing is inserted: the model runs as it is."])
+        ]
+    found = [
+        _totals(facts),
+        _redistributions(facts),
+        _rings(facts),
+        *_expanded(facts),
+        _parameter_gradients(facts),
+        _fallbacks(facts),
+        _gathered(facts),
+        _outputs(facts),
+    ]
+    return [section for section in found if section.rows or section.sentences]
+
+
+def _totals(facts: Facts) -> Section:
+    rows = [(t.direction, t.kind, str(t.count), f"{t.bytes_sent:,}") for t in facts.totals]
+    for direction in ("forward", "backward"):
+        count = sum(t.count for t in facts.totals if t.direction == direction)
+        rows.append((direction, "in all", str(count), f"{facts.bytes_sent(direction):,}"))
+    rows.sort(key=lambda row: row[0] != "forward")
+    note = "All-reduces of n bytes count as 2(N-1)/N n."
+    return Section(
+        f"{facts.strategy} on {facts.world_size} ranks: "
+        f"what rank {facts.rank} sends in one training step",
+        ("direction", "collective", "count", "bytes sent"),
+        rows,
+        [note] if any(t.kind == "all_reduce" for t in facts.totals) else [],
+    )
+
+
+def _redistributions(facts: Facts) -> Section:
+    shown = [r for r in facts.redistributions if not r.parameters]
+    sending = [r for r in shown if r.forward is not None or r.backward is not None]
+    num_local = len(shown) - len(sending)
+    columns = ("module", "count", "from -> to", "forward", "bytes each", "backward", "bytes each", "read by")
+    rows = [
+        (path or "(model)", str(count), r.change, *_cells(r), _short(r.source_line))
+        for path, count, r in _alike(sending)
+    ]
+    note = f"{num_local} more send nothing: each rank slices what it holds." if num_local else ""
+    return Section("Redistributions", columns, rows, [note] if note else [])
+
+
+def _cells(r: Redistribution) -> Row:
+    cells: list[str] = []
+    for collectives in ([r.forward], [r.again, r.backward]):
+        sent = [collective for collective in collectives if collective is not None]
+        num_bytes = sum(collective.bytes_sent for collective in sent)
+        cells += (" + ".join(c.kind for c in sent), f"{num_bytes:,}") if sent else ("-", "")
+    return tuple(cells)
+
+
+def _rings(facts: Facts) -> Section:
+    groups: dict[tuple[object, ...], list[RingPass]] = {}
+    for ring in facts.rings:
+        cells = [(str(c.count), f"{c.bytes_sent:,}") if c else ("-", "") for c in (ring.forward, ring.backward)]
+        key = (re.sub(r"\d+", "#", ring.layer), *cells[0], *cells[1], ring.kernel, ring.source_line)
+        groups.setdefault(key, []).append(ring)
+    columns = ("module", "count", "hops", "bytes sent", "hops back", "bytes back", "kernel", "line")
+    rows = [
+        (_joined([r.layer for r in group]), str(len(group)), *key[1:-1], _short(key[-1]))
+        for key, group in groups.items()
+    ]
+    return Section("Ring attention: keys and values go round the ranks", columns, rows)
+
+
+def _alike(redistributions: Iterable[Redistribution]) -> list[tuple[str, int, Redistribution]]:
+    """Equal redistributions of numbered layers as one: (``layers.0..31.attention``, how many, one of them)."""
+    groups: dict[tuple[object, ...], list[Redistribution]] = {}
+    for r in redistributions:
+        pattern = re.sub(r"\d+", "#", r.layer)
+        groups.setdefault((pattern, r.changes, _cells(r), r.source_line), []).append(r)
+    return [(_joined([r.layer for r in group]), len(group), group[0]) for group in groups.values()]
+
+
+def _joined(paths: list[str]) -> str:
+    """``a.0..2.b`` for ``a.0.b, a.1.b, a.2.b``: each number that varies as a range, gaps not shown."""
+    numbers = zip(*([int(n) for n in re.findall(r"\d+", path)] for path in paths), strict=True)
+    ranges = iter([str(min(n)) if min(n) == max(n) else f"{min(n)}..{max(n)}" for n in numbers])
+    return re.sub(r"\d+", lambda _: next(ranges), paths[0])
+
+
+def _expanded(facts: Facts) -> Iterable[Section]:
+    """The steps of each kind of ring once: layers do the same on other tensors."""
+    shown: set[str] = set()
+    for ring in facts.expanded:
+        pattern = re.sub(r"\d+", "#", ring.layer)
+        if pattern not in shown:
+            shown.add(pattern)
+            for direction, steps in (("forward", ring.forward), ("backward", ring.backward)):
+                title = f"{ring.node} in {ring.layer or '(model)'}, {direction} on rank {facts.rank}"
+                yield Section(title, sentences=steps)
+
+
+def _parameter_gradients(facts: Facts) -> Section:
+    if not facts.grad_sync:
+        return Section(
+            "Parameter gradients", sentences=["Not summed over the ranks (grad_sync=False): .grad is one rank's term."]
+        )
+    groups: dict[tuple[object, ...], list[Redistribution]] = {}
+    for r in facts.parameter_gradients:
+        if r.backward is not None:
+            names = tuple(re.sub(r"\d+", "#", name) for name in r.parameters)
+            groups.setdefault((names, r.backward.kind, r.backward.bytes_sent), []).append(r)
+    rows = [
+        (str(len(group)), kind, f"{sent:,}", str(len(names)), _few([_joined(list(p)) for p in _by_position(group)]))
+        for (names, kind, sent), group in groups.items()
+    ]
+    return Section(
+        "Parameter gradients, summed over the ranks in the backward",
+        ("count", "collective", "bytes each", "parameters", "of"),
+        rows,
+    )
+
+
+def _by_position(buckets: list[Redistribution]) -> Iterable[tuple[str, ...]]:
+    return zip(*(bucket.parameters for bucket in buckets), strict=True)
+
+
+def _few(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+
+
+def _fallbacks(facts: Facts) -> Section:
+    rows = [(f.op, f"{f.gathered_bytes:,}", _short(f.source)) for f in facts.fallbacks]
+    title = "Fallbacks: ops without a sharding rule, run whole on every rank"
+    return Section(title, ("count", "op", "bytes each", "line"), _counted(rows))
+
+
+def _gathered(facts: Facts) -> Section:
+    rows = [(g.op, f"{g.gathered_bytes:,}", _short(g.source_line)) for g in facts.gathered]
+    title = "Gathered: tensors made whole for an op that cannot run on shards"
+    return Section(title, ("count", "read by", "bytes each", "line"), _counted(rows))
+
+
+_MEANINGS = {"I": "whole on every rank", "R": "whole on every rank", "S": "this rank's part"}
+
+
+def _outputs(facts: Facts) -> Section:
+    rows = [(o.type, o.placement, _MEANINGS.get(o.placement[0], "")) for o in facts.outputs]
+    return Section("Outputs", ("count", "type", "placement", "meaning"), _counted(rows))
+
+
+def _counted(rows: Iterable[Row]) -> list[Row]:
+    """Equal rows once, with how many there are in front."""
+    return [(str(count), *row) for row, count in Counter(rows).items()]
+
+
+def _short(source_line: str | None) -> str:
+    """A source line without folders: none of an installed package's, nor those above the working directory."""
+    if source_line is None:
+        return ""
+    line = re.sub(r"^\S*/(site|dist)-packages/(\S+/)?", "", source_line)
+    return line.removeprefix(f"{Path.cwd()}/")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two ways to show it.
+
+
+def plain(page: Iterable[Section]) -> str:
+    """The sections as text, columns aligned by spaces."""
+    return "\n\n".join("\n".join(_lines(section)) for section in page)
+
+
+def _lines(section: Section) -> Iterable[str]:
+    yield section.title
+    if section.rows:
+        table = [section.columns, *section.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = zip(row, widths, section.columns, strict=True)
+            aligned = [c.rjust(w) if name in section.numbers else c.ljust(w) for c, w, name in cells]
+            yield f"  {'  '.join(aligned)}".rstrip()
+    yield from (f"  {sentence}" for sentence in section.sentences)
+
+
+def rich(page: Iterable[Section]) -> RenderableType:
+    """The sections as rich tables in panels."""
+    return Group(*(Panel(_body(section), title=Text(section.title), title_align="left") for section in page))
+
+
+def _body(section: Section) -> RenderableType:
+    sentences = [Text(sentence) for sentence in section.sentences]
+    if not section.rows:
+        return Group(*sentences)
+    table = Table(box=None, pad_edge=False)
+    for name in section.columns:
+        # where the terminal is narrow, names and source lines fold, numbers do not
+        folds = name in (section.columns[-1], "module")
+        align = "right" if name in section.numbers else "left"
+        table.add_column(name, justify=align, overflow="fold", no_wrap=not folds)
+    for row in section.rows:
+        table.add_row(*map(Text, row))  # a Text, since source lines hold brackets, which rich would read as markup
+    return Group(table, *sentences)

@@ -1,0 +1,118 @@
+"""Read an Explanation off a rewritten graph: nothing is computed that the passes did not note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import fx
+
+from sptransform.compiler.rewrite import Rewritten
+from sptransform.diagnostics import provenance
+from sptransform.engine.traffic import Sending, global_shape, in_order, sending_by_node
+from sptransform.graph import dataflow, notes
+from sptransform.graph.printer import op_name, tensor_type
+from sptransform.inspection.explanation import Explanation
+from sptransform.inspection.records import Gathered, Output, Redistribution, RingPass
+from sptransform.ops.ring.kernels.table import kernel_name
+from sptransform.sharding.placement import Shard
+
+
+def explanation_of(rewritten: Rewritten) -> Explanation:
+    """What the rewritten graph inserts, where, and the bytes it sends; what :func:`explain` returns."""
+    context, graph = rewritten.context, rewritten.graph_module.graph
+    sent = sending_by_node(graph, context.mesh)
+    rings = [node for node in sent if not notes.note(node).transitions and notes.note(node).rule.roles]
+    moves = {node: sending for node, sending in sent.items() if node not in rings}
+    changed = [node for node in moves if notes.note(node).transitions]
+    asking = context.strategy.shards_weights
+    return Explanation(
+        strategy=str(context.strategy),
+        world_size=context.mesh.size,
+        rank=context.mesh.rank,
+        redistributions=tuple(_redistribution(node, sending) for node, sending in moves.items()),
+        rings=tuple(_ring(node, sent[node]) for node in rings),
+        collectives=tuple(in_order(sent.values())),
+        fallbacks=tuple(context.fallbacks),
+        gathered=tuple(_gathered(changed, {fallback.node for fallback in context.fallbacks}, asking)),
+        outputs=tuple(_outputs(graph)),
+        grad_sync=context.grad_sync,
+        rewritten=rewritten,
+    )
+
+
+def _redistribution(node: fx.Node, sending: Sending) -> Redistribution:
+    """Of an op that joins the ranks' parts itself nothing changes its placement."""
+    note = notes.note(node)
+    transitions = note.transitions or tuple((placement, placement) for placement in note.placements)
+    sources = dataflow.operands(node)
+    parameters = ()
+    if all(change == ("I", "R") for change in _printed(transitions)) and all(s.op == "placeholder" for s in sources):
+        parameters = tuple(notes.note(source).input_name or source.name for source in sources)
+    return Redistribution(
+        node=node.name,
+        # of parameters in one bucket, only one has this reader
+        layer="" if parameters else provenance.module_path(node),
+        source_line=None if parameters else provenance.source_line(node),
+        changes=_printed(transitions),
+        forward=sending.forward,
+        backward=sending.backward,
+        again=sending.again,
+        parameters=parameters,
+    )
+
+
+def _ring(node: fx.Node, sending: Sending) -> RingPass:
+    query, _, value, *_ = map(dataflow.value, dataflow.operands(node))
+    return RingPass(
+        node=node.name,
+        layer=provenance.module_path(node),
+        source_line=provenance.source_line(node),
+        kernel=kernel_name(
+            query, value, masked=bool(node.kwargs.get("mask")), dropout_p=node.kwargs.get("dropout_p", 0.0)
+        ),
+        forward=sending.forward,
+        backward=sending.backward,
+    )
+
+
+def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(source), str(target)) for source, target in transitions)
+
+
+def _gathered(redistributions: list[fx.Node], fallbacks: set[str], linears: bool) -> Iterator[Gathered]:
+    """Gathers that an op with a rule asks for: one entry a reader.
+
+    What the strategy gathers for attention, or for ``linears``, is none, and neither is a parameter.
+    """
+    for node in redistributions:
+        moved = zip(notes.note(node).transitions, dataflow.operands(node), strict=True)
+        for index, ((source, target), producer) in enumerate(moved):
+            if not isinstance(source, Shard) or isinstance(target, Shard) or producer.op == "placeholder":
+                continue
+            value = dataflow.value(producer)
+            num_bytes = value.element_size() * prod(global_shape(source, tuple(value.shape)))
+            for reader in _readers(node, index):
+                rule = notes.note(reader).rule
+                wanted = rule is not None and bool(rule.roles or (linears and rule.heavy))
+                if reader.op != "output" and reader.name not in fallbacks and not wanted:
+                    line = provenance.source_line(reader)
+                    yield Gathered(op_name(reader.target), reader.name, line, num_bytes)
+
+
+def _readers(node: fx.Node, index: int) -> Iterator[fx.Node]:
+    """Who reads the node's output of that index; of a node with one output, its users."""
+    for user in node.users:
+        picked = dataflow.projection(user)
+        if picked is None:
+            yield user
+        elif picked[1] == index:
+            yield from user.users
+
+
+def _outputs(graph: fx.Graph) -> Iterator[Output]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    for producer in dataflow.operands(output):
+        placement = notes.placement(producer)
+        kind = tensor_type(dataflow.value(producer), placement, is_local=True)
+        yield Output(producer.name, "whole" if placement is None else str(placement), kind)

@@ -1,0 +1,161 @@
+"""What an explanation is made of, as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from sptransform.compiler.rewrite import Rewritten
+from sptransform.engine.context import Fallback
+from sptransform.engine.traffic import Collective
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """One change of placement in the graph.
+
+    Attributes:
+        node: name of the graph's node.
+        layer: path of the module it stands in.
+        source_line: ``file:line: code`` of the user's op that reads the result; of parameters, None.
+        changes: (from, to) of every tensor moved, as printed.
+        forward: the collective of its forward; None where nothing is sent.
+        backward: the same of its backward, also None where no gradient flows.
+        again: of what is not saved but gathered once more: the collective with which the backward begins.
+        parameters: the parameters whose gradients its backward sums; empty for anything else.
+    """
+
+    node: str
+    layer: str
+    source_line: str | None
+    changes: tuple[tuple[str, str], ...]
+    forward: Collective | None
+    backward: Collective | None
+    again: Collective | None = None
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> str:
+        """``S(2) -> S(1)``; several, if the tensors change differently."""
+        return ", ".join(f"{source} -> {target}" for source, target in dict.fromkeys(self.changes))
+
+
+@dataclass(frozen=True)
+class RingPass:
+    """An attention whose keys and values go round the ranks.
+
+    Attributes:
+        node, layer, source_line: as of a :class:`Redistribution`.
+        kernel: what computes one block.
+        forward, backward: its messages; the backward is None where no gradient flows.
+    """
+
+    node: str
+    layer: str
+    source_line: str | None
+    kernel: str
+    forward: Collective | None
+    backward: Collective | None
+
+
+@dataclass(frozen=True)
+class ExpandedRing:
+    """What one rank does in a ring, one line a step: hops, waits, blocks, merges.
+
+    Attributes:
+        node, layer: as of a :class:`RingPass`.
+        forward, backward: the steps in each direction.
+    """
+
+    node: str
+    layer: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A sharded tensor that is made whole because an op with a sharding rule reads it whole.
+
+    Attributes:
+        op, node: what reads it.
+        source_line: of the reader.
+        gathered_bytes: the whole tensor, as every rank then holds it.
+    """
+
+    op: str
+    node: str
+    source_line: str | None
+    gathered_bytes: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor the graph returns: its node, its placement, and its local type in the printer's form."""
+
+    node: str
+    placement: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Total:
+    """All collectives of one kind in one direction."""
+
+    direction: str
+    kind: str
+    count: int
+    bytes_sent: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank of ``world_size`` runs and sends in one training step.
+
+    Attributes:
+        strategy: the strategy object, printed.
+        world_size: number of ranks; with one, nothing is inserted.
+        rank: the rank whose bytes these are; they differ where a length or a number of heads does not divide.
+        redistributions: every change of placement, in the graph's order.
+        rings: every attention whose keys go round the ranks.
+        collectives: everything a training step sends, in order: forward, then backward.
+        fallbacks: ops that run whole for want of a sharding rule.
+        gathered: tensors gathered for an op that has a rule, in the graph's order; what is returned is not among them.
+        outputs: the tensors the graph returns.
+        grad_sync: whether parameter gradients are summed over the ranks.
+        rewritten: the graph itself.
+        expanded: of ``explain(..., expand=True)``: the steps of every ring.
+    """
+
+    strategy: str
+    world_size: int
+    rank: int
+    redistributions: tuple[Redistribution, ...]
+    rings: tuple[RingPass, ...]
+    collectives: tuple[Collective, ...]
+    fallbacks: tuple[Fallback, ...]
+    gathered: tuple[Gathered, ...]
+    outputs: tuple[Output, ...]
+    grad_sync: bool
+    rewritten: Rewritten = field(repr=False, compare=False)
+    expanded: tuple[ExpandedRing, ...] = ()
+
+    @property
+    def totals(self) -> tuple[Total, ...]:
+        """Messages and bytes by direction and kind, the forward first."""
+        counts: Counter[tuple[str, str]] = Counter()
+        sent: Counter[tuple[str, str]] = Counter()
+        for collective in self.collectives:
+            counts[collective.direction, collective.kind] += collective.count
+            sent[collective.direction, collective.kind] += collective.bytes_sent
+        keys = sorted(counts, key=lambda key: (key[0] != "forward", key[1]))
+        return tuple(Total(*key, counts[key], sent[key]) for key in keys)
+
+    def bytes_sent(self, direction: str | None = None) -> int:
+        """Bytes this rank sends in one training step, or in one ``direction`` of it."""
+        return sum(total.bytes_sent for total in self.totals if direction in (None, total.direction))
+
+    @property
+    def parameter_gradients(self) -> tuple[Redistribution, ...]:
+        """The redistributions whose backward sums parameter gradients over the ranks, one a message."""
+        return tuple(r for r in self.redistributions if r.parameters)

@@ -1,0 +1,55 @@
+"""Nodes that masks need: constants, triangles as comparisons of positions, views in the dimensions of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sptransform.graph import dataflow
+from sptransform.graph.calls import op_call
+from sptransform.graph.edit import emit_like
+
+aten = torch.ops.aten
+
+
+def filled(node: fx.Node, value: Any) -> fx.Node:
+    """A scalar in front of ``node`` that broadcasts to it."""
+    like = dataflow.value(node)
+    return emit_like(node, aten.full.default, [], value, dtype=like.dtype, device=like.device)
+
+
+def _triangle(node: fx.Node, above: bool) -> fx.Node:
+    """``tril`` or ``triu`` of any tensor by positions: zero where ``j - i`` is beyond the diagonal ``d``."""
+    call = op_call(node)
+    shape, device = call.result_shapes[0], dataflow.value(node).device
+    queries = emit_like(node, aten.arange.default, shape[-2], device=device)
+    keys = emit_like(node, aten.arange.default, shape[-1], device=device)
+    distance = emit_like(node, aten.sub.Tensor, keys, emit_like(node, aten.unsqueeze.default, queries, 1))
+    compare = aten.lt.Scalar if above else aten.gt.Scalar
+    beyond = emit_like(node, compare, distance, call.argument("diagonal"))
+    return emit_like(node, aten.masked_fill.Scalar, node.args[0], beyond, 0)
+
+
+# Written out as pointwise ops over positions
+OPENED: dict[Any, Callable[[fx.Node], fx.Node]] = {
+    aten.tril.default: lambda node: _triangle(node, above=False),
+    aten.triu.default: lambda node: _triangle(node, above=True),
+}
+
+
+def broadcast_view(node: fx.Node, places: tuple[int | None, ...], before: fx.Node) -> fx.Node:
+    """``node`` with each dimension at its place from the right, ones between; dimensions without a place are of one."""
+    dropped = [dim for dim, place in enumerate(places) if place is None]
+    kept = [place for place in places if place is not None]
+    if dropped:
+        node = emit_like(before, aten.squeeze.dims, node, dropped)
+    if kept != sorted(kept):
+        node = emit_like(before, aten.permute.default, node, sorted(range(len(kept)), key=kept.__getitem__))
+    first = min(kept, default=0)
+    for place in range(first, 0):
+        if place not in kept:
+            node = emit_like(before, aten.unsqueeze.default, node, place - first)
+    return node

@@ -1,0 +1,94 @@
+"""What is known of the ops that masks are made of, beside that most are pointwise (see ``ops/mask_program.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sptransform.rules.rule import OpCall
+
+aten = torch.ops.aten
+
+
+# How a program says that one thing and another, that not, that these numbers where visible, and a change of dtype
+AND, NOT, HIDE, CONVERT = (
+    aten.logical_and.default,
+    aten.logical_not.default,
+    aten.masked_fill.Scalar,
+    aten.to.dtype,
+)
+
+# The result is the first operand, at most in another dtype or on another device
+RETYPED = frozenset(
+    {
+        aten._to_copy.default,
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten.type_as.default,
+    }
+)
+
+# Every entry is the same number
+FILLED: dict[Any, Callable[[OpCall], Any]] = {
+    aten.full.default: lambda call: call.argument("fill_value"),
+    aten.full_like.default: lambda call: call.argument("fill_value"),
+    aten.new_full.default: lambda call: call.argument("fill_value"),
+    aten.new_ones.default: lambda call: 1,
+    aten.new_zeros.default: lambda call: 0,
+    aten.ones.default: lambda call: 1,
+    aten.ones_like.default: lambda call: 1,
+    aten.zeros.default: lambda call: 0,
+    aten.zeros_like.default: lambda call: 0,
+}
+
+# Read nothing of their operand but shape, dtype and device
+LIKE = frozenset(
+    {
+        aten.full_like.default,
+        aten.new_full.default,
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.ones_like.default,
+        aten.zeros_like.default,
+    }
+)
+
+# Of two operands that grow with position the result depends on their distance only: where both grow the same way (+1),
+# or one against the other (-1)
+OF_DISTANCE: dict[Any, int] = {
+    aten.add.Tensor: -1,
+    aten.eq.Tensor: 1,
+    aten.ge.Tensor: 1,
+    aten.greater.Tensor: 1,
+    aten.greater_equal.Tensor: 1,
+    aten.gt.Tensor: 1,
+    aten.le.Tensor: 1,
+    aten.less.Tensor: 1,
+    aten.less_equal.Tensor: 1,
+    aten.lt.Tensor: 1,
+    aten.ne.Tensor: 1,
+    aten.not_equal.Tensor: 1,
+    aten.rsub.Tensor: 1,
+    aten.sub.Tensor: 1,
+    aten.subtract.Tensor: 1,
+}
+
+SUMS = frozenset({aten.add.Tensor})
+
+# Positions of (condition, taken where it is true, taken where it is false) among the arguments
+CHOICES: dict[Any, tuple[int, int, int]] = {
+    aten.masked_fill.Scalar: (1, 2, 0),
+    aten.masked_fill.Tensor: (1, 2, 0),
+    aten.where.ScalarOther: (0, 1, 2),
+    aten.where.ScalarSelf: (0, 1, 2),
+    aten.where.self: (0, 1, 2),
+}

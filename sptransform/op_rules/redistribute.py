@@ -1,0 +1,173 @@
+"""Ops of a mesh dim that is distributed already, as the next mesh dim sees them: ops like any other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.op_rules.pointwise import LINEAR, pointwise
+from sptransform.rules.decision import placement_of
+from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
+from sptransform.rules.table import Local, OpEntry
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import Shard
+from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
+
+sp = torch.ops.sptransform
+
+
+def _moved(*arguments: str) -> RuleFn:
+    """Every dimension passes but those along which the op moves parts, which the ``arguments`` spell out."""
+
+    def apply(call: OpCall) -> OpRule:
+        texts = [call.argument(name) for name in arguments]
+        specs = [text for x in texts for text in ([x] if isinstance(x, str) else x)]
+        moved = {int(dim) for spec in specs for dim in re.findall(r"^S\((\d+):", spec)}
+        return _passing(call, moved, linear=True)
+
+    return apply
+
+
+def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
+    """Tensor ``i`` goes in and comes out; dimension ``d`` of several tensors is one factor where their sizes allow it.
+
+    They do where all are equal, or the largest a multiple of the others, as query heads of key heads: there is then a
+    factor of the largest size, of which the others have the quotient.
+    """
+    sizes: dict[str, Any] = {}
+    resize: dict[tuple[str, int, str], Resize] = {}
+    shapes = call.operand_shapes
+
+    def common(dim: int) -> Size | None:
+        found = {shape[dim] if dim < len(shape) else None for shape in shapes}
+        if len(found) == 1:
+            return shapes[0][dim]
+        largest = max(found) if all(isinstance(size, int) for size in found) else 0
+        return largest if largest and all(largest % size == 0 for size in found) else None
+
+    passing = {dim: None if dim in moved else common(dim) for dim in range(max(map(len, shapes)))}
+
+    def dims(shape: Shape, side: str, index: int) -> Dims:
+        named = []
+        for dim, size in enumerate(shape):
+            whole = passing[dim]
+            name = f"d{dim}" if whole is not None else f"{'from' if side == 'operand' else 'to'}{index}.{dim}"
+            if whole is not None and whole != size:
+                resize[side, index, name] = Resize(lambda p, group=whole // size: p.quotient(group), links=False)
+            has_factor = size != 1 or (side, index, name) in resize
+            named.append((name,) if has_factor else ())
+            if has_factor:
+                sizes[name] = size if whole is None else whole
+        return tuple(named)
+
+    operands = tuple(dims(shape, "operand", i) for i, shape in enumerate(shapes))
+    results = tuple(dims(shape, "result", i) for i, shape in enumerate(call.result_shapes))
+    return OpRule(
+        operands,
+        results,
+        sizes,
+        whole=frozenset(name for name in sizes if not name.startswith("d")),
+        linear=(frozenset(range(len(operands))),) if linear else (),
+        resize=resize,
+    )
+
+
+def _tiles(spec: str) -> tuple[int, int | None, int]:
+    """Which dim is cut, of how many tiles of equal blocks it consists (None: it does not), and for how many ranks."""
+    if "?" in spec:
+        match = re.fullmatch(r"S\((\d+):(\d+\*)?\?/(\d+)(z?)\)", spec)
+        return int(match[1]), None if match[2] or match[4] else 1, int(match[3])
+    shard = Shard.parse(spec)
+    return shard.dim, shard.partition.num_tiles if shard.outer == 1 else None, shard.partition.num_ranks
+
+
+def _all_to_all(call: OpCall) -> OpRule:
+    """Of a dim that is moved in tiles of equal blocks, the tiles and what is inside of a block pass.
+
+    Heads that other ranks are to share further are moved so. Where blocks are not equal, a rank's part is linked to the
+    whole, which says that a part of a sequence is one.
+    """
+    ends = [list(map(_tiles, call.argument(name))) for name in ("sources", "targets")]
+    moved = {dim for tensors in ends for dim, _, _ in tensors}
+    passing = _passing(call, moved, linear=True)
+    tensors = [list(map(list, passing.operands)), list(map(list, passing.results))]
+    sizes, whole, resize = dict(passing.sizes), set(passing.whole), dict(passing.resize)
+    for (part_side, whole_side), cuts in zip(((0, 1), (1, 0)), ends, strict=True):
+        shapes = (call.operand_shapes, call.result_shapes)[part_side]
+        wholes = (call.operand_shapes, call.result_shapes)[whole_side]
+        for i, (dim, tiles, num_ranks) in enumerate(cuts):
+            part = shapes[i][dim]
+            if tiles is None or tiles * num_ranks == 1:
+                name = f"part{i}.{dim}"
+                sizes[name] = part
+                whole.add(name)
+                tensors[part_side][i][dim] = tensors[whole_side][i][dim] = (name,)
+                size = wholes[i][dim]
+                side = ("operand", "result")[whole_side]
+                resize[side, i, name] = Resize(lambda p, size=size: Partition.contiguous(size, p.num_ranks))
+                continue
+            block = quotient(part, tiles)
+            alike = all(quotient(other[dim], tiles) == block for other in shapes)
+            names = {f"tile{dim}": tiles, f"rank{dim}": num_ranks, f"block{dim}" if alike else f"block{i}.{dim}": block}
+            sizes |= {name: size for name, size in names.items() if size != 1}
+            tile, rank, inside = (((name,) if size != 1 else ()) for name, size in names.items())
+            whole.update(rank if alike else (*rank, *inside))
+            tensors[part_side][i][dim], tensors[whole_side][i][dim] = (*tile, *inside), (*tile, *rank, *inside)
+    left = {name for side in tensors for dims in side for names in dims for name in names}
+    return replace(
+        passing,
+        operands=tuple(map(tuple, tensors[0])),
+        results=tuple(map(tuple, tensors[1])),
+        sizes={name: size for name, size in sizes.items() if name in left},
+        whole=frozenset(whole & left),
+        resize=resize,
+    )
+
+
+def _all_to_all_local(call: OpCall, local: Local) -> Any:
+    """Of a dim that is cut here, blocks are those of what this rank has."""
+
+    def held(name: str, side: str, tensors: tuple[Dims, ...]) -> list[str]:
+        specs = list(call.argument(name))
+        for i, dims in enumerate(tensors):
+            placement = placement_of(local.rule, local.decision, side, i, dims)
+            if placement is not None and placement.dim == _tiles(specs[i])[0]:
+                if "?" in specs[i]:
+                    raise SymbolicSizeError(f"cannot share the blocks of {specs[i]} further")
+                specs[i] = Shard.parse(specs[i]).held(placement, local.rank).spec
+        return specs
+
+    sources = held("sources", "result", local.rule.results)
+    targets = held("targets", "operand", local.rule.operands)
+    return local.run(call, sources=sources, targets=targets)
+
+
+def _replicate(call: OpCall) -> OpRule:
+    """A parameter passes, whichever way it is cut; of several no one cut is that of all."""
+    is_one = len(call.operand_shapes) == 1
+    return _passing(call, () if is_one else range(max(map(len, call.operand_shapes))), linear=is_one)
+
+
+def _mask_local(call: OpCall, local: Local) -> Any:
+    """The parts of one rank differ among themselves as those of ranks do."""
+    return local.run(call, group_name=f"{call.argument('group_name')},{local.group}")
+
+
+TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (sp.all_to_all.default, OpEntry(_all_to_all, _all_to_all_local)),
+    (sp.cut.default, _moved("spec")),
+    (sp.dropout_mask.default, OpEntry(pointwise(), _mask_local)),
+    (sp.first_rank.default, pointwise(LINEAR)),
+    (sp.gather.default, _moved("spec")),
+    (sp.gather_packed.default, _moved("specs")),
+    (sp.keep_own.default, _moved("source", "target")),
+    (sp.repartition.default, _moved("source", "target")),
+    (sp.replicate.default, _replicate),
+    (sp.sum.default, pointwise(LINEAR)),
+    (sp.sum_scatter.default, _moved("spec")),
+]

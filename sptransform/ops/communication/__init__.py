@@ -1,0 +1,1 @@
+"""What custom ops send: collectives, and steps that the process, a simulation or a tracer may drive."""

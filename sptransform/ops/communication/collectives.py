@@ -1,0 +1,131 @@
+"""Functional collectives, and the sharded exchanges made of them. The only place that emits ``_c10d_functional``.
+
+Everything here works on plain tensors, knows nothing of gradients, and is traced through by AOTAutograd, so that
+Inductor sees the collectives it knows. Where ranks own equally much nothing depends on the rank.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sptransform.ops.communication.slicing import by_rank, conceal, expose, in_order, pad_to
+from sptransform.ops.groups import rank_in
+from sptransform.sharding.placement import Shard
+
+_c10d = torch.ops._c10d_functional
+
+
+def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """Sum, or another reduction, over the ranks."""
+    if x.dtype == torch.bool:
+        raise TypeError("a boolean cannot be summed over ranks")
+    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), op, group))
+
+
+def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    """1-D exchange: ``sent[j]`` entries to rank j, ``received[i]`` from rank i."""
+    return _c10d.wait_tensor(_c10d.all_to_all_single(x.contiguous(), received, sent, group))
+
+
+def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
+    """Every rank's part -> the whole. Uneven parts travel padded to the largest."""
+    num_ranks = shard.partition.num_ranks
+    if not shard.partition.is_blocks:
+        return _whole(_gathered(_part_in_front(x, shard), num_ranks, group), shard)
+    x, dim = expose(x, shard)
+    if not _is_first(x, dim):
+        return conceal(torch.cat(_gathered(x, num_ranks, group).chunk(num_ranks), dim), shard)
+    whole = _gathered(x.flatten(0, dim), num_ranks, group)
+    return conceal(whole.view(*x.shape[:dim], *whole.shape) if dim else whole, shard)
+
+
+def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
+    """Pending sum of wholes -> every rank's part of the sum."""
+    num_ranks = shard.partition.num_ranks
+    if not shard.partition.is_blocks:
+        parts = by_rank(_in_front(x, shard), 0, shard.partition)
+        return _own(_scattered(parts, num_ranks, group), shard, group)
+    x, dim = expose(x, shard)
+    if not _is_first(x, dim):
+        return conceal(_scattered(torch.cat(x.chunk(num_ranks, dim)), num_ranks, group), shard)
+    mine = _scattered(x.flatten(0, dim), num_ranks, group)
+    return conceal(mine.view(*x.shape[:dim], *mine.shape) if dim else mine, shard)
+
+
+def _is_first(x: Tensor, dim: int) -> bool:
+    """Whether parts along ``dim`` are to be seen as lying one after the other in memory, so that none is copied.
+
+    Of the other form, chunks and their concatenation, Inductor makes one op with the matmuls next to it, if told to
+    (its ``micro_pipeline_tp.py``): then that form copies nothing, and a sequence viewed as rows would hide matmuls.
+    """
+    return dim == 0 or (prod(x.shape[:dim]) == 1 and not _micro_pipelines())
+
+
+def _micro_pipelines() -> bool:
+    import torch._inductor.config as inductor  # slow to import, and of use to those only who have set it
+
+    return inductor._micro_pipeline_tp
+
+
+def _gathered(x: Tensor, num_ranks: int, group: str) -> Tensor:
+    """All ranks' tensors, one after the other along the first dimension."""
+    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), num_ranks, group))
+
+
+def _scattered(x: Tensor, num_ranks: int, group: str) -> Tensor:
+    """This rank's of the equal parts of a sum, along the first dimension."""
+    return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", num_ranks, group))
+
+
+def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
+    """:func:`all_gather` of several tensors of one dtype, in one message."""
+    num_ranks = shards[0].partition.num_ranks
+    fronts = [_part_in_front(x, shard) for x, shard in zip(xs, shards, strict=True)]
+    flat = torch.cat([front.reshape(-1) for front in fronts])
+    came = _gathered(flat, num_ranks, group).view(num_ranks, -1)
+    parts = came.split([front.numel() for front in fronts], 1)
+    shapes = [(num_ranks * front.shape[0], *front.shape[1:]) for front in fronts]
+    return [_whole(part.reshape(shape), shard) for part, shape, shard in zip(parts, shapes, shards, strict=True)]
+
+
+def reduce_scatter_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
+    """:func:`reduce_scatter` of several tensors of one dtype, in one message."""
+    num_ranks = shards[0].partition.num_ranks
+    parts = [by_rank(_in_front(x, shard), 0, shard.partition) for x, shard in zip(xs, shards, strict=True)]
+    flat = torch.cat([part.reshape(num_ranks, -1) for part in parts], 1).reshape(-1)
+    came = _scattered(flat, num_ranks, group)
+    shapes = [(part.shape[0] // num_ranks, *part.shape[1:]) for part in parts]
+    mine = came.split([part.numel() // num_ranks for part in parts])
+    return [_own(own.view(shape), shard, group) for own, shape, shard in zip(mine, shapes, shards, strict=True)]
+
+
+def _in_front(x: Tensor, shard: Shard) -> Tensor:
+    """The sharded axis as the first dimension."""
+    x, dim = expose(x, shard)
+    return x.movedim(dim, 0)
+
+
+def _part_in_front(x: Tensor, shard: Shard) -> Tensor:
+    """A rank's part, its axis in front, padded to the largest part."""
+    front, partition = _in_front(x, shard), shard.partition
+    return front if partition.is_even else pad_to(front, max(partition.local_sizes))
+
+
+def _in_place(front: Tensor, shard: Shard) -> Tensor:
+    """Inverse of :func:`_in_front`."""
+    dim = shard.dim if shard.outer == 1 else shard.dim + 1
+    return conceal(front.movedim(0, dim).contiguous(), shard)
+
+
+def _whole(parts: Tensor, shard: Shard) -> Tensor:
+    """The whole tensor from all ranks' parts, one after the other along the first dimension."""
+    return _in_place(in_order(parts, 0, shard.partition), shard)
+
+
+def _own(front: Tensor, shard: Shard, group: str) -> Tensor:
+    """This rank's part, without its padding."""
+    partition = shard.partition
+    return _in_place(front if partition.is_even else front.narrow(0, 0, partition.local_size(rank_in(group))), shard)

@@ -1,0 +1,65 @@
+"""Cut a replicated tensor to this rank's part, and its transpose: the ops that read the rank when they run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sptransform.ops.communication.slicing import conceal, expose, select
+from sptransform.ops.groups import rank_in
+from sptransform.ops.library import primitive
+from sptransform.sharding.placement import Shard
+
+
+def take_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
+    """Rank's part of the whole ``x``; always a copy."""
+    whole, dim = expose(x, shard)
+    return conceal(select(whole, dim, shard.partition.owned[rank]).clone(memory_format=torch.contiguous_format), shard)
+
+
+def place_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
+    """A whole tensor, zero but for rank's part ``x``: the transpose of :func:`take_for`."""
+    part, dim = expose(x, shard)
+    shape = list(part.shape)
+    shape[dim] = shard.partition.size
+    whole = part.new_zeros(shape)
+    at = 0
+    for lo, hi in shard.partition.owned[rank]:
+        whole.narrow(dim, lo, hi - lo).copy_(part.narrow(dim, at, hi - lo))
+        at += hi - lo
+    return conceal(whole, shard)
+
+
+def first_rank_for(x: Tensor, rank: int) -> Tensor:
+    """``x`` on rank 0, zeros elsewhere: a pending sum whose value is ``x``."""
+    return x.clone() if rank == 0 else torch.zeros_like(x)
+
+
+def _local_size(shard: Shard, group: str) -> int:
+    # an even partition must not ask who we are: fake tensors have no rank
+    return shard.local_dim_size(0 if shard.partition.is_even else rank_in(group))
+
+
+def _fake_take(x: Tensor, spec: str, group: str) -> Tensor:
+    shard = Shard.parse(spec, whole=x)
+    return x.new_empty([*x.shape[: shard.dim], _local_size(shard, group), *x.shape[shard.dim + 1 :]])
+
+
+def _fake_place(x: Tensor, spec: str, group: str) -> Tensor:
+    shard = Shard.parse(spec, part=x)
+    return x.new_empty([*x.shape[: shard.dim], shard.dim_size, *x.shape[shard.dim + 1 :]])
+
+
+@primitive("take(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_take)
+def take(x: Tensor, spec: str, group_name: str) -> Tensor:
+    return take_for(x, Shard.parse(spec, whole=x), rank_in(group_name))
+
+
+@primitive("place(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_place)
+def place(x: Tensor, spec: str, group_name: str) -> Tensor:
+    return place_for(x, Shard.parse(spec, part=x), rank_in(group_name))
+
+
+@primitive("on_first_rank(Tensor x, str group_name) -> Tensor", fake=lambda x, group_name: torch.empty_like(x))
+def on_first_rank(x: Tensor, group_name: str) -> Tensor:
+    return first_rank_for(x, rank_in(group_name))

@@ -1,0 +1,1 @@
+"""Kernels that compute one block of attention."""

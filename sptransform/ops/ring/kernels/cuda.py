@@ -1,0 +1,214 @@
+"""The attention kernels of CUDA in the language of :mod:`sptransform.ops.ring.kernels.table`.
+
+None of them is given a dropout: each draws on its own, alike on ranks seeded alike.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sptransform.ops.ring.kernels.interface import Case, Grads, rows_in_memory
+
+aten = torch.ops.aten
+
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def is_plain(case: Case) -> bool:
+    """What the flash kernels and cuDNN ask for: sixteen bits, dimensions of whole 16-byte units, no mask."""
+    sizes = (case.head_dim, case.value_dim)
+    fits = case.dtype in _SIXTEEN_BITS and all(size % 8 == 0 and 0 < size <= 256 for size in sizes)
+    return case.device == "cuda" and fits and not case.masked and not case.dropout and _capability() >= (8, 0)
+
+
+def is_efficient(case: Case) -> bool:
+    unit = 16 // case.dtype.itemsize
+    fits = case.dtype in (*_SIXTEEN_BITS, torch.float32) and case.head_dim % unit == 0 == case.value_dim % unit
+    return case.device == "cuda" and fits and not case.dropout
+
+
+@cache
+def _capability() -> tuple[int, int]:
+    # without a GPU there are only fake tensors, whose kernels are only named
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
+@cache
+def has_flash_attn() -> bool:
+    """The package, in the versions whose functions take what is passed here."""
+    try:
+        major, minor = version("flash-attn").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (2, 7) <= (int(major), int(minor)) < (3, 0)
+
+
+def flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Its tensors are [B, s, H, D]."""
+    from flash_attn.flash_attn_interface import _flash_attn_forward
+
+    query, key, value = (rows_in_memory(x).transpose(1, 2) for x in (query, key, value))
+    out, lse, *_ = _flash_attn_forward(
+        query,
+        key,
+        value,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=0 if causal else -1,
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+    )
+    return out.transpose(1, 2), lse
+
+
+def flash_attn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Grads:
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    grad, query, key, value, out = (rows_in_memory(x).transpose(1, 2) for x in (grad, query, key, value, out))
+    grads = [torch.empty_like(x) for x in (query, key, value)]
+    _flash_attn_backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        lse.contiguous(),
+        *grads,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=0 if causal else -1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in grads)
+    return grad_query, grad_key, grad_value
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Also FlashAttention 3 or 4, where ``torch.nn.attention.activate_flash_attention_impl`` put it."""
+    query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    return out, lse
+
+
+def flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Grads:
+    grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
+    sizes = query.shape[2], key.shape[2]
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, value, out, lse, None, None, *sizes, 0.0, causal, *_no_random_state(query), scale=scale
+    )
+
+
+def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Its lse has a dimension more. Takes values of another dimension than keys."""
+    query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, lse.view(query.shape[:3])
+
+
+def cudnn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Grads:
+    grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
+    seed, offset = _no_random_state(query)
+    sizes = query.shape[2], key.shape[2]
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, out, lse.unsqueeze(-1).contiguous(), seed, offset, None, None, None, *sizes, 0.0,
+        causal, scale=scale,
+    )  # fmt: skip
+
+
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Its lse is padded to whole tiles of rows; a row that sees nothing may give NaN."""
+    query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    bias = _aligned(bias, query, key)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, causal, scale=scale)
+    lse = lse.narrow(-1, 0, query.shape[2])
+    if bias is None:
+        return out, lse
+    hidden = bias.amax(-1) == -math.inf
+    return out.masked_fill(hidden.unsqueeze(-1), 0), lse.masked_fill(hidden, 0)
+
+
+def efficient_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Grads:
+    grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
+    lse = functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
+    seed, offset = _no_random_state(query)
+    grads = aten._scaled_dot_product_efficient_attention_backward(
+        grad, query, key, value, _aligned(bias, query, key), out, lse, seed, offset, 0.0, [True, True, True, False],
+        causal, scale=scale,
+    )  # fmt: skip
+    return grads[:3]
+
+
+def _aligned(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The bias for all heads, its rows begun every 16 entries."""
+    if bias is None:
+        return None
+    size = key.shape[2]
+    bias = bias.to(query.dtype).expand(*bias.shape[:-1], size)
+    padded = functional.pad(bias, (0, -size % 16)).narrow(-1, 0, size)
+    return padded.expand(*query.shape[:3], size)
+
+
+def _no_random_state(query: Tensor) -> tuple[Tensor, Tensor]:
+    """What a backward without dropout takes, and does not read, as the state its forward drew from."""
+    empty = torch.empty((), dtype=torch.int64, device=query.device)
+    return empty, empty

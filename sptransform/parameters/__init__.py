@@ -1,0 +1,1 @@
+"""Parameters of which each rank keeps a part."""

@@ -1,0 +1,154 @@
+"""Sharding rules: one op's dimensions as factors, written like einsum.
+
+A rule names the *factors* of an op (Shardy's word): independent iteration spaces. ``"i k, k j -> i j"`` says that
+output row ``i`` needs only operand row ``i``; a factor that leaves the output is either summed (``reduce``: sharding
+it gives a pending sum) or must stay whole. A dimension may be a product of factors: ``"b s v -> (b s) v"``.
+Algorithms read :class:`OpRule`; nothing here knows an op's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from sptransform.diagnostics.errors import RuleError
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.sizes import Size
+
+Dims = tuple[tuple[str, ...], ...]
+Shape = tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stands for the index-th tensor argument in an :class:`OpCall`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One application of an op: its arguments with tensors replaced by :class:`Operand`, and all global shapes."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operand_shapes: tuple[Shape, ...]
+    result_shapes: tuple[Shape, ...]
+
+    def argument(self, name: str) -> Any:
+        """The argument called ``name`` in the op's schema, its default where it was not given."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        for position, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args) and not argument.kwarg_only:
+                    return self.args[position]
+                return argument.default_value
+        raise RuleError(f"{self.target} has no argument {name!r}")
+
+    def operand(self, name: str) -> int | None:
+        """Index of the tensor argument called ``name``; None where it was not given."""
+        value = self.argument(name)
+        return value.index if isinstance(value, Operand) else None
+
+
+def map_nodes(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """``tree`` with ``fn`` applied to its leaves, left to right: the order in which operands are numbered."""
+    return pytree.tree_map(fn, tree)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A factor whose extent differs on one tensor: how a partition of the factor looks there.
+
+    ``links`` says that it is still the same axis (a slice of it), so that sequence-ness passes through; ``start``, that
+    the tensor has consecutive indices of the factor, from which on.
+    """
+
+    partition: Callable[[Partition], Partition]
+    links: bool = True
+    start: Size | None = None
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """A rule applied to one call.
+
+    Attributes:
+        operands, results: factors of every dimension; a dimension of size 1 has none.
+        sizes: extent of every factor.
+        reduce: factors summed over; sharding one gives a pending sum.
+        whole: factors that cannot be sharded.
+        circling: those of ``whole`` whose parts the op can pass round among the ranks itself (keys, in a ring).
+        joined: those of ``whole`` along which the op can run on parts all the same, because it joins them itself.
+        is_causal: of an attention op: later queries see more keys.
+        linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
+        resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
+        roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
+        unrepeatable: running the op again would give something else: it draws random numbers inside.
+        own: results that each rank has of its own, for the op's backward only (a seed); they have no factors.
+        unread: operands that lend their dtype or device only; they may be placed anyhow.
+        placements: what decisions were found to ask of tensors and give to them; see ``decisions.placement_of``.
+        heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    sizes: Mapping[str, Size]
+    reduce: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    circling: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
+    is_causal: bool = False
+    linear: tuple[frozenset[int], ...] = ()
+    resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    unrepeatable: bool = False
+    own: frozenset[int] = frozenset()
+    unread: frozenset[int] = frozenset()
+    heavy: bool = False
+    placements: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def has_sequence(self) -> bool:
+        """An attention op with more than one query: there is something to split."""
+        return "queries" in self.roles
+
+    def tensors(self) -> Iterator[tuple[str, int, Dims]]:
+        """Every tensor of the op with its side and index."""
+        for index, dims in enumerate(self.operands):
+            yield "operand", index, dims
+        for index, dims in enumerate(self.results):
+            yield "result", index, dims
+
+    def check(self, call: OpCall) -> OpRule:
+        """Return self. Raises RuleError where factors and shapes disagree."""
+        shapes = {"operand": call.operand_shapes, "result": call.result_shapes}
+        if len(self.operands) != len(call.operand_shapes) or len(self.results) != len(call.result_shapes):
+            found = f"{len(self.operands)} operands and {len(self.results)} results"
+            raise RuleError(f"{call.target}: the rule has {found}")
+        for side, index, dims in self.tensors():
+            shape = shapes[side][index]
+            if len(dims) != len(shape):
+                raise RuleError(f"{call.target}: {side} {index} has {len(shape)} dims, its rule {len(dims)}")
+            for dim, factors in enumerate(dims):
+                if any((side, index, f) in self.resize for f in factors):
+                    continue
+                if prod(self.sizes[f] for f in factors) != shape[dim]:
+                    raise RuleError(f"{call.target}: dim {dim} of {side} {index} is {shape[dim]}, not {factors}")
+        shared = [dims for index, dims in enumerate(self.results) if index not in self.own]
+        kept = [{f for factors in dims for f in factors} for dims in shared]
+        read = {f for dims in self.operands for factors in dims for f in factors}
+        lost = {f for f in read if not all(f in own for own in kept)} - self.reduce - self.whole
+        if lost:
+            names = ", ".join(sorted(lost))
+            raise RuleError(f"{call.target}: {names} leaves a result, and is in neither reduce nor whole")
+        return self
+
+
+RuleFn = Callable[[OpCall], OpRule | None]

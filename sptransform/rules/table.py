@@ -1,0 +1,113 @@
+"""Tables of op knowledge: overload -> its rule, and how to run it on a shard where its arguments hold sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sptransform.diagnostics.errors import RuleError
+from sptransform.rules.decision import Sharded
+from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn, Shape, map_nodes
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    """A rule and, for ops whose arguments or meaning hold global sizes, how to run the op on a shard.
+
+    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`. Of an op that
+    communicates itself, ``sends(call, operands, rank)`` says what the call sends, forward and backward; it is a call on
+    one rank's parts, ``operands``, which may be fake.
+    """
+
+    rule: RuleFn
+    localize: Callable[[OpCall, Local], Any] | None = None
+    sends: Callable[[OpCall, Sequence[torch.Tensor], int], tuple[Sent, Sent]] | None = None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one rank sends in one direction: the ``kind`` of ``count`` messages, and their bytes in all."""
+
+    kind: str
+    count: int
+    bytes_sent: int
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a ``localize`` function may use.
+
+    ``emit(target, args, kwargs)`` runs an op (adds a node, or computes at once in tests); ``operands`` are the local
+    operands; ``result_shapes`` and ``result_dtypes`` what is to come out of it here; ``rank`` is to be read for uneven
+    partitions only, so that even ones give every rank the same graph; ``group`` is the process group's name.
+    """
+
+    emit: Callable[..., Any]
+    operands: tuple[Any, ...]
+    result_shapes: tuple[Shape, ...]
+    result_dtypes: tuple[torch.dtype, ...]
+    rule: OpRule
+    decision: Sharded
+    rank: int
+    group: str
+
+    def arguments(self, call: OpCall, **changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with operands put back and those named in ``changed`` replaced."""
+        args, kwargs = map_nodes(
+            (call.args, dict(call.kwargs)), lambda x: self.operands[x.index] if isinstance(x, Operand) else x
+        )
+        args = list(args)
+        for position, argument in enumerate(call.target._schema.arguments):
+            if argument.name in changed:
+                if position < len(args) and not argument.kwarg_only:
+                    args[position] = changed[argument.name]
+                else:
+                    kwargs[argument.name] = changed[argument.name]
+        return tuple(args), kwargs
+
+    def run(self, call: OpCall, **changed: Any) -> Any:
+        """Run the call's own op on the local operands, with the arguments named in ``changed`` replaced."""
+        args, kwargs = self.arguments(call, **changed)
+        return self.emit(call.target, args, kwargs)
+
+
+class RuleTable(Mapping[Any, OpEntry]):
+    """Overload -> entry, from alphabetical lists of pairs; ``default`` answers for overloads in none of them.
+
+    Raises:
+        RuleError: an overload stands in two lists.
+    """
+
+    def __init__(
+        self,
+        *tables: list[tuple[Any, OpEntry | RuleFn]],
+        default: Callable[[Any], OpEntry | None] = lambda target: None,
+    ) -> None:
+        self._default = default
+        self._entries: dict[Any, OpEntry] = {}
+        for table in tables:
+            for target, entry in table:
+                if target in self._entries:
+                    raise RuleError(f"two rules for {target}")
+                self._entries[target] = entry if isinstance(entry, OpEntry) else OpEntry(entry)
+
+    def __getitem__(self, target: Any) -> OpEntry:
+        entry = self._entries.get(target) or self._default(target)
+        if entry is None:
+            raise KeyError(target)
+        return entry
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def rule_of(self, call: OpCall) -> OpRule | None:
+        """The rule applied to a call, checked against its shapes; None where the op has none for it."""
+        entry = self.get(call.target)
+        applied = None if entry is None else entry.rule(call)
+        return None if applied is None else applied.check(call)

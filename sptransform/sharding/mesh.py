@@ -1,0 +1,162 @@
+"""The ranks a sequence is split over: their number, who we are, and the group's name. Needs no process group.
+
+A mesh of two dims is split over one dim after the other: :meth:`Mesh.split` gives a mesh for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sptransform.diagnostics.errors import UsageError, describe
+
+PRETENDED_GROUP = "sptransform"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks, as one mesh dim.
+
+    Attributes:
+        size: number of ranks.
+        rank: this process's rank among them.
+        group: name of the process group, as graphs hold it.
+        device_mesh: the torch mesh behind it; None where ranks are only pretended.
+        shape: ranks of each dim, where it is yet to be split.
+    """
+
+    size: int
+    rank: int
+    group: str
+    device_mesh: DeviceMesh | None = None
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.shape or (self.size,))
+
+    @staticmethod
+    def pretended(world_size: int | tuple[int, ...], rank: int = 0) -> Mesh:
+        """A mesh without processes, to make and inspect graphs; of several dims, ``world_size`` has the ranks of each.
+
+        Raises:
+            UsageError: an impossible rank.
+        """
+        shape = world_size if isinstance(world_size, tuple) else (world_size,)
+        size = prod(shape)
+        if min(shape) < 1 or not 0 <= rank < size:
+            fix = f"a rank from 0 to {size - 1}" if min(shape) > 0 else "world_size=1 or more"
+            raise UsageError(describe("no such rank", found=f"rank {rank} of world_size {world_size}", fix=fix))
+        return Mesh(size, rank, PRETENDED_GROUP, shape=shape)
+
+    @staticmethod
+    def of(device_mesh: DeviceMesh) -> Mesh:
+        """The ranks of a DeviceMesh of one or two dims; of two, a process group of all its ranks is made.
+
+        Raises:
+            UsageError: this rank is not in the mesh.
+        """
+        if device_mesh.get_coordinate() is None:
+            raise UsageError(
+                describe(
+                    "this rank is not in the mesh",
+                    found=f"rank {dist.get_rank()}, a mesh of ranks {device_mesh.mesh.flatten().tolist()}",
+                    fix="call parallelize on the ranks of the mesh only, each with the mesh it is in",
+                )
+            )
+        group = device_mesh.get_group() if device_mesh.ndim == 1 else _group_of_all(device_mesh)
+        return Mesh(group.size(), group.rank(), group.group_name, device_mesh, tuple(device_mesh.shape))
+
+    def split(self, outer: int, inner: int) -> tuple[Mesh, Mesh]:
+        """The same ranks as ``outer x inner`` of them, a mesh for each dim; the ranks of ``inner`` are neighbours.
+
+        All ranks call it together the first time: process groups may have to be made.
+        """
+        if self.device_mesh is None:
+            return (
+                Mesh(outer, self.rank // inner, f"{self.group}_outer"),
+                Mesh(inner, self.rank % inner, f"{self.group}_inner"),
+            )
+        whole = self.grid(outer, inner)
+        dims = []
+        for dim, size in enumerate((outer, inner)):
+            group = whole.get_group(dim)
+            # sliced where it can be, so that other libraries know whose dim it is
+            names = whole.mesh_dim_names
+            part = whole[names[dim]] if names else DeviceMesh.from_group(group, whole.device_type)
+            dims.append(Mesh(size, whole.get_local_rank(dim), group.group_name, part))
+        return dims[0], dims[1]
+
+    def grid(self, outer: int, inner: int) -> DeviceMesh:
+        """The torch mesh of two dims behind :meth:`split`."""
+        return self.device_mesh if self.device_mesh.ndim == 2 else _split(self.device_mesh, outer, inner)
+
+
+# Process groups and what is made of them last as long as their default group.
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+_splits: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int], DeviceMesh]] = WeakKeyDictionary()
+
+
+def _group_of(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of these global ranks, in this order, made once. Only its members have to come."""
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    known = _groups.setdefault(dist.group.WORLD, {})
+    if tuple(ranks) not in known:
+        known[tuple(ranks)] = dist.new_group(ranks, use_local_synchronization=True)
+    return known[tuple(ranks)]
+
+
+def _group_of_all(device_mesh: DeviceMesh) -> dist.ProcessGroup:
+    ranks = device_mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise UsageError(
+            describe(
+                "the ranks of a mesh of two dims are not in order",
+                found=str(device_mesh.mesh.tolist()),
+                fix="init_device_mesh(...), or a slice of the mesh it gives",
+            )
+        )
+    return _group_of(ranks)
+
+
+def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
+    """The mesh as one of two dims; made once, since it takes process groups."""
+    group = device_mesh.get_group()
+    known = _splits.setdefault(group, {})
+    if (outer, inner) not in known:
+        ranks = device_mesh.mesh.reshape(outer, inner)
+        ring, place = (ranks == dist.get_rank()).nonzero()[0].tolist()
+        groups = [_group_of(own.tolist()) for own in (ranks[:, place], ranks[ring, :])]
+        known[outer, inner] = DeviceMesh.from_group(
+            groups, device_mesh.device_type, mesh=ranks, mesh_dim_names=("ring", "ulysses")
+        )
+    return known[outer, inner]
+
+
+def device_mesh_of(given: DeviceMesh | None) -> DeviceMesh:
+    """The mesh a user passed; by default one of all ranks of the default group.
+
+    Raises:
+        UsageError: no process group is initialised, or what was passed is no mesh.
+    """
+    if given is None:
+        if not dist.is_initialized():
+            raise UsageError(
+                describe(
+                    "no process group to split the sequence over",
+                    found="torch.distributed is not initialised and no mesh was given",
+                    fix="call torch.distributed.init_process_group(...) first, or pass mesh=",
+                )
+            )
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device_type = accelerator.type if accelerator is not None and dist.get_backend() != "gloo" else "cpu"
+        return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("sp",))
+    if not isinstance(given, DeviceMesh):
+        found = type(given).__name__
+        raise UsageError(describe("mesh is not a DeviceMesh", found=found, fix="use init_device_mesh"))
+    return given

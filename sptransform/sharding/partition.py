@@ -1,0 +1,316 @@
+"""A Partition says which rank owns which indices of an axis, as half-open intervals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import sympy
+
+from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
+
+Interval = tuple[Size, Size]
+Intervals = tuple[Interval, ...]
+
+
+def _merge(intervals: Iterable[Interval]) -> Intervals:
+    """Drop empty intervals and join those that touch, keeping the order of the owner's storage."""
+    merged: list[Interval] = []
+    for lo, hi in intervals:
+        if lo >= hi:
+            continue
+        if merged and merged[-1][1] == lo:
+            merged[-1] = (merged[-1][0], hi)
+        else:
+            merged.append((lo, hi))
+    return tuple(merged)
+
+
+def common(one: Intervals, other: Intervals) -> Intervals:
+    """What is in both, ascending, in pieces that each lie within one interval of either."""
+    pieces = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
+    return tuple(sorted((lo, hi) for lo, hi in pieces if lo < hi))
+
+
+def stored(own: Intervals, part: Intervals) -> Intervals:
+    """Where in its storage a rank that owns ``own`` has ``part`` of it."""
+    places = []
+    for lo, hi in part:
+        before = 0
+        for start, stop in own:
+            if start <= lo < stop:
+                places.append((before + lo - start, before + hi - start))
+            before += stop - start
+    return tuple(places)
+
+
+def _share(size: Size, num: int) -> Size:
+    """One of ``num`` equal parts. Raises SymbolicSizeError where a symbolic size is not known to be a multiple."""
+    share = quotient(size, num) if isinstance(size, sympy.Expr) else size // num
+    if share is None:
+        raise SymbolicSizeError(f"{size} is not known to be a multiple of {num}")
+    return share
+
+
+def _blocks(share: Size, num_ranks: int) -> tuple[Intervals, ...]:
+    return tuple(((rank * share, (rank + 1) * share),) for rank in range(num_ranks))
+
+
+def _zigzag(share: Size, num_ranks: int) -> tuple[Intervals, ...]:
+    """``2 num_ranks`` chunks of ``share`` indices, from both ends to the middle, where the last rank's two touch."""
+    chunks = [(i * share, (i + 1) * share) for i in range(2 * num_ranks)]
+    pairs = tuple((chunks[rank], chunks[-1 - rank]) for rank in range(num_ranks - 1))
+    return (*pairs, ((chunks[num_ranks - 1][0], chunks[num_ranks][1]),))
+
+
+def _at(own: Intervals, start: int, stop: int) -> list[Interval]:
+    """The indices stored at ``start .. stop - 1`` by the owner of ``own``."""
+    found, at = [], 0
+    for lo, hi in own:
+        first, last = max(start - at, 0), min(stop - at, hi - lo)
+        if first < last:
+            found.append((lo + first, lo + last))
+        at += hi - lo
+    return found
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Ownership of the indices ``0 .. size-1`` of an axis by ``num_ranks`` ranks.
+
+    ``owned[r]`` lists rank r's intervals in the order in which r stores them. Intervals of different ranks
+    may overlap (two ranks that need the same key head); a partition without overlap that covers the axis is
+    ``exact``. As text: ``64/4`` is equal blocks, ``64/4z`` a zigzag of equal chunks, ``5[0:3|3:5]`` any other.
+
+    Raises:
+        ValueError: an interval lies outside the axis.
+    """
+
+    size: Size
+    owned: tuple[Intervals, ...]
+
+    def __post_init__(self) -> None:
+        for rank, intervals in enumerate(self.owned if isinstance(self.size, int) else ()):
+            for lo, hi in intervals:
+                if not 0 <= lo < hi <= self.size:
+                    raise ValueError(f"rank {rank} owns [{lo}, {hi}), outside an axis of size {self.size}")
+
+    @staticmethod
+    def of(size: int, owned: Iterable[Iterable[Interval]]) -> Partition:
+        return Partition(size, tuple(_merge(intervals) for intervals in owned))
+
+    @staticmethod
+    def contiguous(size: int, num_ranks: int) -> Partition:
+        """One block a rank, as ``torch.chunk`` cuts: ceil(size / num_ranks) each, the last ones shorter."""
+        if not isinstance(size, int):
+            return Partition.blocks(size, num_ranks)
+        block = -(-size // num_ranks)
+        return Partition.of(size, ([(min(r * block, size), min((r + 1) * block, size))] for r in range(num_ranks)))
+
+    @staticmethod
+    def blocks(size: Size, num_ranks: int) -> Partition:
+        """Equal blocks of an axis whose size, maybe symbolic, ``num_ranks`` divides.
+
+        Raises:
+            SymbolicSizeError: a symbolic size is not known to be a multiple.
+        """
+        return Partition(size, _blocks(_share(size, num_ranks), num_ranks))
+
+    @staticmethod
+    def zigzag(size: Size, num_ranks: int) -> Partition:
+        """Rank r owns the r-th and the r-th last of ``2 num_ranks`` chunks: equal work under a causal mask.
+
+        As Llama 3 cuts a context (Dubey et al., arXiv 2407.21783, §3.3.2). Any size will do: ranks' shares differ by at
+        most one index. The odd ones are in front, where a query sees the fewest keys: from 100 indices a rank on,
+        the most work is at most 1% above the mean. Chunks may be empty.
+
+        Raises:
+            SymbolicSizeError: a symbolic size is not known to be a multiple of ``2 num_ranks``.
+        """
+        if not isinstance(size, int):
+            return Partition(size, _zigzag(_share(size, 2 * num_ranks), num_ranks))
+        shares = [size // num_ranks + (rank < size % num_ranks) for rank in range(num_ranks)]
+        front, back = [-(-share // 2) for share in shares], [share // 2 for share in shares]
+        chunks = list(pairwise(accumulate([*front, *reversed(back)], initial=0)))
+        return Partition.of(size, ([chunks[rank], chunks[-1 - rank]] for rank in range(num_ranks)))
+
+    @staticmethod
+    def balanced(size: int, num_ranks: int) -> Partition:
+        """One block a rank, sizes differing by at most one: for heads, where an empty rank would idle."""
+        bounds = [size * r // num_ranks for r in range(num_ranks + 1)]
+        return Partition.of(size, ([pair] for pair in pairwise(bounds)))
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.owned)
+
+    def local_size(self, rank: int) -> int:
+        return sum(hi - lo for lo, hi in self.owned[rank])
+
+    @cached_property
+    def local_sizes(self) -> tuple[int, ...]:
+        return tuple(self.local_size(rank) for rank in range(self.num_ranks))
+
+    @property
+    def is_even(self) -> bool:
+        """Every rank owns equally many indices: the graph is then the same on all ranks."""
+        first, *others = self.local_sizes
+        return all(size == first for size in others)
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Every index is owned by one rank only."""
+        return self.is_covering and sum(self.local_sizes) == self.size
+
+    @cached_property
+    def is_covering(self) -> bool:
+        """Every index is owned."""
+        if self.is_blocks or self.is_zigzag:
+            return True
+        end = 0
+        for lo, hi in sorted(interval for own in self.owned for interval in own):
+            if lo > end:
+                return False
+            end = max(end, hi)
+        return end == self.size
+
+    @cached_property
+    def is_blocks(self) -> bool:
+        """Rank r owns the r-th of ``num_ranks`` equal blocks."""
+        return self._is_regular(self.num_ranks, _blocks)
+
+    @cached_property
+    def is_zigzag(self) -> bool:
+        """Rank r owns the r-th and the r-th last of ``2 num_ranks`` equal chunks."""
+        return self._is_regular(2 * self.num_ranks, _zigzag)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """Rank r owns the r-th of the chunks that ``torch.chunk`` and DTensor cut."""
+        return self.is_blocks or (isinstance(self.size, int) and self == self.contiguous(self.size, self.num_ranks))
+
+    def _is_regular(self, num_shares: int, form: Callable[[Size, int], tuple[Intervals, ...]]) -> bool:
+        # the numbers of intervals first: asking a traced size whether it is a multiple would be a guard
+        if [len(own) for own in self.owned] != [len(own) for own in form(1, self.num_ranks)]:
+            return False
+        if self.size % num_shares:
+            return False
+        share = self.size // num_shares
+        return share > 0 and self.owned == form(share, self.num_ranks)
+
+    def _check_number(self, operation: str) -> None:
+        if not isinstance(self.size, int):
+            raise SymbolicSizeError(f"cannot {operation} the partition of an axis of symbolic size {self.size}")
+
+    def slice(self, start: int, stop: int) -> Partition:
+        """Ownership of ``x[start:stop]``: intervals are clipped, nothing moves."""
+        self._check_number("slice")
+        clip = ([(max(lo, start) - start, min(hi, stop) - start) for lo, hi in own] for own in self.owned)
+        return Partition.of(max(stop - start, 0), clip)
+
+    def pad(self, before: int, after: int) -> Partition:
+        """Ownership after padding: whoever owns the first (last) index owns what is put before (after) it."""
+        self._check_number("pad")
+        total = before + self.size + after
+        owned = []
+        for own in self.owned:
+            shifted = []
+            for lo, hi in own:
+                left = 0 if lo == 0 else lo + before
+                shifted.append((left, total if hi == self.size else hi + before))
+            owned.append(shifted)
+        return Partition.of(total, owned)
+
+    def divided(self, num_parts: int) -> Partition:
+        """Every rank's part, in the order in which it stores it, shared by ``num_parts`` ranks in contiguous blocks."""
+        owned = []
+        for own in self.owned:
+            stored = Partition.contiguous(sum(hi - lo for lo, hi in own), num_parts)
+            owned += [[piece for lo, hi in part for piece in _at(own, lo, hi)] for part in stored.owned]
+            owned += [[]] * (num_parts - stored.num_ranks)
+        return Partition.of(self.size, owned)
+
+    def tiled(self, times: int) -> Partition:
+        """The same ownership of each of ``times`` such axes that lie one after the other."""
+        starts = [tile * self.size for tile in range(times)]
+        tiled = ([(start + lo, start + hi) for start in starts for lo, hi in own] for own in self.owned)
+        return Partition.of(self.size * times, tiled)
+
+    @cached_property
+    def num_tiles(self) -> int | None:
+        """Of how many tiles of equal blocks the axis consists: 1 for equal blocks; None for any other."""
+        if self.is_blocks:
+            return 1
+        times = len(self.owned[0]) if isinstance(self.size, int) else 0
+        if times < 2 or self.size % (times * self.num_ranks):
+            return None
+        return times if self == Partition.blocks(self.size // times, self.num_ranks).tiled(times) else None
+
+    def within(self, own: Intervals) -> Partition:
+        """Ownership of what somebody stores who has only the indices ``own`` of the axis."""
+        return Partition.of(sum(hi - lo for lo, hi in own), (stored(own, common(mine, own)) for mine in self.owned))
+
+    def refine(self, factor: int) -> Partition:
+        """The same ownership of an axis in which every index became ``factor`` consecutive ones."""
+        if factor == 1:
+            return self
+        return Partition.of(self.size * factor, ([(lo * factor, hi * factor) for lo, hi in own] for own in self.owned))
+
+    def coarsen(self, factor: int) -> Partition | None:
+        """Inverse of :meth:`refine`; None where an interval does not begin and end on a multiple of ``factor``."""
+        size = quotient(self.size, factor)
+        owned = [[(quotient(lo, factor), quotient(hi, factor)) for lo, hi in own] for own in self.owned]
+        if size is None or any(bound is None for own in owned for interval in own for bound in interval):
+            return None
+        return Partition.of(size, owned)
+
+    def first_owners(self) -> Partition:
+        """Every index with the first of its owners only."""
+        owned: list[list[Interval]] = []
+        taken: list[Interval] = []
+        for own in self.owned:
+            left = list(own)
+            for lo, hi in taken:
+                left = [piece for a, b in left for piece in ((a, min(b, lo)), (max(a, hi), b)) if piece[0] < piece[1]]
+            owned.append(left)
+            taken.extend(left)
+        return Partition.of(self.size, owned)
+
+    def quotient(self, factor: int) -> Partition:
+        """The indices ``i // factor`` each rank needs to serve its own ``i``, each once: key heads for query heads."""
+        owned = []
+        for own in self.owned:
+            needed: list[Interval] = []
+            end = 0
+            for lo, hi in sorted((lo // factor, -(-hi // factor)) for lo, hi in own):
+                needed.append((max(lo, end), hi))
+                end = max(end, hi)
+            owned.append(needed)
+        return Partition.of(self.size // factor, owned)
+
+    def __str__(self) -> str:
+        if self.is_blocks or self.is_zigzag:
+            size = self.size if isinstance(self.size, int) else "?"
+            return f"{size}/{self.num_ranks}{'' if self.is_blocks else 'z'}"
+        self._check_number("print")
+        ranks = "|".join(",".join(f"{lo}:{hi}" for lo, hi in own) for own in self.owned)
+        return f"{self.size}[{ranks}]"
+
+    @staticmethod
+    def parse(text: str) -> Partition:
+        """Inverse of ``str``, but for an open size (``?``). Raises ValueError on other text."""
+        regular = re.fullmatch(r"(\d+)/(\d+)(z?)", text)
+        if regular:
+            form = Partition.zigzag if regular[3] else Partition.contiguous
+            return form(int(regular[1]), int(regular[2]))
+        match = re.fullmatch(r"(\d+)\[([\d:,|]*)\]", text)
+        if match is None:
+            raise ValueError(f"not a partition: {text!r}")
+        owned = []
+        for rank in match[2].split("|"):
+            bounds = (interval.split(":") for interval in rank.split(",") if interval)
+            owned.append(tuple((int(lo), int(hi)) for lo, hi in bounds))
+        return Partition(int(match[1]), tuple(owned))

@@ -1,0 +1,187 @@
+"""The four placements of a tensor over the ranks, their transposes, and their printed form.
+
+A placement types a value *and* its gradient (the SPMD types of JAX's shard_map and of spmd_types):
+
+    ======  =====================================  ==================================
+    place   value                                  gradient
+    ======  =====================================  ==================================
+    S(dim)  each rank holds its part of ``dim``    each rank holds the same part
+    R       every rank holds the value             a pending sum over the ranks
+    I       every rank holds the value             every rank holds the gradient
+    P       a pending sum over the ranks           every rank holds the gradient
+    ======  =====================================  ==================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.sizes import Size, SymbolicSizeError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Base of the four placements."""
+
+
+@dataclass(frozen=True)
+class Replicated(Placement):
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True)
+class Invariant(Placement):
+    def __str__(self) -> str:
+        return "I"
+
+
+@dataclass(frozen=True)
+class Partial(Placement):
+    def __str__(self) -> str:
+        return "P"
+
+
+@dataclass(frozen=True)
+class Shard(Placement):
+    """Dimension ``dim`` is cut along one axis of it.
+
+    The dimension is the product ``outer x partition.size`` (row-major), so a flattened ``[B*S, V]`` whose S is
+    cut is ``Shard(0, partition of S, outer=B)``; a plain dimension has ``outer = 1``. An axis with further
+    axes inside it needs no third number: its partition is refined by them.
+    """
+
+    dim: int
+    partition: Partition
+    outer: Size = 1
+
+    @property
+    def dim_size(self) -> Size:
+        """Global size of the dimension."""
+        return self.outer * self.partition.size
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether DTensor's ``Shard(dim)`` means the same cut."""
+        return self.outer == 1 and self.partition.is_contiguous
+
+    def local_dim_size(self, rank: int) -> Size:
+        return self.outer * self.partition.local_size(rank)
+
+    def local_shape(self, shape: tuple[Size, ...], rank: int) -> tuple[Size, ...]:
+        """Shape of rank's part of a tensor of global ``shape``. Raises ValueError if the dimension differs."""
+        if shape[self.dim] != self.dim_size:
+            raise ValueError(f"dimension {self.dim} of {tuple(shape)} is not the {self.dim_size} of {self.spec}")
+        return (*shape[: self.dim], self.local_dim_size(rank), *shape[self.dim + 1 :])
+
+    def held(self, placement: Placement, rank: int) -> Shard:
+        """The same cut of what ``rank`` of other ranks has of the whole, which these share as ``placement`` says."""
+        if not isinstance(placement, Shard) or placement.dim != self.dim:
+            return self
+        return replace(self, partition=self.partition.within(placement.partition.tiled(placement.outer).owned[rank]))
+
+    def __str__(self) -> str:
+        return f"S({self.dim})"
+
+    @property
+    def spec(self) -> str:
+        """The whole placement as text, as the ops of the rewritten graph take it: ``S(0:2*64/4)``."""
+        if not isinstance(self.outer, int):
+            raise SymbolicSizeError(f"cannot print {self.outer} times a partition")
+        outer = f"{self.outer}*" if self.outer != 1 else ""
+        return f"S({self.dim}:{outer}{self.partition})"
+
+    @staticmethod
+    def parse(text: str, part: Tensor | None = None, whole: Tensor | None = None) -> Shard:
+        """Inverse of ``spec``; a size it leaves open (``?``) is read from the tensor it is said of.
+
+        Raises:
+            ValueError: other text, or an open size and no tensor.
+        """
+        if "?" not in text:
+            return _parse(text)
+        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?\?/(\d+)(z?)\)", text)
+        x = whole if part is None else part
+        if match is None or x is None:
+            raise ValueError(f"not a shard: {text!r}")
+        dim, outer, num_ranks = (int(group or 1) for group in match.groups()[:3])
+        extent = x.shape[dim] // outer * (1 if part is None else num_ranks)
+        form = Partition.zigzag if match[4] else Partition.blocks
+        return Shard(dim, form(extent, num_ranks), outer)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Shard:
+    match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?([^*]+)\)", text)
+    if match is None:
+        raise ValueError(f"not a shard: {text!r}")
+    dim, outer, partition = match.groups()
+    return Shard(int(dim), Partition.parse(partition), int(outer or 1))
+
+
+R = Replicated()
+I = Invariant()  # noqa: E741 - the type's name everywhere in the field's notation and in this project
+P = Partial()
+
+
+def local_shape(placement: Placement, shape: tuple[Size, ...], rank: int) -> tuple[Size, ...]:
+    """Shape that ``rank`` holds of a tensor of global ``shape``."""
+    return placement.local_shape(shape, rank) if isinstance(placement, Shard) else tuple(shape)
+
+
+# (from, to) -> (forward collective, backward collective); S stands for any Shard. Korthikanti et al. 2205.05198
+# figure 4 has the two all-gather/reduce-scatter pairs; the rest follow from transposition.
+TRANSITIONS: dict[tuple[str, str], tuple[str | None, str | None]] = {
+    ("I", "P"): (None, None),
+    ("I", "R"): (None, "all_reduce"),
+    ("I", "S"): (None, "all_gather"),
+    ("P", "I"): ("all_reduce", None),
+    ("P", "R"): ("all_reduce", "all_reduce"),
+    ("P", "S"): ("reduce_scatter", "all_gather"),
+    ("R", "I"): (None, None),
+    ("R", "S"): (None, None),
+    ("S", "I"): ("all_gather", None),
+    ("S", "R"): ("all_gather", "reduce_scatter"),
+    ("S", "S"): ("all_to_all", "all_to_all"),
+}
+
+
+def kind(placement: Placement) -> str:
+    """The placement's letter: S, R, I or P."""
+    return str(placement)[0]
+
+
+def cut_alike(source: Placement, target: Placement) -> bool:
+    """Whether both are shards of the same dimension."""
+    return isinstance(source, Shard) and isinstance(target, Shard) and source.dim == target.dim
+
+
+def repartitions(source: Placement, target: Placement) -> bool:
+    """Whether a dimension stays cut along the same axis and each index, of one owner before and after, only moves."""
+    if not isinstance(source, Shard) or not isinstance(target, Shard) or not cut_alike(source, target):
+        return False
+    before, after = source.partition, target.partition
+    same_axis = source.outer == target.outer and before.size == after.size
+    return same_axis and before.is_exact and after.is_exact
+
+
+def keeps_own(source: Placement, target: Placement) -> bool:
+    """Whether of indices that ranks share only the first owner's are kept: nothing is sent."""
+    if not isinstance(source, Shard) or not isinstance(target, Shard) or source.partition.is_exact:
+        return False
+    return target == replace(source, partition=source.partition.first_owners())
+
+
+def leads_through_whole(source: Placement, target: Placement) -> bool:
+    """Whether shards of one dimension differ in more than who owns which index, so that it must be whole in between."""
+    return cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target))
+
+
+def transition(source: Placement, target: Placement) -> tuple[str | None, str | None]:
+    """(forward collective, backward collective) of a change of placement."""
+    return (None, None) if keeps_own(source, target) else TRANSITIONS[kind(source), kind(target)]

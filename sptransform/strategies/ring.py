@@ -1,0 +1,93 @@
+"""Strategies under which each rank computes the attention of its own queries: Ring and AllGatherKV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sptransform.engine.strategy import Divide, Strategy, check_choice
+from sptransform.rules.decision import Circular, Decision, Sharded
+from sptransform.rules.rule import OpRule
+from sptransform.sharding.partition import Partition
+from sptransform.sharding.sizes import Size
+
+
+@dataclass(frozen=True)
+class _QueriesStay(Strategy):
+    """Base: each rank computes the attention of its own queries.
+
+    Args:
+        layout: "zigzag" gives each rank one block from the front and one from the back of the sequence, so that a
+            causal mask leaves all ranks equal work (Llama 3, arXiv 2407.21783, §3.3.2); a model without causal
+            attention is laid out "contiguous" all the same.
+    """
+
+    layout: str = "zigzag"
+    reads_masks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice(self, "layout", "contiguous", "zigzag")
+
+    def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
+        if is_causal and self.layout == "zigzag":
+            return Partition.zigzag(size, num_ranks)
+        return Partition.contiguous(size, num_ranks)
+
+    def multiple(self, num_ranks: int) -> int:
+        return 2 * num_ranks if self.layout == "zigzag" else num_ranks
+
+
+@dataclass(frozen=True)
+class Ring(_QueriesStay):
+    """Queries stay, keys and values go round the ranks (Liu et al., Ring Attention, arXiv 2310.01889).
+
+    Any number of ranks, heads and tokens. A hop travels while the block before it is computed; nothing that grows with
+    the number of ranks is saved for the backward, which is a ring of its own.
+
+    Args:
+        layout: "zigzag" gives each rank one block from the front and one from the back of the sequence, so that a
+            causal mask leaves all ranks equal work (Llama 3, arXiv 2407.21783, §3.3.2); a model without causal
+            attention is laid out "contiguous" all the same.
+        kv: how keys and values reach the queries: on the "ring", or by an "allgather" as in :class:`AllGatherKV`.
+
+    Raises:
+        UsageError: another ``layout`` or ``kv``.
+    """
+
+    kv: str = "ring"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "kv", "allgather", "ring")
+
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
+        queries, keys = rule.roles["queries"], rule.roles.get("keys")
+        if self.kv == "allgather" or keys not in rule.circling:
+            return Sharded(queries, divide(queries))
+        return Circular(queries, divide(queries), keys, divide(keys))
+
+
+@dataclass(frozen=True)
+class AllGatherKV(_QueriesStay):
+    """Queries stay, keys and values are gathered (Llama 3 context parallelism, arXiv 2407.21783, §3.3.2).
+
+    One all-gather forward, one reduce-scatter of their gradients backward: fewer messages than a ring and as many
+    bytes, for the memory of all keys and values of a layer.
+
+    Args:
+        layout: as of :class:`Ring`.
+        regather: gather keys and values again in the backward instead of saving them.
+
+    Raises:
+        UsageError: another ``layout`` or ``regather``.
+    """
+
+    regather: bool = False  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "regather", False, True)
+
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
+        queries = rule.roles["queries"]
+        return Sharded(queries, divide(queries))

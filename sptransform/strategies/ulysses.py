@@ -1,0 +1,50 @@
+"""DeepSpeed-Ulysses: each rank computes some heads of the whole sequence."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.strategy import Divide, Strategy, check_choice
+from sptransform.rules.decision import Sharded
+from sptransform.rules.rule import OpRule
+from sptransform.sharding.partition import Partition
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ulysses(Strategy):
+    """Attention sees the whole sequence of some heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509, §3).
+
+    One all-to-all brings queries, keys and values from sequence to head shards, one brings the output back. Key
+    heads are moved as they are, not repeated to the number of query heads.
+
+    Args:
+        split: what the all-to-all divides among the ranks: "heads", or the "batch" where heads are fewer than ranks or
+            do not divide evenly. Uneven numbers are exact; a rank without a share waits for the others.
+
+    Raises:
+        UsageError: another ``split``; at compile time, ``split="batch"`` for a batch of one.
+    """
+
+    split: str = "heads"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "split", "batch", "heads")
+
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
+        factor = rule.roles.get(self.split)
+        if factor is None:
+            raise UsageError(
+                describe(
+                    f"Ulysses(split={self.split!r}) has nothing to split",
+                    found=f"an attention of one {'head' if self.split == 'heads' else 'sequence'}",
+                    fix="Ulysses(split='heads')" if self.split == "batch" else "Ulysses(split='batch')",
+                )
+            )
+        size = rule.sizes[factor]
+        if size < num_ranks:
+            log.warning("%d of %d ranks have no %s in attention", num_ranks - size, num_ranks, self.split)
+        return Sharded(factor, Partition.balanced(size, num_ranks))

@@ -1,0 +1,392 @@
+"""Graphs without writes: the same values and gradients as the program that writes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sptransform.capture.capture import capture
+from sptransform.diagnostics.errors import CaptureError
+from sptransform.engine.verifier import check_functional
+from sptransform.graph import notes
+from sptransform.graph.printer import text
+from tests.support.golden import Golden
+from tests.support.graphs import Run, a_context, captured, compiled_with, copied, run_once, while_captured
+
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def an_input() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+
+def add_in_place(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h += 1
+    h *= v
+    return h.sin()
+
+
+def write_column(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h[:, 0] = v[:3]
+    return h.sin()
+
+
+def write_slice(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h[1:, 1:3] = v[:2]
+    return h.sin()
+
+
+def write_strided(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h[:, ::2] *= 3
+    return h * v
+
+
+def fill_masked(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h.masked_fill_(x > 0.3, -1.0)
+    return h * v
+
+
+def view_of_view(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    part = h[1:][:, 1:]
+    part += v[1:]
+    return h.sin() * 2
+
+
+def row_of_slice(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h[1:][0].mul_(v)
+    return h.sin()
+
+
+def stale_view(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    row = h[0]
+    h += v
+    return row.sin() + h[1]
+
+
+def stale_view_of_a_view(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    entry = h[1:][:, 2]
+    h.mul_(v)
+    return entry.sin()
+
+
+def base_after_a_view_was_written(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    first, second = h[0], h[0]
+    first.add_(v)
+    return second * 2 + h[1]
+
+
+def two_views_written_in_turn(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    rows, column = h[:2], h[:, 1]
+    rows.mul_(v)
+    column.add_(1.0)
+    rows.add_(column[:2].unsqueeze(1).clone())
+    return h.sin()
+
+
+def through_an_alias(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    same = h[:]
+    same += v
+    return h.sin()
+
+
+def through_detach(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x.detach() * 2
+    h += 1
+    return h * v
+
+
+def copy_whole(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = torch.zeros(3, 4, dtype=torch.float64)
+    h.copy_(x)
+    h[0].copy_(v)
+    return h.sin()
+
+
+def copy_broadcasts_and_converts(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = torch.zeros(3, 4, dtype=torch.float32)
+    h.copy_(v)
+    return h.double() * x
+
+
+def fill_and_zero(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h[0].zero_()
+    h[1].fill_(3.0)
+    return h * v
+
+
+def result_of_the_write(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    return h.add_(v).mul_(2.0) + h
+
+
+def clamp_and_activate(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h.clamp_(max=1.5).sin_()
+    return torch.relu_(h) + v
+
+
+def index_put(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h[torch.tensor([0, 2]), torch.tensor([1, 1])] = v[:2]
+    return h.sin()
+
+
+def write_to_a_clone(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    saved = h.clone()
+    h += v
+    return saved * h
+
+
+def float_to_narrow(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The written tensor keeps its dtype."""
+    h = (x * 2).float()
+    h += v
+    h *= v.double()
+    return h.double()
+
+
+def through_transposes(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h.t()[1].mul_(3.0)
+    h.transpose(0, 1).add_(v[:, None])
+    h.view(2, 3, 2).permute(2, 0, 1)[0].mul_(2.0)
+    return h.sin()
+
+
+def through_a_square_transpose(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """It has its base's shape: written back as it is, it would be transposed."""
+    h = x[:, :3] * 2
+    h.t().add_(v[:3])
+    return h.sin()
+
+
+def through_reshapes(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h.view(-1)[3] = v[0]
+    h.unsqueeze(0)[0, 1] = v
+    h.flatten()[5:7].mul_(2.0)
+    return h.sin()
+
+
+def through_no_op(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h.contiguous().add_(v)
+    h.to(torch.float64).mul_(v)
+    return h.sin()
+
+
+def on_the_diagonal(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    h.diagonal().add_(v[:3])
+    return h.sin()
+
+
+PROGRAMS = [
+    through_transposes,
+    through_a_square_transpose,
+    through_reshapes,
+    through_no_op,
+    on_the_diagonal,
+    add_in_place,
+    write_column,
+    write_slice,
+    write_strided,
+    fill_masked,
+    view_of_view,
+    row_of_slice,
+    stale_view,
+    stale_view_of_a_view,
+    base_after_a_view_was_written,
+    two_views_written_in_turn,
+    through_an_alias,
+    through_detach,
+    copy_whole,
+    copy_broadcasts_and_converts,
+    fill_and_zero,
+    result_of_the_write,
+    clamp_and_activate,
+    index_put,
+    write_to_a_clone,
+    float_to_narrow,
+]
+MIXED = (copy_broadcasts_and_converts, float_to_narrow)
+
+
+def both(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> tuple[Run, Run]:
+    """The program as written, and its functional graph."""
+    functional = capture(gm, inputs)
+    check_functional(functional.graph, a_context())
+    return run_once(gm, inputs), run_once(functional, inputs)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_values_and_gradients(program: Function) -> None:
+    reference, found = while_captured(program, both, *an_input())
+    assert found.outputs[0].dtype == reference.outputs[0].dtype
+    for x, y in zip(reference.outputs + reference.grads, found.outputs + found.grads, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            # where dtypes are mixed, gradients are rounded in another order
+            torch.testing.assert_close(y, x, rtol=0, atol=1e-6 if program in MIXED else 0)
+
+
+@pytest.mark.parametrize("program", [write_column, stale_view, two_views_written_in_turn])
+def test_recorded_values_fit_what_runs(program: Function) -> None:
+    """Shape and dtype noted on each node are those it computes."""
+    gm, inputs = captured(program, *an_input())
+
+    class Checked(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor):
+                assert (n.meta["val"].shape, n.meta["val"].dtype) == (result.shape, result.dtype), n
+            return result
+
+    Checked(gm).run(*copied(inputs))
+
+
+def test_golden(golden: Golden) -> None:
+    gm, _ = captured(two_views_written_in_turn, *an_input())
+    golden.check("functionalize", after=text(gm.graph.nodes))
+
+
+class Running(nn.Module):
+    """Keeps a running mean, as batch norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return (x - self.mean) * self.count
+
+
+def test_buffers_are_written_back() -> None:
+    x, _ = an_input()
+    eager, compiled = Running(), Running()
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        functional = capture(gm, inputs)
+        check_functional(functional.graph, a_context())
+        return functional
+
+    for step in (1, 2):
+        expected = eager(x)
+        found = compiled_with(compiled, backend, x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(compiled.mean, eager.mean, rtol=0, atol=1e-14)
+        assert compiled.count == eager.count == step
+
+
+def test_a_view_of_a_buffer_is_written_back() -> None:
+    def program(buffer: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        buffer[:, 1] = x.detach()[:, 0]
+        return buffer.sum() * x
+
+    x, _ = an_input()
+    eager, compiled = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    expected = program(eager, x)
+    torch.testing.assert_close(compiled_with(program, capture, compiled, x), expected)
+    assert torch.equal(compiled, eager) and compiled.abs().sum() > 0
+
+
+def test_a_write_that_has_no_functional_form(golden: Golden) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        h.normal_()
+        return h.sin()
+
+    with pytest.raises(CaptureError) as caught:
+        captured(program, torch.randn(4, 4))
+    golden.check("errors_no_functional_form", message=str(caught.value))
+
+
+def test_a_write_into_a_list_of_tensors() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        parts = [x * 2, x * 3]
+        torch._foreach_add_(parts, 1.0)
+        return parts[0] * parts[1]
+
+    with pytest.raises(CaptureError, match="no out-of-place form"):
+        captured(program, torch.randn(4, 4))
+
+
+def test_a_write_through_a_view_that_cannot_be_written_back(golden: Golden) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        h.unfold(0, 2, 2)[0].add_(1.0)
+        return h.sin()
+
+    with pytest.raises(CaptureError) as caught:
+        captured(program, torch.randn(4, 3))
+    golden.check("errors_view_not_written_back", message=str(caught.value))
+
+
+def test_a_write_through_detach_is_refused() -> None:
+    """The value changes and the gradient does not: no functional form says that."""
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        h.detach().add_(1.0)
+        return h.sin()
+
+    with pytest.raises(CaptureError, match=r"aten\.detach"):
+        captured(program, torch.randn(4, 4, requires_grad=True))
+
+
+def test_a_write_into_one_piece_of_a_split_is_refused() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        first, _ = h.chunk(2, -1)
+        first.add_(1.0)
+        return h.sin()
+
+    with pytest.raises(CaptureError, match="cannot be written back"):
+        captured(program, torch.randn(4, 4))
+
+
+def test_pieces_of_a_split_are_read_anew() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        first, second = h.chunk(2, -1)
+        h.add_(1.0)
+        return first * second
+
+    reference, found = while_captured(program, both, torch.randn(4, 4))
+    assert torch.equal(reference.outputs[0], found.outputs[0])
+
+
+def test_every_node_has_a_note_of_its_own() -> None:
+    for program in PROGRAMS:
+        gm, _ = captured(program, *an_input())
+        own = [id(notes.note(node)) for node in gm.graph.nodes]
+        assert len(set(own)) == len(own), program
+
+
+def test_graphs_without_writes_are_left_alone() -> None:
+    def both(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        assert "scatter" not in text(capture(gm, inputs).graph.nodes)
+
+    while_captured(lambda x: x[:, 1].sin(), both, torch.randn(3, 3))

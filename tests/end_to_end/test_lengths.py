@@ -1,0 +1,102 @@
+"""Lengths that change between calls: one graph for all that the ranks share evenly, another compile for others."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.support.equality import Result, assert_equal_to_one_device, run_one_device
+from tests.support.gloo_pool import get_pool
+from tests.support.models import MODELS, VOCAB, build
+from tests.support.tiny import attention
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tuple[list[Result], int]:
+    """One parallelized model called with every length; its results, and how often it was compiled."""
+    from torch._dynamo.utils import counters
+
+    import sptransform
+
+    counters.clear()
+    model, _ = build(name, layers=1)
+    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    results = []
+    for length in lengths:
+        _, inputs = build(name, seq_len=length)
+        model.zero_grad()
+        results.append(run_one_device(model, inputs))
+    return results, counters["stats"]["unique_graphs"]
+
+
+def tokens(length: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (2, length), generator=torch.Generator().manual_seed(length))
+
+
+def run_logits(rank: int, world_size: int, lengths: list[int]) -> list[tuple[bool, torch.Tensor]]:
+    """Logits of every length: whether they came as DTensors, and the whole of them."""
+    import sptransform
+
+    model = sptransform.parallelize(attention(), "ulysses", backend="aot_eager")
+    return [is_dtensor_and_whole(model(tokens(length))) for length in lengths]
+
+
+def run_logits_of_llama(rank: int, world_size: int, lengths: list[int]) -> list[tuple[bool, torch.Tensor]]:
+    import sptransform
+
+    model = sptransform.parallelize(build("llama_nocache", layers=1)[0], "ulysses", backend="aot_eager")
+    inputs = [build("llama_nocache", seq_len=length)[1] for length in lengths]
+    return [is_dtensor_and_whole(model(**each).logits) for each in inputs]
+
+
+def is_dtensor_and_whole(logits: Any) -> tuple[bool, torch.Tensor]:
+    return isinstance(logits, DTensor), logits.full_tensor().detach()
+
+
+def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_compiles: int) -> None:
+    for results, num_compiles in get_pool(num_ranks).run(run_lengths, name, lengths, timeout=200):
+        assert num_compiles <= most_compiles
+        for length, result in zip(lengths, results, strict=True):
+            model, inputs = build(name, seq_len=length, layers=1)
+            assert_equal_to_one_device(run_one_device(model, inputs), result, MODELS[name].tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "bert", "gpt2", "torch_encoder"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_five_lengths_compile_at_most_twice(name: str, num_ranks: int) -> None:
+    """Torch makes the length symbolic at its second value, and the graph of it serves all the others."""
+    lengths = random.Random(num_ranks).sample(range(2 * num_ranks, 129, num_ranks), 5)
+    assert_lengths_equal(name, num_ranks, lengths, most_compiles=2)
+
+
+@pytest.mark.slow
+def test_a_length_the_ranks_do_not_share_evenly_is_compiled_for_itself() -> None:
+    assert_lengths_equal("llama_nocache", 3, [63, 61, 30], most_compiles=3)
+
+
+@pytest.mark.slow
+def test_a_clipped_sequence_is_compiled_for_every_length() -> None:
+    """``x[:, :-1]`` gives the last rank one less: sizes in its graph are those of one length."""
+    assert_lengths_equal("sdpa_transformer", 2, [64, 32, 48], most_compiles=3)
+
+
+def test_dtensors_have_the_length_of_their_call() -> None:
+    lengths = [64, 32, 48]
+    for found in get_pool(2).run(run_logits, lengths, timeout=200):
+        for length, (is_dtensor, logits) in zip(lengths, found, strict=True):
+            assert is_dtensor
+            torch.testing.assert_close(logits, attention()(tokens(length)).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_dtensors_of_llama_have_the_length_of_their_call() -> None:
+    lengths = [64, 32, 48]
+    for found in get_pool(2).run(run_logits_of_llama, lengths, timeout=200):
+        for length, (is_dtensor, logits) in zip(lengths, found, strict=True):
+            model, inputs = build("llama_nocache", seq_len=length, layers=1)
+            assert is_dtensor
+            torch.testing.assert_close(logits, model(**inputs).logits.detach(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,126 @@
+"""The calls of a plan, against the definition of what a query sees, pair by pair."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from unittest import mock
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from sptransform.ops.ring import plan
+from sptransform.ops.ring.plan import Call, attended_pairs, plan_calls
+from sptransform.sharding.partition import Intervals, Partition
+
+
+def positions(intervals: Intervals) -> list[int]:
+    return [position for lo, hi in intervals for position in range(lo, hi)]
+
+
+def sees(distance: int, nearest: int | None, farthest: int | None) -> bool:
+    return (nearest is None or distance >= nearest) and (farthest is None or distance <= farthest)
+
+
+def check(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, masked: bool) -> None:
+    rows, columns = positions(queries), positions(keys)
+    covered: dict[tuple[int, int], int] = {}
+    for call in plan_calls(queries, keys, nearest, farthest, masked=masked):
+        assert 0 <= call.q_start < call.q_stop <= len(rows) and 0 <= call.k_start < call.k_stop <= len(columns)
+        assert call.kind in ("full", "band") if masked else ("full", "band", "causal")
+        if call.kind == "causal":
+            assert call.q_stop - call.q_start == call.k_stop - call.k_start
+        for i in range(call.q_start, call.q_stop):
+            for j in range(call.k_start, call.k_stop):
+                hidden = call.kind == "causal" and j - call.k_start > i - call.q_start
+                hidden |= call.kind == "band" and not sees(rows[i] - columns[j], nearest, farthest)
+                if not hidden:
+                    covered[i, j] = covered.get((i, j), 0) + 1
+    expected = {
+        (i, j): 1
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+        if sees(row - column, nearest, farthest)
+    }
+    assert covered == expected
+    assert attended_pairs(queries, keys, nearest, farthest) == len(expected)
+
+
+@st.composite
+def intervals(draw: st.DrawFn) -> Intervals:
+    """Up to three intervals, now and then not in the order of their positions."""
+    bounds = sorted(draw(st.sets(st.integers(0, 24), min_size=0, max_size=6)))
+    pieces = [(lo, hi) for lo, hi in pairwise(bounds)][::2]
+    return tuple(draw(st.permutations(pieces)))
+
+
+limits = st.none() | st.integers(-26, 26)
+
+
+@given(intervals(), intervals(), limits, limits, st.booleans(), st.sampled_from([3, 512]))
+@settings(deadline=None, max_examples=400)
+def test_every_visible_pair_is_covered_once(
+    queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, masked: bool, tile: int
+) -> None:
+    with mock.patch.object(plan, "TILE", tile):
+        plan_calls.cache_clear()
+        check(queries, keys, nearest, farthest, masked)
+    plan_calls.cache_clear()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(("nearest", "farthest"), [(0, None), (0, 4), (-3, 3), (None, None), (None, 2)])
+def test_layouts(num_ranks: int, layout: str, nearest: int | None, farthest: int | None) -> None:
+    for size in (2 * num_ranks * 3, 17, 3):
+        partition = getattr(Partition, layout)(size, num_ranks)
+        for own in partition.owned:
+            for theirs in (*partition.owned, ((0, size),)):
+                check(own, theirs, nearest, farthest, masked=False)
+
+
+def test_causal_zigzag_is_one_call_a_block() -> None:
+    partition = Partition.zigzag(64, 4)
+    for rank, own in enumerate(partition.owned):
+        for other, theirs in enumerate(partition.owned):
+            (call,) = plan_calls(own, theirs, 0, None)
+            if other == rank:
+                assert call == Call(0, 16, 0, 16, "causal")
+            elif other < rank:
+                assert call == Call(0, 16, 0, 8, "full")
+            else:
+                assert call == Call(8, 16, 0, 16, "full")
+
+
+def test_what_is_not_seen_is_not_computed() -> None:
+    partition = Partition.contiguous(64, 4)
+    assert plan_calls(partition.owned[1], partition.owned[2], 0, None) == ()
+    assert plan_calls(partition.owned[1], partition.owned[1], 1, 0) == ()
+    # a window of 100 keys: tiles look at their rows' windows only
+    calls = plan_calls(((0, 4096),), ((0, 4096),), 0, 99)
+    assert sum((call.q_stop - call.q_start) * (call.k_stop - call.k_start) for call in calls) < 4096 * (512 + 100)
+
+
+def work(partition: Partition) -> list[int]:
+    whole = ((0, partition.size),)
+    return [attended_pairs(own, whole, 0, None) for own in partition.owned]
+
+
+def imbalance(partition: Partition) -> float:
+    pairs = work(partition)
+    return max(pairs) * len(pairs) / sum(pairs) - 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8, 64])
+def test_zigzag_is_balanced(num_ranks: int) -> None:
+    assert len(set(work(Partition.zigzag(2 * num_ranks * 7, num_ranks)))) == 1
+    for size in (4001, 8191, 131_071):
+        if num_ranks <= 8:
+            assert imbalance(Partition.zigzag(size, num_ranks)) <= 0.01
+    assert imbalance(Partition.zigzag(131_071, num_ranks)) <= 0.01
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+def test_contiguous_is_not(num_ranks: int) -> None:
+    size = num_ranks * 12
+    assert imbalance(Partition.contiguous(size, num_ranks)) == pytest.approx((size - 12) / (size + 1), abs=1e-12)
