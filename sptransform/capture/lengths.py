@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch._functorch.predispatch
 from torch import fx
 
 from sptransform.sharding.sizes import split_length

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-import sptransform.ops  # noqa: F401 - registers the gather
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.parameters.parts import part_of, whole
 

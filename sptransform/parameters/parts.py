@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 
+import sptransform.ops  # noqa: F401 - registers the gather
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.graph.notes import Stored
 from sptransform.sharding.partition import Partition

@@ -1,19 +1,4 @@
-"""Attention of one block of queries and keys, by whichever kernel serves it best; all speak one language.
-
-forward:  (query, key, value, bias, causal, scale) -> (out, lse)
-backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of query, key, value)
-
-- query [B, H, s, D], key [B, K, t, D], value [B, K, t, E] with H a multiple of K and nothing empty;
-  query head i reads key head ``i // (H // K)``.
-- bias: None, or what is added to the scores, ``-inf`` where a key is hidden; 4 dimensions that broadcast.
-- causal: only without bias and for s == t.
-- lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing ``out`` is zero or
-  any finite number, ``lse`` any number.
-- backward takes ``out`` and ``lse`` of all keys, of which this block may be a part: the probabilities are
-  ``exp(score - lse)`` (Dao et al., FlashAttention, arXiv 2205.14135, appendix B.2).
-
-``TABLE`` is in order of preference.
-"""
+"""Which kernel computes a block of attention: the first of ``TABLE`` that serves the case."""
 
 from __future__ import annotations
 
