@@ -44,7 +44,7 @@ def program_of(model: nn.Module, inputs: Inputs, rank: int, world_size: int, **o
     """What the backend fingerprints, for a rank that need not exist."""
     asked = Options(**{"backend": "eager"} | options)
     mesh = Mesh.pretended(world_size, rank)
-    with mock.patch.object(backend, "_version", lambda: "1"):
+    with mock.patch.object(backend, "package_version", lambda: "1"):
         _, program, *_ = while_captured(
             model, lambda gm, inputs: backend._compile(asked, gm, inputs, mesh, True), **inputs
         )

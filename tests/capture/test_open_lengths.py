@@ -13,9 +13,10 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional
 
-from sptransform.compiler import backend, rewrite
+from sptransform.compiler import rewrite
 from sptransform.compiler.options import Options
 from sptransform.engine.context import Context
+from sptransform.graph import dataflow
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.sizes import SymbolicSizeError, needs_number, number
 from tests.passes.blocks import heads
@@ -74,10 +75,10 @@ def rewritten_for_any_length(monkeypatch: pytest.MonkeyPatch, fail: Callable[[An
     def distribute(gm: fx.GraphModule, context: Context, see: Any) -> None:
         nonlocal runs
         runs += 1
-        (x,) = (node for node in gm.graph.find_nodes(op="placeholder") if backend.annotations.is_tensor(node))
-        fail(backend.annotations.shape(x)[2])
+        (x,) = (node for node in gm.graph.find_nodes(op="placeholder") if dataflow.is_tensor(node))
+        fail(dataflow.shape(x)[2])
 
-    monkeypatch.setattr(backend, "distribute", distribute)
+    monkeypatch.setattr(rewrite, "distribute", distribute)
     x = heads()
     torch._dynamo.mark_dynamic(x, 2)
     options = Options.of({"strategy": "ulysses"})

@@ -1,4 +1,4 @@
-"""The attention kernels of CUDA in the language of :mod:`sptransform.ops.ring.kernels.table`.
+"""The attention kernels of CUDA in the language of :mod:`sptransform.ops.ring.kernels.interface`.
 
 None of them is given a dropout: each draws on its own, alike on ranks seeded alike.
 """
