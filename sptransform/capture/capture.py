@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._functorch.predispatch
 from torch import fx
 
 # Private: the fake mode Dynamo traced with. Values of another mode cannot meet its own.
