@@ -28,7 +28,6 @@ from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import replace_operand
 from sptransform.graph.redistribute import insert_redistribute
 from sptransform.graph.regions import OUTSIDE, Region
-from sptransform.rules.decision import demands
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, Placement, R, Shard, keeps_own, leads_through_whole, repartitions
 
@@ -70,7 +69,7 @@ class InsertRedistributes(Pass):
                 self._return(node, inserter, context)
             elif note.decision is not None:
                 operands = dataflow.operands(node)
-                for index, demanded in enumerate(demands(note.rule, note.decision, len(operands))):
+                for index, demanded in enumerate(note.decision.demands(note.rule, len(operands))):
                     if demanded is not None:
                         self._satisfy(node, index, operands[index], demanded, inserter)
 

@@ -24,7 +24,6 @@ from sptransform.graph.calls import op_call
 from sptransform.graph.edit import compute_value, emitter, succeed
 from sptransform.graph.redistribute import keep_result
 from sptransform.ops.groups import pretend
-from sptransform.rules.decision import Circular, Sharded
 from sptransform.rules.rule import OpCall
 from sptransform.rules.table import Local
 from sptransform.sharding.placement import Placement, Shard, local_shape
@@ -58,7 +57,8 @@ class Localize(Pass):
 
 
 def _has_local_form(node: fx.Node, context: Context) -> bool:
-    if node.op != "call_function" or not isinstance(notes.note(node).decision, Sharded | Circular):
+    decision = notes.note(node).decision
+    if node.op != "call_function" or decision is None or not decision.is_cut:
         return False
     return context.rules[node.target].localize is not None
 
@@ -81,7 +81,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
     new_note.rule, new_note.decision = note.rule, note.decision
     new_note.transitions = _held(note, local.operands, context.mesh.rank)
-    communicates = isinstance(note.decision, Circular) or note.decision.factor in note.rule.joined
+    communicates = note.decision.communicates(note.rule)
     if communicates:
         new_note.mesh = context.mesh
     if communicates or note.rule.unrepeatable:

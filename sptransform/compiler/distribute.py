@@ -14,7 +14,6 @@ from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call
 from sptransform.ops.groups import ranks_in
 from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
-from sptransform.rules.decision import Circular
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.partition import Partition
@@ -101,12 +100,10 @@ def _check_shares(graph: fx.Graph, part: Context) -> None:
 def _of_sequences(node: fx.Node, part: Context) -> list[Partition]:
     """How the queries and the keys of an attention node are shared."""
     note = notes.note(node)
-    if isinstance(note.decision, Circular):
-        return [note.decision.partition, note.decision.parts]
     if note.rule is None or "queries" not in note.rule.roles:
         return []
-    sizes = (note.rule.sizes[factor] for role, factor in note.rule.roles.items() if role in ("queries", "keys"))
-    return [part.divide(size) for size in sizes]
+    factors = [factor for role, factor in note.rule.roles.items() if role in ("queries", "keys")]
+    return [note.decision.partition_of(factor) or part.divide(note.rule.sizes[factor]) for factor in factors]
 
 
 def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:

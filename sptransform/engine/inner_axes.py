@@ -59,7 +59,7 @@ class InnerAxes:
         for node in graph.nodes:
             rule = notes.note(node).rule
             if rule is not None and node not in light and dataflow.values(node)[0].is_floating_point():
-                for factor in rule.whole - rule.joined:
+                for factor in rule.whole - rule.self_reduced:
                     if factor in rule.sizes:
                         found.update(self._axes.factor(node, factor))
         return found

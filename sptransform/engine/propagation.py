@@ -23,7 +23,7 @@ from sptransform.engine.axes import Atom, Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.engine.strategy import Strategy
 from sptransform.graph import dataflow, notes
-from sptransform.rules.decision import Decision, Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.rules.decision import Decision, Pending, Replicate, Sharded, decision_for
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
@@ -68,7 +68,7 @@ class Propagation:
     def _decide(self, node: fx.Node, decision: Decision) -> None:
         note = notes.note(node)
         note.decision = decision
-        note.placements = outcomes(note.rule, decision, len(dataflow.values(node)))
+        note.placements = decision.outcomes(note.rule, len(dataflow.values(node)))
 
     def _forward(self, node: fx.Node) -> Decision:
         rule = notes.note(node).rule
@@ -112,7 +112,7 @@ class Propagation:
         found = []
         resized = {name for _, _, name in rule.resize}
         for factor in rule.sizes:
-            if factor in rule.whole and factor not in rule.joined:
+            if factor in rule.whole and factor not in rule.self_reduced:
                 continue
             atoms = self.axes.factor(node, factor)
             for at, atom in enumerate(atoms):
@@ -125,7 +125,7 @@ class Propagation:
 
     def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:
         kept = any(decision.factor in factors for dims in rule.results for factors in dims)
-        asked = demands(rule, decision, len(rule.operands))
+        asked = decision.demands(rule, len(rule.operands))
         actual = [notes.placement(producer) for producer in dataflow.operands(node)]
         return kept, sum(a == d for a, d in zip(actual, asked, strict=True) if isinstance(d, Shard))
 
@@ -139,7 +139,7 @@ class Propagation:
                 asked.extend(self.demanded(user))
             elif (decision := notes.note(user).decision) is not None:
                 operands = dataflow.operands(user)
-                wanted = demands(notes.note(user).rule, decision, len(operands))
+                wanted = decision.demands(notes.note(user).rule, len(operands))
                 pairs = zip(operands, wanted, strict=True)
                 asked.extend(want for producer, want in pairs if producer is node and want is not None)
         return asked
@@ -155,7 +155,7 @@ class Propagation:
 
     def _gradient_is_pending(self, node: fx.Node) -> bool:
         note = notes.note(node)
-        if not isinstance(note.decision, Replicate) or not note.differentiable:
+        if note.decision is None or not note.decision.is_whole or not note.differentiable:
             return False
         asked = self.demanded(node)
         return bool(asked) and all(isinstance(a, Shard) or a == R for a in asked)

@@ -14,7 +14,6 @@ from sptransform.diagnostics.errors import VerificationError, describe
 from sptransform.engine.context import Context
 from sptransform.graph import dataflow, notes
 from sptransform.graph.redistribute import is_redistribute
-from sptransform.rules.decision import Circular, Pending, Sharded, demands, outcomes
 from sptransform.sharding.placement import TRANSITIONS, I, Placement, Shard, keeps_own, kind, leads_through_whole
 
 
@@ -45,7 +44,7 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
             raise VerificationError(describe("a tensor has no placement", node=node))
         if note.decision is not None:
             _check_decision(node)
-            given = outcomes(note.rule, note.decision, len(tensors))
+            given = note.decision.outcomes(note.rule, len(tensors))
             if given != note.placements:
                 raise VerificationError(
                     describe(
@@ -64,21 +63,8 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
 def _check_decision(node: fx.Node) -> None:
     """The op may run as decided: what its rule does not state would give each rank a wrong value."""
     note = notes.note(node)
-    rule, decision = note.rule, note.decision
-    allowed = True
-    if isinstance(decision, Circular):
-        allowed = rule is not None and decision.circling in rule.circling and decision.factor not in rule.whole
-    elif isinstance(decision, Sharded):
-        factor = decision.factor
-        kept = rule is not None and all(
-            i in rule.own or any(factor in names for names in dims) for i, dims in enumerate(rule.results)
-        )
-        allowed = kept or (rule is not None and factor in rule.reduce)
-        allowed = allowed and (factor not in rule.whole or factor in rule.joined)
-    elif isinstance(decision, Pending):
-        allowed = rule is not None and decision.operands in rule.linear
-    if not allowed:
-        raise VerificationError(describe("an op cannot run as decided", node=node, found=str(decision)))
+    if not note.decision.is_allowed(note.rule):
+        raise VerificationError(describe("an op cannot run as decided", node=node, found=str(note.decision)))
 
 
 def check_typed(graph: fx.Graph, context: Context) -> None:
@@ -120,7 +106,7 @@ def check_typed(graph: fx.Graph, context: Context) -> None:
 def _check_operands(node: fx.Node) -> None:
     note = notes.note(node)
     operands = dataflow.operands(node)
-    asked = demands(note.rule, note.decision, len(operands))
+    asked = note.decision.demands(note.rule, len(operands))
     for index, (producer, demanded) in enumerate(zip(operands, asked, strict=True)):
         actual = notes.placement(producer)
         if demanded is not None and not satisfies(actual, demanded, notes.note(producer).differentiable):

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.ops.ring.kernels.interface import compute_dtype
-from sptransform.rules.decision import Circular, Sharded
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry, Sent
 from sptransform.sharding.placement import Shard
@@ -89,7 +88,7 @@ def ring_attention(call: OpCall) -> OpRule | None:
         whole="es" if is_cut else "e",
         own=frozenset({2}),
         unrepeatable=call.argument("dropout_p") > 0,
-        circling=frozenset() if is_cut else frozenset("t"),
+        ring_factors=frozenset() if is_cut else frozenset("t"),
         is_causal=nearest is not None and (farthest is None or nearest + farthest > 0),
     )
 
@@ -97,10 +96,11 @@ def ring_attention(call: OpCall) -> OpRule | None:
 def _key_head_of(call: OpCall, local: Local) -> list[int]:
     """For each local query head, the local index of the key head it reads."""
     group = call.operand_shapes[0][1] // call.operand_shapes[1][1]
-    if not isinstance(local.decision, Sharded) or local.decision.factor != "h":
+    heads = local.decision.partition_of("h")
+    if heads is None:
         return [i // group for i in range(number(call.operand_shapes[0][1]))]
-    queries = [i for lo, hi in local.decision.partition.owned[local.rank] for i in range(lo, hi)]
-    keys = [i for lo, hi in local.decision.partition.quotient(group).owned[local.rank] for i in range(lo, hi)]
+    queries = [i for lo, hi in heads.owned[local.rank] for i in range(lo, hi)]
+    keys = [i for lo, hi in heads.quotient(group).owned[local.rank] for i in range(lo, hi)]
     return [keys.index(i // group) for i in queries]
 
 
@@ -130,11 +130,10 @@ def _attention_local(call: OpCall, local: Local) -> Any:
 def _ring_attention_local(call: OpCall, local: Local) -> Any:
     heads = _key_head_of(call, local)
     changed: dict[str, Any] = {"key_head_of": [] if _is_regular(heads) else heads}
-    decision = local.decision
-    if isinstance(decision, Circular):
-        changed |= {"queries": str(decision.partition), "keys": str(decision.parts), "group_name": local.group}
-    elif decision.factor == "s":
-        changed |= {"queries": str(decision.partition), "group_name": local.group}
+    for argument, factor in (("queries", "s"), ("keys", "t")):
+        partition = local.decision.partition_of(factor)
+        if partition is not None:
+            changed |= {argument: str(partition), "group_name": local.group}
     return local.run(call, **changed)
 
 

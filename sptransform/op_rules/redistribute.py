@@ -11,7 +11,6 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.op_rules.pointwise import LINEAR, pointwise
-from sptransform.rules.decision import placement_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.partition import Partition
@@ -132,18 +131,18 @@ def _all_to_all(call: OpCall) -> OpRule:
 def _all_to_all_local(call: OpCall, local: Local) -> Any:
     """Of a dim that is cut here, blocks are those of what this rank has."""
 
-    def held(name: str, side: str, tensors: tuple[Dims, ...]) -> list[str]:
+    def held(name: str, side: str) -> list[str]:
         specs = list(call.argument(name))
-        for i, dims in enumerate(tensors):
-            placement = placement_of(local.rule, local.decision, side, i, dims)
+        for i in range(len(specs)):
+            placement = local.decision.shard(local.rule, side, i)
             if placement is not None and placement.dim == _tiles(specs[i])[0]:
                 if "?" in specs[i]:
                     raise SymbolicSizeError(f"cannot share the blocks of {specs[i]} further")
                 specs[i] = Shard.parse(specs[i]).held(placement, local.rank).spec
         return specs
 
-    sources = held("sources", "result", local.rule.results)
-    targets = held("targets", "operand", local.rule.operands)
+    sources = held("sources", "result")
+    targets = held("targets", "operand")
     return local.run(call, sources=sources, targets=targets)
 
 

@@ -91,11 +91,11 @@ def along_dim(call: OpCall) -> OpRule:
 def softmax(call: OpCall) -> OpRule:
     """The dimension it runs along must be whole, or the op joins the ranks' parts of it itself."""
     found = along_dim(call)
-    return replace(found, joined=found.whole)
+    return replace(found, self_reduced=found.whole)
 
 
 def _softmax_local(call: OpCall, local: Local) -> Any:
-    if local.decision.factor not in local.rule.joined:
+    if local.decision.factor not in local.rule.self_reduced:
         return local.run(call)
     (x,) = local.operands
     num_ranks = local.decision.partition.num_ranks

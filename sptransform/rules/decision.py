@@ -1,7 +1,11 @@
-"""What one node does on one mesh dim, and what that asks of its operands and gives to its results."""
+"""What one node does on one mesh dim. A decision answers for itself: what it asks of operands, what it gives, whether
+the op's rule allows it.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -11,28 +15,47 @@ from sptransform.sharding.placement import I, P, Placement, R, Shard
 from sptransform.sharding.sizes import Size, quotient
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Base: how a node runs."""
+class Decision(ABC):
+    """Base: how a node runs. An op without a rule (None) can only be replicated."""
 
+    @abstractmethod
+    def demand(self, rule: OpRule | None, index: int) -> Placement:
+        """The placement in which the op reads its ``index``-th operand."""
 
-@dataclass(frozen=True)
-class Sharded(Decision):
-    """Each rank computes its part of ``factor``, itself seen as ``outer x partition.size``."""
+    @abstractmethod
+    def outcome(self, rule: OpRule | None, index: int) -> Placement:
+        """The placement of its ``index``-th result."""
 
-    factor: str
-    partition: Partition
-    outer: Size = 1
+    @abstractmethod
+    def is_allowed(self, rule: OpRule | None) -> bool:
+        """Whether the op may run so: what its rule does not state would give each rank a wrong value."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank computes all of it from the whole operands."""
+        return False
 
-@dataclass(frozen=True)
-class Circular(Decision):
-    """Each rank computes its part of ``factor``, and holds one of ``circling``, which the op passes round itself."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank runs the op on a part, for which the op may need its local form."""
+        return False
 
-    factor: str
-    partition: Partition
-    circling: str
-    parts: Partition
+    def communicates(self, rule: OpRule) -> bool:
+        """Whether the op, so run, sends messages itself."""
+        return False
+
+    def partition_of(self, factor: str) -> Partition | None:
+        """Who computes which part of a factor; None where it is not cut."""
+        return None
+
+    def demands(self, rule: OpRule | None, num_operands: int) -> tuple[Placement | None, ...]:
+        """The placements of all operands; None of those that are not read."""
+        unread = frozenset() if rule is None else rule.unread
+        return tuple(None if i in unread else self.demand(rule, i) for i in range(num_operands))
+
+    def outcomes(self, rule: OpRule | None, num_results: int) -> tuple[Placement, ...]:
+        """The placements of all results."""
+        return tuple(self.outcome(rule, i) for i in range(num_results))
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,19 @@ class Replicate(Decision):
 
     placement: Placement = I
 
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    def demand(self, rule: OpRule | None, index: int) -> Placement:
+        return self.placement
+
+    def outcome(self, rule: OpRule | None, index: int) -> Placement:
+        return self.placement
+
+    def is_allowed(self, rule: OpRule | None) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Pending(Decision):
@@ -48,55 +84,101 @@ class Pending(Decision):
 
     operands: frozenset[int]
 
+    def demand(self, rule: OpRule | None, index: int) -> Placement:
+        return P if index in self.operands else R
 
-def placement_of(rule: OpRule, decision: Sharded | Circular, side: str, index: int, dims: Dims) -> Shard | None:
-    """Where ``decision`` cuts one tensor; None where the tensor does not have the factor."""
-    key = (decision, side, index)
-    if key not in rule.placements:
-        if isinstance(decision, Circular):
-            cuts = [Sharded(decision.factor, decision.partition), Sharded(decision.circling, decision.parts)]
-            found = [placement_of(rule, cut, side, index, dims) for cut in cuts]
-            rule.placements[key] = found[0] or found[1]
-        else:
-            rule.placements[key] = _placement_of(rule, decision, side, index, dims)
-    return rule.placements[key]
+    def outcome(self, rule: OpRule | None, index: int) -> Placement:
+        return P
+
+    def is_allowed(self, rule: OpRule | None) -> bool:
+        return rule is not None and self.operands in rule.linear
 
 
-def _placement_of(rule: OpRule, decision: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
+class Cut(Decision):
+    """Base: each rank computes its part of ``factor``, and of others that no tensor has along with it."""
+
+    factor: str
+    partition: Partition
+
+    @abstractmethod
+    def cuts(self) -> Iterator[Sharded]:
+        """The factors that are cut, each as if alone."""
+
+    @property
+    def is_cut(self) -> bool:
+        return True
+
+    def demand(self, rule: OpRule | None, index: int) -> Placement:
+        return self.shard(rule, "operand", index) or R
+
+    def outcome(self, rule: OpRule | None, index: int) -> Placement:
+        return R if index in rule.own else self.shard(rule, "result", index) or P
+
+    def shard(self, rule: OpRule, side: str, index: int) -> Shard | None:
+        """Where one tensor is cut; None where it has no factor that is. ``side`` is "operand" or "result"."""
+        key = (self, side, index)
+        if key not in rule.placements:
+            dims = (rule.operands if side == "operand" else rule.results)[index]
+            shards = (_shard_of(rule, cut, side, index, dims) for cut in self.cuts())
+            rule.placements[key] = next((shard for shard in shards if shard is not None), None)
+        return rule.placements[key]
+
+    def partition_of(self, factor: str) -> Partition | None:
+        return next((cut.partition for cut in self.cuts() if cut.factor == factor), None)
+
+
+@dataclass(frozen=True)
+class Sharded(Cut):
+    """Each rank computes its part of ``factor``, itself seen as ``outer x partition.size``."""
+
+    factor: str
+    partition: Partition
+    outer: Size = 1
+
+    def cuts(self) -> Iterator[Sharded]:
+        yield self
+
+    def is_allowed(self, rule: OpRule | None) -> bool:
+        if rule is None or (self.factor in rule.whole and self.factor not in rule.self_reduced):
+            return False
+        shared = [dims for index, dims in enumerate(rule.results) if index not in rule.own]
+        kept = all(any(self.factor in names for names in dims) for dims in shared)
+        return kept or self.factor in rule.reduce
+
+    def communicates(self, rule: OpRule) -> bool:
+        return self.factor in rule.self_reduced
+
+
+@dataclass(frozen=True)
+class RingDecision(Cut):
+    """Each rank computes its part of ``factor``, and holds one of ``ring_factor``, which the op passes round itself."""
+
+    factor: str
+    partition: Partition
+    ring_factor: str
+    key_partition: Partition
+
+    def cuts(self) -> Iterator[Sharded]:
+        yield Sharded(self.factor, self.partition)
+        yield Sharded(self.ring_factor, self.key_partition)
+
+    def is_allowed(self, rule: OpRule | None) -> bool:
+        return rule is not None and self.ring_factor in rule.ring_factors and self.factor not in rule.whole
+
+    def communicates(self, rule: OpRule) -> bool:
+        return True
+
+
+def _shard_of(rule: OpRule, cut: Sharded, side: str, index: int, dims: Dims) -> Shard | None:
     for dim, factors in enumerate(dims):
-        if decision.factor in factors:
-            at = factors.index(decision.factor)
+        if cut.factor in factors:
+            at = factors.index(cut.factor)
             before = prod(rule.sizes[f] for f in factors[:at])
             after = prod(rule.sizes[f] for f in factors[at + 1 :])
-            resize = rule.resize.get((side, index, decision.factor))
-            partition = resize.partition(decision.partition) if resize else decision.partition
-            return Shard(dim, partition.refine(after), before * decision.outer)
+            resize = rule.resize.get((side, index, cut.factor))
+            partition = resize.partition(cut.partition) if resize else cut.partition
+            return Shard(dim, partition.refine(after), before * cut.outer)
     return None
-
-
-def demands(rule: OpRule | None, decision: Decision, num_operands: int) -> tuple[Placement | None, ...]:
-    """Placements a node asks of its operands; None of those it does not read."""
-    if isinstance(decision, Replicate):
-        asked = [decision.placement] * num_operands
-    elif isinstance(decision, Pending):
-        asked = [P if i in decision.operands else R for i in range(num_operands)]
-    else:
-        assert rule is not None and isinstance(decision, Sharded | Circular)
-        asked = [placement_of(rule, decision, "operand", i, dims) or R for i, dims in enumerate(rule.operands)]
-    return tuple(None if rule is not None and i in rule.unread else placement for i, placement in enumerate(asked))
-
-
-def outcomes(rule: OpRule | None, decision: Decision, num_results: int) -> tuple[Placement, ...]:
-    """Placements of a node's results."""
-    if isinstance(decision, Replicate):
-        return (decision.placement,) * num_results
-    if isinstance(decision, Pending):
-        return (P,) * num_results
-    assert rule is not None and isinstance(decision, Sharded | Circular)
-    return tuple(
-        R if i in rule.own else placement_of(rule, decision, "result", i, dims) or P
-        for i, dims in enumerate(rule.results)
-    )
 
 
 def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:

@@ -84,8 +84,8 @@ class OpRule:
         sizes: extent of every factor.
         reduce: factors summed over; sharding one gives a pending sum.
         whole: factors that cannot be sharded.
-        circling: those of ``whole`` whose parts the op can pass round among the ranks itself (keys, in a ring).
-        joined: those of ``whole`` along which the op can run on parts all the same, because it joins them itself.
+        ring_factors: those of ``whole`` whose parts the op can pass round among the ranks itself (keys, in a ring).
+        self_reduced: those of ``whole`` along which the op can run on parts all the same, because it joins them itself.
         is_causal: of an attention op: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
@@ -102,8 +102,8 @@ class OpRule:
     sizes: Mapping[str, Size]
     reduce: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
-    circling: frozenset[str] = frozenset()
-    joined: frozenset[str] = frozenset()
+    ring_factors: frozenset[str] = frozenset()
+    self_reduced: frozenset[str] = frozenset()
     is_causal: bool = False
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)

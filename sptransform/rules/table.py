@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sptransform.diagnostics.errors import RuleError
-from sptransform.rules.decision import Sharded
+from sptransform.rules.decision import Cut
 from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn, Shape, map_nodes
 
 
@@ -50,7 +50,7 @@ class Local:
     result_shapes: tuple[Shape, ...]
     result_dtypes: tuple[torch.dtype, ...]
     rule: OpRule
-    decision: Sharded
+    decision: Cut
     rank: int
     group: str
 

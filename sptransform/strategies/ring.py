@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sptransform.engine.strategy import Divide, Strategy, check_choice
-from sptransform.rules.decision import Circular, Decision, Sharded
+from sptransform.rules.decision import Decision, RingDecision, Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import Size
@@ -62,9 +62,9 @@ class Ring(_QueriesStay):
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
         queries, keys = rule.roles["queries"], rule.roles.get("keys")
-        if self.kv == "allgather" or keys not in rule.circling:
+        if self.kv == "allgather" or keys not in rule.ring_factors:
             return Sharded(queries, divide(queries))
-        return Circular(queries, divide(queries), keys, divide(keys))
+        return RingDecision(queries, divide(queries), keys, divide(keys))
 
 
 @dataclass(frozen=True)

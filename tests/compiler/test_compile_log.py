@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sptransform
-from tests.tiny import attention_with_loss, token_inputs
+from tests.support.tiny import attention_with_loss, token_inputs
 sptransform.rewrite(attention_with_loss(), "ulysses", token_inputs(), world_size=2)
 """
 

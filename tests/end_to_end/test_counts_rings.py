@@ -28,7 +28,7 @@ from tests.support.tiers import tiered
 pytestmark = pytest.mark.timeout(240)
 
 B, S, H, D = 2, 64, 8, 4
-KEY_HEADS = 4  # of the Llama in tests.models
+KEY_HEADS = 4  # of the Llama in tests.support.models
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SOME = [(2, H, torch.bfloat16), (8, 2, torch.float64)]
 ALL = [(N, K, dtype) for N in (2, 4, 8) for K in (H, 2) for dtype in DTYPES]

@@ -22,7 +22,7 @@ from sptransform.passes.distribute.fuse_redistributes import FuseRedistributes
 from sptransform.passes.distribute.insert_redistributes import InsertRedistributes
 from sptransform.passes.distribute.localize import Localize
 from sptransform.passes.distribute.lower_redistributes import LowerRedistributes
-from sptransform.rules.decision import Pending, Replicate, Sharded, outcomes
+from sptransform.rules.decision import Pending, Replicate, Sharded
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
 from tests.passes.blocks import Attention, heads, hidden_states
@@ -87,7 +87,7 @@ def test_a_decision_that_the_rule_does_not_allow(factor: str) -> None:
     note = notes.note(node)
     note.decision = Sharded(factor, Partition.contiguous(note.rule.sizes[factor], 2))
     note.rule = replace(note.rule, whole=frozenset({factor}))
-    note.placements = outcomes(note.rule, note.decision, 1)
+    note.placements = note.decision.outcomes(note.rule, 1)
     rejected("placed", graph, context, node)
 
 

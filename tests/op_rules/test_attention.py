@@ -133,7 +133,7 @@ def test_roles(case: Case) -> None:
 
 
 def test_keys_circle_in_rings_that_have_them_whole() -> None:
-    circling = [rule_for(case)[1].circling for case in CASES]
+    circling = [rule_for(case)[1].ring_factors for case in CASES]
     is_whole = [case.target is ring and "group_name" not in case.kwargs for case in CASES]
     assert circling == [frozenset("t" if whole else "") for whole in is_whole]
 

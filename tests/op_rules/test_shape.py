@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.op_rules.shape import _split_local
 from sptransform.ops.local_slice import take_for
-from sptransform.rules.decision import Sharded, outcomes
+from sptransform.rules.decision import Sharded
 from sptransform.rules.table import Local
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
@@ -131,7 +131,7 @@ def test_a_fused_projection_is_cut_in_every_piece() -> None:
     """Four query heads and two key heads of four, side by side: who owns a head owns it in its piece."""
     call, rule = rule_for(case(aten.split_with_sizes.default, randn(3, 32), [16, 8, 8], 1))
     fused = Partition.of(32, [[(0, 8), (16, 20), (24, 28)], [(8, 16), (20, 24), (28, 32)]])
-    query, key, value = outcomes(rule, Sharded("i1", fused), 3)
+    query, key, value = Sharded("i1", fused).outcomes(rule, 3)
     assert query == Shard(1, Partition.contiguous(16, 2))
     assert key == value == Shard(1, Partition.contiguous(8, 2))
     # and when both ranks share the one key head
@@ -143,7 +143,7 @@ def test_a_fused_projection_is_cut_in_every_piece() -> None:
         part = take_for(x, Shard(1, shared), rank)
         local = Local(emit, (part,), (), (), rule, decision, rank, "group")
         for piece, whole, placement in zip(
-            _split_local(call, local), x.split([16, 4, 4], 1), outcomes(rule, decision, 3), strict=True
+            _split_local(call, local), x.split([16, 4, 4], 1), decision.outcomes(rule, 3), strict=True
         ):
             assert torch.equal(piece, take_for(whole, placement, rank))
 

@@ -11,7 +11,7 @@ import torch
 
 from sptransform.diagnostics.errors import RuleError
 from sptransform.op_rules import DEFAULT_RULES, TABLES, attention, creation, pointwise, redistribute, reduction, shape
-from sptransform.rules.decision import Pending, Replicate, Sharded, decision_for, demands, outcomes
+from sptransform.rules.decision import Pending, Replicate, Sharded, decision_for
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, Operand, OpRule, Shape
 from sptransform.rules.table import OpEntry, RuleTable
@@ -84,7 +84,7 @@ def _circling_too(form: Callable[[OpCall], OpRule], factor: str) -> Callable[[Op
     """The rule with a factor that the op is said to pass round."""
 
     def apply(made: OpCall) -> OpRule:
-        return replace(form(made), circling=frozenset({factor}))
+        return replace(form(made), ring_factors=frozenset({factor}))
 
     return apply
 
@@ -217,20 +217,20 @@ def test_ellipsis_aligns_from_the_right() -> None:
 def test_decisions_of_a_product() -> None:
     found = checked(rule("i k, k j -> i j", reduce="k", linear=((0,), (1,))), [(4, 6), (6, 2)], [(4, 2)])
     rows, inner = Sharded("i", Partition.contiguous(4, 2)), Sharded("k", Partition.contiguous(6, 2))
-    assert demands(found, rows, 2) == (Shard(0, rows.partition), R)
-    assert outcomes(found, rows, 1) == (Shard(0, rows.partition),)
-    assert demands(found, inner, 2) == (Shard(1, inner.partition), Shard(0, inner.partition))
-    assert outcomes(found, inner, 1) == (P,)
+    assert rows.demands(found, 2) == (Shard(0, rows.partition), R)
+    assert rows.outcomes(found, 1) == (Shard(0, rows.partition),)
+    assert inner.demands(found, 2) == (Shard(1, inner.partition), Shard(0, inner.partition))
+    assert inner.outcomes(found, 1) == (P,)
     pending = Pending(frozenset({0}))
-    assert (demands(found, pending, 2), outcomes(found, pending, 1)) == ((P, R), (P,))
-    assert (demands(None, Replicate(R), 2), outcomes(None, Replicate(R), 1)) == ((R, R), (R,))
+    assert (pending.demands(found, 2), pending.outcomes(found, 1)) == ((P, R), (P,))
+    assert (Replicate(R).demands(None, 2), Replicate(R).outcomes(None, 1)) == ((R, R), (R,))
 
 
 def test_decisions_of_a_flattened_sequence() -> None:
     found = checked(rule("b s v -> (b s) v"), [(2, 4, 3)], [(8, 3)])
     cut = Partition.contiguous(4, 2)
     flat = Shard(0, cut, outer=2)
-    assert outcomes(found, Sharded("s", cut), 1) == (flat,)
+    assert Sharded("s", cut).outcomes(found, 1) == (flat,)
     assert decision_for(found, found.results[0], flat) == Sharded("s", cut)
     # whole rows of the batch
     assert decision_for(found, found.results[0], Shard(0, Partition.contiguous(8, 2))) == Sharded(

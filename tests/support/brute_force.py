@@ -6,7 +6,7 @@ decision demands, runs the op as the rewritten graph would, puts results and gra
 say, and compares with one device. A rank that owns nothing runs like any other. All in one process, on plain tensors,
 in float64.
 
-What the op passes round itself (``circling``) is cut along with the queries, and the ranks run together. An op that
+What the op passes round itself (``ring_factors``) is cut along with the queries, and the ranks run together. An op that
 communicates over a mesh dim distributed already is run by all ranks of both dims: where it says "one device", read
 one line of ranks of that first dim, each with operands of its own.
 """
@@ -29,7 +29,7 @@ from sptransform.op_rules import DEFAULT_RULES
 from sptransform.ops.communication.slicing import assemble, conceal, expose
 from sptransform.ops.groups import pretend
 from sptransform.ops.local_slice import place_for, take_for
-from sptransform.rules.decision import Circular, Pending, Sharded, decision_for, demands, outcomes
+from sptransform.rules.decision import Pending, RingDecision, Sharded, decision_for
 from sptransform.rules.rule import OpCall, Operand, OpRule, map_nodes
 from sptransform.rules.table import Local
 from sptransform.sharding.mesh import Mesh
@@ -229,13 +229,13 @@ def _edges(size: int, num: int) -> list[tuple[int, int]]:
     return list(pairwise(size * r // num for r in range(num + 1)))
 
 
-def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded | Circular]:
+def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded | RingDecision]:
     """Every way to cut ``factor``; as an inner part of it too, unless its extent varies between tensors.
 
     Of queries whose positions the op is told, not that; but those with keys that circle, cut alike and otherwise.
     """
     size = rule.sizes[factor]
-    circling = rule.circling if factor == rule.roles.get("queries") else ()
+    circling = rule.ring_factors if factor == rule.roles.get("queries") else ()
     for partition in partitions(size, num_ranks):
         yield Sharded(factor, partition)
     if size % 2 == 0 and size > 2 and not circling and all(name != factor for _, _, name in rule.resize):
@@ -245,7 +245,7 @@ def decisions(rule: OpRule, factor: str, num_ranks: int) -> Iterator[Sharded | C
         queries, keys = (list(partitions(rule.sizes[f], num_ranks)) for f in (factor, other))
         for at in range(max(len(queries), len(keys))):
             for shift in (0, 1):
-                yield Circular(factor, queries[at % len(queries)], other, keys[(at + shift) % len(keys)])
+                yield RingDecision(factor, queries[at % len(queries)], other, keys[(at + shift) % len(keys)])
 
 
 def check_case(case: Case) -> None:
@@ -279,12 +279,12 @@ def _gradients(results: Tensors, operands: Tensors, cotangents: Tensors) -> list
     return [torch.zeros_like(x) if g is None else g for x, g in zip(operands, found, strict=True)]
 
 
-def _check_decision(case: Case, rule: OpRule, decision: Sharded | Circular, lines: list[Line]) -> None:
+def _check_decision(case: Case, rule: OpRule, decision: Sharded | RingDecision, lines: list[Line]) -> None:
     what = f"{case}, {_spelled(decision)}"
     call, results = lines[0].call, lines[0].results
     # an operand that is not read may be placed anyhow; whole is one way
-    asked = tuple(placement or R for placement in demands(rule, decision, len(lines[0].operands)))
-    given = outcomes(rule, decision, len(results))
+    asked = tuple(placement or R for placement in decision.demands(rule, len(lines[0].operands)))
+    given = decision.outcomes(rule, len(results))
     if isinstance(decision, Sharded):
         for placement, dims in zip(given, rule.results, strict=True):
             _check_decision_for(rule, decision, placement, dims, what)
@@ -304,7 +304,7 @@ def _check_decision(case: Case, rule: OpRule, decision: Sharded | Circular, line
         cotangents = tuple(_summand(g, p, rank) for g, p in zip(line.cotangents, given, strict=True))
         return tuple(y.detach() for y in got), _gradients(got, parts, cotangents)
 
-    found = _on_ranks(case.outer, num_ranks, run, at_once=isinstance(decision, Circular))
+    found = _on_ranks(case.outer, num_ranks, run, at_once=isinstance(decision, RingDecision))
     for outer, line in enumerate(lines):
         own = found[outer * num_ranks : (outer + 1) * num_ranks]
         if case.same_values:
@@ -321,9 +321,9 @@ def _check_decision(case: Case, rule: OpRule, decision: Sharded | Circular, line
             _assert_close(case, whole, g, f"{what}: gradient of operand {index}")
 
 
-def _spelled(decision: Sharded | Circular) -> str:
-    if isinstance(decision, Circular):
-        return f"{decision.factor} cut {decision.partition}, {decision.circling} circling {decision.parts}"
+def _spelled(decision: Sharded | RingDecision) -> str:
+    if isinstance(decision, RingDecision):
+        return f"{decision.factor} cut {decision.partition}, {decision.ring_factor} circling {decision.key_partition}"
     return f"{decision.factor} cut {decision.outer}*{decision.partition}"
 
 
@@ -336,7 +336,7 @@ def _check_decision_for(
         return
     found = decision_for(rule, dims, placement)
     assert found is not None, f"{what}: no decision gives {placement.spec}"
-    assert outcomes(rule, found, len(rule.results))[rule.results.index(dims)] == placement, what
+    assert found.outcomes(rule, len(rule.results))[rule.results.index(dims)] == placement, what
 
 
 def _check_linear(case: Case, linear: frozenset[int], lines: list[Line]) -> None:
@@ -344,7 +344,7 @@ def _check_linear(case: Case, linear: frozenset[int], lines: list[Line]) -> None
     what = f"{case}, linear in {sorted(linear)}"
     num_ranks = 3
     call = lines[0].call
-    asked = demands(None, Pending(linear), len(call.operand_shapes))
+    asked = Pending(linear).demands(None, len(call.operand_shapes))
     summands = [
         [_summands(x, num_ranks) if p == P else [x] * num_ranks for x, p in zip(line.operands, asked, strict=True)]
         for line in lines
