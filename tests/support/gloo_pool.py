@@ -291,9 +291,27 @@ def _work(rank: int, world_size: int, directory: Path, log: Path, stacks: Path, 
             call = parent.recv_bytes()
         except EOFError:
             return
+        _leave_groups()
         parent.send_bytes(_answer(call, rank, world_size, recorded))
         output.flush()
         _reset()
+
+
+def _leave_groups() -> None:
+    """End the process groups that the last call made, now that all ranks have answered it.
+
+    Each has threads that wake a hundred times a second for as long as the group is there, at work or not.
+    """
+    import torch.distributed as dist
+
+    from sptransform.sharding import mesh
+
+    mesh._groups.clear()
+    mesh._splits.clear()
+    # Private: torch has no public list of the groups there are.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 Recorded = Callable[[str], AbstractContextManager[None]]
