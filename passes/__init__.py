@@ -22,35 +22,35 @@ from sptransform.passes.normalize.split_cross_entropy import SplitCrossEntropy
 from sptransform.passes.normalize.split_means import SplitMeans
 from sptransform.passes.normalize.unrepeat_key_heads import UnrepeatKeyHeads
 
-# what one device computes, in the form the rules read best
+# rewrites of the single-device graph, into forms that rules shard best
 NORMALIZE: tuple[Pass, ...] = (
     DropEmptyPieces(),
     UnrepeatKeyHeads(),  # before placing: attention must not demand repeated heads
-    CastAttentionInputs(),  # the keys as they are, now that attention reads those
-    AttendByPosition(),  # after the passes that look for attention as the model wrote it
+    CastAttentionInputs(),  # after UnrepeatKeyHeads, to cast the unrepeated keys
+    AttendByPosition(),  # after the passes that match the model's own attention op
     SplitMeans(),
-    SplitCrossEntropy(),  # of sums
+    SplitCrossEntropy(),  # after SplitMeans, as it handles no means
     SplitBiases(),
 )
 
-# one mesh dim; of several, the graph of one rank of the first is what the next distributes
+# run once per mesh dim, on the one-rank graph that the dim before it left
 DISTRIBUTE: tuple[Pass, ...] = (
-    # placements, then what they cost
+    # placements, then the redistributes they need
     AssignPlacements(),
     InsertRedistributes(),
     FuseRedistributes(),
     BucketParameters(),
-    # from abstract to concrete; sizes become local last, when nothing needs global ones any more
+    # lowering; sizes become local last, since the passes before need global ones
     LowerRedistributes(),
-    RecomputeGathers(),  # of what lowering marks as saved, some is not to be
+    RecomputeGathers(),  # overrides some of the saves that lowering marks
     Localize(),
 )
 
 FINISH: tuple[Pass, ...] = (
     MergeGradientSums(),
-    BucketGradients(),  # of all mesh dims: the next dim reads parameters one by one
+    BucketGradients(),  # after all mesh dims, since each dim reads parameters one by one
     RestoreOutputOrder(),
-    DecomposeCheckpointed(),  # after all that reads captured ops
+    DecomposeCheckpointed(),  # last, since the other passes match captured ops
 )
 
 PIPELINE: tuple[Pass, ...] = (*NORMALIZE, *DISTRIBUTE, *FINISH)

@@ -2,11 +2,11 @@
 
 1. Rules are looked up and applied to global shapes; axes are inferred from them.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
-   Parameters and inputs of which each rank has a part are S.
+   Sharded parameters and inputs are S.
 3. Where weights are cut, inner axes are found (see :mod:`sptransform.engine.inner_axes`).
 4. Propagation decides (see :mod:`sptransform.engine.propagation`).
-5. With ``shard_parameters`` it is decided which part of each parameter a rank is to keep.
-6. An op without a rule that gathers a shard, or works on trainable tensors, is recorded, or with ``strict`` refused.
+5. With ``shard_parameters``, this pass decides along which dim each parameter is stored.
+6. An op without a rule is recorded if it gathers a shard or works on trainable tensors; with ``strict`` it is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class AssignPlacements(Pass):
         rules = [note.rule for note in map(notes.note, graph.nodes) if note.rule is not None]
         context.is_causal = any(rule.is_causal for rule in rules)
         axes = Axes(graph, context.divide, context.sequence_dims, ignored=light)
-        if not axes.has_sequence:  # without attention, what arrives in parts is cut along the sequence
+        if not axes.has_sequence:  # without attention, sharded inputs tell the sequence dim
             axes = Axes(graph, context.divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
         if not any(rule.roles for rule in rules) and not axes.has_sequence:
             raise UsageError(
@@ -75,7 +75,7 @@ class AssignPlacements(Pass):
         return R if notes.note(node).differentiable and not context.grad_sync else I
 
     def _keep_part(self, node: fx.Node, demanded: list[Placement], context: Context) -> None:
-        """Store of a parameter what the graph reads of it; where only sequences are split, of each its first dim."""
+        """Store a parameter cut as the graph reads it; if only sequences are split, cut along its first dim."""
         if context.strategy.shards_weights:
             dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
             dim = dims.pop() if len(dims) == 1 else None
@@ -95,7 +95,7 @@ class AssignPlacements(Pass):
             for producer in dataflow.operands(node)
             if isinstance(notes.placement(producer), Shard)
         ]
-        # positions and masks are whole on every rank anyway; work on trainable tensors is not meant to be
+        # positions and masks are replicated anyway; work on trainable tensors should not be
         if not gathered and not note.differentiable:
             return
         if context.strict:
@@ -112,7 +112,7 @@ class AssignPlacements(Pass):
 
 
 def _shared_inputs(graph: fx.Graph) -> dict[str, int]:
-    """Name -> dimension of inputs of which each rank has a part."""
+    """Name -> sharded dimension, of inputs that arrive sharded."""
     found = [notes.note(node) for node in graph.find_nodes(op="placeholder")]
     return {note.input_name: note.stored[0].dim for note in found if note.stored and not note.is_parameter}
 

@@ -1,14 +1,14 @@
-"""Gather parameters of which ranks keep parts in few large messages, ahead of use.
+"""Gather sharded parameters in few large messages, ahead of use.
 
-A parameter kept in parts is moved S -> R before it is read, an all-gather forward and a reduce-scatter of its gradient
-backward. Packed into buckets, which travel together::
+A sharded parameter is moved S -> R before it is read: an all-gather in the forward, a reduce-scatter of its gradient in
+the backward. After, they are packed into buckets, which travel together::
 
     %p0, %p1, ... = redistribute([%w0, %w1, ...], S -> R)
 
 1. Buckets hold parameters of one dtype, at most ``bucket_bytes`` in all, in the order in which the forward first reads
    them.
-2. A bucket stands where the one before it is first read, so that it may travel meanwhile; no more than two are whole at
-   a time. It stands outside of autocast and grad-mode regions, where gradients might not pass.
+2. A bucket stands where the one before it is first read, so that its gather overlaps with compute. At most two buckets
+   are gathered at a time. It stands outside of autocast and grad-mode regions: inside, gradients might not pass.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Before, queries, keys and values each move on their own; after, one redistribute moves all three.
 
-1. Packed are redistributes of the same dtype and kind that stand right before the same node: S(i) -> S(j), i and j
-   differing, and S -> R but of parameters, which have buckets of their own.
+1. Redistributes are packed if they have the same dtype and kind and stand right before the same node. The kinds are
+   S(i) -> S(j) with i != j, and S -> R, except of parameters, which have their own buckets.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FuseRedistributes(Pass):
 
 
 def _packable(node: fx.Node) -> str | None:
-    """The kind of message that may carry this and others; None for what travels alone."""
+    """The kind of message that this redistribute can share with others; None if it is sent alone."""
     transitions = notes.note(node).transitions
     kinds = {kind(source) + kind(target) for source, target in transitions}
     if kinds == {"SS"} and not cut_alike(*transitions[0]):
@@ -49,13 +49,13 @@ def _packable(node: fx.Node) -> str | None:
 
 
 def _pack(nodes: list[fx.Node]) -> None:
-    """Replace redistributes that stand next to each other by one, put where the last of them is."""
+    """Replace redistributes by one, put where the last of them is: between them may stand what a later one reads."""
     if len(nodes) < 2:
         return
     sources = [producer for node in nodes for producer in dataflow.operands(node)]
     transitions = [t for node in nodes for t in notes.note(node).transitions]
     old = [user for node in nodes for user in sorted(node.users, key=lambda user: user.args[1])]
-    new = insert_redistribute(nodes[0], sources, transitions)
+    new = insert_redistribute(nodes[-1], sources, transitions)
     for before, after in zip(old, new, strict=True):
         succeed(before, after)
     for node in nodes:

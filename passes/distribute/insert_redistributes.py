@@ -10,7 +10,7 @@ Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is dem
    neither autocast nor ``no_grad`` regions are open.
 3. S -> S along the same axis, where each index only gets another owner, is one redistribute; S -> S along two axes of
    the same dimension, or where ranks share indices, goes through I.
-4. Of a shard whose indices ranks share (key heads) the first owners' are what is moved on.
+4. If ranks share indices of a shard (key heads), only the first owner's copy is moved on.
 5. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
    express: contiguous chunks in the original order, or I where its axis is only a part of the dimension.
 """
@@ -90,7 +90,7 @@ class InsertRedistributes(Pass):
 
 
 def _returned(actual: Placement | None, context: Context) -> Placement:
-    """What a tensor so placed becomes when the graph returns it."""
+    """Placement in which the graph returns a tensor placed ``actual``."""
     if context.outputs == "full" or not isinstance(actual, Shard):
         return I
     if context.outputs == "kept":

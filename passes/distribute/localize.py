@@ -4,7 +4,7 @@ Before: ``%v : f32[2,64,8,8] = aten.view(%x, [2, 64, 8, 8])`` with dim 1 cut ove
 ``%v : f32[2,16@sp,8,8] = aten.reshape(%x, [2, 16, 8, 8])``.
 
 1. Ops whose table entry has a ``localize`` function are rewritten by it where they are sharded.
-2. A parameter or input of which each rank has a part is an input of the part's shape.
+2. A sharded parameter or input becomes an input of the local shape.
 3. Every node is then run on fake shards; the verifier compares shape and dtype with what its placement says.
 """
 
@@ -92,9 +92,10 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
 def _held(
     note: notes.Note, operands: tuple[fx.Node, ...], rank: int
 ) -> tuple[tuple[Placement, Placement], ...]:
-    """What another mesh dim moves, of what this rank has.
+    """Transitions of an outer mesh dim, in this rank's local sizes.
 
-    What is gathered is whole in the result, what is cut in the operand: there this mesh dim says what is held of it.
+    A gather has the outer dim's full tensor as its result, a cut as its operand. The placement of that tensor on this
+    mesh dim says which indices this rank holds.
     """
     if not note.transitions:
         return ()
@@ -107,7 +108,7 @@ def _held(
 
 @contextmanager
 def ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
-    """Ops that ask for their rank are told, on this mesh dim and on those distributed before it."""
+    """Let ops query this rank, on this mesh dim and on those distributed before it."""
     meshes = {note.mesh for note in map(notes.note, graph.nodes) if note.mesh is not None} | {context.mesh}
     with ExitStack() as stack:
         for mesh in meshes:
@@ -117,7 +118,7 @@ def ranks_of(graph: fx.Graph, context: Context) -> Iterator[None]:
 
 @contextmanager
 def _fakes(graph: fx.Graph) -> Iterator[None]:
-    """Ops compute on fake tensors, without gradients; grad mode is restored whatever grad-mode nodes ran."""
+    """Run ops on fake tensors, without gradients; restore grad mode, which grad-mode nodes may have changed."""
     mode = dataflow.fake_mode(graph)
     before = torch.is_grad_enabled()
     try:

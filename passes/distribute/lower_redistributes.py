@@ -1,10 +1,10 @@
-"""Lower every redistribute to the op that does it, see :mod:`sptransform.ops.redistribute`.
+"""Lower every redistribute to the op that performs it, see :mod:`sptransform.ops.redistribute`.
 
 Before: ``%q1 : S(1) = redistribute([%q], S(2) -> S(1))``; after: ``%q1 = sptransform.all_to_all([%q], ...)``.
 
 1. Packed moves (S -> S to another dimension, I -> R of gradient buckets, S -> R of keys and values) become one op of
    several tensors.
-2. Others become one op a tensor, of the tensor alone.
+2. Others become one op per tensor.
 3. In a checkpointed region the result is saved, not recomputed: recomputing would communicate again.
 """
 

@@ -1,10 +1,10 @@
-"""Gather again in the backward, instead of saving what was gathered: keys and values, what linears read, parameters.
+"""Gather again in the backward, instead of saving the result: keys and values, inputs of linears, parameters.
 
 Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node
-is tagged as what the backward must recompute, and of each rank's keys only its part is saved.
+is tagged to be recomputed in the backward, and each rank saves only its shard of the keys.
 
-1. Keys and values, and what linears read, where the strategy asks for it; parameters of which ranks keep parts always.
-2. A checkpointed region would save the result, as it saves whatever was sent: the strategy's word is the later one.
+1. Keys and values, and inputs of linears, if the strategy asks for it (``regather``); sharded parameters always.
+2. A checkpointed region would save the result, as it saves all communication: the strategy overrides checkpointing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reduce parameter gradients in few large messages.
 
-Every parameter read by sharded work is moved I -> R once, which costs nothing forward and an all-reduce backward.
+Every parameter that sharded ops read is moved I -> R once: no message in the forward, an all-reduce in the backward.
 Before, each on its own; after, in buckets whose gradients travel together::
 
     %p0, %p1, ... = sptransform.replicate([%w0, %w1, ...], ..)
@@ -8,9 +8,9 @@ Before, each on its own; after, in buckets whose gradients travel together::
 1. Buckets hold parameters of one dtype whose gradients are summed over the same ranks, at most ``bucket_bytes`` in all,
    in the order in which the forward first reads them.
 2. A bucket stands right before its first reader: autograd runs last to first, so a bucket is reduced while the layers
-   before it still compute. It stays in front of autocast and grad-mode regions, where gradients might not pass.
-3. Of two mesh dims, what is summed over the second may be read by what is summed over the first.
-4. What the graph computes and moves I -> R stays where it is.
+   before it still compute. It stays in front of autocast and grad-mode regions: inside, gradients might not pass.
+3. With two mesh dims, a bucket of the first may read outputs of a bucket of the second.
+4. I -> R moves of computed tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class BucketGradients(Pass):
                 for node in graph.find_nodes(op="call_function", target=_REPLICATE)
                 if node in moved and notes.note(node).mesh == mesh and len(node.args[0]) == 1
             ]
-            # they stand in the order in which they are first read
+            # moves already stand in the order in which they are first read
             for bucket in fill(moves, self.bucket_bytes):
                 order = {node: position for position, node in enumerate(graph.nodes)}
                 readers = [reader for node in bucket for output in node.users for reader in output.users]
@@ -56,7 +56,7 @@ class BucketGradients(Pass):
 
 
 def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """Inputs of the graph, and what is only moved since: all of it stands in front of what is computed."""
+    """Inputs of the graph, and moves of inputs. All of them stand in front of computed nodes."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         only_moves = bool(notes.note(node).transitions) or dataflow.projection(node) is not None

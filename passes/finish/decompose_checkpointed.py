@@ -12,9 +12,9 @@ after::
     %mm = aten.mm(%v, %t)                                               MUST_SAVE
     %y = aten._unsafe_view(%mm, [2, 32, 8])                             PREFER_RECOMPUTE
 
-1. An op of several becomes those, each tagged as torch's own mode for the region tags it; an op of one is only tagged.
-2. What communicates is saved whatever the policy says, see :mod:`sptransform.passes.distribute.lower_redistributes`.
-3. An op that opens into writes (dropout) or constants stays one node: it is recomputed.
+1. An op that runs as several becomes those, each tagged by torch's own mode for the region; others are only tagged.
+2. Communication is saved whatever the policy says, see :mod:`sptransform.passes.distribute.lower_redistributes`.
+3. An op that decomposes into writes (dropout) or constants stays one node: it is recomputed.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class DecomposeCheckpointed(Pass):
         if not policies:
             return
         with ranks_of(graph, context):
-            for node in graph.nodes:  # not a copy: what takes a result out of an opened op is gone by then
+            for node in graph.nodes:  # not a copy: decomposing a node erases its getitem nodes
                 policy = policies.get(node.meta.get("ac_graph_id"))
                 if policy is not None and node.meta["recompute"] is not CheckpointPolicy.MUST_SAVE:
                     if dataflow.handles_tensors(node):
-                        # autocast decides what an op opens into
+                        # autocast decides into which ops a node decomposes
                         with notes.region_of(node).autocast():
                             _open(node, policy)
 
@@ -113,7 +113,7 @@ def _leaf(node: fx.Node) -> Any:
 
 
 def _state(new: fx.Node, old: fx.Node, which: slice) -> None:
-    """``new`` gives the outputs of ``old`` that ``which`` picks: what was stated of them holds."""
+    """Copy to ``new`` the local types and placements of those outputs of ``old`` that ``which`` picks."""
     stated, placements = notes.note(old).local_types, notes.note(old).placements
     notes.note(new).local_types = None if stated is None else stated[which]
     notes.note(new).placements = None if placements is None else placements[which]

@@ -7,7 +7,7 @@ Before, the gradient of a parameter is summed over one mesh dim, then over the o
 
 after, once over all ranks, which sends less: ``%q = sptransform.replicate([%w], group of all)``.
 
-1. Not after uneven shares of the first dim: each of its ranks may then sum others over the second.
+1. Not after uneven shares of the first dim: its ranks may then sum different gradients over the second.
 """
 
 from __future__ import annotations

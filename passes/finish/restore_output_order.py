@@ -1,15 +1,14 @@
-"""What a graph distributed over two mesh dims returns, in the order of the sequence.
+"""Return outputs in sequence order from a graph distributed over two mesh dims.
 
-Each mesh dim cut what the one before it left: rank (r, u) has the u-th part of what the r-th rank of the first dim
-holds, in the order in which that one stores it. Before, ``%logits : S(1)`` over both; after, contiguous chunks, as
+Each mesh dim cuts the shards of the one before it: rank (r, u) has the u-th part of the shard of rank r of the first
+dim, in the order in which that shard is stored. Before, ``%logits : S(1)`` over both; after, contiguous chunks, as
 ``[Shard(1), Shard(1)]`` of a DTensor means them::
 
     %logits_1 = sptransform.repartition(%logits, S(1:64[0:8|24:32|8:16|16:24]), S(1:32/4), ..)
 
-1. One exchange among all ranks, and only for what is returned in another order.
-2. After uneven shares of the first dim what is returned is whole on the ranks of the second, and the exchange is among
-   those of the first.
-3. Over one mesh dim this was done when redistributes were inserted; here nothing is left to do.
+1. One exchange among all ranks, and only for outputs in another order.
+2. After uneven shares of the first dim, outputs are replicated over the second, and the exchange is over the first.
+3. With one mesh dim, InsertRedistributes has done this, and nothing is left to do.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Passes for reading a graph, of which no training step comes."""
+"""Passes that prepare a graph for reading; the result is not trained."""

@@ -10,7 +10,7 @@ Before: ``%ring_attention = sptransform.ring_attention(%q, %k, %v, [], [], ...)`
     %merge_block = sptransform.merge_block(...)
 
 1. The nodes come from the steps that the op runs, see ``ops/ring/trace_steps.py``; they are those of one rank.
-2. For reading: of the expanded forward no backward is derived, the op has one of its own.
+2. For reading only: no backward is derived from the expanded forward. The op has its own backward.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Passes on the captured graph: what one device computes, in the form that rules read best."""
+"""Passes on the captured single-device graph, which rewrite it into forms that rules shard best."""

@@ -1,4 +1,4 @@
-"""Let attention know its mask by position, so that it needs no tensor of queries x keys.
+"""Compute attention masks from positions, so that no tensor of queries x keys is needed.
 
 Before, causal attention over documents packed into one sequence, where only ``%document`` is an input::
 
@@ -7,18 +7,18 @@ Before, causal attention over documents packed into one sequence, where only ``%
     %and : b8[2,1,8,8] = aten.__and__.Tensor(%le, %eq)
     %out = aten.scaled_dot_product_attention(%q, %k, %v, %and)
 
-after, nothing with both dimensions is left; each block of scores has its mask computed when it is needed::
+after, no tensor has both dimensions; the mask of each block of scores is computed when it is needed::
 
     %ring_attention = sptransform.ring_attention(%q, %k, %v, [%document_of_queries], [%document_of_keys],
                                                  mask='%2 = eq.Tensor(%0, %1)', nearest=0)
     %out = getitem(%ring_attention, 0)
 
-1. Only where the strategy asks for it: where queries are cut and each rank is to see all keys of its own queries.
-2. ``is_causal`` is a bound of the distance from query to key, and so is what a mask says of distances only.
+1. Only if the strategy asks for it (``reads_masks``): queries are cut, and each rank sees all keys of its own queries.
+2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
-   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read is an operand as it is.
-4. A mask that asks for a gradient is refused: it would be the gradient of a tensor of queries x keys.
-5. Attention in a layout without a rule, and of one query, is left alone.
+   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand.
+4. A mask that requires a gradient is refused: that gradient would have queries x keys entries.
+5. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class AttendByPosition(Pass):
         if not context.strategy.reads_masks:
             return
         nodes = [node for node in graph.nodes if node.target in ATTENTION and _has_rule(node, context)]
-        # what is as large as the queries of one layer is no burden to compute once
+        # constants up to the size of one layer's queries are cheap to compute once
         largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
         reader = _Reader(Regions(context.rules), Constants(largest))
         for node in nodes:
@@ -83,7 +83,7 @@ class AttendByPosition(Pass):
 
 
 def _has_rule(node: fx.Node, context: Context) -> bool:
-    """Whether the ring's layouts include this one; the rule sees to heads."""
+    """Whether the ring supports this layout; the rule checks the heads."""
     rule = context.rules.rule_of(op_call(node))
     query, key, value = (dataflow.shape(x) for x in node.args[:3])
     same_batch = query[0] == key[0] == value[0] and key[_LENGTH] == value[_LENGTH]
@@ -96,7 +96,7 @@ def _num_entries(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """A mask as the op takes it."""
+    """A mask as arguments of the op."""
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
@@ -106,7 +106,7 @@ class _Read:
 
 @dataclass
 class _Reader:
-    """Reads each mask once, though all layers have it."""
+    """Reads each mask once, even if all layers use it."""
 
     regions: Regions
     constants: Constants
@@ -142,11 +142,11 @@ class _Reader:
         return self.done[identity]
 
     def _view(self, leaf: Leaf) -> fx.Node:
-        """The leaf's tensor with its dimensions where scores have them, right where the leaf is first read."""
+        """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
         key = (leaf.node, leaf.places)
         if key not in self.views:
             view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
-            if notes.note(view).differentiable:  # the mask is not: it compares, or was detached later
+            if notes.note(view).differentiable:  # the mask itself is not: it compares, or was detached later
                 view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
                 notes.note(view).differentiable = False
             self.views[key] = view
@@ -154,7 +154,7 @@ class _Reader:
 
 
 def _cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
-    """What autocast makes of a mask that is added to scores; None where it leaves it as it is."""
+    """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
     value = dataflow.value(mask)
     if not value.dtype.is_floating_point or value.dtype == torch.float64:
         return None

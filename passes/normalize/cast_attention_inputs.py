@@ -1,7 +1,7 @@
-"""Send attention's inputs in the dtype that attention computes in.
+"""Send queries, keys and values in the dtype that attention computes in.
 
 Under autocast, attention takes float32 queries and keys (rotary embeddings make them so) and computes in bfloat16. The
-cast stands inside of the op, behind the all-to-all. Before::
+cast is inside the op, after the all-to-all. Before::
 
     %out : bf16[..] = aten.scaled_dot_product_attention(%q : f32, %k : f32, %v : bf16)
 

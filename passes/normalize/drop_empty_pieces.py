@@ -1,4 +1,4 @@
-"""Drop what a concatenation joins from empty tensors.
+"""Drop empty tensors from concatenations.
 
 A cache that starts empty reads ``%k2 = aten.cat([%empty, %k], -2)``; afterwards users of ``%k2`` read ``%k``.
 
@@ -41,5 +41,5 @@ class DropEmptyPieces(Pass):
 
 
 def _dtype_of(pieces: list[fx.Node]) -> torch.dtype:
-    """What a concatenation of ``pieces`` has."""
+    """Dtype of a concatenation of ``pieces``."""
     return reduce(torch.promote_types, (dataflow.value(piece).dtype for piece in pieces))

@@ -1,15 +1,15 @@
-"""Take the bias out of a product whose weight may be cut.
+"""Take the bias out of a matmul whose weight may be cut.
 
 Before: ``%y = aten.linear(%x, %weight, %bias)``; after::
 
     %product = aten.linear(%x, %weight)
     %y = aten.add(%product, %bias)
 
-A row-parallel product is a pending sum, to which a bias added on every rank would be added N times. As in Megatron-LM
-it is added after the reduce-scatter, on a rank's part of the sequence.
+A row-parallel product is a pending sum: a bias added on every rank would count N times. As in Megatron-LM, it is added
+after the reduce-scatter, on each rank's shard of the sequence.
 
-1. Of ``linear``, ``addmm`` and ``baddbmm``, the latter two without factors.
-2. Under autocast the bias is converted as the product's operands are.
+1. Applies to ``linear``, ``addmm`` and ``baddbmm``, the latter two only with ``alpha`` and ``beta`` of 1.
+2. Under autocast the bias is cast to the dtype of the product.
 """
 
 from __future__ import annotations

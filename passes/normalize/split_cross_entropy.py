@@ -1,16 +1,17 @@
-"""Write cross-entropy as log-probabilities and the lookup of the labels' ones.
+"""Write cross-entropy as a log-softmax and a lookup of the labels' log-probabilities.
 
 Before: ``%loss = aten.cross_entropy_loss(%logits, %labels, None, 2)``; after::
 
     %logs = aten.log_softmax(%logits, 1)
     %loss = aten.nll_loss_nd(%logs, %labels, None, 2)
 
-Both run on a part of the vocabulary: the first joins the ranks' parts itself, the second gives a pending sum.
+Both run on a shard of the vocabulary: the first combines the ranks' shards itself, the second gives a pending sum.
 
-1. Of class indices; with label smoothing e, ``1 - e`` of that, and of the losses of all C classes ``e / C`` each.
-2. Of class probabilities: minus the sum of the log-probabilities times them, smoothed.
-3. Under autocast what is read is converted to the dtype of the loss.
-4. A mean was split before: what is left sums, or reduces nothing.
+1. Class indices: as above. With label smoothing e and C classes, ``1 - e`` times that, plus ``e / C`` times the sum of
+   the losses of all classes.
+2. Class probabilities: minus the sum of the log-probabilities times the smoothed probabilities.
+3. Under autocast, floating-point operands are cast to the dtype of the loss.
+4. Means were split before, so the reduction is a sum or none.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class SplitCrossEntropy(Pass):
 
 
 class _Split:
-    """The nodes that take one node's place, in front of it."""
+    """Emits the nodes that replace ``node``, in front of it."""
 
     def __init__(self, node: fx.Node) -> None:
         self._node, self._call = node, op_call(node)
@@ -87,7 +88,7 @@ class _Split:
         return self._emit(aten.add.Scalar, kept, self._smoothing / self._num_classes)
 
     def _summed(self, terms: fx.Node) -> fx.Node:
-        """Minus the sum of ``terms`` over classes, each with its weight; over all else too if the loss is a number."""
+        """Minus the weighted sum of ``terms`` over classes; over all other dims too, unless the reduction is none."""
         if self._weight is not None:
             ndim = len(dataflow.shape(terms))
             weight = self._emit(aten.view.default, self._weight, [-1] + [1] * (ndim - self._dim - 1))

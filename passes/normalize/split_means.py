@@ -6,12 +6,12 @@ Before: ``%loss = aten.cross_entropy_loss(%logits, %labels)``; after::
     %valid = aten.sum(aten.ne(%labels, -100))
     %loss  = aten.div(%total, %valid)
 
-so that a shard contributes its sum, and nobody divides by its own count.
+so that each shard contributes its sum, and no rank divides by its local count.
 
 1. Cross-entropy and NLL with class indices count the labels that are not ``ignore_index``, each with its class weight.
 2. Cross-entropy with class probabilities counts every position.
 3. Losses that are pointwise before their reduction count every element.
-4. A loss of 16 bits is summed in float32: on one device its mean is accumulated so.
+4. A 16-bit loss is summed in float32, as one device does to take its mean.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class SplitMeans(Pass):
 
 
 def _total(node: fx.Node) -> fx.Node:
-    """The loss summed; in float32 where 16 bits would not hold the sum."""
+    """The summed loss; in float32 if the loss has 16 bits, which would not hold the sum."""
     if dataflow.value(node).dtype.itemsize > 2:
         args, kwargs = _with_reduction(node, SUM)
         return emit_like(node, node.target, *args, **kwargs)

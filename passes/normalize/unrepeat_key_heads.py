@@ -1,6 +1,6 @@
 """Let attention read key heads as they are, and repeat them inside the op.
 
-Before, keys of K heads are repeated to the H query heads, and would be moved H heads wide::
+Before, keys of K heads are repeated to the H query heads, and would be sent with H heads::
 
     %rep = aten.reshape(aten.expand(aten.unsqueeze(%k, 2), ...), ...)
     %out = aten.scaled_dot_product_attention(%q, %rep, %rep_v, %mask)
@@ -10,7 +10,7 @@ after, ``sptransform.attention`` takes ``%k`` and ``%v`` and says which key head
     %out = sptransform.attention(%q, %k, %v, %mask, 0.0, False, key_head_of=[0, 0, 1, 1])
 
 1. Keys and values must both be repeated, each head ``g`` times in a row, by rearranging ops only (see
-   ``op_rules/rearrangement.py``); the shape of the chain does not matter, its factors do.
+   ``op_rules/rearrangement.py``); which of them does not matter.
 2. Other readers of the repeated tensors keep them.
 """
 
@@ -90,7 +90,7 @@ def unrepeated(x: fx.Node, dim: int, rules: RuleTable) -> tuple[fx.Node, int] | 
 
 
 def _repeated(dims: list[list[Atom]], source: list[list[Atom]], dim: int) -> int | None:
-    """How often ``dim`` repeats each of the source's indices; None where the two differ in another way."""
+    """How often ``dim`` repeats each index of the source; None if the two differ in another way."""
     if len(dims) != len(source):
         return None
     for d, (atoms, own) in enumerate(zip(dims, source, strict=True)):

@@ -1,16 +1,16 @@
 """Ranks agree before they communicate: at every call of a compiled graph, and of its backward.
 
-The calls of one process group are numbered, whatever model or graph they are of. In each call every rank has a slot in
-the group's store, written once: by the rank itself, with the digest of what it is about to run or the error that keeps
-it from running; or in its stead by a rank that found it gone or waited too long. All ranks read all slots, so all come
-to the same conclusion: run, or raise the same error. No collective is involved.
+The calls of one process group are numbered, across all models and graphs. In each call, every rank has a write-once
+slot in the group's store. The rank itself writes the digest of what it is about to run, or the error that keeps it from
+running. If it is gone or late, another rank writes that into the slot instead. All ranks read all slots, so all come to
+the same conclusion: run, or raise the same error. No collective is involved.
 
     call 7, rank 0: forward 9a0c..    call 7, rank 1: forward 9a0c..    -> run
     call 7, rank 0: forward 9a0c..    call 7, rank 1: forward 51b2..    -> ScheduleMismatchError
     call 7, rank 0: forward 9a0c..    call 7, rank 1: {"failed": ...}   -> RankFailedError, on rank 1 its own error
     call 7, rank 0: forward 9a0c..    call 7, rank 1: {"lost": ...}     -> RankLostError
 
-Every outcome uses up the call's number on every rank, so ranks that go on after an error are still in step.
+Every outcome uses up the call's number on every rank, so ranks that continue after an error stay in step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-# Private: how Dynamo begins a compile anew, and how a checkpointed region stops recomputing; neither is a failure.
+# Private API: one restarts a compile in Dynamo, the other ends a recomputation in checkpoint; neither is a failure.
 from torch._dynamo.exc import RestartAnalysis
 from torch.utils.checkpoint import _StopRecomputationError
 
@@ -37,15 +37,15 @@ from sptransform.diagnostics.errors import RankError, RankLostError, ScheduleMis
 from sptransform.ops.groups import group_called
 from sptransform.sharding.mesh import Mesh
 
-_LOOK = 0.1  # seconds between looks at who is still missing, and whether it is alive
-_GRACE = 1.0  # seconds the others have to arrive once one has failed
-_NEWS = 0.5  # seconds for the news of a death to arrive after a collective broke
+_LOOK = 0.1  # seconds between checks which ranks are missing, and whether they are alive
+_GRACE = 1.0  # seconds the other ranks have to arrive after one failed
+_NEWS = 0.5  # seconds to wait, after a collective broke, for signs of an ended process
 _TEXTS = 30.0  # seconds for the texts of differing programs to arrive
 _CONTROL_FLOW = (RestartAnalysis, _StopRecomputationError)
 
 
 class Agreement:
-    """The numbered calls of one process group; one object per group and process."""
+    """The numbered calls of one process group. Each process has one object per group."""
 
     @staticmethod
     def of(mesh: Mesh) -> Agreement | None:
@@ -69,14 +69,14 @@ class Agreement:
         self._me = dist.get_rank()
         self._others = [rank for rank in self._ranks if rank != self._me]
         self._calls = 0
-        self._lock = threading.RLock()  # backward may run on a thread of its own
+        self._lock = threading.RLock()  # backward may run on another thread
 
     def checked(
         self, compiled: Callable[..., Any], program: Program, lengths_at: Sequence[tuple[int, int]], timeout: float
     ) -> Callable[..., Any]:
-        """``compiled``, run only in agreement, its backward too; whatever breaks a collective is named.
+        """``compiled``, whose forward and backward run only when all ranks agree; errors name the rank at fault.
 
-        ``lengths_at`` are the (argument, dim) whose sizes the program leaves open.
+        ``lengths_at`` are the (argument, dim) pairs whose sizes the program leaves open.
         """
         has_backward = False
 
@@ -100,12 +100,12 @@ class Agreement:
         return run
 
     def agree(self, program: Program, direction: str, timeout: float, lengths: Sequence[int] = ()) -> None:
-        """Return when every rank is about to run the same program in the same direction, for the same lengths.
+        """Return once every rank is about to run the same program in the same direction, for the same lengths.
 
         Raises:
-            RankFailedError: another rank failed before it came here.
+            RankFailedError: another rank failed before this call.
             RankLostError: the process of another rank has ended, or the store cannot be reached.
-            RankMissingError: a rank did not come within ``timeout`` seconds.
+            RankMissingError: a rank did not reach this call within ``timeout`` seconds.
             ScheduleMismatchError: a rank is about to run something else.
         """
         mine = " ".join([direction, program.digest, *map(str, lengths)])
@@ -117,23 +117,23 @@ class Agreement:
                 self._refuse(slots, program)
             if call == 0:
                 self._peers.connect(self._others)
-            if call >= 2:  # everybody is in this call, so nobody still reads the one before the last
+            if call >= 2:  # all ranks are in this call, so none still reads call - 2
                 self._store.delete_key(f"{call - 2}/{self._me}")
 
     def fail(self, error: Exception) -> None:
-        """Tell the ranks that wait in the next call that this one will not come. An error is told once."""
-        error = getattr(error, "inner_exception", error)  # of Dynamo's BackendCompilerFailed
+        """Tell ranks that wait in the next call that this rank will not come. Each error is told once."""
+        error = getattr(error, "inner_exception", error)  # unwraps Dynamo's BackendCompilerFailed
         if isinstance(error, (RankError, *_CONTROL_FLOW)) or getattr(error, "_sptransform_told", False):
             return
         error._sptransform_told = True  # type: ignore[attr-defined]
-        with self._lock, suppress(RuntimeError):  # a store that is gone tells nobody
+        with self._lock, suppress(RuntimeError):  # if the store is gone, nobody can be told
             call = self._calls
             self._calls += 1
             self._store.compare_set(f"{call}/{self._me}", "", json.dumps({"failed": error_text(error)}))
 
     @contextmanager
     def telling_failure(self) -> Iterator[None]:
-        """An exception in the block is told to the other ranks."""
+        """Tell the other ranks of an exception in the block."""
         try:
             yield
         except Exception as error:
@@ -142,7 +142,7 @@ class Agreement:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A failure in the block, which communicates, is told; where another rank is its cause, that rank is named."""
+        """Tell other ranks of a failure in the communicating block; if one of them caused it, name it in the error."""
         call = self._calls
         try:
             yield
@@ -156,10 +156,10 @@ class Agreement:
             raise
 
     def _collect(self, call: int, mine: str, timeout: float) -> dict[int, str]:
-        """Every rank's slot of this call; after a failure, those that came in time."""
+        """The slots of all ranks in this call; after a failure, only those written in time."""
         own = self._store.compare_set(f"{call}/{self._me}", "", mine).decode()
         if own != mine:
-            return {self._me: own}  # too late: the others have gone on without this rank
+            return {self._me: own}  # too late: the other ranks have given up on this one
         slots = {self._me: mine}
         missing = list(self._others)
         start = looked = time.monotonic()
@@ -190,7 +190,7 @@ class Agreement:
             self._store.compare_set(f"{call}/{rank}", "", json.dumps(verdict))
 
     def _refuse(self, slots: dict[int, str], program: Program) -> None:
-        """Raise what every rank concludes from these slots."""
+        """Raise the error that every rank concludes from these slots."""
         verdicts = {rank: json.loads(slot) for rank, slot in sorted(slots.items()) if slot.startswith("{")}
         for verdict in verdicts.values():
             if "lost" in verdict:
@@ -214,7 +214,7 @@ class Agreement:
         raise ScheduleMismatchError(message, self._ranks)
 
     def _programs(self, digests: dict[int, str], program: Program) -> dict[int, Program]:
-        """Every rank's program; each publishes its own, now that it is of interest."""
+        """The programs of all ranks. Each rank publishes its own here, since programs matter only when they differ."""
         self._store.set(f"program/{program.digest}", program.dumps())
         keys = [f"program/{digest}" for digest in dict.fromkeys(digests.values())]
         deadline = time.monotonic() + _TEXTS
@@ -228,10 +228,10 @@ class Agreement:
         return {rank: found[f"program/{digest}"] for rank, digest in digests.items()}
 
     def _cause(self, error: Exception, call: int) -> RankError | None:
-        """The other rank's fault that ``error`` is a consequence of, if it is one."""
-        # errors of communication are RuntimeErrors; any other kind is this rank's own
+        """The error of the other rank that caused ``error``; None if no other rank did."""
+        # communication errors are RuntimeErrors; an error of any other type is this rank's own
         lost = self._peers.gone_within(self._others, _NEWS) if isinstance(error, RuntimeError) else []
-        # the first to see a failure has the word: by now others may be gone because of it
+        # the first report of a failure counts: later ones may see ranks that ended because of it
         word = {"lost": lost, "rank": self._me, "failed": error_text(error)}
         with suppress(RuntimeError):
             word = json.loads(self._store.compare_set(f"fault/{call}", "", json.dumps(word)))
@@ -249,7 +249,7 @@ class Agreement:
             yield
         except RankError:
             raise
-        except RuntimeError as error:  # of the store: nothing else is called in the block
+        except RuntimeError as error:  # of the store: nothing else in the block raises one
             lost = self._peers.gone_within(self._others, _NEWS)
             if lost:
                 raise lost_error(lost) from error

@@ -1,9 +1,9 @@
-"""Which ranks' processes are gone, as the kernels know it, and the backward of a compiled graph, to be guarded.
+"""Which ranks' processes have ended, according to the operating system.
 
-Every process listens on a socket it never accepts from, and publishes the address in the store. Whoever wants to
-know of a rank connects once and keeps the connection: it breaks when that process ends, however it ends, and at no
-other time. A process that is busy, stopped or compiling is alive. There is no thread and no heartbeat, so nothing
-depends on when a process gets to run.
+Every process listens on a socket it never accepts from, and publishes the address in the store. To watch a rank, a
+process connects to it once and keeps the connection. The connection breaks when the rank's process ends, however it
+ends, and at no other time. A process that is busy, stopped or compiling counts as alive. There is no thread and no
+heartbeat, so nothing depends on when a process gets to run.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class Peers:
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         self._store = dist.PrefixStore("sptransform/alive", store)
-        self._connections: dict[int, socket.socket | None] = {}  # None: it cannot be reached from here
+        self._connections: dict[int, socket.socket | None] = {}  # None: cannot be reached from here
         self._gone: set[int] = set()
         self._store.set(str(rank), json.dumps([_machine(), *_listener(_own_address(store)).getsockname()[:2]]))
 
     def gone(self, ranks: Iterable[int]) -> list[int]:
-        """Those whose processes are known to have ended. No answer is no proof: they count as alive."""
+        """The ranks whose processes are known to have ended. A rank that does not answer counts as alive."""
         return [rank for rank in ranks if self._is_gone(rank)]
 
     def gone_within(self, ranks: Iterable[int], seconds: float) -> list[int]:
-        """The same, with time for the news to arrive."""
+        """As :meth:`gone`, but waits up to ``seconds`` for a first one."""
         ranks, deadline = list(ranks), time.monotonic() + seconds
         while not (found := self.gone(ranks)) and time.monotonic() < deadline:
             time.sleep(0.01)
         return found
 
     def connect(self, ranks: Iterable[int]) -> None:
-        """Connect to those that are alive by other evidence; from then on their end is certain to be seen."""
+        """Connect to ranks that are known to be alive; from then on their end is certain to be noticed."""
         for rank in ranks:
             if rank not in self._connections:
                 self._connect(rank)
@@ -64,15 +64,15 @@ class Peers:
     def _connect(self, rank: int) -> None:
         try:
             if not self._store.check([str(rank)]):
-                return  # it has not said where it is; ask again later
+                return  # it has not published its address yet; ask again later
             machine, *address = json.loads(self._store.get(str(rank)))
         except dist.DistError:
-            return  # the store's host may be gone: no answer is no proof
+            return  # the store's host may be gone, which proves nothing about this rank
         try:
             connection = socket.create_connection(tuple(address), timeout=_CONNECT_TIMEOUT)
         except OSError as error:
             self._connections[rank] = None
-            # from another machine a firewall may refuse in its stead
+            # on another machine, a firewall may be what refuses
             if isinstance(error, ConnectionRefusedError) and machine == _machine():
                 self._gone.add(rank)
             return
@@ -93,7 +93,7 @@ def _listener(address: tuple[socket.AddressFamily, str]) -> socket.socket:
 
 
 def _close_in_child() -> None:
-    """A forked data loader that outlives its parent must not pass for it."""
+    """A forked data loader that outlives its parent must not keep the parent's sockets open."""
     for each in _open:
         each.close()
     _open.clear()
@@ -114,7 +114,7 @@ def _machine() -> str:
 
 
 def _own_address(store: dist.Store) -> tuple[socket.AddressFamily, str]:
-    """This host as the store's host sees it; loopback where the store is none on a network."""
+    """This host's address as seen from the store's host; loopback if the store is not on a network."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):

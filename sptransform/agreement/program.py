@@ -1,8 +1,8 @@
-"""What a rank is about to run, as lines that are equal on all ranks, and where two ranks' lines first differ.
+"""What a rank is about to run, as lines that must be equal on all ranks, and where two ranks' lines first differ.
 
 Three parts, in this order: versions and settings; the captured graph, which has global sizes only; the collective
-schedule, one line for each node of it with its full placements. Nothing in them depends on the rank, uneven
-partitions included. The captured graph stands before the schedule because a difference there is the cause.
+schedule, one line per node with its full placements. No line depends on the rank, not even with uneven partitions. The
+captured graph comes before the schedule because a difference in the graph is the cause of one in the schedule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sptransform.graph.printer import line
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.sizes import size_of
 
-# What a process may have of its own in the text of an argument: which device it drives, addresses of objects.
+# The parts of an argument's text that differ between processes: device index, object addresses.
 _OWN = re.compile(r"(?<=\b(?:cuda|mtia)):\d+|(?<=\bxpu):\d+| at 0x[0-9a-f]+")
 
 _SYMBOLIC = re.compile(r"^%\w+ : \w+\[[^\]]*\bk?_?s\d+[^\]]*\].* = input$")
@@ -33,7 +33,7 @@ _SYMBOLIC = re.compile(r"^%\w+ : \w+\[[^\]]*\bk?_?s\d+[^\]]*\].* = input$")
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a program; ``source`` is the user's line it comes from and takes no part in comparisons."""
+    """One line of a program; ``source`` is the user's line it comes from, and is not compared."""
 
     text: str
     source: str | None = None
@@ -58,16 +58,16 @@ class Program:
 
 
 def captured_lines(graph: fx.Graph) -> list[Line]:
-    """Every node of the captured graph, inputs with their global shapes among them.
+    """Every node of the captured graph, including tensor inputs with their global shapes.
 
-    Whether a size is an input too depends on the shapes this process has seen before; it has one value all the same.
+    Inputs that are sizes are left out: whether a size is an input depends on the shapes this process has seen before.
     """
     nodes = [node for node in graph.nodes if node.op != "placeholder" or dataflow.is_tensor(node)]
     return [Line(_OWN.sub("", line(node)), provenance.source_line(node)) for node in nodes]
 
 
 def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
-    """(input, dim) of every length the graph leaves open, each once; they are part of what a call runs."""
+    """(input, dim) of every length the graph leaves open, each once. Ranks must agree on their values in every call."""
     found: dict[str, tuple[int, int]] = {}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for index, node in enumerate(placeholders):
@@ -83,7 +83,7 @@ def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
     found = []
     for node in graph.nodes:
         if notes.note(node).mesh == mesh:
-            # of a mesh of two dims each rank is in groups of its own, with names of their own
+            # on a mesh of two dims, ranks are in different groups, which have different names
             texts = [x for x in pytree.tree_leaves(node.args) if isinstance(x, str) and x != mesh.group]
             text = line(node).replace(repr(mesh.group), "..")
             specs = f" # {', '.join(dict.fromkeys(texts))}" if texts else ""
@@ -92,10 +92,10 @@ def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
 
 
 def placement_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
-    """How the nodes that communicate over ``mesh`` are placed on the mesh dim that was distributed last.
+    """The placements, on the mesh dim distributed last, of the nodes that communicate over ``mesh``.
 
-    Ranks with uneven shares of the first distribute the second each for itself. They may do so differently, but not
-    where they meet: what is whole for one rank and a pending sum for another cannot be summed over them.
+    With uneven shares of the first mesh dim, each rank distributes the second on its own. Ranks may do so differently,
+    but not where they communicate: a tensor that is R on one rank and P on another cannot be summed over them.
     """
     found = []
     for node in graph.nodes:
@@ -118,8 +118,8 @@ def _placed(node: fx.Node) -> str:
 def difference(programs: Mapping[int, Program], lengths: Mapping[int, Sequence[str]] | None = None) -> str:
     """The message that names the first line in which the ranks' programs differ, the same on every rank.
 
-    ``lengths`` are those of each rank's call, where its program serves several. If nothing else differs, the message
-    names the first input they are lengths of.
+    ``lengths`` are the lengths in each rank's call, if its program serves several. If nothing else differs, the message
+    names the first input with such a length.
     """
     lengths = lengths or {}
     by_rank = {rank: program.lines for rank, program in sorted(programs.items())}

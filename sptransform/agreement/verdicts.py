@@ -1,4 +1,4 @@
-"""The errors that ranks raise together: one is gone, did not come, or failed."""
+"""The errors that all ranks raise together: a rank is gone, is missing, or has failed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sptransform.agreement.program import list_by_ranks, name_ranks
 from sptransform.diagnostics.errors import RankFailedError, RankLostError, RankMissingError, describe
 
-_LONGEST = 1500  # characters of an error passed on
+_LONGEST = 1500  # at most so many characters of an error are passed on
 
 
 def lost_error(ranks: Sequence[int]) -> RankLostError:

@@ -1,7 +1,7 @@
-"""Dynamo's graph to a functional, pre-dispatch ATen graph: attention, linear, embedding, losses one node each.
+"""Dynamo's graph to a functional, pre-dispatch ATen graph: attention, linear, embedding, losses are one node each.
 
-Tracing runs below Dynamo and above autograd and autocast, so what the user wrote is what the graph says: autocast and
-grad-mode regions are nodes, dropout is dropout. Kept per node: fake value, source line, module path, recompute tags,
+Tracing runs below Dynamo and above autograd and autocast, so the graph says what the user wrote: autocast and grad-mode
+regions are nodes, dropout is a dropout op. Each node keeps its fake value, source line, module path and recompute tags,
 and whether autograd tracks it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# Private: the fake mode Dynamo traced with. Values of another mode cannot meet its own.
+# Private API: the fake mode Dynamo traced with. Fake tensors of different modes cannot be mixed.
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -50,7 +50,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         notes.note(node).differentiable = _is_tracked(node.meta.get("tensor_meta"))
         picked = dataflow.projection(node)
         if picked is not None and notes.note(node).differentiable:
-            notes.note(picked[0]).differentiable = True  # ops of several outputs carry no metadata themselves
+            notes.note(picked[0]).differentiable = True  # ops with several outputs have no metadata of their own
         if node.op == "get_attr" and isinstance(constant := getattr(traced, node.target), torch.Tensor):
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -75,13 +75,13 @@ def _input_name(placeholder: fx.Node) -> str:
     keys = [a or b for a, b in re.findall(r"\['([^']+)'\]|\[(\d+)\]", name)]
     if "_parameters" in name or "_buffers" in name:
         return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name))
-    # keyword arguments arrive in a dict whose own name nobody chose
+    # keyword arguments arrive in a dict; the user did not choose its name
     return ".".join(keys[1:] if len(keys) > 1 and not keys[1].isdigit() else keys) or placeholder.name
 
 
 def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None) -> torch.Tensor:
-    """A fake of ``x`` with the symbols Dynamo gave its sizes, or none."""
-    if isinstance(x, DTensor):  # in the graph whole
+    """A fake of ``x`` with Dynamo's symbols for its sizes; static if there are none."""
+    if isinstance(x, DTensor):  # the graph sees the full tensor
         with mode:
             fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             return fake.requires_grad_(x.requires_grad)

@@ -1,6 +1,6 @@
-"""In-place ops of a captured graph as out-of-place ones.
+"""Replaces in-place ops of a captured graph by out-of-place ops.
 
-Done on the graph, after tracing: torch's own functionalization runs below autocast and would lose those regions.
+This works on the graph, after tracing: torch's own functionalization runs below autocast and would lose its regions.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sptransform.graph.edit import compute_value
 aten = torch.ops.aten
 
 
-# a part of a tensor -> the op that writes a new part back into its base
+# view op -> the op that writes a new value of the view back into its base
 _SCATTERS = {
     aten.diagonal.default: aten.diagonal_scatter.default,
     aten.select.int: aten.select_scatter.default,
     aten.slice.Tensor: aten.slice_scatter.default,
 }
 
-# views in which the base's entries stand in the same row-major order
+# view ops that keep the row-major order of the base's entries
 _RESHAPES = frozenset(
     {
         aten._unsafe_view.default,
@@ -52,14 +52,14 @@ def functionalize(graph: fx.Graph) -> None:
 
 
 class _Functionalizer:
-    """Walks the graph once; ``current[n]`` is the node that holds n's value as of now."""
+    """Walks the graph once; ``current[n]`` is the node that holds the current value of n."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.current: dict[fx.Node, fx.Node] = {}
-        self.base: dict[fx.Node, fx.Node] = {}  # view -> what it is a view of
+        self.base: dict[fx.Node, fx.Node] = {}  # view -> the node it is a view of
         self.version: dict[fx.Node, int] = {}  # root -> number of writes so far
-        self.seen: dict[fx.Node, int] = {}  # view -> writes of its root it reflects
+        self.seen: dict[fx.Node, int] = {}  # view -> the version of its root that it reflects
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -88,7 +88,7 @@ class _Functionalizer:
                 return
 
     def _read(self, node: fx.Node, at: fx.Node) -> fx.Node:
-        """The node to read for ``node`` now: its newest value, views taken anew if their base was written."""
+        """The node with the current value of ``node``; a view is recomputed if its base was written."""
         if node in self.base:
             root = self._root(node)
             if self.seen.get(node, 0) != self.version.get(root, 0):
@@ -107,19 +107,19 @@ class _Functionalizer:
         self.graph.erase_node(node)
 
     def _functional(self, node: fx.Node) -> fx.Node:
-        """What the written tensor holds after ``node``, as a new node."""
+        """A new node with the value of the written tensor after ``node``."""
         form = _functional_form(node)
         written = dataflow.value(node.args[0])
-        if form is aten.copy.default:  # which has no derivative
+        if form is aten.copy.default:  # aten.copy has no derivative
             source = self._emit(node, aten.to.dtype, node.args[1], written.dtype)
             return self._emit(node, aten.expand.default, source, list(written.shape))
         new = self._emit(node, form, *node.args, **node.kwargs)
-        # out of place the operands' dtypes are promoted; what is written is converted to the target's
+        # an out-of-place op promotes dtypes; an in-place write converts to the dtype of its target
         is_same = dataflow.value(new).dtype == written.dtype
         return new if is_same else self._emit(node, aten.to.dtype, new, written.dtype)
 
     def _emit(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node in front of ``at``, in its name, with its fake value."""
+        """A new node before ``at`` that inherits its notes, with a fake value."""
         with self.graph.inserting_before(at):
             node = self.graph.call_function(target, args, kwargs)
         notes.fork(at, node)
@@ -129,7 +129,7 @@ class _Functionalizer:
         return node
 
     def _set(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
-        """Let ``target`` hold ``new`` from here on, and whatever it is a view of hold it in its place."""
+        """Make ``new`` the current value of ``target``, and write it into every base that ``target`` is a view of."""
         root = self._root(target)
         self.version[root] = self.version.get(root, 0) + 1
         while target is not root:
@@ -140,7 +140,7 @@ class _Functionalizer:
         self.current[root] = new
 
     def _whole(self, view: fx.Node, base: fx.Node, new: fx.Node, at: fx.Node) -> fx.Node:
-        """``base`` with ``new`` in the place of its ``view``. Raises CaptureError for views of other kinds."""
+        """``base`` after ``new`` is written to its ``view``. Raises CaptureError for unsupported kinds of views."""
         shape = list(dataflow.shape(base))
         if view.target in _SCATTERS:
             return self._emit(at, _SCATTERS[view.target], self._read(base, at), new, *view.args[1:], **view.kwargs)
@@ -176,17 +176,17 @@ def _storages(node: fx.Node) -> set[int]:
 
 
 def _is_same(view: fx.Node, base: fx.Node) -> bool:
-    """Whether a view shows its base as it is, gradient included: no op, as ``x.contiguous()`` often is."""
+    """Whether a view is its base unchanged, gradient included: a no-op, as ``x.contiguous()`` often is."""
     if not dataflow.is_tensor(view) or not dataflow.is_tensor(base):
         return False
     if notes.note(base).differentiable and not notes.note(view).differentiable:
-        return False  # detached: what is written has no gradient, what it is written into keeps its own
+        return False  # detached: the written value has no gradient, but the base keeps its own
     x, y = dataflow.value(view), dataflow.value(base)
     return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
 
 
 def _functional_form(node: fx.Node) -> Any:
-    """The overload without the trailing underscore. Raises CaptureError where there is none."""
+    """The overload without the trailing underscore. Raises CaptureError if there is none."""
     schema = node.target._schema
     writes = [position for position, argument in enumerate(schema.arguments) if argument.is_write]
     name = schema.name.split("::")[1]

@@ -1,4 +1,4 @@
-"""Runs Dynamo's graph so that it can be traced: checkpointed regions inline, and what a trace would lose refused."""
+"""Runs Dynamo's graph for tracing: inlines checkpointed regions, and refuses ops that a trace would lose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sptransform.parameters.parts import whole
 
 _regions = itertools.count(1)
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
-# functorch's transforms enter and leave a level of their own; what runs there is not the graph's to see
+# functorch transforms enter and leave a level of their own; the graph does not see what runs there
 _TRANSFORMS = {
     getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")
 } | {fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")}
@@ -27,7 +27,8 @@ _TRANSFORMS = {
 class Inliner(fx.Interpreter):
     """Runs a Dynamo graph; a checkpointed region runs inline, its nodes tagged as torch's own would be.
 
-    Of selectively checkpointed regions ``policies`` gets the mode that decides, for the pass DecomposeCheckpointed.
+    For each selectively checkpointed region, ``policies`` gets the mode that decides what to save; the pass
+    DecomposeCheckpointed uses it.
     """
 
     def __init__(self, gm: fx.GraphModule, policies: dict[int, Any]) -> None:
@@ -39,7 +40,7 @@ class Inliner(fx.Interpreter):
         try:
             return super().run(*args, **kwargs)
         finally:
-            while self._autocasts:  # an op failed inside of a region
+            while self._autocasts:  # an op failed inside an autocast region
                 self._autocasts.pop().__exit__(None, None, None)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,7 +55,7 @@ class Inliner(fx.Interpreter):
             return Inliner(body, self._policies).run(*operands)
         if target is whole:
             return args[0].tensor
-        # torch's tracer notes these two calls without making them; entered as a user would, they are noted and hold
+        # torch's tracer would record these two calls but not run them; torch.autocast is recorded and also takes effect
         if target is torch.amp.autocast_mode._enter_autocast:
             self._autocasts.append(torch.autocast(*args, **kwargs))
             return self._autocasts[-1].__enter__()
@@ -101,13 +102,13 @@ class Inliner(fx.Interpreter):
 
 @dataclass(frozen=True)
 class InParts:
-    """A parameter or input of which each rank has its part; in the graph it is whole, and a plain tensor."""
+    """A sharded parameter or input; in the graph it is a full, plain tensor."""
 
     tensor: torch.Tensor
 
 
 def _policy_of(contexts: Callable[[], Any]) -> TorchDispatchMode:
-    """The mode that torch.utils.checkpoint would run a region's forward in. Raises CaptureError for other contexts."""
+    """The mode in which torch.utils.checkpoint runs a region's forward. Raises CaptureError for other contexts."""
     forward, _ = contexts()
     if not isinstance(forward, TorchDispatchMode):
         raise CaptureError(

@@ -1,4 +1,4 @@
-"""Which sizes of Dynamo's graph stay symbolic: those that the ranks share evenly."""
+"""Which sizes of Dynamo's graph stay symbolic: those that the ranks divide evenly."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sptransform.sharding.sizes import split_length
 
 
 def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
-    """Decide for every size Dynamo left symbolic whether the graph serves all lengths ``num_ranks`` divides, or one.
+    """Decide for every symbolic size whether the graph serves all multiples of ``num_ranks``, or only one value.
 
-    None fixes them all to their values. The guards are Dynamo's: another size is another compile, never a wrong run.
+    None fixes all sizes to their values. The guards are Dynamo's: another size causes a recompile, never a wrong run.
     """
     for size, is_length in _symbolic(gm):
         if num_ranks is None:
             int(size)
-        elif is_length:  # a number that is an input of its own may stay open
+        elif is_length:  # an int that is itself an input may stay symbolic
             split_length(size, num_ranks)
 
 

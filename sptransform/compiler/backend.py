@@ -1,4 +1,4 @@
-"""The torch.compile backend: capture, rewrite, hand to the inner backend, dress the outputs."""
+"""The torch.compile backend: capture, rewrite, call the inner backend, wrap the outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sptransform_backend(
 ) -> Callable[..., Any]:
     """Compile Dynamo's ``gm`` for this rank; ``whole``: it is the whole model, not a part after a graph break.
 
-    Where this fails the other ranks are told, see :mod:`sptransform.agreement.agreement`.
+    If this fails, the other ranks are notified, see :mod:`sptransform.agreement.agreement`.
     """
     mesh = options.strategy.mesh_of(options.mesh)
     if mesh.size == 1:
@@ -61,12 +61,12 @@ def _compile(
         elif uneven is None:
             lines.extend(schedule_lines(graph, part.mesh))
             uneven = None if part.is_even else part
-        else:  # what a group of this mesh dim does is its own, but for where groups meet
+        else:  # after uneven shares groups of this dim may differ, except in what they send each other
             lines.extend(placement_lines(graph, uneven.mesh))
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
     program = Program((*settings(options, mesh, package_version()), *lines))
-    # local sizes of uneven shares may stand nowhere in the graph: they are the rank's own
+    # with uneven shares, graphs may be equal and local sizes not: the cache key names the rank
     share = "" if all(part.is_even for part in context.parts) else f"-{mesh.rank}/{mesh.size}"
     tag = f"sptransform-{package_version()}{share}{recompute_tags(rewritten.graph)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):

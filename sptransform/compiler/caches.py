@@ -1,4 +1,4 @@
-"""What the keys of compile caches need beyond the graph: the version of this package, and what is recomputed."""
+"""What cache keys need beyond the graph: the version of this package, and the recompute tags."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import fx
 
 
 def recompute_tags(graph: fx.Graph) -> str:
-    """What is recomputed, hashed; "" for nothing. Compile caches see the ops of a graph, not what is said of them."""
-    regions: dict[Any, int] = {}  # the numbers of checkpointed regions are the process's, their order is the model's
+    """Hash of the recompute tags; "" if there are none. Compile caches see the ops of a graph, but not these tags."""
+    regions: dict[Any, int] = {}  # region ids depend on the process, their order only on the model
     tags = [
         (index, node.meta["recompute"].value, regions.setdefault(node.meta.get("ac_graph_id"), len(regions)))
         for index, node in enumerate(graph.nodes)

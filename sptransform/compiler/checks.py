@@ -1,4 +1,4 @@
-"""What is wrong with a call before it is compiled: its devices, its parameters, the names it was given."""
+"""Checks of a call before it is compiled: its devices, its parameters, the names in ``sequence_dims``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_devices(inputs: Sequence[Any], mesh: Mesh) -> None:
 
 
 def check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> None:
-    """Parameters kept in parts are kept by the ranks of ``mesh``, and the gradients of such are complete."""
+    """Check that sharded parameters are on the ranks of ``mesh``, and that gradients of DTensors are complete."""
     parameters = [x for x in inputs if isinstance(x, DTensor) and isinstance(x, nn.Parameter)]
     sharing = {tuple(x.device_mesh.mesh.flatten().tolist()) for x in parameters if stored_in(x)}
     device_mesh = options.strategy.weights_mesh(mesh).device_mesh
@@ -80,7 +80,7 @@ def check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> Non
 
 
 def check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whole: bool) -> None:
-    """Names are those of inputs, dims those inputs have. Another part of a model may have the names this one lacks."""
+    """Check names and dims against the inputs. Unless ``whole``, another part of the model may have missing names."""
     nodes = [node for node in graph.nodes if node.op == "placeholder" and dataflow.is_tensor(node)]
     dims_of = {notes.note(node).input_name: len(dataflow.shape(node)) for node in nodes}
     for name, dim in sequence_dims.items():

@@ -1,6 +1,6 @@
-"""What a compile says of itself: one log line, and its graphs for ``tlparse``.
+"""What a compile reports: one log line, and its graphs for ``tlparse``.
 
-``TORCH_LOGS="+sptransform"`` shows the loggers of this package: at INFO one line a compile, at DEBUG the graph after
+``TORCH_LOGS="+sptransform"`` shows the loggers of this package: at INFO one line per compile, at DEBUG the graph after
 every pass. ``TORCH_TRACE=<folder>`` records the graphs before and after as artifacts.
 """
 

@@ -22,10 +22,10 @@ See = Callable[[fx.Graph, Context], None]
 
 
 def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, part: None) -> None:
-    """Rewrite the captured ``gm`` in place for this rank of ``context.mesh``; notes the mesh dims as ``context.parts``.
+    """Rewrite the captured ``gm`` in place for this rank of ``context.mesh``; sets ``context.parts``, one per mesh dim.
 
-    Over two mesh dims: the graph of one rank of the first is a program like any other, for the ranks of the second to
-    share. ``see`` is shown the graph after each, with that dim's context.
+    With two mesh dims, the second distributes the graph of one rank of the first, as it would any other graph. ``see``
+    is called after each dim, with the graph and that dim's context.
     """
     run_passes(gm, NORMALIZE, context)
     stages = context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules))
@@ -35,7 +35,7 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
         if outputs != "full" and index + 1 < len(stages):
             outputs = "kept"
         elif not all(earlier.is_even for earlier in context.parts):
-            outputs = "full"  # how groups of this dim cut is their own; what they return must be alike
+            outputs = "full"  # after uneven shares, groups may cut differently, so outputs are gathered
         shares = strategy.shards_weights == context.strategy.shards_weights
         part = replace(
             context,
@@ -57,10 +57,10 @@ def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, pa
 
 
 def _recognise_shared(graph: fx.Graph, meshes: list[Mesh]) -> None:
-    """Say of inputs that ranks share on which of ``meshes``: groups of the same ranks may be several.
+    """Give sharded inputs the groups of ``meshes``: other groups may have the same ranks.
 
     Raises:
-        UsageError: other ranks share one, or dims are cut in another order.
+        UsageError: an input is sharded over other ranks, or over the mesh dims in another order.
     """
     known = [ranks_in(mesh.group) for mesh in meshes if mesh.device_mesh is not None]
     for node in graph.find_nodes(op="placeholder"):
@@ -82,7 +82,7 @@ def _recognise_shared(graph: fx.Graph, meshes: list[Mesh]) -> None:
 
 
 def _check_shares(graph: fx.Graph, part: Context) -> None:
-    """Ranks with one token where others have more would go on differently: one is no sequence. Alike on all ranks."""
+    """Refuse uneven shares below two tokens: one is no sequence, so that rank's graph would differ. All ranks raise."""
     for node in graph.nodes:
         for partition in _of_sequences(node, part):
             sizes = partition.local_sizes
@@ -98,7 +98,7 @@ def _check_shares(graph: fx.Graph, part: Context) -> None:
 
 
 def _of_sequences(node: fx.Node, part: Context) -> list[Partition]:
-    """How the queries and the keys of an attention node are shared."""
+    """Partitions of the queries and the keys of an attention node."""
     note = notes.note(node)
     if note.rule is None or "queries" not in note.rule.roles:
         return []

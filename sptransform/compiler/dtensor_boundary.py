@@ -16,7 +16,7 @@ from sptransform.sharding.placement import Placement, Shard
 
 
 def local_input(x: Any, gm: fx.GraphModule) -> Any:
-    """What the inner backend is to see of an input: of one that ranks share a fake of this rank's part."""
+    """The example input for the inner backend: for a DTensor, a fake of its local tensor."""
     if not isinstance(x, DTensor):
         return x
     mode = dataflow.fake_mode(gm.graph)
@@ -24,7 +24,7 @@ def local_input(x: Any, gm: fx.GraphModule) -> Any:
 
 
 def of_local_parts(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-    """``compiled``, called with DTensors; they are opened outside of it, so that their gradients are DTensors too."""
+    """``compiled``, for calls with DTensors: ``to_local`` runs outside of it, so that gradients are DTensors too."""
     places = [index for index, x in enumerate(inputs) if isinstance(x, DTensor)]
     if not places:
         return compiled
@@ -39,7 +39,7 @@ def of_local_parts(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Calla
 
 
 def with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[..., Any]:
-    """Return sharded outputs as DTensors: ``full_tensor()`` gathers, nothing gathers behind the user's back."""
+    """Return sharded outputs as DTensors: only the user's ``full_tensor()`` gathers them."""
 
     meshes = [part.mesh for part in context.parts]
     device_mesh = meshes[0].device_mesh if len(meshes) == 1 else context.mesh.grid(*(mesh.size for mesh in meshes))
@@ -50,7 +50,7 @@ def with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[..
         shape = list(x.shape)
         for placement, mesh in reversed(list(zip(placements, meshes, strict=True))):
             if isinstance(placement, Shard):
-                # an even partition may be of any length; what the call had is what the part says
+                # an even partition may leave its length open, so this call's local size gives it
                 whole = shape[placement.dim] * mesh.size if placement.partition.is_even else placement.dim_size
                 shape[placement.dim] = whole
         stride = torch.empty(shape, device="meta").stride()

@@ -1,4 +1,4 @@
-"""How Dynamo captures whole models, and how it is kept from running one otherwise than sharded without a word."""
+"""How Dynamo captures whole models, and the guards against it silently running one unsharded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sptransform.diagnostics.errors import SPTransformError, UsageError, describ
 
 
 class WatchedCompiler:
-    """A backend that knows whether what it compiled is what runs."""
+    """A backend that detects calls in which nothing that it compiled ran."""
 
     def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
         self._backend = backend
@@ -31,7 +31,7 @@ class WatchedCompiler:
         return run
 
     def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``; an error where Dynamo ran the model as it was, which some modes make it do without a word."""
+        """``call``; raises if Dynamo ran the original model, which it does silently in some modes."""
 
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ _is_capturing = False  # Dynamo reads it when it traces the hook below
 
 
 def compiled_by_itself(module: nn.Module, args: Any) -> None:
-    """A hook that keeps Dynamo, where it compiles what calls ``module``, from taking the module as it was along.
+    """A hook that keeps Dynamo from inlining the original ``module`` when it compiles a caller.
 
     The call is then made from outside of that graph, and sharded. Copies of ``module`` are not parallelized.
     """
@@ -64,7 +64,7 @@ def compiled_by_itself(module: nn.Module, args: Any) -> None:
 
 
 def configured(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` under the Dynamo configuration that captures whole models; our errors come as they were raised."""
+    """``call`` under the Dynamo configuration that captures whole models; errors of this package are not wrapped."""
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -90,13 +90,13 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
 
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(
-            # a logger's warning would break the graph; what is logged while tracing is not the model
+            # a call of a logger would break the graph, and is no part of what the model computes
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
             optimize_ddp=False,
-            # with graph breaks allowed, Dynamo would go on with the model as it was, unsharded, and not say so
+            # with graph breaks allowed, Dynamo would silently run the original model, unsharded
             fail_on_recompile_limit_hit=True,
-            # a float argument left open arrives as a tensor's item, which a graph traced anew cannot read
+            # Dynamo passes an open float as a tensor's item, which cannot be read when the graph is traced again
             specialize_float=True,
         ):
             return call(*args, **kwargs)
@@ -105,7 +105,7 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _logging_functions() -> set[Any]:
-    """Every logging function of ``logging.Logger``, those that libraries added to it too (``warning_once``)."""
+    """Every logging function of ``logging.Logger``, including those that libraries added (``warning_once``)."""
     quiet = {"debug", "info", "warning", "error", "critical", "exception", "log", "warn"}
     added = set(vars(logging.Logger)) - set(_STANDARD)
     return {getattr(logging.Logger, name) for name in (quiet & set(vars(logging.Logger))) | added}

@@ -29,11 +29,11 @@ def without_meta(model: nn.Module, inputs: InputsT) -> tuple[nn.Module, InputsT]
 
 
 def faked(model: nn.Module, inputs: InputsT) -> tuple[nn.Module, InputsT]:
-    """Copies of ``model`` and ``inputs`` whose tensors are plain, whole and fake; if any is on ``meta``, on the CPU."""
+    """Copies of ``model`` and ``inputs`` with plain, full, fake tensors; on the CPU if any is on ``meta``."""
     tensors = _tensors(model, inputs)
     device = "cpu" if any(tensor.is_meta for tensor in tensors) else None
     mode = FakeTensorMode()
-    # one stand-in a tensor, however many modules share it
+    # one stand-in per tensor, however many modules share it
     fakes = {id(tensor): _fake(tensor, mode, device) for tensor in tensors}
     stand_in = copy.deepcopy(model, dict(fakes))
     as_written(stand_in)

@@ -1,4 +1,4 @@
-"""What a user asks of the compiler, checked once, for `parallelize` and the plain backend alike."""
+"""The user's options, checked once, for both `parallelize` and the plain backend."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Options:
 
 
 def check_torch_version() -> None:
-    """Raise UsageError where torch is none of the versions that this package's metadata requires."""
+    """Raise UsageError if this package's metadata does not allow the installed version of torch."""
     try:
         requirements = metadata.requires("sptransform") or []
     except metadata.PackageNotFoundError:  # a source tree on the path

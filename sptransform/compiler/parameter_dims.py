@@ -1,4 +1,4 @@
-"""Which part of each parameter a rank is to keep: what the graph of a call reads of it. Runs no model."""
+"""Along which dim each parameter is sharded: as the graph of a call reads it. Runs no model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sptransform.sharding.mesh import Mesh
 def parameter_dims(
     model: nn.Module, options: Options, mesh: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, int]:
-    """By name, the dimension along which a graph for ``mesh`` shares a parameter; of others each rank keeps the whole.
+    """Name -> the dim along which a graph for ``mesh`` shards the parameter; parameters not listed stay replicated.
 
-    A parameter of several names is given by one of them.
+    A tied parameter is listed under one of its names.
 
     Args:
         args, kwargs: of a call of the model; only shapes matter, so they, and the model, may be on ``meta``.

@@ -44,10 +44,9 @@ def rewrite_graph(
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
-    Lengths Dynamo left symbolic stay so where every rank gets an equal share whatever they are; where something needs
-    the number itself, they are fixed to it. ``see`` is shown the captured graph before it changes, and what each mesh
-    dim makes of it, with that dim's context; ``whole``: ``gm`` is the whole model; ``shard_parameters``: see
-    :class:`Context`.
+    Lengths that Dynamo left symbolic stay symbolic if every rank always gets an equal share; if something needs the
+    number itself, they are fixed. ``see`` is called with the captured graph before it changes, then after each mesh
+    dim with that dim's context; ``whole``: ``gm`` is the whole model; ``shard_parameters``: see :class:`Context`.
     """
     try:
         with _no_garbage_collection():
@@ -63,7 +62,7 @@ def rewrite_graph(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Graphs are webs of objects that stay alive: looking through them for garbage takes a third of the time."""
+    """Pause garbage collection: scanning the graphs, which stay alive anyway, takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -120,7 +119,7 @@ class Rewritten:
     context: Context
 
     def text(self, layer: str | None = None) -> str:
-        """The graph, one line a node; with ``layer`` only the nodes of that module path, and what is inside it."""
+        """The graph, one line per node; with ``layer`` only the nodes of that module path and its submodules."""
         nodes = list(self.graph_module.graph.nodes)
         if layer:
             inside = (provenance.module_path(node) for node in nodes)
@@ -129,7 +128,7 @@ class Rewritten:
 
     @cached_property
     def text_by_layer(self) -> Mapping[str, tuple[str, ...]]:
-        """Every module's own lines by its path, in the order of the graph; "" is the model itself."""
+        """Module path -> the module's own lines, in the order of the graph; "" is the model itself."""
         lines: dict[str, list[str]] = {}
         for node in self.graph_module.graph.nodes:
             lines.setdefault(provenance.module_path(node), []).append(line(node, is_local=True))
@@ -159,8 +158,8 @@ def rewrite(
         strategy: as for :func:`parallelize`.
         inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward. They and the model
             may live on the ``meta`` device, where they take no memory.
-        world_size: number of ranks, for a mesh of several dims of each; for one, the graph is what was captured.
-        rank: whose graph; with even partitions all ranks have the same.
+        world_size: number of ranks, or a tuple with the size of each mesh dim; for one rank, the captured graph.
+        rank: the rank whose graph is returned; with even partitions all ranks have the same.
         options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``).
 
     Raises:
@@ -173,16 +172,16 @@ def rewrite(
 
 
 def arguments_of(inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call, of which users give either."""
+    """Positional and keyword arguments of a call; users give one or the other."""
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 def rewrite_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, mesh: Mesh
 ) -> Rewritten:
-    """The graph of one call of the model, rewritten for a pretended mesh, as if parameters were kept in parts.
+    """The graph of one call of the model, rewritten for a pretended mesh, as if parameters were sharded.
 
-    What ``options`` says of the mesh is not looked at. Raises UsageError as :func:`rewrite`.
+    Ignores the mesh of ``options``. Raises UsageError as :func:`rewrite`.
     """
     found: list[Rewritten] = []
 

@@ -1,1 +1,1 @@
-"""Errors, and what they say of a node."""
+"""Errors, and how their messages locate a node."""

@@ -1,4 +1,4 @@
-"""The error family, and the one form every message has: what, where, what was found, what would fix it."""
+"""The error classes, and the form of every message: what is wrong, where, what was found, how to fix it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class VerificationError(SPTransformError):
 
 
 class RankError(SPTransformError):
-    """Ranks cannot run a call together: every rank that can raises it. ``ranks`` are the global ranks it names."""
+    """The ranks cannot run a call together; each rank still able to raises this. ``ranks``: global ranks it names."""
 
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
@@ -50,7 +50,7 @@ class RankLostError(RankError):
 
 
 class RankMissingError(RankError):
-    """A rank did not come to a call in time."""
+    """A rank did not reach a call in time."""
 
 
 class ScheduleMismatchError(RankError):
@@ -66,9 +66,9 @@ def describe(
     found: str | None = None,
     fix: str | None = None,
 ) -> str:
-    """Return an error message in the one form; ``node`` adds its name, op and the user's source line.
+    """Return an error message; ``node`` adds its name, its op and the user's source line.
 
-    ``at`` and ``source`` say the same of a node that exists on another rank only.
+    ``at`` and ``source`` give the same for a node that exists on another rank only.
     """
     lines = [what]
     if at is not None:

@@ -1,1 +1,1 @@
-"""What decides and checks, whatever the op: axes, propagation, the verifier, and what runs the passes."""
+"""Op-agnostic decisions and checks: axes, propagation, the verifier, and the pass manager."""

@@ -2,7 +2,7 @@
 
 Every dimension is a product of atoms. A rule that names one factor on two dimensions unifies their atoms; a reshape
 splits an atom into several. A slice or a pad *links* two atoms: another extent of the same axis. The sequence is then
-whatever is unified with, or linked to, the query or key factor of an attention op. Knows no op.
+whatever is unified with, or linked to, the query or key factor of an attention op. Op-agnostic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sptransform.sharding.sizes import Size, quotient
 
 
 class Atom:
-    """An indivisible axis so far; ``merged`` or ``parts`` say what it turned out to be."""
+    """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided."""
 
     __slots__ = ("merged", "parts", "size")
 
@@ -30,7 +30,7 @@ class Atom:
 
 
 def resolve(atoms: list[Atom]) -> list[Atom]:
-    """What ``atoms`` stand for by now: indivisible representatives, in order."""
+    """The current indivisible representatives of ``atoms``, in order."""
     found: list[Atom] = []
     stack = list(reversed(atoms))
     while stack:
@@ -47,7 +47,7 @@ def resolve(atoms: list[Atom]) -> list[Atom]:
 
 
 def unify(left: list[Atom], right: list[Atom]) -> bool:
-    """Make two products the same; False where their factors do not nest (then they stay apart from there on)."""
+    """Unify two products of atoms; False if their factors do not nest (they stay distinct from that point on)."""
     a, b = resolve(left)[::-1], resolve(right)[::-1]
     while a and b:
         x, y = a.pop(), b.pop()
@@ -65,14 +65,14 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
             a.append(x)
         else:
             return False
-        # a merge or split may have changed what waits on either side
+        # a merge or split may have changed atoms still pending on either side
         a, b = resolve(a[::-1])[::-1], resolve(b[::-1])[::-1]
     return True
 
 
 @dataclass(frozen=True)
 class Link:
-    """A factor of ``node``'s rule and a tensor dimension that has it in another extent, each as its atoms."""
+    """A factor of ``node``'s rule and a tensor dimension on which its extent differs, both as atoms."""
 
     factor: tuple[Atom, ...]
     dim: tuple[Atom, ...]
@@ -89,9 +89,9 @@ class Axes:
 
     Args:
         graph: every node annotated with its rule, if it has one.
-        divide: gives the partition of a sequence axis of some size.
-        sequence_dims: input name -> dimension that is a sequence, for graphs whose ops do not say.
-        ignored: nodes whose links say nothing about ownership (their values are replicated anyway).
+        divide: returns the partition of a sequence axis of a given size.
+        sequence_dims: input name -> its sequence dimension, for graphs whose ops do not show it.
+        ignored: nodes whose links do not affect ownership (their values are replicated anyway).
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Axes:
         return resolve(self._factors[node][name])
 
     def partition(self, atom: Atom) -> Partition:
-        """Who owns what of a sequence axis: what the op that derived it says, else what ``divide`` gives."""
+        """Partition of a sequence axis: derived from another axis if a link says so, else ``divide`` of its size."""
         if atom not in self._partitions:
             self._partitions[atom] = self.divide(atom.size)
             for link in self.links:

@@ -1,4 +1,4 @@
-"""What the passes of one compile share: the request, and what they found out on the way."""
+"""State that the passes of one compile share: the request, and their findings so far."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class Fallback:
 
 @dataclass
 class Context:
-    """What passes share: the request, and what they found out on the way.
+    """State that passes share: the request, and their findings so far.
 
     Attributes:
         outputs: "dtensor" or "local" let outputs keep a sharded sequence; "full" gathers them in the graph; "kept", for
             mesh dims before the last, leaves shards as they are.
         grad_sync: whether parameter gradients are reduced over the ranks in the graph.
         strict: whether an op without a rule is an error.
-        shard_parameters: whether parameters that are whole in this graph are read as if each rank kept a part.
-        num_ranks: of all mesh dims, where this is one of several; else 0.
+        shard_parameters: whether parameters not yet sharded on this mesh dim are read as if each rank kept a shard.
+        num_ranks: ranks of all mesh dims together; 0 in the context of the request itself.
         sequence_dims: placeholder name -> its sequence dimension.
-        fallbacks: ops that run replicated for want of a rule.
-        output_placements: what the graph returns, one per output; None for outputs that are no tensors.
-        is_causal: once placed: whether any attention of the graph is causal; sequences are laid out for all of it.
-        is_even: once distributed: every rank has an equal share of whatever is cut.
-        parts: of the request as a whole, the contexts of its mesh dims, in the order in which they were distributed.
+        fallbacks: ops that run replicated because they have no rule.
+        output_placements: placement of each graph output; None for outputs that are not tensors.
+        is_causal: set at placement: whether any attention of the graph is causal. All sequences get one layout.
+        is_even: set once distributed: whether every shard is even (all ranks have equal shares).
+        parts: in the context of the request itself: the contexts of its mesh dims, in the order of distribution.
     """
 
     mesh: Mesh
@@ -58,5 +58,5 @@ class Context:
     parts: tuple[Context, ...] = ()
 
     def divide(self, size: Size) -> Partition:
-        """Who owns what of a sequence of ``size``, once placed."""
+        """Partition of a sequence of ``size``; valid once ``is_causal`` is set."""
         return self.strategy.partition(size, self.mesh.size, self.is_causal)

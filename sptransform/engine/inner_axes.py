@@ -1,14 +1,14 @@
-"""Inner axes: what tensor parallelism cuts, found from how linears follow one another. Knows no op.
+"""Inner axes: the axes that tensor parallelism cuts, inferred from how linears follow one another. Op-agnostic.
 
-A linear is a contraction of something computed with a parameter, and leads from the axis it contracts to the axis it
-makes; a lookup in a table leads from the table's rows. Axes are of two kinds, and a linear leads from one to the other:
-the *stream* (the hidden axis of the residual stream), which stays whole, and *inner* axes, which are cut. The heads of
-attention are inner; everything else follows from them:
+A linear contracts a computed tensor with a parameter. It leads from the axis it contracts to the axis it makes; a table
+lookup leads from the table's rows. Axes are of two kinds, and a linear leads from one kind to the other: the *stream*
+(the hidden axis of the residual stream), which is never cut, and *inner* axes, which are cut. The heads of attention
+are inner; everything else follows from them:
 
 - the other end of a linear with an inner end is stream;
-- the other end of a linear with a stream end is inner, if nothing needs it whole (a norm would).
+- the other end of a linear with a stream end is inner, unless an op needs it uncut (a norm does).
 
-A slice or piece of an inner axis is inner, and so is what it is a piece of (a fused projection).
+A slice or piece of an inner axis is inner, and so is the axis that an inner axis is a piece of (a fused projection).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Linear = tuple[list[Atom], list[Atom]]
 
 
 class InnerAxes:
-    """The inner axes of a graph whose nodes carry rules, and who owns what of each.
+    """The inner axes of a graph whose nodes carry rules, and the partition of each.
 
     Args:
         graph: every node annotated with its rule, if it has one.
         axes: its axes.
-        num_ranks: over how many ranks inner axes are cut.
+        num_ranks: number of ranks that inner axes are cut over.
         light: see :func:`sptransform.engine.propagation.light_nodes`.
     """
 
@@ -54,7 +54,7 @@ class InnerAxes:
         return atom in self._inner
 
     def _needed_whole(self, graph: fx.Graph, light: frozenset[fx.Node]) -> set[Atom]:
-        """Axes that an op cannot run on a part of; what only picks indices (an argmax) may gather its operand."""
+        """Axes that some op needs uncut. Ops that only pick indices (argmax) may gather, so they do not count."""
         found: set[Atom] = set()
         for node in graph.nodes:
             rule = notes.note(node).rule
@@ -65,7 +65,7 @@ class InnerAxes:
         return found
 
     def _linears(self, graph: fx.Graph, light: frozenset[fx.Node]) -> Iterator[Linear]:
-        """(axis it contracts, axis it makes) of every contraction with a parameter."""
+        """(contracted axis, made axis) of every contraction with a parameter."""
         of_parameters: set[fx.Node] = set()
         for node in graph.nodes:
             inputs = node.all_input_nodes
@@ -96,7 +96,7 @@ class InnerAxes:
                         self._try(other[0], stream)
 
     def _try(self, atom: Atom, stream: set[Atom]) -> None:
-        """Cut ``atom``, and what it is a piece of or has as pieces, if all of them may be."""
+        """Cut ``atom`` and its kin (see :meth:`_kin`), if all of them may be cut."""
         family = self._kin({atom})
         usable = stream.isdisjoint(family) and self._uncut.isdisjoint(family)
         if usable and not any(self._axes.is_sequence(kin) or kin.size < self._num_ranks for kin in family):
@@ -107,7 +107,7 @@ class InnerAxes:
         self._partitions.clear()
 
     def _kin(self, atoms: set[Atom]) -> set[Atom]:
-        """``atoms``, and those that a resized dimension of some op links to them."""
+        """``atoms``, and all atoms linked to them by resized dimensions, directly or not."""
         found = set(atoms)
         grown = 0
         while grown != len(found):
@@ -119,12 +119,12 @@ class InnerAxes:
         return found
 
     def partition(self, atom: Atom) -> Partition:
-        """Who owns what of an inner axis: its pieces' parts one after the other, or what an op derives from another.
+        """Partition of an inner axis: composed of its pieces' partitions, or derived by an op from another axis.
 
-        Contiguous parts otherwise; of heads, and where a rank would get none, balanced ones.
+        Otherwise contiguous; balanced for heads, and where a contiguous cut would leave a rank empty.
         """
         if atom not in self._partitions:
-            self._partitions[atom] = None  # what is derived from another axis does not say what that one is
+            self._partitions[atom] = None  # recursion guard: ignore derivations back from this axis
             pieces = [link for link in self._axes.links if link.resize.start is not None and link.ends[0] == [atom]]
             derived = [link for link in self._axes.links if link.resize.start is None and link.ends[1] == [atom]]
             found = self._composed(atom, pieces)
@@ -137,7 +137,7 @@ class InnerAxes:
         return self._partitions[atom] or self._divided(atom)
 
     def _composed(self, atom: Atom, pieces: list[Link]) -> Partition | None:
-        """The parts of all pieces, where these lie one after the other and leave nothing out; else None."""
+        """The joined partitions of all pieces, if these cover the axis without gap or overlap; else None."""
         owned: list[list[tuple[Size, Size]]] = [[] for _ in range(self._num_ranks)]
         end: Size = 0
         for link in sorted({link.resize.start: link for link in pieces}.values(), key=lambda link: link.resize.start):
@@ -159,7 +159,7 @@ class InnerAxes:
 
 
 def _ends(rule: OpRule, weight: int) -> tuple[list[str], list[str]]:
-    """The factors of the weight that the op contracts, and those only the weight brings into the result."""
+    """The weight's factors that the op contracts, and those that only the weight brings into the result."""
     own = [factor for factors in rule.operands[weight] for factor in factors]
     others = {f for i, dims in enumerate(rule.operands) if i != weight for factors in dims for f in factors}
     results = {f for dims in rule.results for factors in dims for f in factors}

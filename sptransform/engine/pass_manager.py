@@ -1,4 +1,4 @@
-"""Passes over a graph, what each needs and promises, and the manager that checks both after every pass."""
+"""Passes over a graph, the invariants they require and ensure, and the manager that checks these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Pass:
     """Base: a frozen dataclass whose fields are its options.
 
     ``requires`` and ``ensures`` name invariants of :mod:`sptransform.engine.verifier`. What a pass requires must have
-    been ensured before it; what it ensures is checked on the graph it leaves, together with all that still holds.
+    been ensured before it. After it, its ``ensures`` and all earlier invariants that still hold are checked.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -37,7 +37,7 @@ class Pass:
         raise NotImplementedError
 
 
-# what holds of a graph before the first pass, and once all mesh dims are done
+# invariants that hold before the first pass, and once all mesh dims are done
 CAPTURED = frozenset({"functional"})
 DISTRIBUTED = frozenset({"functional", "local", "lowered"})
 
@@ -45,7 +45,7 @@ DISTRIBUTED = frozenset({"functional", "local", "lowered"})
 def run_passes(
     gm: fx.GraphModule, passes: Sequence[Pass], context: Context, holds: frozenset[str] = CAPTURED
 ) -> fx.GraphModule:
-    """Run ``passes`` in order on ``gm`` in place and return it; ``holds`` are the invariants that it has already.
+    """Run ``passes`` in order on ``gm`` in place and return it; ``holds`` are the invariants that already hold.
 
     Raises:
         VerificationError: a pass lacks what it requires, or leaves a graph that breaks an invariant.

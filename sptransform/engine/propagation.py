@@ -1,14 +1,14 @@
-"""Placements to a fixed point: from the anchors a strategy places to a decision for every node. Knows no op.
+"""Propagates placements from the attention that a strategy places to a decision for every node. Op-agnostic.
 
 Three sweeps:
 
-1. Forward, over *heavy* nodes (a contraction, attention, or anything computed from one): an inner axis, where weights
-   are cut, else the sequence is sharded wherever the rule has one; a pending sum passes where the rule is linear; else
+1. Forward, over *heavy* nodes (a contraction, attention, or anything computed from one): wherever the rule has one, an
+   inner axis is sharded (if weights are cut), else the sequence; a pending sum passes where the rule is linear; else
    the node runs replicated.
-2. Backward, over *light* nodes (computed from inputs without heavy work: positions, tables, masks): cut where all
-   consumers want the same cut, else replicated, which costs no communication.
-3. Backward: a replicated node whose gradient arrives as pending sums only is R rather than I, so that the sum over
-   the ranks is taken once, at the parameter.
+2. Backward, over *light* nodes (computed from inputs without heavy work: positions, tables, masks): sharded if all
+   consumers demand the same shard, else replicated, which costs no communication.
+3. Backward: a replicated node becomes R instead of I if its gradient consists of pending sums only. The sum over the
+   ranks is then taken once, at the parameter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Propagation:
         inputs: placement of every placeholder and attribute.
         axes: see :class:`Axes`.
         light: nodes without heavy work behind them, see :func:`light_nodes`.
-        inner: axes to cut before the sequence, see :class:`InnerAxes`; None where only the sequence is.
+        inner: axes to cut in preference to the sequence, see :class:`InnerAxes`; None if only the sequence is cut.
     """
 
     graph: fx.Graph
@@ -79,16 +79,16 @@ class Propagation:
         candidates = self._inner_decisions(node, rule)
         operands = dataflow.operands(node)
         pending = frozenset(i for i, producer in enumerate(operands) if notes.placement(producer) == P)
-        alone = all(len(producer.users) == 1 for producer in operands)  # others would have it reduced anyway
+        alone = all(len(producer.users) == 1 for producer in operands)  # another reader would reduce it anyway
         if not candidates and pending in rule.linear and 1 < len(pending) == len(operands) and alone:
-            return Pending(pending)  # one reduction of the sum instead of one of each term
+            return Pending(pending)  # one reduction of the sum instead of one per term
         candidates = candidates or self.sequence_decisions(node, rule)
         if candidates:
             return max(candidates, key=lambda decision: self._preference(node, rule, decision))
         return Pending(pending) if pending and pending in rule.linear else Replicate(I)
 
     def _partition(self, node: fx.Node, factor: str) -> Partition:
-        """Who owns what of a factor of an attention node; of a sequence, such that every index has one owner."""
+        """Partition of a factor of an attention node. For a sequence, every index has exactly one owner."""
         atoms = self.axes.factor(node, factor)
         if self.inner is not None and atoms[0] in self.inner:
             return self.inner.partition(atoms[0]).refine(prod(atom.size for atom in atoms[1:]))
@@ -130,7 +130,7 @@ class Propagation:
         return kept, sum(a == d for a, d in zip(actual, asked, strict=True) if isinstance(d, Shard))
 
     def demanded(self, node: fx.Node) -> list[Placement]:
-        """What the consumers of a node's output ask of it; the graph's output asks for the whole."""
+        """Placements that the consumers of a node's output demand; the graph's output demands I."""
         asked: list[Placement] = []
         for user in node.users:
             if user.op == "output":
@@ -164,7 +164,7 @@ class Propagation:
 def light_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Nodes computed from placeholders and constants without heavy work: replicating them costs no communication.
 
-    It would of what is computed from an input of which each rank has only a part.
+    Nodes that read a sharded input (not a parameter) are not light: replicating them would communicate.
     """
     light: set[fx.Node] = set()
     for node in graph.nodes:

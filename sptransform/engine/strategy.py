@@ -21,9 +21,9 @@ class Strategy:
     """Base: how sequences are laid out, and where attention runs, on one mesh dim.
 
     Attributes:
-        reads_masks: whether attention takes masks as programs over positions, instead of as tensors of scores' shape.
-        max_mesh_dims: of how many dims the mesh may be.
-        regather: whether what attention, or a linear, needs gathered is gathered again in the backward.
+        reads_masks: whether attention takes masks as programs over positions, not as tensors of the scores' shape.
+        max_mesh_dims: maximum number of mesh dims.
+        regather: whether tensors gathered for attention or a linear are gathered again in the backward.
         shards_weights: whether linears are cut along their inner axes, and their weights with them.
     """
 
@@ -35,10 +35,10 @@ class Strategy:
     def mesh_of(self, device_mesh: DeviceMesh | None) -> Mesh:
         """The ranks of a DeviceMesh; by default all ranks of the default group.
 
-        Process groups of parts of it are made here, where every rank comes, if the strategy may need some.
+        The subgroups that the strategy may need are made here, where every rank takes part.
 
         Raises:
-            UsageError: no process group is initialised, or the mesh is not what the strategy takes.
+            UsageError: no process group is initialised, or the strategy does not support the mesh.
         """
         device_mesh = device_mesh_of(device_mesh)
         shape = tuple(device_mesh.shape)
@@ -53,7 +53,7 @@ class Strategy:
         """:meth:`Mesh.pretended`, checked.
 
         Raises:
-            UsageError: an impossible rank, or a mesh that is not what the strategy takes.
+            UsageError: an impossible rank, or a mesh that the strategy does not support.
         """
         mesh = Mesh.pretended(world_size, rank)
         self._check_dims(mesh.shape, f"world_size={world_size}")
@@ -67,7 +67,7 @@ class Strategy:
             raise UsageError(describe(f"{type(self).__name__} takes {takes}", found=found, fix=fix))
 
     def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        """As which meshes of two dims the ranks of a mesh of ``shape`` may come to be used.
+        """The two-dim shapes into which the strategy may split a mesh of ``shape``.
 
         Raises:
             UsageError: the mesh is not one the strategy can use.
@@ -82,27 +82,27 @@ class Strategy:
         return [(self, mesh)]
 
     def weights_mesh(self, mesh: Mesh) -> Mesh:
-        """Of ``mesh``, the ranks among which parameters are shared, if they are."""
+        """The ranks of ``mesh`` that parameters are sharded over, if they are."""
         return mesh
 
     def storage_shape(self, num_ranks: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """As which mesh the ranks of a mesh of ``shape`` share parameters that none of them needs to have whole.
+        """The mesh shape over which the ranks of a mesh of ``shape`` keep shards of parameters (``shard_parameters``).
 
         Raises:
-            UsageError: that depends on the model.
+            UsageError: the shape depends on the model.
         """
         return shape
 
     def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
-        """Who owns what of a sequence, in a graph whose attention ``is_causal``; contiguous blocks."""
+        """Partition of a sequence; ``is_causal``: whether the graph's attention is. Default: contiguous blocks."""
         return Partition.contiguous(size, num_ranks)
 
     def multiple(self, num_ranks: int) -> int:
-        """What a length must be a multiple of for one graph to serve all such lengths."""
+        """One graph serves all lengths that are multiples of this number."""
         return num_ranks
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
-        """How an attention op with ``rule`` is cut; ``divide(factor)`` says who owns what of a sequence factor.
+        """The decision for an attention op with ``rule``; ``divide(factor)`` returns the partition of a factor.
 
         Raises:
             UsageError: the strategy cannot cut it.

@@ -1,15 +1,15 @@
 """Collectives of a rewritten graph, forward and backward, and the bytes one rank sends: counted from placements.
 
-What is counted is what `ops/` sends, padding included, and not what stays on the rank:
+The count is what `ops/` sends, padding included, without what stays on the rank:
 
-- all-to-all: this rank's part of every tensor, once for each other rank that needs it; along one axis, what of its
-  part others are to have;
-- what an op sends that communicates itself (a ring), as its table entry says;
+- all-to-all: this rank's part of every tensor, once for each other rank that needs it; along one axis, only the
+  indices that leave this rank;
+- an op that communicates itself (a ring): what its table entry says;
 - all-gather, reduce-scatter: one part for each other rank, padded to the largest part;
-- all-reduce: 2(N-1)/N of the buffer, as a reduce-scatter and an all-gather of it; how a library splits it is its own.
+- all-reduce: 2(N-1)/N of the buffer, as a reduce-scatter and an all-gather; a library may split it differently.
 
-A redistribute has a backward where a gradient flows through it: it stands between something trainable and something
-the graph returns. Gradients of all returned tensors are assumed, as AOTAutograd does.
+A redistribute has a backward if a gradient flows through it: it lies between a trainable tensor and an output of the
+graph. All outputs are assumed to have gradients, as in AOTAutograd.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from sptransform.sharding.placement import Placement, Shard, cut_alike, transiti
 
 @dataclass(frozen=True)
 class Collective:
-    """One message of a training step, or several alike that one node sends.
+    """One message of a training step, or several of the same kind from one node.
 
     Attributes:
         kind: "all_to_all", "all_gather", "reduce_scatter", "all_reduce"; "send_recv" to and from one neighbour each.
         direction: "forward" or "backward".
         bytes_sent: what this rank sends to others.
-        layer: path of the module it stands in.
-        node: name of the graph's node.
+        layer: path of the module that the node is in.
+        node: name of the graph node.
         count: number of messages.
     """
 
@@ -58,7 +58,7 @@ class Sending:
 
     Attributes:
         forward, backward: its own collective in each direction, None where it sends nothing.
-        again: of a node whose forward is not saved, the collective with which the backward does it again first.
+        again: the forward's collective, repeated in the backward because the node's result is not saved.
     """
 
     forward: Collective | None
@@ -72,7 +72,7 @@ def count_collectives(graph: fx.Graph, mesh: Mesh) -> list[Collective]:
 
 
 def in_order(sendings: Iterable[Sending]) -> list[Collective]:
-    """The collectives of one step, of sendings in the graph's order."""
+    """The collectives of one step; ``sendings`` are in the graph's order."""
     sendings = list(sendings)
     forward = [sending.forward for sending in sendings]
     backward = [collective for sending in reversed(sendings) for collective in (sending.again, sending.backward)]
@@ -80,7 +80,7 @@ def in_order(sendings: Iterable[Sending]) -> list[Collective]:
 
 
 def sending_by_node(graph: fx.Graph, mesh: Mesh) -> dict[fx.Node, Sending]:
-    """Of every node that may communicate, in the graph's order: what it sends. Unlowered ones do so over ``mesh``."""
+    """What each node that may communicate sends, in the graph's order. Unlowered nodes send over ``mesh``."""
     reached = _with_gradients(graph)
     found = {}
     for node in graph.nodes:
@@ -117,7 +117,7 @@ def is_redone(node: fx.Node) -> bool:
 
 
 def number_of_messages(graph: fx.Graph) -> tuple[int, int]:
-    """How many messages the graph sends forward, and backward; open sizes are left open."""
+    """How many messages the graph sends forward, and backward; symbolic sizes stay symbolic."""
     reached = _with_gradients(graph)
     forward = backward = 0
     for node in graph.nodes:
@@ -149,7 +149,7 @@ def _may_pass_gradients(node: fx.Node) -> bool:
         return True
     if dataflow.projection(node) is not None or node.op != "call_function":
         return False
-    # of an op with several outputs, the nodes that pick one know; an op's local form may have steps without a placement
+    # The getitem nodes of a multi-output op carry the flag. An op's local form may have steps without a placement.
     return note.placements is None or any(dataflow.projection(user) is not None for user in node.users)
 
 
@@ -170,11 +170,11 @@ def _collective(
     return Collective(kind_, "backward" if again else direction, num_bytes, provenance.module_path(node), node.name)
 
 
-Move = tuple[Placement, Placement, tuple[int, ...], int]  # from, to, global shape, bytes an element
+Move = tuple[Placement, Placement, tuple[int, ...], int]  # from, to, global shape, bytes per element
 
 
 def _moves(node: fx.Node) -> Iterable[Move]:
-    """Every tensor a redistribution moves, as its forward does."""
+    """Every tensor that a redistribution moves, in forward direction."""
     transitions = notes.note(node).transitions
     for (source, target), producer in zip(transitions, dataflow.operands(node), strict=True):
         value = dataflow.value(producer)
@@ -212,7 +212,7 @@ def _sent_by_exchange(
 
 
 def _part(source: Placement, target: Placement, shape: tuple[int, ...], element_size: int) -> int:
-    """Bytes of the largest rank's part: the one end of a gather or scatter that is a shard says how it is cut."""
+    """Bytes of the largest part. Only one end of a gather or scatter is a shard, and it defines the cut."""
     shard = source if isinstance(source, Shard) else target
     assert isinstance(shard, Shard)
     entry = element_size * shard.outer * prod(size for dim, size in enumerate(shape) if dim != shard.dim)

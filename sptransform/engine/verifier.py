@@ -1,7 +1,7 @@
-"""The SPMD type-checker: what must hold of a graph at each stage. Runs after every pass, always. Knows no op.
+"""The SPMD type-checker: invariants of a graph at each stage. Always runs after every pass. Op-agnostic.
 
-A graph whose every edge has the placement its consumer demands has right gradients, because each placement types
-value and gradient together and each redistribute has its transpose (see :mod:`sptransform.sharding.placement`).
+If every edge has the placement its consumer demands, gradients are correct: each placement types value and gradient
+together, and each redistribute has its transpose (see :mod:`sptransform.sharding.placement`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sptransform.sharding.placement import TRANSITIONS, I, Placement, Shard, kee
 
 
 def satisfies(actual: Placement | None, demanded: Placement, differentiable: bool) -> bool:
-    """Whether a tensor may be read where ``demanded`` is asked. Without gradients I and R are the same."""
+    """Whether a tensor placed as ``actual`` may be read as ``demanded``. Without gradients I and R are the same."""
     if actual == demanded:
         return True
     return not differentiable and {kind(demanded), kind(actual) if actual else ""} == {"I", "R"}
 
 
 def check_functional(graph: fx.Graph, context: Context) -> None:
-    """No op writes into a tensor, but for write-backs into placeholders (buffers) at the end."""
+    """No op writes into a tensor, except for write-backs into placeholders (buffers)."""
     for node in graph.nodes:
         if dataflow.writes(node):
             target = node.args[0]
@@ -34,7 +34,7 @@ def check_functional(graph: fx.Graph, context: Context) -> None:
 
 
 def check_placed(graph: fx.Graph, context: Context) -> None:
-    """Every tensor has a placement, and it is what its node's decision gives."""
+    """Every tensor has a placement, which is the one its node's decision gives."""
     for node in graph.nodes:
         tensors = dataflow.values(node)
         if node.op == "output" or not tensors or dataflow.projection(node) is not None:
@@ -61,14 +61,14 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
 
 
 def _check_decision(node: fx.Node) -> None:
-    """The op may run as decided: what its rule does not state would give each rank a wrong value."""
+    """The op's rule allows its decision; without that, ranks would compute wrong values."""
     note = notes.note(node)
     if not note.decision.is_allowed(note.rule):
         raise VerificationError(describe("an op cannot run as decided", node=node, found=str(note.decision)))
 
 
 def check_typed(graph: fx.Graph, context: Context) -> None:
-    """Every op reads its operands placed as it demands; every redistribute is a transition that has a transpose."""
+    """Every operand has the placement its op demands; every redistribute is a transition that has a transpose."""
     for node in graph.nodes:
         note = notes.note(node)
         if is_redistribute(node):
@@ -132,7 +132,7 @@ def _check_outputs(node: fx.Node, context: Context) -> None:
 
 
 def check_local(graph: fx.Graph, context: Context) -> None:
-    """Run on fake shards, every node gave the local shape and dtype its placement and the global graph say."""
+    """On fake shards, every node gives the local shape and dtype that its placement and the global graph imply."""
     for node in graph.nodes:
         stated = notes.note(node).local_types
         found = tuple(zip(dataflow.shapes(node), (v.dtype for v in dataflow.values(node)), strict=True))

@@ -1,1 +1,1 @@
-"""What users call, and what stands between a module and its compiled graph."""
+"""The functions that users call, and the wrappers between a module and its compiled graph."""

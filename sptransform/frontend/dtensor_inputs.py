@@ -1,7 +1,7 @@
-"""Inputs of which each rank has a part: DTensors, as parallelized models return and stages of a pipeline send them.
+"""Sharded inputs: DTensors, as parallelized models return them and pipeline stages send them.
 
-Under Dynamo such an input is read whole, by the node by which a parameter kept in parts is; capture takes that out, and
-propagation then sees an input with placement ``S``.
+Under Dynamo, :func:`whole` reads the full tensor of such an input, as it does for sharded parameters. Capture removes
+that node, and propagation then sees an input with placement ``S``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Call = Callable[..., Any]
 
 
 def taking_parts(model: nn.Module, call: Call, compiled: Callable[..., Call], num_ranks: int) -> Call:
-    """``call``, the compiled call of ``model``, that takes DTensors too, by another one that ``compiled`` makes.
+    """Let ``call``, the compiled call of ``model``, take DTensors: those go to another call that ``compiled`` makes.
 
-    That one is for one length: which sizes Dynamo would leave open differs between ranks with uneven parts.
+    That one has static shapes: with uneven shards, Dynamo would leave different sizes open on different ranks.
     """
     of_parts: Call | None = None
 
@@ -34,12 +34,12 @@ def taking_parts(model: nn.Module, call: Call, compiled: Callable[..., Call], nu
         if not given:
             return call(*args, **kwargs)
         for x in given:
-            stored_in(x)  # an error here says more than one while Dynamo traces
+            stored_in(x)  # check here: an error while Dynamo traces would say less
         if num_ranks == 1:
             args, kwargs = pytree.tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, (args, kwargs))
             return call(*args, **kwargs)
         if of_parts is None:
-            # Dynamo limits how often it compiles one piece of code, and this is a piece for each model
+            # Dynamo limits how often it compiles one code object, so each model gets its own
             own = FunctionType(_read_whole.__code__.replace(), globals())
             of_parts = compiled(own, dynamic=False)
         return of_parts(model, [list(x.shape) for x in given], *args, **kwargs)
@@ -52,9 +52,9 @@ def _dtensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DTensor]:
 
 
 def _read_whole(self: nn.Module, shapes: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-    # Of a DTensor Dynamo guards how large a rank's part is, which parts of several lengths may be; of numbers, each.
+    # Dynamo guards a DTensor's local size, which different global lengths can share: guard the global shapes.
     assert [list(x.shape) for x in _dtensors(args, kwargs)] == shapes
     args, kwargs = pytree.tree_map(lambda x: whole(x) if isinstance(x, DTensor) else x, (args, kwargs))
-    # Private: what Module.__call__ runs of a module that is not compiled. Traced from here, parameters have the names
-    # they have where Dynamo starts from the module itself; positional inputs are called args.0, args.1 ...
+    # Private: what Module.__call__ runs for a module that is not compiled. Parameters get the same names as when Dynamo
+    # starts from the module itself; positional inputs are called args.0, args.1 ...
     return self._call_impl(*args, **kwargs)

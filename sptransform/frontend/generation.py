@@ -1,7 +1,7 @@
-"""Text generation: calls that read and extend a key/value cache run whole, on every rank alike.
+"""Text generation: calls that read and extend a key/value cache run replicated on every rank.
 
-A decoding step has one query, so there is no sequence to split, and what it attends to lives in an object of the
-caller's from one call to the next, whole. Such a call is recognised by its arguments: a cache, and no gradients.
+A decoding step has one query, so there is no sequence to split. The caller's cache object holds the full keys and
+values from one call to the next. Such a call is recognised by its arguments: a cache, and no gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, but without gradients and with a cache ``model`` as it was. Logs a warning the first time."""
+    """``call``, but the original ``model`` for calls with a cache and no gradients. Warns the first time."""
     is_told = False
 
     @wraps(call)
@@ -42,7 +42,7 @@ def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[...
 
 
 def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an argument is a cache: of a class that is, or derives from, a ``Cache``; or named as caches were."""
+    """Whether an argument is a cache: its class or a base is named ``Cache``, or it is ``past_key_values``."""
     return kwargs.get("past_key_values") is not None or any(
         kind.__name__ == "Cache" for x in (*args, *kwargs.values()) for kind in type(x).__mro__
     )

@@ -47,36 +47,38 @@ def parallelize(
     The module is compiled in place (``nn.Module.compile``) and returned: its class, parameter names, ``state_dict``
     and pickling do not change. Call it on every rank with the same full-length inputs, or with DTensors over its mesh.
 
-    Not so with :class:`MegatronSP` or ``shard_parameters``: names stay, but parameters become DTensors, of which each
-    rank keeps a part, and modules that own some get a subclass of their class, of its name. Make optimizers afterwards.
-    The model may then be on ``meta``, to be materialised part by part (``to_empty``).
+    :class:`MegatronSP` and ``shard_parameters`` keep the names, but parameters become DTensors: each rank keeps a part.
+    Modules that own parameters get a subclass of their class with the same name. Make optimizers afterwards. The model
+    may then be on ``meta``: ``to_empty`` materialises only what this rank keeps.
 
     Args:
         model: any module ``torch.compile`` captures; nothing in it is rewritten.
-        strategy: "ulysses", "ring", "allgather", "usp", "megatron", or a :class:`Strategy` object. Two of them, the
-            second "megatron": each for its dim of the mesh, as context and tensor parallelism.
-        mesh: DeviceMesh of one dim, or of one for each strategy; by default all ranks of the default process group.
+        strategy: "ulysses", "ring", "allgather", "usp", "megatron", or a :class:`Strategy` object. A pair of them, the
+            second "megatron", uses one mesh dim each: context and tensor parallelism.
+        mesh: DeviceMesh of one dim; of two for a pair of strategies, or optionally for "usp" (ring x ulysses). Default:
+            all ranks of the default process group.
         backend: inner ``torch.compile`` backend that compiles the rewritten graph.
-        outputs: how outputs that keep a sharded sequence come back: "dtensor" (``.full_tensor()`` gathers), "full"
-            (gathered in the graph), "local" (this rank's part). Others, the loss among them, are plain tensors, equal
-            on all ranks. Default: "dtensor"; with ``fullgraph=False`` "full", and nothing else.
+        outputs: how sharded outputs are returned: "dtensor" (``.full_tensor()`` gathers), "full" (gathered in the
+            graph), "local" (this rank's part). Others, such as the loss, are plain tensors, equal on all ranks.
+            Default: "dtensor"; with ``fullgraph=False`` only "full" is possible.
         grad_sync: True: ``.grad`` of every parameter is complete on every rank. False: ``.grad`` is this rank's term
-            of a sum over the ranks, for whoever reduces it.
+            of a sum over the ranks, which the caller reduces.
         strict: raise for an op without a sharding rule instead of running it replicated on gathered operands.
         shard_parameters: keep 1/N of every parameter on each rank, and of its gradient and optimizer state (ZeRO-3,
-            Rajbhandari et al., arXiv 1910.02054, §5.3): gathered before use, gradients reduce-scattered, in the graph.
-        inputs: keyword arguments (a mapping) or positional ones (a tuple) of a call, of which only shapes matter, with
-            which MegatronSP finds at once how parameters are cut. Without, it does at the first call, and each rank
-            holds them whole until then.
-        sequence_dims: input name -> its sequence dim, for graphs without attention to tell it.
-        fullgraph: as in ``torch.compile``: a graph break is an error. False: parts between breaks are sharded each by
-            itself, and hand each other whole tensors.
-        check_timeout: before each call of the model and of its backward, ranks make sure that all are about to run the
-            same program; how many seconds a rank waits there for the slowest, compile time included.
+            Rajbhandari et al., arXiv 1910.02054, §5.3). In the graph, parameters are gathered before use and
+            gradients reduce-scattered.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of a call; only shapes matter.
+            With them, MegatronSP cuts parameters at once. Without, it cuts them at the first call, and each rank holds
+            the full parameters until then.
+        sequence_dims: input name -> its sequence dim, for graphs in which no attention shows it.
+        fullgraph: as in ``torch.compile``: a graph break is an error. False: parts between breaks are sharded
+            separately, and pass each other full tensors.
+        check_timeout: before each forward and backward, ranks check that all are about to run the same program. This is
+            how many seconds a rank waits there for the slowest, compile time included.
 
     Raises:
         UsageError: an argument is wrong; the module is left as it was.
-        RankError: from the calls: another rank is gone, late, failed, or about to run something else.
+        RankError: from calls of the model: another rank is gone, late, failed, or about to run something else.
     """
     check_torch_version()
     if not isinstance(model, nn.Module):
@@ -118,14 +120,14 @@ def parallelize(
     settle = _keep_parts(model, options, where, inputs) if cuts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
-    # nn.Module calls this attribute when it is compiled; there is no public way to call it under a configuration
+    # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration
     compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
     call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size))
     call = _telling(call if settle is None else settle(call), Agreement.of(where))
     if where.size > 1:
         call = whole_with_cache(model, compiler.checked(call))
         model.register_forward_pre_hook(compiled_by_itself)
-    # what the user compiles around the model may not take up parts of the call: they would run as they were
+    # an outer torch.compile must not trace into the call: what it inlines would run unsharded
     model._compiled_call_impl = torch.compiler.disable(call)
     return model
 
@@ -133,7 +135,7 @@ def parallelize(
 def _keep_parts(
     model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...] | None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-    """Cut the parameters; where the first call has to say how, returns what is to be put around the call."""
+    """Cut the parameters; if the first call decides how, returns a wrapper for the call."""
     if not options.strategy.shards_weights:
         shape = options.strategy.storage_shape(mesh.size, mesh.shape)
         grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
@@ -152,7 +154,7 @@ def _keep_parts(
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal is_settled
             if not is_settled:
-                # the call may be one of evaluation; how training reads parameters decides
+                # even if the first call is an evaluation, cut parameters as training reads them
                 with torch.inference_mode(False), torch.enable_grad():
                     keep_less(model, parameter_dims(model, options, mesh, args, kwargs))
                 is_settled = True
@@ -204,7 +206,7 @@ def _check_module(model: nn.Module, mesh: Mesh, cuts: bool) -> None:
 
 
 def _telling(call: Callable[..., Any], agreement: Agreement | None) -> Callable[..., Any]:
-    """``call``, with any error of it told to the ranks that wait for this one."""
+    """``call``; the ranks that wait for this one are notified of its errors."""
     if agreement is None:
         return call
 

@@ -1,1 +1,1 @@
-"""Access to a graph: what its nodes compute, what is noted on them, edits, and the printer. Knows no op."""
+"""Access to a graph: what its nodes compute, notes on nodes, edits, and the printer. Op-agnostic."""

@@ -1,4 +1,4 @@
-"""Nodes put into buckets, whose tensors then travel in one message."""
+"""Groups nodes into buckets; the tensors of a bucket travel in one message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def fill(nodes: Iterable[fx.Node], limit: int) -> list[list[fx.Node]]:
-    """Buckets of at most ``limit`` bytes, of nodes of one dtype, in order; a larger node has its own."""
+    """Buckets of one dtype and at most ``limit`` bytes, in node order; a larger node gets its own bucket."""
     buckets: list[list[fx.Node]] = []
     room: dict[torch.dtype, tuple[list[fx.Node], int]] = {}
     for node in nodes:

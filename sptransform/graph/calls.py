@@ -1,4 +1,4 @@
-"""The call that a node of a graph is, as rules see it."""
+"""A graph node as the call that rules read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sptransform.sharding.sizes import is_size, size_of
 
 
 def op_call(node: fx.Node) -> OpCall:
-    """The node's arguments and global shapes. Raises SymbolicSizeError where a shape is no size that rules know."""
+    """The node's arguments and global shapes. Raises SymbolicSizeError for sizes that rules cannot express."""
     shapes: list[Shape] = []
 
     def operand(x: Any) -> Any:
@@ -21,7 +21,7 @@ def op_call(node: fx.Node) -> OpCall:
             shapes.append(dataflow.shape(x))
             return Operand(len(shapes) - 1)
         value = dataflow.value(x) if isinstance(x, fx.Node) else x
-        # a number that is no size is passed on as it is
+        # a number that is not a size stays as it is
         return size_of(value) if isinstance(value, torch.SymInt) and is_size(value) else x
 
     args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)

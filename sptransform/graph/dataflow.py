@@ -1,4 +1,4 @@
-"""What the nodes of a graph compute: fake values, shapes, operands, and where one output of several is picked."""
+"""What the nodes of a graph compute: fake values, shapes, operands, and which nodes pick one output of several."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fake_mode(graph: fx.Graph) -> Any:
 
 
 def handles_tensors(node: fx.Node) -> bool:
-    """Whether the node computes from tensors, or makes some; picking one of several outputs does neither."""
+    """Whether the node is a call that reads or makes tensors. A getitem that picks an output does not count."""
     return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))
 
 
@@ -56,14 +56,14 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def projection(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """(producer, index) where the node picks one output of a node that has several; else None."""
+    """(producer, index) if the node picks one output of a multi-output node; else None."""
     if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return node.args[0], node.args[1]
     return None
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """Producers of the tensor arguments, in the order in which rules number them."""
+    """Producers of the tensor arguments, in the order that rules number them."""
     found: list[fx.Node] = []
 
     def visit(x: fx.Node) -> fx.Node:

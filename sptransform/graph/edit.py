@@ -1,4 +1,4 @@
-"""Edits of a graph: one use edge at a time, with what is known of a node carried over. Knows no op."""
+"""Graph edits, one use edge at a time; a node's metadata is carried over. Op-agnostic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-# Private: as torch traces; without it some ops of torch 2.11 (a linear) ask for the number behind an open size
+# Private: torch's own tracing uses it. Without it some ops of torch 2.11 (linear) need the value of a symbolic size.
 from torch._dispatch.python import enable_python_dispatcher
 
 from sptransform.graph import dataflow, notes
@@ -21,22 +21,22 @@ from sptransform.sharding.sizes import SymbolicSizeError, lengths_of
 
 
 def rename(node: fx.Node, name: str) -> None:
-    """Call the node ``name``, made a legal and unused one."""
-    # Private: assigning ``node.name`` would let two nodes share one
+    """Rename the node to ``name``, changed to a legal and unused name if necessary."""
+    # Private: assigning ``node.name`` would let two nodes share a name
     node._rename(re.sub(r"\W", "_", name))
     if node.op == "placeholder":
         node.target = node.name
 
 
 def succeed(old: fx.Node, new: fx.Node) -> None:
-    """Let ``new`` take the place, the readers and the name of ``old``."""
+    """Replace ``old`` by ``new``, which takes over its users and its name."""
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
     new.name = old.name
 
 
 def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
-    """Let the node read ``new`` as its ``index``-th tensor; the old producer's other uses stay."""
+    """Let the node read ``new`` as its ``index``-th tensor; other uses of the old producer stay."""
     count = -1
 
     def visit(x: Any) -> Any:
@@ -51,12 +51,12 @@ def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
 
 
 def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The node's arguments, with their fake values for the nodes among them."""
+    """The node's arguments, with nodes replaced by their fake values."""
     return map_nodes((node.args, dict(node.kwargs)), lambda x: dataflow.value(x) if isinstance(x, fx.Node) else x)
 
 
 def compute_value(node: fx.Node) -> None:
-    """Set the node's fake value by running it on those of its arguments."""
+    """Set the node's fake value by running its op on the fake values of its arguments."""
     args, kwargs = fake_arguments(node)
     sizes = (size for x in node.all_input_nodes for value in dataflow.values(x) for size in value.shape)
     is_open = any(isinstance(size, torch.SymInt) for size in sizes)
@@ -65,7 +65,7 @@ def compute_value(node: fx.Node) -> None:
 
 
 def emitter(before: fx.Node) -> Callable[..., fx.Node]:
-    """``emit(target, args, kwargs)`` that adds a node in front of ``before``, in its name, with its fake value."""
+    """``emit(target, args, kwargs)``, which adds a node in front of ``before`` with its metadata and a fake value."""
 
     def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         args, kwargs = map_nodes(
@@ -82,13 +82,13 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
 
 
 def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """Add a node in front of ``before`` in its name, outside any fake mode."""
+    """Add a node in front of ``before`` with its metadata; the caller needs no fake mode."""
     with dataflow.values(before)[0].fake_mode, torch.no_grad(), notes.region_of(before).autocast():
         return emitter(before)(target, args, kwargs)
 
 
 def node_of(size: sympy.Expr, before: fx.Node) -> fx.Node:
-    """Nodes in front of ``before`` that compute a symbolic size from the graph's symbolic inputs."""
+    """Add nodes in front of ``before`` that compute a symbolic size from the graph's symbolic inputs."""
     graph = before.graph
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -115,7 +115,7 @@ def node_of(size: sympy.Expr, before: fx.Node) -> fx.Node:
 
 
 def _length_of(local: sympy.Symbol, graph: fx.Graph) -> tuple[fx.Node, int]:
-    """(input, num_ranks) for the symbol of a rank's share of it."""
+    """(input, num_ranks) such that ``local`` is one rank's share of the input."""
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, torch.SymInt):

@@ -1,4 +1,4 @@
-"""The only reader and writer of what the passes note on a graph's nodes (``node.meta["sptransform"]``)."""
+"""The passes' notes on graph nodes (``node.meta["sptransform"]``). Only this module reads and writes that key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY = "sptransform"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of which each rank of a group has its part: the chunk of ``dim`` that ``torch.chunk`` cuts."""
+    """A tensor sharded over a group: each rank has its ``torch.chunk`` of ``dim``."""
 
     dim: int
     group: str
@@ -29,19 +29,19 @@ class Stored:
 
 @dataclass
 class Note:
-    """What the passes know of a node. None always means "not annotated yet"."""
+    """What the passes know about a node. None means "not annotated yet" or "does not apply"."""
 
     differentiable: bool = False
-    input_name: str | None = None  # of a placeholder: what the user calls it
-    is_parameter: bool = False  # of a placeholder
-    stored: tuple[Stored, ...] = ()  # of a placeholder: how ranks share it, the outermost mesh dim first
+    input_name: str | None = None  # placeholders: the user's name for it
+    is_parameter: bool = False  # placeholders
+    stored: tuple[Stored, ...] = ()  # placeholders: how it is sharded, outermost mesh dim first
     rule: OpRule | None = None
     decision: Decision | None = None
     placements: tuple[Placement, ...] | None = None  # one per output of the node
-    local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # stated shape, dtype per output
-    transitions: tuple[tuple[Placement, Placement], ...] = ()  # of a redistribute node: (from, to) per tensor
-    mesh: Mesh | None = None  # of a lowered node that communicates: over which ranks
-    region: Region | None = None  # once asked for, see region_of
+    local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # expected (shape, dtype) per output
+    transitions: tuple[tuple[Placement, Placement], ...] = ()  # redistribute nodes: (from, to) per tensor
+    mesh: Mesh | None = None  # lowered nodes that communicate: over these ranks
+    region: Region | None = None  # cached by region_of
 
 
 def note(node: fx.Node) -> Note:
@@ -53,7 +53,7 @@ def note(node: fx.Node) -> Note:
 
 
 def placement(node: fx.Node) -> Placement | None:
-    """Placement of the node's output (of the picked one, where the node picks one of several)."""
+    """Placement of the node's output; for a getitem, of the output it picks."""
     picked = projection(node)
     if picked is not None:
         placements = note(picked[0]).placements
@@ -67,9 +67,9 @@ def set_placement(node: fx.Node, *placements: Placement) -> None:
 
 
 def region_of(node: fx.Node) -> Region:
-    """The autocast and grad-mode region the node stands in. Passes may add nodes, but move none of a region.
+    """The autocast and grad-mode region that the node is in.
 
-    What is found is kept, so that each node is looked at once.
+    Results are cached on the nodes: passes may add nodes, but must not move nodes across the borders of a region.
     """
     unknown = []
     at = node
@@ -83,7 +83,7 @@ def region_of(node: fx.Node) -> Region:
 
 
 def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Every node, or the node that opens the outermost region it stands in."""
+    """Map each node to the node that opens its outermost region; outside of regions, to itself."""
     found: dict[fx.Node, fx.Node] = {}
     opening = None
     for node in graph.nodes:
@@ -94,19 +94,19 @@ def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def copy(source: fx.Node, target: fx.Node) -> None:
-    """Let ``target``, made in ``source``'s stead, keep source line, module path, autograd and recompute tags."""
+    """Copy source line, module path, checkpointing tags and user annotations from ``source`` to ``target``."""
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id", "custom"):
         if key in source.meta:
             target.meta[key] = source.meta[key]
 
 
 def fork(source: fx.Node, target: fx.Node) -> None:
-    """Let ``target``, another form of ``source``, start with all that is known of it, and a note of its own."""
+    """Give ``target``, another form of ``source``, all its metadata and a copy of its note."""
     target.meta = {**source.meta, _KEY: replace(note(source), region=None)}
 
 
 def is_even(graph: fx.Graph) -> bool:
-    """Whether every rank has an equal share of whatever is cut."""
+    """Whether every shard in the graph is even: all ranks have equal shares."""
     every = [note(node) for node in graph.nodes]
     ends = [end for found in every for transition in found.transitions for end in transition]
     placements = [*ends, *(placement for found in every for placement in found.placements or ())]
@@ -114,17 +114,17 @@ def is_even(graph: fx.Graph) -> bool:
 
 
 def forget_placements(graph: fx.Graph) -> None:
-    """Keep of the notes what does not depend on a mesh dim, and what was sent: the graph is about to be placed anew."""
+    """Reset the notes before placement on the next mesh dim. Keeps what no mesh dim changes, and what was sent."""
     for node in graph.nodes:
         kept = ("differentiable", "input_name", "is_parameter", "stored", "transitions", "mesh")
         node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept})
 
 
 def give_policies(graph: fx.Graph, policies: dict[int, Any]) -> None:
-    """Keep with the graph what decides in its selectively checkpointed regions, by their ``ac_graph_id``."""
+    """Attach to the graph the policies of its selectively checkpointed regions, by ``ac_graph_id``."""
     graph.owning_module.meta[_KEY] = policies
 
 
 def take_policies(graph: fx.Graph) -> dict[int, Any]:
-    """What :func:`give_policies` kept; it is kept no longer."""
+    """Detach and return what :func:`give_policies` attached."""
     return graph.owning_module.meta.pop(_KEY, {})

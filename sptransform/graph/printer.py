@@ -1,7 +1,7 @@
-"""One line a node: ``%linear : f32[2,16@sp,64] = aten.linear(%x, %w)``. Goldens, errors, dumps all print so.
+"""One line per node: ``%linear : f32[2,16@sp,64] = aten.linear(%x, %w)``. Goldens, errors and dumps use this form.
 
 ``16@sp`` is a dimension cut over the ranks, with its local size (``16..13@sp`` where sizes differ); a tensor that is
-not cut is followed by its placement, ``I``, ``R`` or ``P``. A redistribution shows what it changes instead of its other
+not cut is followed by its placement, ``I``, ``R`` or ``P``. A redistribution shows the change instead of its other
 arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
 """
 
@@ -69,7 +69,7 @@ def _arguments(node: fx.Node) -> list[str]:
 
 
 def _is_default(node: fx.Node, key: str) -> bool:
-    """Whether a keyword argument says nothing: it is None, or what the op would take without it."""
+    """Whether a keyword argument can be left out: it is None, or the op's default."""
     schema = getattr(node.target, "_schema", None)
     defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     return node.kwargs[key] is None or (key in defaults and node.kwargs[key] == defaults[key])

@@ -24,7 +24,7 @@ def is_redistribute(node: fx.Node) -> bool:
 
 
 def is_gather(node: fx.Node) -> bool:
-    """Whether all that the node, lowered or not, moves is gathered from shards to R."""
+    """Whether every transition of the node, lowered or not, gathers a shard to R."""
     changes = notes.note(node).transitions
     return bool(changes) and all(isinstance(source, Shard) and target == R for source, target in changes)
 
@@ -52,6 +52,6 @@ def insert_redistribute(
 
 
 def keep_result(node: fx.Node) -> None:
-    """In a checkpointed region, save what the node gives: recomputing it would communicate again."""
+    """In a checkpointed region, save the node's result: it must not communicate, or draw random numbers, twice."""
     if "recompute" in node.meta:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

@@ -1,8 +1,7 @@
-"""Autocast and grad-mode regions: what is in force where a node stands in its graph.
+"""Autocast and grad-mode regions: which modes are active at a node.
 
-Both are nodes of the captured graph. Autocast regions nest, each with a node that enters and one that leaves it. Grad
-mode is a switch: leaving an inner ``no_grad`` inside an outer one sets it to False once more, so counting its nodes
-would say nothing.
+Both appear as nodes of the captured graph. Autocast regions nest: one node enters a region, one leaves it. Grad mode is
+a switch: leaving an inner ``no_grad`` inside an outer one sets it to False again, so its nodes do not pair up.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-# Private: the calls that regions are in a traced graph; torch has no public name for them.
+# Private: the calls that delimit regions in a traced graph; torch has no public names for them.
 from torch._C import _set_grad_enabled
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 
 @dataclass(frozen=True)
 class Region:
-    """What is in force at one place of a graph; by default what is around the whole of it.
+    """The modes active at one place of a graph; the default is outside of any region.
 
     Attributes:
         autocasts: the arguments of ``torch.autocast`` for every open region, outermost first.
@@ -33,7 +32,7 @@ class Region:
     grad_enabled: bool = True
 
     def after(self, node: fx.Node) -> Region:
-        """What is in force behind ``node``, which stands in this region."""
+        """The region right after ``node``, which is in this region."""
         if node.target is _enter_autocast:
             entered = node.args, tuple(sorted(node.kwargs.items()))
             return replace(self, autocasts=(*self.autocasts, entered))
@@ -45,7 +44,7 @@ class Region:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Within the block, autocast is on or off as it is in this region."""
+        """Within the block, autocast is as in this region."""
         with ExitStack() as stack:
             for args, kwargs in self.autocasts:
                 stack.enter_context(torch.autocast(*args, **dict(kwargs)))

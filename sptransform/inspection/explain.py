@@ -36,8 +36,8 @@ def explain(
         model: the unmodified module.
         strategy: as for :func:`sptransform.frontend.parallelize`.
         inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
-        world_size: number of ranks; for a mesh of several dims, of each.
-        rank: whose bytes; they differ only where something does not divide by the number of ranks.
+        world_size: number of ranks, or a tuple with the size of each mesh dim.
+        rank: the rank to explain; bytes differ only if something does not divide by the number of ranks.
         expand: show the steps of rings, hop by hop: in the page, as ``expanded``, and as nodes of ``graph()``.
         options: further options of :func:`sptransform.frontend.parallelize`.
 

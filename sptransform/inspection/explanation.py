@@ -21,11 +21,11 @@ class Explanation(Facts):
         return tuple(self.rewritten.text_by_layer)
 
     def graph(self, layer: str | None = None) -> str:
-        """The rewritten graph, one line a node; with ``layer`` only that module and what is inside it."""
+        """The rewritten graph, one line per node; with ``layer`` only that module and its submodules."""
         return self.rewritten.text(layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data for ``json.dumps``; ``graph`` has every module's own lines by its path."""
+        """All of it as plain data for ``json.dumps``; ``graph`` maps module paths to the modules' own lines."""
         data = {f: getattr(self, f) for f in ("strategy", "world_size", "rank", "grad_sync")}
         for name in ("redistributions", "rings", "expanded", "fallbacks", "gathered", "outputs", "totals"):
             data[name] = [_plain(asdict(entry)) for entry in getattr(self, name)]

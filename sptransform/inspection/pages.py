@@ -107,7 +107,7 @@ def _rings(facts: Facts) -> Section:
 
 
 def _alike(redistributions: Iterable[Redistribution]) -> list[tuple[str, int, Redistribution]]:
-    """Equal redistributions of numbered layers as one: (``layers.0..31.attention``, how many, one of them)."""
+    """Merge equal redistributions of numbered layers: (``layers.0..31.attention``, how many, one of them)."""
     groups: dict[tuple[object, ...], list[Redistribution]] = {}
     for r in redistributions:
         pattern = re.sub(r"\d+", "#", r.layer)
@@ -123,7 +123,7 @@ def _joined(paths: list[str]) -> str:
 
 
 def _expanded(facts: Facts) -> Iterable[Section]:
-    """The steps of each kind of ring once: layers do the same on other tensors."""
+    """The steps of each kind of ring once, since layers differ only in their tensors."""
     shown: set[str] = set()
     for ring in facts.expanded:
         pattern = re.sub(r"\d+", "#", ring.layer)
@@ -184,12 +184,12 @@ def _outputs(facts: Facts) -> Section:
 
 
 def _counted(rows: Iterable[Row]) -> list[Row]:
-    """Equal rows once, with how many there are in front."""
+    """Equal rows merged, with their count in front."""
     return [(str(count), *row) for row, count in Counter(rows).items()]
 
 
 def _short(source_line: str | None) -> str:
-    """A source line without folders: none of an installed package's, nor those above the working directory."""
+    """A source line without the folders of an installed package or of the working directory."""
     if source_line is None:
         return ""
     line = re.sub(r"^\S*/(site|dist)-packages/(\S+/)?", "", source_line)

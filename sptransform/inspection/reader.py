@@ -1,4 +1,4 @@
-"""Read an Explanation off a rewritten graph: nothing is computed that the passes did not note."""
+"""Read an Explanation off a rewritten graph, from the notes of the passes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def explanation_of(rewritten: Rewritten) -> Explanation:
 
 
 def _redistribution(node: fx.Node, sending: Sending) -> Redistribution:
-    """Of an op that joins the ranks' parts itself nothing changes its placement."""
+    """An op that communicates itself changes no placement: it is shown with equal ends."""
     note = notes.note(node)
     transitions = note.transitions or tuple((placement, placement) for placement in note.placements)
     sources = dataflow.operands(node)
@@ -51,7 +51,7 @@ def _redistribution(node: fx.Node, sending: Sending) -> Redistribution:
         parameters = tuple(notes.note(source).input_name or source.name for source in sources)
     return Redistribution(
         node=node.name,
-        # of parameters in one bucket, only one has this reader
+        # a bucket has the module and line of one parameter's reader, which do not fit the others
         layer="" if parameters else provenance.module_path(node),
         source_line=None if parameters else provenance.source_line(node),
         changes=_printed(transitions),
@@ -81,9 +81,9 @@ def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str,
 
 
 def _gathered(redistributions: list[fx.Node], fallbacks: set[str], linears: bool) -> Iterator[Gathered]:
-    """Gathers that an op with a rule asks for: one entry a reader.
+    """Gathers that an op with a rule asks for: one entry per reader.
 
-    What the strategy gathers for attention, or for ``linears``, is none, and neither is a parameter.
+    Excludes inputs, parameters, and what the strategy gathers for attention, or for linears if ``linears``.
     """
     for node in redistributions:
         moved = zip(notes.note(node).transitions, dataflow.operands(node), strict=True)
@@ -101,7 +101,7 @@ def _gathered(redistributions: list[fx.Node], fallbacks: set[str], linears: bool
 
 
 def _readers(node: fx.Node, index: int) -> Iterator[fx.Node]:
-    """Who reads the node's output of that index; of a node with one output, its users."""
+    """Readers of the node's output ``index``; if it has one output, its users."""
     for user in node.users:
         picked = dataflow.projection(user)
         if picked is None:

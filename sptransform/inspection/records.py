@@ -17,11 +17,11 @@ class Redistribution:
     Attributes:
         node: name of the graph's node.
         layer: path of the module it stands in.
-        source_line: ``file:line: code`` of the user's op that reads the result; of parameters, None.
+        source_line: ``file:line: code`` of the user's op that reads the result; None for parameters.
         changes: (from, to) of every tensor moved, as printed.
-        forward: the collective of its forward; None where nothing is sent.
-        backward: the same of its backward, also None where no gradient flows.
-        again: of what is not saved but gathered once more: the collective with which the backward begins.
+        forward: the collective in the forward; None if nothing is sent.
+        backward: the collective in the backward; None also if no gradient flows.
+        again: the collective that repeats the forward in the backward, if the result is not saved.
         parameters: the parameters whose gradients its backward sums; empty for anything else.
     """
 
@@ -45,9 +45,9 @@ class RingPass:
     """An attention whose keys and values go round the ranks.
 
     Attributes:
-        node, layer, source_line: as of a :class:`Redistribution`.
+        node, layer, source_line: as in :class:`Redistribution`.
         kernel: what computes one block.
-        forward, backward: its messages; the backward is None where no gradient flows.
+        forward, backward: its messages; the backward is None if no gradient flows.
     """
 
     node: str
@@ -60,10 +60,10 @@ class RingPass:
 
 @dataclass(frozen=True)
 class ExpandedRing:
-    """What one rank does in a ring, one line a step: hops, waits, blocks, merges.
+    """What one rank does in a ring, one line per step: hops, waits, blocks, merges.
 
     Attributes:
-        node, layer: as of a :class:`RingPass`.
+        node, layer: as in :class:`RingPass`.
         forward, backward: the steps in each direction.
     """
 
@@ -75,12 +75,12 @@ class ExpandedRing:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A sharded tensor that is made whole because an op with a sharding rule reads it whole.
+    """A sharded tensor that is gathered because an op with a sharding rule needs the full tensor.
 
     Attributes:
         op, node: what reads it.
         source_line: of the reader.
-        gathered_bytes: the whole tensor, as every rank then holds it.
+        gathered_bytes: size of the full tensor, which every rank then holds.
     """
 
     op: str
@@ -115,16 +115,16 @@ class Facts:
     Attributes:
         strategy: the strategy object, printed.
         world_size: number of ranks; with one, nothing is inserted.
-        rank: the rank whose bytes these are; they differ where a length or a number of heads does not divide.
+        rank: the rank whose bytes these are; ranks differ if a length or a number of heads does not divide.
         redistributions: every change of placement, in the graph's order.
         rings: every attention whose keys go round the ranks.
         collectives: everything a training step sends, in order: forward, then backward.
-        fallbacks: ops that run whole for want of a sharding rule.
-        gathered: tensors gathered for an op that has a rule, in the graph's order; what is returned is not among them.
+        fallbacks: ops that run replicated because they have no sharding rule.
+        gathered: tensors gathered for an op that has a rule, in the graph's order, without returned tensors.
         outputs: the tensors the graph returns.
         grad_sync: whether parameter gradients are summed over the ranks.
         rewritten: the graph itself.
-        expanded: of ``explain(..., expand=True)``: the steps of every ring.
+        expanded: with ``explain(..., expand=True)``, the steps of every ring.
     """
 
     strategy: str
@@ -157,5 +157,5 @@ class Facts:
 
     @property
     def parameter_gradients(self) -> tuple[Redistribution, ...]:
-        """The redistributions whose backward sums parameter gradients over the ranks, one a message."""
+        """The redistributions whose backward sums parameter gradients over the ranks, one per message."""
         return tuple(r for r in self.redistributions if r.parameters)

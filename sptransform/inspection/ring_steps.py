@@ -31,6 +31,6 @@ def _expanded(node: fx.Node) -> ExpandedRing:
 
 
 def _steps(gm: fx.GraphModule) -> tuple[str, ...]:
-    """One line a node, without what only takes tuples apart."""
+    """One line per node, without getitem nodes."""
     nodes = [node for node in gm.graph.nodes if dataflow.projection(node) is None]
     return tuple(text(nodes, is_local=True).splitlines())

@@ -1,1 +1,1 @@
-"""Attention masks as expressions over what has a query dimension and what has a key dimension."""
+"""Attention masks as expressions over tensors that have a query dimension or a key dimension."""

@@ -1,7 +1,7 @@
-"""What the graph computes from nothing but numbers, computed: where a leaf is uniform, or a position.
+"""Evaluates nodes that depend on no input, to find leaves that are uniform or positions.
 
-Positions reach a mask by many ways (aranges, indexing, offsets, a module's defaults for what the user did not pass).
-What they are is seen in their values, not in the ops that made them; there are as many of them as tokens.
+Positions reach a mask in many ways (aranges, indexing, offsets, a module's defaults for what the user did not pass).
+They are recognised by their values, not by the ops that made them. There are only as many values as tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sptransform.rules.rule import map_nodes
 
 @dataclass(frozen=True)
 class Uniform:
-    """All entries are ``value``, a tensor of one entry, without dimensions where the leaf has none."""
+    """All entries equal ``value``, a 1-D tensor of one entry, or a 0-D one if the leaf is 0-D."""
 
     value: Tensor
 
 
 @dataclass(frozen=True)
 class Position:
-    """The entry at query or key (``place``) i is ``values[i]``, ``slope * i`` and a constant; ``slope`` is 1 or -1."""
+    """The entry at query or key (``place``) i is ``values[i] == slope * i + constant``; ``slope`` is 1 or -1."""
 
     place: int
     slope: int
@@ -38,7 +38,7 @@ class Constants:
     """Values of the nodes of one graph that depend on no input.
 
     Args:
-        max_entries: what is larger than this is not computed.
+        max_entries: tensors with more entries are not computed.
     """
 
     def __init__(self, max_entries: int) -> None:
@@ -47,7 +47,7 @@ class Constants:
         self._leaves: dict[Leaf, Uniform | Position | None] = {}
 
     def of_leaf(self, leaf: Leaf) -> Uniform | Position | None:
-        """None where the leaf depends on an input, or is neither."""
+        """None if the leaf depends on an input, or is neither uniform nor a position."""
         if leaf not in self._leaves:
             is_whole = leaf.has(QUERIES) and leaf.has(KEYS)
             value = None if is_whole else self.value(leaf.node)
@@ -55,7 +55,7 @@ class Constants:
         return self._leaves[leaf]
 
     def value(self, node: fx.Node) -> Any:
-        """The node's value on the CPU; None where it depends on an input, on chance, or is too large."""
+        """The node's value on the CPU; None if it depends on an input or on random numbers, or is too large."""
         if node not in self._values:
             self._values[node] = self._computed(node)
         return self._values[node]
@@ -89,7 +89,7 @@ class Constants:
 
 
 def _shaped_like(node: fx.Node) -> Tensor | None:
-    """A tensor whose entries nobody reads; None for a shape that is not known."""
+    """A tensor of the node's shape, whose entries are never read; None for a symbolic shape."""
     like = dataflow.value(node)
     is_known = all(isinstance(size, int) for size in like.shape)
     return torch.empty((), dtype=like.dtype).expand(like.shape) if is_known else None
@@ -113,11 +113,11 @@ def _recognized(leaf: Leaf, value: Tensor) -> Uniform | Position | None:
 
 
 def position(place: int, values: Tensor) -> Position | None:
-    """The position that ``values`` are, one for each query or key; None where they are none."""
+    """``values``, one per query or key, as a position; None if they do not rise or fall in steps of 1."""
     if values.dtype == torch.bool or values.is_complex() or len(values) < 2:
         return None
     exact = values.double()
-    # differences of whole numbers that the dtype can count are exact; of others they may be rounded, each its own way
+    # differences are exact only for integers that the dtype can count; others may be rounded, each differently
     if values.is_floating_point():
         if not bool((exact == exact.round()).all()) or bool((exact.abs() > 1 / torch.finfo(values.dtype).eps).any()):
             return None

@@ -1,4 +1,4 @@
-"""Nodes that masks need: constants, triangles as comparisons of positions, views in the dimensions of scores."""
+"""Emits nodes for masks: constants, triangles as comparisons of positions, views with the dimensions of the scores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ aten = torch.ops.aten
 
 
 def filled(node: fx.Node, value: Any) -> fx.Node:
-    """A scalar in front of ``node`` that broadcasts to it."""
+    """A scalar, emitted before ``node``, that broadcasts to it."""
     like = dataflow.value(node)
     return emit_like(node, aten.full.default, [], value, dtype=like.dtype, device=like.device)
 
 
 def _triangle(node: fx.Node, above: bool) -> fx.Node:
-    """``tril`` or ``triu`` of any tensor by positions: zero where ``j - i`` is beyond the diagonal ``d``."""
+    """``tril`` or ``triu`` of any tensor, by positions: zero where ``j - i`` is beyond the diagonal ``d``."""
     call = op_call(node)
     shape, device = call.result_shapes[0], dataflow.value(node).device
     queries = emit_like(node, aten.arange.default, shape[-2], device=device)
@@ -33,7 +33,7 @@ def _triangle(node: fx.Node, above: bool) -> fx.Node:
     return emit_like(node, aten.masked_fill.Scalar, node.args[0], beyond, 0)
 
 
-# Written out as pointwise ops over positions
+# Decompositions into pointwise ops over positions
 OPENED: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.tril.default: lambda node: _triangle(node, above=False),
     aten.triu.default: lambda node: _triangle(node, above=True),
@@ -41,7 +41,7 @@ OPENED: dict[Any, Callable[[fx.Node], fx.Node]] = {
 
 
 def broadcast_view(node: fx.Node, places: tuple[int | None, ...], before: fx.Node) -> fx.Node:
-    """``node`` with each dimension at its place from the right, ones between; dimensions without a place are of one."""
+    """View ``node`` with each dimension at its place, size 1 between; size-1 dimensions without a place are dropped."""
     dropped = [dim for dim, place in enumerate(places) if place is None]
     kept = [place for place in places if place is not None]
     if dropped:

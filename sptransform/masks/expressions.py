@@ -1,4 +1,4 @@
-"""A mask as an expression: pointwise ops over leaves, tensors of the graph with a place in the shape of scores."""
+"""A mask as an expression: pointwise ops over leaves, which are graph tensors placed in the shape of the scores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sptransform.ops.mask_program import MaskProgram, Ref, Step
 
 QUERIES, KEYS = -2, -1
 
-# For each dimension of a tensor, the dimension of scores it is, counted from the right; None for one of size 1
+# For each dimension of a tensor, its dimension in the scores, counted from the right; None only where the size is 1
 Places = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A tensor of the graph. ``reader`` is the node that it was read for, itself where it is the mask."""
+    """A tensor of the graph. ``reader`` is the node that reads it, or the tensor's own node if it is the mask."""
 
     node: fx.Node
     places: Places
@@ -36,7 +36,7 @@ class Leaf:
         return self.places == from_the_right(len(self.places))
 
     def has(self, place: int) -> bool:
-        """Whether it has the queries', or the keys', dimension, and not of one entry."""
+        """Whether it has the dimension ``place`` (queries or keys), with a size other than 1."""
         return has(self.node, self.places, place)
 
 
@@ -62,12 +62,12 @@ def has(node: fx.Node, places: Places, place: int) -> bool:
 
 
 def from_the_right(ndim: int) -> Places:
-    """How a tensor of ``ndim`` dimensions broadcasts."""
+    """The places at which a tensor of ``ndim`` dimensions broadcasts."""
     return tuple(range(-ndim, 0))
 
 
 def parts_of(root: Expression) -> Iterator[Expression]:
-    """The expression and all that is in it, each once, operands before what reads them."""
+    """The expression and its parts, each once, operands before their readers."""
     done: set[Expression] = set()
     stack = [(root, False)]
     while stack:

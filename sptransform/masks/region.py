@@ -1,13 +1,13 @@
-"""From a mask in the graph to an expression over tensors that have the query dimension, or the key dimension, not both.
+"""Reads a mask in the graph as an expression over tensors that have the query or the key dimension, but not both.
 
 The walk goes back from the mask through ops whose result has both dimensions:
 
 1. Pointwise ops become part of the expression.
-2. Rearranging ops (expand, unsqueeze, a view of another number of dimensions) are left out: what they read gets another
-   place in the shape of scores. They need no sizes, and a program none.
-3. Conversions keep their dtype only.
+2. Rearranging ops (expand, unsqueeze, a view with another number of dimensions) are left out: their operand gets
+   another place in the shape of the scores. So the program contains no sizes.
+3. Of a conversion only the dtype is kept.
 4. A tensor of equal entries becomes a scalar; ``tril`` and ``triu`` become pointwise ops over positions.
-5. Anything else is a leaf although it has both dimensions: exact, and materialised.
+5. Anything else becomes a leaf with both dimensions: exact, but materialised.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from sptransform.rules.table import RuleTable
 
 
 class Regions:
-    """Reads masks of one graph; what several masks share is read once."""
+    """Reads masks of one graph; nodes that several masks share are read once."""
 
     def __init__(self, rules: RuleTable) -> None:
         self._rules = rules
         self._read: dict[tuple[fx.Node, Places], Expression] = {}
 
     def expression(self, mask: fx.Node) -> Expression:
-        """The mask, as it broadcasts to scores."""
+        """The expression of ``mask``, which broadcasts to the scores."""
         return self._expression(mask, from_the_right(len(dataflow.shape(mask))), mask)
 
     def _expression(self, node: fx.Node, places: Places, reader: fx.Node) -> Expression:
@@ -80,11 +80,11 @@ class Regions:
             return None  # a dimension is split, joined or repeated
         (operand,) = dataflow.operands(node)
         own = tuple(place_of[factors] if factors else None for factors in rule.operands[0])
-        # dimensions of one entry have no factor; where they line up they keep their place
+        # dimensions of size 1 have no factor; they keep their place if all others line up
         if len(own) <= len(places) and all(a is None or a == b for a, b in zip(own, places[-len(own) :], strict=True)):
             own = places[-len(own) :]
         inside = self._expression(operand, own, node)
-        # what is a leaf anyway is best one that needs no view
+        # a leaf has both dimensions anyway: prefer ``node`` as the leaf if only the operand would need a view
         is_whole = isinstance(inside, Leaf) and inside.has(QUERIES) and inside.has(KEYS)
         if is_whole and not inside.broadcasts and places == from_the_right(len(places)):
             return None
@@ -108,5 +108,5 @@ class Regions:
 
 
 def _is_operand(x: fx.Node, device: torch.device) -> bool:
-    """A tensor on the device, or a scalar tensor, which may be elsewhere."""
+    """Whether ``x`` is a tensor on ``device``, or a scalar tensor on any device."""
     return dataflow.is_tensor(x) and (dataflow.value(x).device == device or not dataflow.shape(x))

@@ -1,9 +1,10 @@
-"""Which part of a mask is a band of positions, and which needs a program.
+"""Splits a mask into a band of positions and a rest that needs a program.
 
-A mask is a conjunction: a key is visible where all its conditions hold. A condition that depends only on how far a key
-is from the query, and holds for one interval of distances, becomes bounds of the distance; one that always holds is
-dropped; the others stay a program. Nothing here is recognised by its ops: whether an op on booleans is a conjunction
-says its truth table, at which distances a condition holds is seen by computing it for every distance.
+A mask is a conjunction: a key is visible where all conditions hold. A condition that depends only on the distance
+between query and key, and holds for one interval of distances, becomes bounds of the distance. A condition that always
+holds is dropped. The others stay a program. Conditions are evaluated, not matched by op patterns: the truth table of a
+boolean expression shows whether it is a conjunction, and a condition is computed at every distance to see where it
+holds.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from sptransform.op_rules.mask_ops import AND, CHOICES, CONVERT, HIDE, NOT, OF_D
 
 _MAX_INPUTS = 4  # of a truth table
 
-# An expression of booleans, and what it must be for a key to be visible
+# A boolean expression, and the value it must have for a key to be visible
 Condition = tuple[Expression, bool]
 
 
 @dataclass(frozen=True)
 class Band:
-    """Keys at distances ``nearest <= i - j <= farthest`` of key j from query i; None is no bound."""
+    """Query i sees key j only if ``nearest <= i - j <= farthest``; None is no bound."""
 
     nearest: int | None = None
     farthest: int | None = None
@@ -42,26 +43,26 @@ class Band:
 
 @dataclass(frozen=True)
 class Visible:
-    """What a mask says: keys outside of the band are hidden; inside, ``rest`` decides. None: all are visible."""
+    """A mask, split: keys outside the band are hidden; inside, ``rest`` decides (None: all are visible)."""
 
     band: Band
     rest: Expression | None
 
 
 class Visibility:
-    """Takes masks of ``num_queries`` x ``num_keys`` apart."""
+    """Splits masks of ``num_queries`` x ``num_keys``."""
 
     def __init__(self, num_queries: int, num_keys: int, constants: Constants) -> None:
         distances = torch.arange(1 - num_keys, num_queries)
         self._distances = distances
-        # of every distance, one query and one key that far apart
+        # for every distance, the indices of one query (True) and one key (False) that far apart
         self._indices = {True: distances.clamp(min=0), False: (-distances).clamp(min=0)}
         self._constants = constants
         self._of_distance: dict[Expression, bool] = {}
 
     def of(self, mask: Expression) -> Visible:
-        """Boolean masks: True is visible. Others are added to scores: what is -inf everywhere a condition fails is that
-        condition; another mask stays what it is, since no number but -inf hides a key."""
+        """Split ``mask``. In a boolean mask True is visible. Any other mask is added to the scores: a term that is
+        -inf wherever a condition fails becomes that condition. Other terms stay, since only -inf hides a key."""
         if mask.dtype == torch.bool:
             conditions, bias = self._conditions(mask, True), None
         else:
@@ -76,12 +77,12 @@ class Visibility:
         return Visible(band, _joined(kept, bias))
 
     def _conditions(self, part: Expression, wanted: bool) -> list[Condition]:
-        """Conditions that all hold exactly where ``part`` is ``wanted``."""
+        """Conditions whose conjunction is ``part == wanted``."""
         found = self._conjunction(part, wanted, not wanted)
         return [(part, wanted)] if found is None else found
 
     def _terms(self, part: Expression) -> tuple[list[Condition], Expression | None]:
-        """Conditions that hide by -inf where they fail, and what else is added; None is nothing."""
+        """Conditions that hide keys by -inf where they fail, and the rest of the bias (None: nothing is left)."""
         found = self._conjunction(part, 0, -inf)
         if found is not None:
             return found, None
@@ -106,7 +107,7 @@ class Visibility:
             if condition.dtype != torch.bool:
                 return [], part
             for holds, (taken, other) in ((True, branches), (False, branches[::-1])):
-                # where the mask is -inf whatever else is, the condition is one of the mask's own
+                # one branch is -inf everywhere, so choosing the other branch is a condition of the mask
                 if self._is_minus_infinity(other) and isinstance(taken, Leaf | Apply) and taken.dtype == part.dtype:
                     conditions, rest = self._terms(taken)
                     return self._conditions(condition, holds) + conditions, rest
@@ -118,10 +119,10 @@ class Visibility:
         return x == -inf
 
     def _conjunction(self, part: Expression, visible: Any, hidden: Any) -> list[Condition] | None:
-        """Conditions that all hold exactly where ``part`` is ``visible``.
+        """Conditions whose conjunction is ``part == visible``.
 
-        None where it is neither visible nor hidden somewhere, is read from something else than booleans, or is visible
-        for several of their values.
+        None if ``part`` takes a third value, reads anything but booleans and constants, or is visible for several
+        combinations of these booleans but not for all.
         """
         inputs = self._boolean_inputs(part)
         if inputs is None or len(inputs) > _MAX_INPUTS:
@@ -140,7 +141,7 @@ class Visibility:
         return [x for operand, value in zip(inputs, case, strict=True) for x in self._conditions(operand, value)]
 
     def _boolean_inputs(self, part: Expression) -> list[Expression] | None:
-        """The booleans that all of ``part`` is computed from, beside constants; None where there is something else."""
+        """The boolean inputs of ``part``; None if it reads anything but booleans and constants."""
         found: dict[Expression, None] = {}
         done: set[Expression] = set()
         stack = [part]
@@ -158,7 +159,7 @@ class Visibility:
         return list(found)
 
     def _band(self, condition: Condition) -> Band | None:
-        """The distances at which the condition holds; None where they are no interval, or it reads more than these."""
+        """The distances at which the condition holds; None if they are no interval, or it reads more than distances."""
         part, wanted = condition
         if not self._is_of_distance(part):
             return None
@@ -177,7 +178,7 @@ class Visibility:
         return all(isinstance(self._constants.of_leaf(leaf), Uniform) for leaf in leaves)
 
     def _is_of_distance(self, part: Expression) -> bool:
-        """Whether the part is computed from constants and distances of keys from queries."""
+        """Whether the part is computed only from constants and query-key distances."""
         if part not in self._of_distance:
             self._of_distance[part] = isinstance(part, Apply) and (
                 self._is_distance(part) or all(self._is_constant(x) or self._is_of_distance(x) for x in part.operands)
@@ -191,7 +192,7 @@ class Visibility:
         return a is not None and b is not None and a.place != b.place and a.slope * b.slope == OF_DISTANCE[part.target]
 
     def _position(self, part: Expression) -> Position | None:
-        """The position that the part is, computed from positions of queries, or of keys, and constants."""
+        """The part as a position, if it is computed from constants and from positions of queries or of keys."""
         given = self._positions(part)
         places = {found.place for found in given.values()}
         if isinstance(part, Leaf) or len(places) != 1 or not self._reads_constants(part):
@@ -208,7 +209,7 @@ class Visibility:
         return all(self._constants.of_leaf(leaf) is not None for leaf in parts_of(part) if isinstance(leaf, Leaf))
 
     def _computed(self, part: Expression, given: dict[Expression, Tensor]) -> Tensor:
-        """The value of ``part`` where ``given`` are the values of what varies in it."""
+        """The value of ``part``; ``given`` holds the values of its non-constant parts."""
         values: dict[Expression, Tensor] = dict(given)
 
         def put(x: Any) -> Any:
@@ -228,7 +229,7 @@ class Visibility:
 
 
 def _joined(conditions: Sequence[Condition], bias: Expression | None) -> Expression | None:
-    """One mask that hides where a condition fails, and else adds ``bias``."""
+    """One mask that hides keys where a condition fails, and adds ``bias`` elsewhere."""
     wanted = [part if value else Apply(NOT, (part,), {}, torch.bool) for part, value in conditions]
     if bias is None:
         return reduce(lambda a, b: Apply(AND, (a, b), {}, torch.bool), wanted) if wanted else None

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: ``b h s d, b h t d, b h t e -> b h s e``, and how its heads or queries are cut."""
+"""Scaled dot-product attention: ``b h s d, b h t d, b h t e -> b h s e``, sharded by heads, queries or batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
 
     With fewer key heads than query heads, query head ``i`` reads key head ``i // group``: the key heads a rank needs
     are the quotient of its query heads. None for layouts without a head dimension, for query heads that read key heads
-    in another order, and for one query that several batches of keys share.
+    in another order, and for a query of batch size 1 that broadcasts over several batches of keys.
     """
     query, key, value = call.operand_shapes[:3]
     if len(query) != 4:
@@ -45,7 +45,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     resize = {}
     if group > 1:
         for index in (1, 2):
-            # kept even for one key head: every rank needs it, and it travels with the others
+            # one key head keeps the factor too: every rank needs that head, and it travels with the other heads
             operands[index] = (operands[index][0], ("h",), *operands[index][2:])
             resize["operand", index, "h"] = Resize(lambda p: p.quotient(group), links=False)
     sizes = {f: size for f, size in names.items() if size != 1}
@@ -64,20 +64,21 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
 
 
 def attention(call: OpCall) -> OpRule | None:
-    """Attention under a mask of scores' shape, or a causal one, which the op knows by position: queries stay whole."""
+    """Attention with a mask that broadcasts to the scores. ``is_causal`` depends on positions: queries stay whole."""
     masks = tuple(_dims("bhst"[4 - len(shape) :], shape) for shape in call.operand_shapes[3:])
     is_causal = call.argument("is_causal")
     return _attention(call, masks, whole="s" if is_causal else "", is_causal=is_causal)
 
 
 def ring_attention(call: OpCall) -> OpRule | None:
-    """Attention that knows the positions of the queries and keys it is given, so that either may be a part.
+    """Attention that knows the global positions of its queries and keys, so it can run on a part of either.
 
-    It tells masks by position, and passes keys round itself. Once it was given parts, it is cut no further along them.
+    The op applies masks by position and sends keys around the ring itself. Once it has a process group, its queries and
+    keys are cut no further.
     """
     shapes = call.operand_shapes[3:]
     masks = tuple(_dims("bhsm"[4 - len(shape) :], shape) for shape in shapes)
-    # of all keys, also where the op was given its rank's
+    # masks cover all keys, even if the op already has one rank's part of the keys
     lengths = [shape[-1] for shape in shapes if shape and shape[-1] != 1]
     nearest, farthest = call.argument("nearest"), call.argument("farthest")
     is_cut = bool(call.argument("group_name"))
@@ -105,7 +106,7 @@ def _key_head_of(call: OpCall, local: Local) -> list[int]:
 
 
 def _is_regular(heads: list[int]) -> bool:
-    """Whether every key head is read by equally many query heads in a row."""
+    """Whether each key head is read by the same number of consecutive query heads."""
     per_key = max(len(heads) // (max(heads, default=0) + 1), 1)
     return heads == [i // per_key for i in range(len(heads))]
 
@@ -138,12 +139,12 @@ def _ring_attention_local(call: OpCall, local: Local) -> Any:
 
 
 def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
-    """Keys and values of every other rank once; backward once more, and their gradients in the dtype of sums."""
+    """Forward: one ring pass of keys and values. Backward: one more, and one of their gradients in the sums' dtype."""
     _, key, value = operands[:3]
     partition = Shard.parse(f"S(2:{call.argument('keys')})", part=key).partition
     num_ranks = partition.num_ranks
     entries = key.shape[0] * key.shape[1] * (key.shape[3] + value.shape[3])
-    # at a hop a rank passes on what came from so many ranks before it; gradients begin their way at the next rank
+    # at hop h a rank forwards the keys of rank - h, h = 0 .. N - 2; gradients start one rank later, h = 1 .. N - 1
     sizes = [partition.local_size((rank - hop) % num_ranks) for hop in range(num_ranks)]
     ahead = entries * sum(sizes[:-1]) * key.element_size()
     home = entries * sum(sizes[1:]) * compute_dtype(key.dtype).itemsize
@@ -156,7 +157,7 @@ ATTENTION = (aten.scaled_dot_product_attention.default, sp.attention.default)
 
 
 def mask_of(node: fx.Node) -> fx.Node | None:
-    """The mask that a node of ``ATTENTION`` is given."""
+    """The mask argument of a node whose target is in ``ATTENTION``."""
     return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
 
 

@@ -1,4 +1,4 @@
-"""Ops that make tensors from sizes. Equal entries can be made shard by shard; counting ones are made whole and cut."""
+"""Ops that create tensors from sizes. Uniform tensors are created per shard, counting ones in full and then cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _result_dims(call: OpCall) -> tuple[tuple[str, ...], ...]:
 
 
 def uniform(call: OpCall) -> OpRule:
-    """Every entry is the same: any dimension of the result may be cut; operands lend only their dtype."""
+    """All entries are equal: any dimension of the result may be cut. Operands only set dtype and device."""
     dims = _result_dims(call)
     sizes = {factors[0]: size for factors, size in zip(dims, call.result_shapes[0], strict=True) if factors}
     operands = []
@@ -30,7 +30,7 @@ def uniform(call: OpCall) -> OpRule:
 
 
 def counting(call: OpCall) -> OpRule:
-    """Entries depend on their position: computed as the whole program says, then cut."""
+    """Entries depend on their position: every rank computes the full tensor, which is then cut."""
     dims = _result_dims(call)
     sizes = {factors[0]: size for factors, size in zip(dims, call.result_shapes[0], strict=True) if factors}
     return OpRule((), (dims,), sizes, whole=frozenset(sizes))
@@ -44,7 +44,7 @@ _UNIFORM = OpEntry(uniform, _sized)
 
 
 def _like(call: OpCall) -> OpRule:
-    """``zeros_like`` and its kin: the operand's dimensions are the result's."""
+    """``zeros_like`` and its kin: the result has the operand's dimensions."""
     base = uniform(call)
     return OpRule((base.results[0],), base.results, {f: s for f, s in base.sizes.items() if f not in base.whole})
 

@@ -1,6 +1,7 @@
 """Embedding, gather and advanced indexing: index dimensions pass to the result, indexed ones must be whole.
 
-But for a table that is cut along its rows: a lookup is a contraction with a one-hot vector, and each rank has a term.
+The exception is an embedding table that is cut along its rows: a lookup is a contraction with a one-hot vector, so
+each rank computes one term of a pending sum.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 def embedding(call: OpCall) -> OpRule | None:
-    """``weight[indices]``. None where gradients are divided by how often an index occurs, which no part knows."""
+    """``weight[indices]``. None with ``scale_grad_by_freq``: no rank knows how often an index occurs globally."""
     if call.argument("scale_grad_by_freq"):
         return None
     return rule("v h, ... -> ... h", reduce="v", linear=((0,),), heavy=True)(call)
 
 
 def _embedding_local(call: OpCall, local: Local) -> Any:
-    """A rank that does not have the row gives zero."""
+    """A rank that does not own the row returns zeros."""
     if local.decision.factor != "v":
         return local.run(call)
     weight, indices = local.operands
     emit, partition = local.emit, str(local.decision.partition)
-    if not local.decision.partition.local_size(local.rank):  # a lookup needs a row, be it no one's
+    if not local.decision.partition.local_size(local.rank):  # a lookup needs at least one row; it is masked below
         weight = emit(aten.constant_pad_nd.default, (weight, [0, 0, 0, 1]), {})
     index = emit(sp.local_index.default, (indices, partition, local.group), {})
     is_own = emit(aten.unsqueeze.default, (emit(aten.ge.Scalar, (index, 0), {}), -1), {})
     rows = emit(aten.embedding.default, (weight, emit(aten.clamp.default, (index, 0), {})), {})
     padding = call.argument("padding_idx")
-    if padding >= 0:  # its row is read, but gets no gradient
+    if padding >= 0:  # the padding row is read, but gets no gradient
         is_padding = emit(aten.unsqueeze.default, (emit(aten.eq.Scalar, (indices, padding), {}), -1), {})
         rows = emit(aten.where.self, (is_padding, emit(aten.detach.default, (rows,), {}), rows), {})
     return emit(aten.where.ScalarOther, (is_own, rows, 0.0), {})
 
 
 def gather(call: OpCall) -> OpRule:
-    """Along ``dim`` the operand must be whole; elsewhere an equal extent is the same index."""
+    """Along ``dim`` the operand must be whole. Elsewhere, dimensions of equal size are one factor."""
     shape, index_shape = call.operand_shapes
     dim = call.argument("dim") % max(len(shape), 1)
     index = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(index_shape))
@@ -54,7 +55,7 @@ def gather(call: OpCall) -> OpRule:
         if d != dim and size == index_shape[d]:
             operand.append(index[d])
             continue
-        # gather reads only the first index_shape[d] entries here: neither side may be cut
+        # off ``dim``, gather reads only the first index_shape[d] entries: neither side may be cut
         operand.append((f"o{d}",) if size != 1 else ())
         sizes[f"o{d}"] = size
         whole.add(f"o{d}")

@@ -16,7 +16,7 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 NONE, MEAN, SUM = 0, 1, 2
-_IGNORED = -100  # no class of any rank
+_IGNORED = -100  # not a class index on any rank
 
 
 def cross_entropy(call: OpCall) -> OpRule:
@@ -40,7 +40,7 @@ def cross_entropy(call: OpCall) -> OpRule:
 
 
 def nll(call: OpCall) -> OpRule:
-    """As :func:`cross_entropy`, of log-probabilities: those of a label's class are looked up, so ``c`` may be cut."""
+    """:func:`cross_entropy` of log-probabilities. The entry of the label's class is looked up, so ``c`` may be cut."""
     found = cross_entropy(call)
     if call.argument("reduction") == MEAN or call.operand_shapes[0] == call.operand_shapes[1]:
         return found
@@ -48,7 +48,7 @@ def nll(call: OpCall) -> OpRule:
 
 
 def _nll_local(call: OpCall, local: Local) -> Any:
-    """A rank that does not have the label's class ignores it."""
+    """A rank that does not own the label's class ignores the label."""
     if local.decision.factor != "c":
         return local.run(call)
     emit, labels = local.emit, local.operands[1]
@@ -58,7 +58,7 @@ def _nll_local(call: OpCall, local: Local) -> Any:
     is_own = emit(aten.logical_and.default, (is_valid, emit(aten.ge.Scalar, (index, 0), {})), {})
     target = emit(aten.where.ScalarOther, (is_own, index, _IGNORED), {})
     logs, *weight = (x for i, x in enumerate(local.operands) if i != 1)
-    if not local.decision.partition.local_size(local.rank):  # a class is needed, be it no one's
+    if not local.decision.partition.local_size(local.rank):  # the op needs at least one class; no label selects it
         num_tail = max(len(call.operand_shapes[0]) - 2, 0)
         logs = emit(aten.constant_pad_nd.default, (logs, [0, 0] * num_tail + [0, 1]), {})
         weight = [emit(aten.constant_pad_nd.default, (x, [0, 1]), {}) for x in weight]

@@ -1,4 +1,4 @@
-"""What is known of the ops that masks are made of, beside that most are pointwise (see ``ops/mask_program.py``)."""
+"""Properties of the ops that compute masks; ``ops/mask_program.py`` knows which are pointwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sptransform.rules.rule import OpCall
 aten = torch.ops.aten
 
 
-# How a program says that one thing and another, that not, that these numbers where visible, and a change of dtype
+# The ops that generated programs use: conjunction, negation, a bias with hidden entries, and a change of dtype
 AND, NOT, HIDE, CONVERT = (
     aten.logical_and.default,
     aten.logical_not.default,
@@ -20,7 +20,7 @@ AND, NOT, HIDE, CONVERT = (
     aten.to.dtype,
 )
 
-# The result is the first operand, at most in another dtype or on another device
+# The result is the first operand; only its dtype or device may change
 RETYPED = frozenset(
     {
         aten._to_copy.default,
@@ -37,7 +37,7 @@ RETYPED = frozenset(
     }
 )
 
-# Every entry is the same number
+# All entries of the result are this number
 FILLED: dict[Any, Callable[[OpCall], Any]] = {
     aten.full.default: lambda call: call.argument("fill_value"),
     aten.full_like.default: lambda call: call.argument("fill_value"),
@@ -50,7 +50,7 @@ FILLED: dict[Any, Callable[[OpCall], Any]] = {
     aten.zeros_like.default: lambda call: 0,
 }
 
-# Read nothing of their operand but shape, dtype and device
+# Ops that read only the shape, dtype and device of their operand
 LIKE = frozenset(
     {
         aten.full_like.default,
@@ -62,8 +62,8 @@ LIKE = frozenset(
     }
 )
 
-# Of two operands that grow with position the result depends on their distance only: where both grow the same way (+1),
-# or one against the other (-1)
+# If the two operands are positions, the result depends only on their distance: where both slopes have the same sign
+# (+1), or opposite signs (-1)
 OF_DISTANCE: dict[Any, int] = {
     aten.add.Tensor: -1,
     aten.eq.Tensor: 1,
@@ -84,7 +84,7 @@ OF_DISTANCE: dict[Any, int] = {
 
 SUMS = frozenset({aten.add.Tensor})
 
-# Positions of (condition, taken where it is true, taken where it is false) among the arguments
+# Argument indices of (condition, value where it is true, value where it is false)
 CHOICES: dict[Any, tuple[int, int, int]] = {
     aten.masked_fill.Scalar: (1, 2, 0),
     aten.masked_fill.Tensor: (1, 2, 0),

@@ -33,7 +33,7 @@ def matmul(call: OpCall) -> OpRule:
 def linear(call: OpCall) -> OpRule | None:
     """``x W^T + b``. With a bias the contracted factor stays whole: a bias added on every rank is added N times.
 
-    None for a weight of one row without its dimension.
+    None for a 1-D weight.
     """
     if len(call.operand_shapes[1]) != 2:
         return None

@@ -1,6 +1,6 @@
-"""Pointwise ops. Those torch tags ``pointwise`` need no line here unless a pending sum passes through them.
+"""Pointwise ops. An op that torch tags ``pointwise`` needs an entry here only if a pending sum passes through it.
 
-A few that it did not tag in every version have a line too.
+A few ops that some torch versions do not tag have an entry too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LINEAR = ((0,),)
 
 
 def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
-    """Operands broadcast to the result, whatever their number."""
+    """Any number of operands, which broadcast to the result."""
 
     def apply(call: OpCall) -> OpRule:
         operands = ", ".join(["..."] * len(call.operand_shapes))
@@ -33,7 +33,7 @@ def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
 
 
 def converted(call: OpCall) -> OpRule:
-    """Conversion to the dtype of another operand, of any shape. Where the two agree it may be cut alike."""
+    """Conversion to the dtype of a second operand of any shape. Where their sizes agree, both share a factor."""
     shape, other = call.operand_shapes
     sizes = {f".{len(shape) - d}": size for d, size in enumerate(shape) if size != 1}
     dims = tuple((f".{len(shape) - d}",) if size != 1 else () for d, size in enumerate(shape))
@@ -49,7 +49,7 @@ def converted(call: OpCall) -> OpRule:
 
 
 def default_entry(target: Any) -> OpEntry | None:
-    """The entry of an op without a line of its own: pointwise if torch says so and it draws no random numbers."""
+    """The entry of an op that no table lists: pointwise if torch tags it so and it draws no random numbers."""
     tags = getattr(target, "tags", ())
     if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
         return None

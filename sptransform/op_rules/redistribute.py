@@ -1,4 +1,4 @@
-"""Ops of a mesh dim that is distributed already, as the next mesh dim sees them: ops like any other."""
+"""Rules for the ops that an already distributed mesh dim inserted: the next mesh dim shards them like any other op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ sp = torch.ops.sptransform
 
 
 def _moved(*arguments: str) -> RuleFn:
-    """Every dimension passes but those along which the op moves parts, which the ``arguments`` spell out."""
+    """Every dimension passes except those along which the op moves parts; the specs in ``arguments`` name these."""
 
     def apply(call: OpCall) -> OpRule:
         texts = [call.argument(name) for name in arguments]
@@ -33,10 +33,10 @@ def _moved(*arguments: str) -> RuleFn:
 
 
 def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
-    """Tensor ``i`` goes in and comes out; dimension ``d`` of several tensors is one factor where their sizes allow it.
+    """Operand ``i`` becomes result ``i``; dimension ``d`` of several tensors is one factor where their sizes allow it.
 
-    They do where all are equal, or the largest a multiple of the others, as query heads of key heads: there is then a
-    factor of the largest size, of which the others have the quotient.
+    They do if all are equal, or if the largest is a multiple of all others (query heads and key heads). The factor then
+    has the largest size, and the smaller tensors have the quotient of its partition.
     """
     sizes: dict[str, Any] = {}
     resize: dict[tuple[str, int, str], Resize] = {}
@@ -77,7 +77,7 @@ def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
 
 
 def _tiles(spec: str) -> tuple[int, int | None, int]:
-    """Which dim is cut, of how many tiles of equal blocks it consists (None: it does not), and for how many ranks."""
+    """The dim that is cut, its number of tiles of equal blocks (None for any other cut), and the number of ranks."""
     if "?" in spec:
         match = re.fullmatch(r"S\((\d+):(\d+\*)?\?/(\d+)(z?)\)", spec)
         return int(match[1]), None if match[2] or match[4] else 1, int(match[3])
@@ -86,10 +86,11 @@ def _tiles(spec: str) -> tuple[int, int | None, int]:
 
 
 def _all_to_all(call: OpCall) -> OpRule:
-    """Of a dim that is moved in tiles of equal blocks, the tiles and what is inside of a block pass.
+    """If a dim is moved in tiles of equal blocks, the index of the tile and the index inside the block pass.
 
-    Heads that other ranks are to share further are moved so. Where blocks are not equal, a rank's part is linked to the
-    whole, which says that a part of a sequence is one.
+    The latter passes only if all tensors have the same block size. Heads that the next mesh dim shards further are
+    moved this way. For any other cut, one whole factor links the rank's part to the full dim: a part of a sequence is
+    still a sequence.
     """
     ends = [list(map(_tiles, call.argument(name))) for name in ("sources", "targets")]
     moved = {dim for tensors in ends for dim, _, _ in tensors}
@@ -129,7 +130,7 @@ def _all_to_all(call: OpCall) -> OpRule:
 
 
 def _all_to_all_local(call: OpCall, local: Local) -> Any:
-    """Of a dim that is cut here, blocks are those of what this rank has."""
+    """If a moved dim is also cut here, its spec must describe the blocks of this rank's part."""
 
     def held(name: str, side: str) -> list[str]:
         specs = list(call.argument(name))
@@ -147,13 +148,13 @@ def _all_to_all_local(call: OpCall, local: Local) -> Any:
 
 
 def _replicate(call: OpCall) -> OpRule:
-    """A parameter passes, whichever way it is cut; of several no one cut is that of all."""
+    """One parameter passes with any cut. Several parameters share no cut, so their dimensions stay whole."""
     is_one = len(call.operand_shapes) == 1
     return _passing(call, () if is_one else range(max(map(len, call.operand_shapes))), linear=is_one)
 
 
 def _mask_local(call: OpCall, local: Local) -> Any:
-    """The parts of one rank differ among themselves as those of ranks do."""
+    """Add this mesh dim's group: ranks that differ on any mesh dim draw different masks."""
     return local.run(call, group_name=f"{call.argument('group_name')},{local.group}")
 
 

@@ -42,7 +42,7 @@ def _reduction(summed: bool) -> RuleFn:
         result = tuple(() if d in reduced else f for d, f in enumerate(operand) if keeps or d not in reduced)
         sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
         gone = frozenset(f"i{d}" for d in reduced if shape[d] != 1)
-        # converted before it is summed, a pending term is rounded by itself
+        # with ``dtype`` each pending term is converted, and so rounded, before the sum: not linear
         linear = _LINEAR if summed and call.argument("dtype") is None else ()
         kinds = {"reduce": gone, "linear": linear} if summed else {"whole": gone}
         return OpRule((operand,), (result,) * len(call.result_shapes), sizes, **kinds)
@@ -65,13 +65,13 @@ def _mean_local(call: OpCall, local: Local) -> Any:
     if dtype.itemsize > 2:
         total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": call.argument("dtype")})
         return local.emit(aten.div.Scalar, (total, count), {})
-    # 16 bits do not hold a sum; a mean is accumulated in float32 on one device too
+    # a 16-bit dtype cannot hold the sum; torch accumulates a mean in float32 on one device too
     total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": torch.float32})
     return local.emit(aten.to.dtype, (local.emit(aten.div.Scalar, (total, count), {}), dtype), {})
 
 
 def along_dim(call: OpCall) -> OpRule:
-    """Softmax, scans, sorts: shape is kept, and the dimension they run along must be whole."""
+    """Softmax, scans, sorts: the shape is kept, and the dimension they run along must be whole."""
     shape = call.operand_shapes[0]
     dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
     sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
@@ -89,7 +89,7 @@ def along_dim(call: OpCall) -> OpRule:
 
 
 def softmax(call: OpCall) -> OpRule:
-    """The dimension it runs along must be whole, or the op joins the ranks' parts of it itself."""
+    """The dimension it runs along is whole, or is sharded and the op reduces over the ranks itself."""
     found = along_dim(call)
     return replace(found, self_reduced=found.whole)
 
@@ -99,7 +99,7 @@ def _softmax_local(call: OpCall, local: Local) -> Any:
         return local.run(call)
     (x,) = local.operands
     num_ranks = local.decision.partition.num_ranks
-    # autocast knows torch's op and not this one
+    # autocast sets the dtype of torch's op, but does not know this one
     dtype = local.result_dtypes[0]
     return local.emit(_JOINED[call.target], (x, call.argument("dim"), dtype, num_ranks, local.group), {})
 

@@ -83,13 +83,13 @@ def reshape(call: OpCall) -> OpRule | None:
 
 
 def view_as(call: OpCall) -> OpRule | None:
-    """The second operand lends its shape only."""
+    """Only the shape of the second operand is read."""
     base = reshape(call)
     return None if base is None else replace(base, operands=(base.operands[0], base.results[0]), unread=frozenset({1}))
 
 
 def _reshape_local(call: OpCall, local: Local) -> Any:
-    # reshape, not view: a shard's strides need not be those the global view was legal for
+    # reshape, not view: a view that is legal on the global tensor may be illegal on a shard's strides
     return local.emit(aten.reshape.default, (local.operands[0], list(local.result_shapes[0])), {})
 
 
@@ -171,7 +171,7 @@ def _repeat_local(call: OpCall, local: Local) -> Any:
 
 
 def _bounds_of_slice(call: OpCall, dim: int) -> tuple[Size, Size, int]:
-    """First index, the one after the last, and step. What the result has left says where a slice of step 1 ends."""
+    """Start, stop and step. ``stop`` is computed from the result's size; it is exact for step 1."""
     size, start, step = call.operand_shapes[0][dim], call.argument("start") or 0, call.argument("step")
     if isinstance(size, int) and isinstance(start, int):
         start = slice(start, None).indices(size)[0]
@@ -181,9 +181,9 @@ def _bounds_of_slice(call: OpCall, dim: int) -> tuple[Size, Size, int]:
 
 
 def slice_(call: OpCall) -> OpRule | None:
-    """Other dimensions pass; the sliced one keeps its axis, and whoever owned an index still does.
+    """Other dimensions pass. With step 1 the sliced one keeps its axis, and every index keeps its owner.
 
-    None where nothing is left of a dimension of one entry.
+    None for an empty slice of a dimension of size 1.
     """
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
@@ -204,7 +204,7 @@ def slice_(call: OpCall) -> OpRule | None:
 
 
 def _piece(start: Size, stop: Size) -> Resize:
-    """Indices from ``start`` to before ``stop``: whoever owned one still does."""
+    """Indices ``start .. stop - 1``: every index keeps its owner."""
     return Resize(lambda p: p.slice(start, stop), start=start)
 
 
@@ -215,7 +215,7 @@ def _num_owned_below(bound: Size, local: Local) -> Size:
 
 def _slice_local(call: OpCall, local: Local) -> Any:
     dim = call.argument("dim") % len(call.operand_shapes[0])
-    if local.decision.factor != f"i{dim}" or not local.rule.resize:  # without resize nothing is cut off
+    if local.decision.factor != f"i{dim}" or not local.rule.resize:  # without resize the slice is the full dimension
         return local.run(call)
     start, stop, _ = _bounds_of_slice(call, dim)
     return local.run(call, start=_num_owned_below(start, local), end=_num_owned_below(stop, local))
@@ -231,7 +231,7 @@ def select(call: OpCall) -> OpRule:
 
 
 def split(call: OpCall) -> OpRule:
-    """Other dimensions pass; of the split one, each piece is a slice. It is whole where a piece is of one entry."""
+    """Other dimensions pass. Each piece is a slice of the split one, which must be whole if a piece has one entry."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
@@ -260,7 +260,7 @@ def _split_local(call: OpCall, local: Local) -> Any:
 
 
 def unbind(call: OpCall) -> OpRule:
-    """Other dimensions pass; the one that goes must be whole."""
+    """Other dimensions pass; the removed one must be whole."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
@@ -287,7 +287,7 @@ def cat(call: OpCall) -> OpRule | None:
 
 
 def stack(call: OpCall) -> OpRule:
-    """A new dimension, of one entry per operand."""
+    """Adds a dimension with one entry per operand."""
     target = call.result_shapes[0]
     dim = call.argument("dim") % len(target)
     result = _dims(target, [f"i{d}" for d in range(len(target))])
@@ -305,7 +305,7 @@ def stack(call: OpCall) -> OpRule:
 def pad(call: OpCall) -> OpRule | None:
     """Constant padding: a padded dimension keeps its axis; the owners of its ends own the padding.
 
-    None for other modes, negative amounts, and dimensions too short for both ends to have an owner.
+    None for other modes, for negative amounts, and if a padded dimension has size 0 or 1.
     """
     if call.target is aten.pad.default and call.argument("mode") != "constant":
         return None

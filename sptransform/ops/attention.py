@@ -1,4 +1,4 @@
-"""Attention on one rank's heads, where the plain op does not say what is needed."""
+"""Attention on one rank's heads, for cases that the plain op cannot express."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def attention(
     key_head_of: list[int] = (),
     group_name: str = "",
 ) -> Tensor:
-    """``scaled_dot_product_attention`` over heads that are repeated here, after they travelled un-repeated.
+    """``scaled_dot_product_attention`` that repeats key heads locally, so that they are sent un-repeated.
 
-    Query head i reads key head ``key_head_of[i]`` (itself where the list is empty). With ``group_name`` dropout
-    draws a mask of this rank's own; fused kernels seed themselves alike on ranks seeded alike, so the probabilities
-    are then computed in the open. A rank without heads runs no kernel: some kernels end the process on empty input.
+    Query head i reads key head ``key_head_of[i]`` (head i if the list is empty). With ``group_name``, dropout draws
+    this rank's own mask. Fused kernels would draw the same mask on ranks with the same seed, so the probabilities are
+    then computed explicitly. A rank without heads runs no kernel: some kernels end the process on empty input.
     """
     if key_head_of:
         key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
@@ -46,14 +46,14 @@ def attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    # a row that sees nothing gives zeros, as the op itself does
+    # a fully masked row gives zeros, as in torch's op
     probabilities = torch.ops.aten._safe_softmax(scores, -1)
     mask = torch.ops.sptransform.dropout_mask(probabilities, dropout_p, group_name)
     return (probabilities * mask / (1 - dropout_p)) @ value
 
 
 def _repeat(x: Tensor, head_of: list[int]) -> Tensor:
-    """Heads of ``x`` in the order ``head_of``, without copying runs of the same head."""
+    """Heads of ``x`` in the order ``head_of``; runs of the same head are expanded."""
     num_heads = x.shape[1]
     times, rest = divmod(len(head_of), num_heads) if num_heads else (0, 0)
     if not rest and list(head_of) == [i // times for i in range(len(head_of))]:

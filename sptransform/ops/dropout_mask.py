@@ -10,12 +10,12 @@ from sptransform.ops.library import primitive
 
 
 def mask_for(x: Tensor, p: float, rank: int) -> Tensor:
-    """Boolean mask of x's shape, True with probability ``1 - p``, drawn for ``rank``, any number of its own.
+    """Boolean mask of x's shape, True with probability ``1 - p``. ``rank`` is any number unique to the rank.
 
-    One number is drawn from the default generator whatever the shape, so that ranks seeded alike stay alike and a
+    The default generator draws one number, whatever the shape. So ranks with the same seed stay in step, and a
     replicated dropout elsewhere draws the same mask on all of them.
     """
-    # from the generator of x's device: it is the one that recomputing a checkpointed region rewinds
+    # use the generator of x's device: it is the one that recomputing a checkpointed region rewinds
     seed = int(torch.randint(2**62, (), device=x.device).item())
     generator = torch.Generator(device=x.device)
     generator.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
@@ -32,7 +32,7 @@ def _fake_mask(x: Tensor, p: float, group_name: str) -> Tensor:
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 def dropout_mask(x: Tensor, p: float, group_name: str) -> Tensor:
-    """Of several mesh dims ``group_name`` has all the groups, separated by commas."""
+    """With several mesh dims, ``group_name`` lists the group of each, separated by commas."""
     number = 0
     for group in group_name.split(","):
         number = number << 20 | rank_in(group)

@@ -1,4 +1,4 @@
-"""Who am I in a process group: a real group by its name, or a pretended rank where there are no processes."""
+"""This process's rank in a group: the real rank, found by group name, or a pretended one if there are no processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ranks_in(group: str) -> tuple[int, ...]:
 
 def group_called(name: str) -> ProcessGroup:
     """The process group of that name."""
-    # the name is what a graph holds of a group; only the resolver turns it back
+    # a graph stores only the name of a group; only the resolver maps it back to the group
     return distributed_c10d._resolve_process_group(name)
 
 

@@ -1,6 +1,7 @@
-"""Softmax along a dimension of which each rank has a part: maximum and sum are reduced over the ranks.
+"""Softmax along a sharded dimension: maximum and sum are all-reduced over the ranks.
 
-As the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, §3): no rank has all logits.
+As in the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, §3), no rank has all
+logits.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from sptransform.ops.library import composite
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in a dtype that holds sums, as torch accumulates them."""
+    """``x`` in the dtype in which torch accumulates sums."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _exponentials(x: Tensor, dim: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` less the maximum, its exponential, and the sum of that over all ranks."""
+    """``x`` minus the global maximum, its exponential, and the global sum of that."""
     x = _wide(x)
-    # of a rank that has nothing of the dimension: no maximum, -inf
+    # a rank with an empty part has no maximum; -inf is neutral
     largest = x.amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True) - torch.inf
     shifted = x - collectives.all_reduce(largest, group, "max")
     powers = shifted.exp()

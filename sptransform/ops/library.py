@@ -11,7 +11,7 @@ LIBRARY = torch.library.Library("sptransform", "DEF")
 
 
 def composite(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register an op that runs as its own body of other ops, in eager and in AOTAutograd's trace alike.
+    """Register an op that decomposes into the ops of its body, in eager mode and in AOTAutograd's trace.
 
     The rewritten graph has one node for it; the backward of the body is the backward of the op. The body may use a
     ``torch.autograd.Function`` to state a transpose.

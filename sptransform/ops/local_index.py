@@ -1,4 +1,4 @@
-"""Where this rank has the indices it is asked for: a table cut along its rows, or logits along their classes."""
+"""Maps global to local indices, for a table that is cut along its rows, or logits along their classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sptransform.sharding.partition import Partition
 
 
 def local_index_for(index: Tensor, partition: Partition, rank: int) -> Tensor:
-    """Positions of ``index`` in rank's part, -1 for those of other ranks.
+    """Positions of ``index`` in rank's part, -1 for indices that other ranks own.
 
     Raises:
-        IndexError: an index no rank has; on an accelerator an asynchronous assertion, as lookups there have.
+        IndexError: no rank owns an index. On an accelerator an asynchronous assertion, as in torch's own lookups.
     """
     legal = ((index >= 0) & (index < partition.size)).all()
     if index.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Cut a replicated tensor to this rank's part, and its transpose: the ops that read the rank when they run."""
+"""Slice a replicated tensor to this rank's part, and the transpose. These ops read the rank at run time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sptransform.sharding.placement import Shard
 
 
 def take_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
-    """Rank's part of the whole ``x``; always a copy."""
+    """Rank's part of the full tensor ``x``; always a copy."""
     whole, dim = expose(x, shard)
     return conceal(select(whole, dim, shard.partition.owned[rank]).clone(memory_format=torch.contiguous_format), shard)
 
 
 def place_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
-    """A whole tensor, zero but for rank's part ``x``: the transpose of :func:`take_for`."""
+    """The full tensor, zero outside of rank's part ``x``: the transpose of :func:`take_for`."""
     part, dim = expose(x, shard)
     shape = list(part.shape)
     shape[dim] = shard.partition.size
@@ -36,7 +36,7 @@ def first_rank_for(x: Tensor, rank: int) -> Tensor:
 
 
 def _local_size(shard: Shard, group: str) -> int:
-    # an even partition must not ask who we are: fake tensors have no rank
+    # do not read the rank for an even partition: tracing with fake tensors has no rank
     return shard.local_dim_size(0 if shard.partition.is_even else rank_in(group))
 
 

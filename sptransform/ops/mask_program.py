@@ -1,13 +1,13 @@
 """Mask programs: an attention mask as a few pointwise ops, run on one block of queries and keys at a time.
 
-A program is text, so that it can be an argument of an op, and is the same on all ranks::
+A program is text, so that it can be an argument of an op. It is the same on all ranks::
 
     %3 = le.Tensor(%1, %0); %4 = logical_and(%3, %2)
 
 ``%0``, ``%1`` .. are operands: first ``rows``, which have a query dimension (the last but one), then ``columns``, which
-have a key dimension (the last) or none. Dimensions broadcast. Every step is an aten op, ``default`` overloads without
-it; the last step is the mask, boolean (True is visible) or added to the scores. A program without steps, ``%0``, is its
-operand. Numbers and dtypes (``float32``) stand as they print.
+have a key dimension (the last) or none. Dimensions broadcast. Every step is an aten op; the overload is omitted if it
+is ``default``. The last step is the mask, boolean (True is visible) or added to the scores. A program without steps is
+written ``%0``: the operand is the mask. Numbers and dtypes (``float32``) are written as they print.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-# Pointwise, deterministic and without a view of sizes or devices, though torch does not tag them so
+# Pointwise, deterministic and independent of sizes and devices, but not tagged ``pointwise`` by torch
 _ALSO_ELEMENTWISE = frozenset(
     {
         aten.__and__.Scalar,
@@ -63,7 +63,7 @@ _DTYPES = {str(x).removeprefix("torch."): x for x in vars(torch).values() if isi
 
 
 def is_elementwise(target: Any) -> bool:
-    """Whether a program may hold the op: each entry of its one result depends on the entries of its operands there."""
+    """Whether a program may hold the op: one result, each entry of which depends on the operands' entries there."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
     if target in _ALSO_ELEMENTWISE:
@@ -76,7 +76,7 @@ def is_elementwise(target: Any) -> bool:
 
 @dataclass(frozen=True)
 class Ref:
-    """The index-th value of a program: its operands, then what its steps give."""
+    """The index-th value of a program: operands first, then the results of its steps."""
 
     index: int
 
@@ -111,7 +111,7 @@ class MaskProgram:
         return "; ".join(f"%{i} = {step}" for i, step in enumerate(self.steps, start=self.num_operands))
 
     def run(self, operands: Sequence[Tensor]) -> Tensor:
-        """The mask over operands that broadcast."""
+        """Compute the mask; the operands broadcast."""
         values = list(operands)
         for step in self.steps:
             args = [values[x.index] if isinstance(x, Ref) else x for x in step.args]
@@ -128,10 +128,10 @@ def _written(x: Any) -> str:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> MaskProgram:
-    """The program that ``text`` writes.
+    """The program written as ``text``.
 
     Raises:
-        ValueError: it is no program, or holds an op that is not pointwise.
+        ValueError: the text is not a program, or holds an op that is not pointwise.
     """
     try:
         statements = ast.parse(re.sub(r"%(\d+)", r"_\1", text)).body
@@ -179,9 +179,9 @@ def block_mask(
 
     Args:
         program: the program's text.
-        rows: operands ``[.., queries, 1 or keys]``; queries are this rank's, in the order in which it has them.
+        rows: operands ``[.., queries, 1 or keys]``; queries are this rank's, in the order in which it stores them.
         columns: operands ``[.., 1, 1 or keys]``, or with fewer dimensions.
-        q_start, q_stop: which of this rank's queries.
+        q_start, q_stop: the range of this rank's queries.
         key_positions: which keys of the whole sequence: int64 indices, or a slice.
 
     Returns:

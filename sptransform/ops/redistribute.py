@@ -1,7 +1,7 @@
 """One op per change of placement, each an autograd function whose backward is its transpose.
 
-Gradients follow the types of :mod:`sptransform.sharding.placement`: of ``I`` and ``P`` every rank holds the gradient,
-of ``R`` a pending sum, of ``S`` its part.
+Gradients follow the types of :mod:`sptransform.sharding.placement`: for ``I`` and ``P`` every rank holds the gradient,
+for ``R`` a pending sum, for ``S`` its part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        ctx.set_materialize_grads(False)  # a parameter that got no gradient keeps none
+        ctx.set_materialize_grads(False)  # a parameter without a gradient stays without one
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
@@ -115,7 +115,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _FirstRank(torch.autograd.Function):
-    """I -> P and, transposed, R -> I: the value, or the gradient, is kept on the first rank only."""
+    """I -> P: first rank keeps the value / nothing. R -> I: nothing / first rank keeps the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, mask_value: bool) -> Tensor:
@@ -128,7 +128,7 @@ class _FirstRank(torch.autograd.Function):
 
 
 class _KeepOwn(torch.autograd.Function):
-    """S -> S, of indices that ranks share to those of first owners: local slice / pad."""
+    """S -> S, from shared indices to the first owner of each: local slice / pad."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: str, target: str, group: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The exchange along one axis: each index goes to another owner."""
+"""Repartition: an all-to-all along one axis that moves indices to new owners."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sptransform.sharding.placement import Shard, repartitions
 _sp = torch.ops.sptransform
 
 
-# ---- S -> S along one axis: the only change that reads the rank to know what to send, so that compilers see one op
+# ---- S -> S along one axis: the only transition where what to send depends on the rank, so compilers see one op
 
 
 def _ends(x: Tensor, source: str, target: str) -> tuple[Shard, Shard]:
-    # sizes left open are shared evenly, so x is as large as a part of either
+    # open sizes (``?``) are cut evenly, so x has the part size of both ends
     ends = Shard.parse(source, part=x), Shard.parse(target, part=x)
     if not repartitions(*ends):
         raise ValueError(f"a repartition keeps the axis and one owner of each index, not {source} to {target}")
@@ -39,14 +39,14 @@ def _fake_repartition(x: Tensor, source: str, target: str, group_name: str) -> T
 
 @communicating("repartition(Tensor x, str source, str target, str group_name) -> Tensor", fake=_fake_repartition)
 def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str) -> Steps[Tensor]:
-    """Send every other rank what it owns in ``target`` of this rank's part in ``source``: one all-to-all.
+    """One all-to-all: send each rank those indices of this rank's ``source`` part that it owns in ``target``.
 
     Args:
         x: this rank's part, ``[.., outer * local size, ..]``.
         source, target: specs of shards along the same axis of the same dimension.
 
     Raises:
-        ValueError: shards of different axes, or of which ranks share indices.
+        ValueError: the shards have different axes, or an index does not have exactly one owner.
     """
     before, after = _ends(x, source, target)
     x, dim = expose(x, before)
@@ -62,7 +62,7 @@ def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str)
     places = [*chain.from_iterable(coming)]
     parts = zip(places, came.split([entry * (hi - lo) for lo, hi in places]), strict=True)
     found = {(lo, hi): part.view(*lead, hi - lo, *tail) for (lo, hi), part in parts}
-    # a rank may own nothing
+    # the empty slice is for a rank that owns nothing: cat needs a tensor
     return conceal(torch.cat([x.narrow(dim, 0, 0), *(found[place] for place in sorted(places))], dim), after)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-# Private, and the only simulation of ranks torch has; the tests that use it name it when it moves.
+# Private, but torch's only simulation of ranks. If it moves, the tests that use it fail on this import.
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 from torch.utils import _pytree as pytree
@@ -41,7 +41,7 @@ def register() -> None:
 
 
 def _groups(mode: LocalTensorMode, name: str) -> list[list[int]]:
-    """All ranks, group by group: the group of that name is rank 0's, and the others lie like it."""
+    """All ranks, group by group: the group called ``name`` and its shifted copies."""
     if not name:
         return [[rank] for rank in sorted(mode.ranks)]
     members, offsets, _ = _prepare_collective_groups(distributed_c10d._resolve_process_group(name))
@@ -53,7 +53,7 @@ def _on_all_ranks(per_rank: Callable[..., Tensor]) -> Callable[..., Any]:
         x, *rest = args
         parts = x._local_tensors if isinstance(x, LocalTensor) else dict.fromkeys(mode.ranks, x)
         numbers = dict.fromkeys(parts, 0)
-        for name in rest[-1].split(","):  # a number of its own on several mesh dims
+        for name in rest[-1].split(","):  # several mesh dims: one number for each combination of ranks
             for group in _groups(mode, name):
                 numbers |= {rank: numbers[rank] << 20 | at for at, rank in enumerate(group)}
         return LocalTensor({rank: per_rank(numbers[rank], part, *rest) for rank, part in parts.items()})
@@ -66,7 +66,7 @@ def _on_all_ranks_together(name: str, steps: Callable[..., Steps[Any]]) -> Calla
         kwargs = kwargs or {}
 
         def of(rank: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            """What the rank has of the arguments; a plain tensor is the same on all."""
+            """The rank's local arguments; a plain tensor is the same on all ranks."""
             return pytree.tree_map_only(LocalTensor, lambda x: x._local_tensors[rank], (args, kwargs))
 
         results: dict[int, Any] = {}

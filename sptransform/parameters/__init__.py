@@ -1,1 +1,1 @@
-"""Parameters of which each rank keeps a part."""
+"""Parameters that are sharded over the ranks."""

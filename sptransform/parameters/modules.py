@@ -1,9 +1,9 @@
-"""Parameters of which each rank keeps its part: DTensors to optimizers and checkpoints, whole tensors to the model.
+"""Sharded parameters: optimizers and checkpoints see DTensors, the model sees full tensors.
 
-All of a model's parameters are DTensors then, since optimizers and gradient clipping take those or plain tensors, not
-both. A module that owns some gets a class of the same name, which hands its forward whole tensors. Under Dynamo that is
-one node, :func:`whole`; capture takes it and the part for the plain parameter, and what becomes of the part is decided
-by placements, as for every tensor.
+All parameters of the model become DTensors, since optimizers and gradient clipping do not take a mix of DTensors and
+plain tensors. A module that owns parameters gets a class of the same name, whose forward sees full tensors. Under
+Dynamo that is one node, :func:`whole`. Capture replaces this node and the DTensor by a plain parameter; placements then
+decide what becomes of the shard, as for every tensor.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _is_whole = False
 
 
 def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int | None]) -> None:
-    """Make every parameter of ``model`` a DTensor, cut along the dimension ``dims`` has for its name by all mesh dims.
+    """Make every parameter of ``model`` a DTensor, sharded by all mesh dims along ``dims[name]`` (None: replicated).
 
-    All ranks hold equal parameters, so nothing is sent. Parameters on ``meta`` stay there. The plain ones are of no use
-    any more: whoever still holds one, an optimizer say, gets an error on using it.
+    All ranks hold equal parameters, so nothing is sent. Parameters on ``meta`` stay there. The plain parameters become
+    unusable: code that still holds one, such as an optimizer, gets an error on using it.
 
     Raises:
-        UsageError: a parameter has what a DTensor in its place would lack; the module is left as it was.
+        UsageError: a parameter has a property that a DTensor would lose; the module is left unchanged.
     """
     _check_plain(model)
     replaced = list(model.parameters())
@@ -48,10 +48,10 @@ def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int
 
 
 def keep_less(model: nn.Module, dims: Mapping[str, int | None]) -> None:
-    """Cut parameters that :func:`keep_parts` left whole along ``dims``; they stay the objects they are.
+    """Shard along ``dims`` the parameters that :func:`keep_parts` left replicated; the objects stay the same.
 
     Raises:
-        UsageError: something is attached to a parameter that would be lost, or hinders it.
+        UsageError: something attached to a parameter would be lost, or prevents sharding.
     """
     dim_of = _dims_by_identity(model, dims)
     for name, parameter in model.named_parameters():
@@ -75,7 +75,7 @@ def keep_less(model: nn.Module, dims: Mapping[str, int | None]) -> None:
 
 @contextmanager
 def whole_parameters() -> Iterator[None]:
-    """Within the block parameters are whole in eager code too, gathered at each look."""
+    """Within the block, eager code sees full parameters too, gathered at each access."""
     global _is_whole
     before, _is_whole = _is_whole, True
     try:
@@ -85,21 +85,21 @@ def whole_parameters() -> Iterator[None]:
 
 
 def as_written(model: nn.Module) -> None:
-    """Give the modules of ``model``, whose parameters are plain tensors again, the classes they had."""
+    """Restore the original classes of the modules of ``model``, whose parameters are plain tensors again."""
     for module in model.modules():
         if isinstance(module, _WholeInside):
             module.__class__ = module.written_class
 
 
 class _WholeInside:
-    """Base of the classes that stand in place of those of modules with parameters kept in parts."""
+    """Base of the classes that replace those of modules with sharded parameters."""
 
     written_class: type[nn.Module]
     kept: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self.written_class, self.kept), *state  # pickle looks classes up by name, and finds the other
+        return _new, (self.written_class, self.kept), *state  # by name, pickle would find the original class
 
 
 @cache
@@ -116,7 +116,7 @@ def _new(written: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 class _Kept:
-    """A parameter as an attribute. Having no ``__set__``, it leaves setting and deleting to nn.Module."""
+    """Descriptor that reads a parameter. It has no ``__set__``, so nn.Module does the setting and deleting."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -125,7 +125,7 @@ class _Kept:
         if module is None:
             return self
         if self.name not in module._parameters:
-            raise AttributeError(self.name)  # nn.Module then looks elsewhere, and says it in its own words
+            raise AttributeError(self.name)  # nn.Module.__getattr__ then looks further, or raises its own error
         parameter = module._parameters[self.name]
         if isinstance(parameter, DTensor) and (torch.compiler.is_dynamo_compiling() or _is_whole):
             return whole(parameter)
@@ -133,7 +133,7 @@ class _Kept:
 
 
 class _Replaced(nn.Parameter):
-    """What became of a parameter in whose place the model has another."""
+    """The class of a parameter that the model has replaced by another: torch functions on it raise."""
 
     def __repr__(self, **kwargs: Any) -> str:
         return "<a parameter that parallelize has replaced>"
@@ -150,7 +150,7 @@ class _Replaced(nn.Parameter):
 
 
 def _dims_by_identity(model: nn.Module, dims: Mapping[str, int | None]) -> dict[int, int]:
-    """The dimension of each parameter by ``id``; a tied one has several names."""
+    """The dimension of each parameter by ``id``, since a tied parameter has several names."""
     named = model.named_parameters(remove_duplicate=False)
     return {id(parameter): dim for name, parameter in named if (dim := dims.get(name)) is not None}
 

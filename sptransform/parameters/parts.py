@@ -1,4 +1,4 @@
-"""How the ranks of a mesh share one tensor: which part each keeps, and the whole from the parts."""
+"""How one tensor is sharded over a mesh: the part of each rank, and the full tensor from the parts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def first_dims(model: nn.Module, num_ranks: int) -> dict[str, int | None]:
 
 
 def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
-    """The first dimension, where it has an index for each rank."""
+    """The first dimension, if it has at least one index per rank; else None."""
     return 0 if shape and shape[0] >= num_ranks else None
 
 
 @torch.compiler.allow_in_graph
 def whole(x: DTensor) -> Tensor:
-    """The whole of a parameter or input; its gradient is whole on every rank, and each keeps its part of it."""
+    """The full tensor of a parameter or input. Its gradient is full on every rank, and each rank keeps its part."""
     if not _is_known(x):
         raise _unread(x)
     shards, _ = _cuts(x.shape, x.placements, x.device_mesh)
@@ -45,7 +45,7 @@ def whole(x: DTensor) -> Tensor:
 def _cuts(
     whole_shape: Sequence[int], placements: Sequence[Any], mesh: DeviceMesh
 ) -> tuple[list[tuple[int, Shard]], list[int]]:
-    """(mesh dim, what it cuts of what the ones before it leave), and the shape of this rank's part."""
+    """(mesh dim, how it shards what earlier mesh dims leave) of each shard, and the shape of this rank's part."""
     shape = list(whole_shape)
     shards = []
     for index, placement in enumerate(placements):
@@ -57,12 +57,12 @@ def _cuts(
 
 
 def stored_in(x: DTensor) -> tuple[Stored, ...]:
-    """How the ranks of each mesh dim share a tensor, if they do.
+    """How a tensor is sharded, for each mesh dim that shards it.
 
     Raises:
-        UsageError: otherwise than as chunks of ``torch.chunk``, of ranks in order.
+        UsageError: the parts are not those of ``torch.chunk`` over ranks in ascending order.
     """
-    # of ranks in another order a group is sorted all the same, and its ranks are not the places in the mesh
+    # a group is always sorted, so with ranks in another order its ranks are not the coordinates in the mesh
     in_order = all((x.device_mesh.mesh.diff(dim=index) > 0).all() for index in range(x.device_mesh.ndim))
     if in_order and _is_known(x):
         shards, shape = _cuts(x.shape, x.placements, x.device_mesh)
@@ -93,7 +93,7 @@ def _shard(dim: int, size: int, num_ranks: int) -> Shard:
 def part_of(parameter: nn.Parameter, dim: int | None, device_mesh: DeviceMesh) -> nn.Parameter:
     """This rank's part of a parameter, and of its gradient."""
     part = nn.Parameter(_cut(parameter, dim, device_mesh), requires_grad=parameter.requires_grad)
-    part.__dict__.update(parameter.__dict__)  # what optimizers are told of a parameter stands there
+    part.__dict__.update(parameter.__dict__)  # settings that optimizers read from a parameter
     if parameter.grad is not None:
         part.grad = _cut(parameter.grad, dim, device_mesh)
     return part

@@ -1,1 +1,1 @@
-"""Sharding rules, the tables they stand in, and what a node may be decided to do. Knows no graph."""
+"""Sharding rules, the tables that hold them, and the decisions a node may get. Independent of graphs."""

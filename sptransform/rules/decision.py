@@ -1,5 +1,5 @@
-"""What one node does on one mesh dim. A decision answers for itself: what it asks of operands, what it gives, whether
-the op's rule allows it.
+"""How one node runs on one mesh dim. A decision states the placements it demands of operands, the placements of its
+results, and whether the op's rule allows it.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ class Decision(ABC):
 
     @abstractmethod
     def outcome(self, rule: OpRule | None, index: int) -> Placement:
-        """The placement of its ``index``-th result."""
+        """The placement of the op's ``index``-th result."""
 
     @abstractmethod
     def is_allowed(self, rule: OpRule | None) -> bool:
-        """Whether the op may run so: what its rule does not state would give each rank a wrong value."""
+        """Whether the op's rule allows this decision; without that, ranks would compute wrong values."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether every rank computes all of it from the whole operands."""
+        """Whether every rank computes the full result from full operands."""
         return False
 
     @property
     def is_cut(self) -> bool:
-        """Whether each rank runs the op on a part, for which the op may need its local form."""
+        """Whether each rank runs the op on a shard; the op may then need its local form."""
         return False
 
     def communicates(self, rule: OpRule) -> bool:
-        """Whether the op, so run, sends messages itself."""
+        """Whether the op itself communicates under this decision."""
         return False
 
     def partition_of(self, factor: str) -> Partition | None:
-        """Who computes which part of a factor; None where it is not cut."""
+        """The partition of a factor; None if it is not cut."""
         return None
 
     def demands(self, rule: OpRule | None, num_operands: int) -> tuple[Placement | None, ...]:
-        """The placements of all operands; None of those that are not read."""
+        """The placements of all operands; None for operands that are not read."""
         unread = frozenset() if rule is None else rule.unread
         return tuple(None if i in unread else self.demand(rule, i) for i in range(num_operands))
 
@@ -60,7 +60,7 @@ class Decision(ABC):
 
 @dataclass(frozen=True)
 class Replicate(Decision):
-    """Every rank computes the whole; ``placement`` is I or R."""
+    """Every rank computes the full result; ``placement`` is I or R."""
 
     placement: Placement = I
 
@@ -80,7 +80,7 @@ class Replicate(Decision):
 
 @dataclass(frozen=True)
 class Pending(Decision):
-    """The op is linear in ``operands``, which are pending sums, and so is its result."""
+    """The op is linear in ``operands``. These are pending sums, and so is the result."""
 
     operands: frozenset[int]
 
@@ -95,14 +95,14 @@ class Pending(Decision):
 
 
 class Cut(Decision):
-    """Base: each rank computes its part of ``factor``, and of others that no tensor has along with it."""
+    """Base: each rank computes its part of ``factor``, and of other factors that never share a tensor with it."""
 
     factor: str
     partition: Partition
 
     @abstractmethod
     def cuts(self) -> Iterator[Sharded]:
-        """The factors that are cut, each as if alone."""
+        """One decision per factor that is cut."""
 
     @property
     def is_cut(self) -> bool:
@@ -115,7 +115,7 @@ class Cut(Decision):
         return R if index in rule.own else self.shard(rule, "result", index) or P
 
     def shard(self, rule: OpRule, side: str, index: int) -> Shard | None:
-        """Where one tensor is cut; None where it has no factor that is. ``side`` is "operand" or "result"."""
+        """The shard of one tensor; None if none of its factors is cut. ``side`` is "operand" or "result"."""
         key = (self, side, index)
         if key not in rule.placements:
             dims = (rule.operands if side == "operand" else rule.results)[index]
@@ -129,7 +129,7 @@ class Cut(Decision):
 
 @dataclass(frozen=True)
 class Sharded(Cut):
-    """Each rank computes its part of ``factor``, itself seen as ``outer x partition.size``."""
+    """Each rank computes its part of ``factor``, which is viewed as ``outer x partition.size``."""
 
     factor: str
     partition: Partition
@@ -151,7 +151,7 @@ class Sharded(Cut):
 
 @dataclass(frozen=True)
 class RingDecision(Cut):
-    """Each rank computes its part of ``factor``, and holds one of ``ring_factor``, which the op passes round itself."""
+    """Each rank computes its part of ``factor`` and holds one of ``ring_factor``, which the op sends around itself."""
 
     factor: str
     partition: Partition
@@ -182,7 +182,7 @@ def _shard_of(rule: OpRule, cut: Sharded, side: str, index: int, dims: Dims) -> 
 
 
 def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:
-    """The decision that gives a tensor with ``dims`` the placement ``shard``; None where no factor does."""
+    """The decision that gives a tensor with ``dims`` the placement ``shard``; None if no factor gives it."""
     factors = dims[shard.dim]
     for at, factor in enumerate(factors):
         before = prod(rule.sizes[f] for f in factors[:at])

@@ -72,7 +72,7 @@ def rule(
         for factors, size in unsolved:
             missing = [f for f in factors if f not in sizes]
             if len(missing) == 1:
-                # a misfit leaves a size that ``check`` then finds wrong
+                # if the sizes do not fit, ``check`` reports it
                 known_size = prod(sizes[f] for f in factors if f in sizes)
                 sizes[missing[0]] = quotient(size, known_size) or 0
         present = [f for dims in (*operands, *results) for factors in dims for f in factors]

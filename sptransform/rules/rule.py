@@ -41,7 +41,7 @@ class OpCall:
     result_shapes: tuple[Shape, ...]
 
     def argument(self, name: str) -> Any:
-        """The argument called ``name`` in the op's schema, its default where it was not given."""
+        """The argument called ``name`` in the op's schema; its default if it was not given."""
         if name in self.kwargs:
             return self.kwargs[name]
         for position, argument in enumerate(self.target._schema.arguments):
@@ -52,7 +52,7 @@ class OpCall:
         raise RuleError(f"{self.target} has no argument {name!r}")
 
     def operand(self, name: str) -> int | None:
-        """Index of the tensor argument called ``name``; None where it was not given."""
+        """Index of the tensor argument called ``name``; None if it was not given."""
         value = self.argument(name)
         return value.index if isinstance(value, Operand) else None
 
@@ -64,10 +64,10 @@ def map_nodes(tree: Any, fn: Callable[[Any], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Resize:
-    """A factor whose extent differs on one tensor: how a partition of the factor looks there.
+    """For a tensor on which a factor has another extent: maps the factor's partition to that tensor.
 
-    ``links`` says that it is still the same axis (a slice of it), so that sequence-ness passes through; ``start``, that
-    the tensor has consecutive indices of the factor, from which on.
+    ``links``: it is still the same axis (a slice of it), so if one is a sequence, both are. ``start``: the tensor has
+    consecutive indices of the factor, beginning at ``start``.
     """
 
     partition: Callable[[Partition], Partition]
@@ -84,16 +84,16 @@ class OpRule:
         sizes: extent of every factor.
         reduce: factors summed over; sharding one gives a pending sum.
         whole: factors that cannot be sharded.
-        ring_factors: those of ``whole`` whose parts the op can pass round among the ranks itself (keys, in a ring).
-        self_reduced: those of ``whole`` along which the op can run on parts all the same, because it joins them itself.
-        is_causal: of an attention op: later queries see more keys.
+        ring_factors: those of ``whole`` whose parts the op itself can pass around a ring of ranks (keys).
+        self_reduced: those of ``whole`` along which the op can still run on parts, because it combines them itself.
+        is_causal: for attention ops: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
-        roles: of an attention op: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
-        unrepeatable: running the op again would give something else: it draws random numbers inside.
-        own: results that each rank has of its own, for the op's backward only (a seed); they have no factors.
-        unread: operands that lend their dtype or device only; they may be placed anyhow.
-        placements: what decisions were found to ask of tensors and give to them; see ``decisions.placement_of``.
+        roles: for attention ops: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
+        unrepeatable: running the op again gives another result, because it draws random numbers.
+        own: results that differ per rank and that only the op's backward reads (a seed); they have no factors.
+        unread: operands of which only metadata is read (shape, dtype, device); they may have any placement.
+        placements: cache of each tensor's shard under each decision; see ``Cut.shard``.
         heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
     """
 

@@ -1,4 +1,4 @@
-"""Tables of op knowledge: overload -> its rule, and how to run it on a shard where its arguments hold sizes."""
+"""Tables of op knowledge: overload -> its rule, and how to run the op on a shard if its arguments hold sizes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn, Shape, map_n
 class OpEntry:
     """A rule and, for ops whose arguments or meaning hold global sizes, how to run the op on a shard.
 
-    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`. Of an op that
-    communicates itself, ``sends(call, operands, rank)`` says what the call sends, forward and backward; it is a call on
-    one rank's parts, ``operands``, which may be fake.
+    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`. For an op that
+    communicates itself, ``sends(call, operands, rank)`` returns what the rank sends, forward and backward. ``call`` and
+    ``operands`` (may be fake) are those of the rank's parts.
     """
 
     rule: RuleFn
@@ -29,7 +29,7 @@ class OpEntry:
 
 @dataclass(frozen=True)
 class Sent:
-    """What one rank sends in one direction: the ``kind`` of ``count`` messages, and their bytes in all."""
+    """What one rank sends in one direction: ``count`` messages of one ``kind``, and their total bytes."""
 
     kind: str
     count: int
@@ -41,8 +41,8 @@ class Local:
     """What a ``localize`` function may use.
 
     ``emit(target, args, kwargs)`` runs an op (adds a node, or computes at once in tests); ``operands`` are the local
-    operands; ``result_shapes`` and ``result_dtypes`` what is to come out of it here; ``rank`` is to be read for uneven
-    partitions only, so that even ones give every rank the same graph; ``group`` is the process group's name.
+    operands; ``result_shapes`` and ``result_dtypes`` are those of the local results. Read ``rank`` for uneven
+    partitions only, so that even ones give every rank the same graph. ``group`` is the process group's name.
     """
 
     emit: Callable[..., Any]
@@ -75,10 +75,10 @@ class Local:
 
 
 class RuleTable(Mapping[Any, OpEntry]):
-    """Overload -> entry, from alphabetical lists of pairs; ``default`` answers for overloads in none of them.
+    """Overload -> entry, from alphabetical lists of pairs; ``default`` gives the entry of overloads in none of them.
 
     Raises:
-        RuleError: an overload stands in two lists.
+        RuleError: an overload is in two lists.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RuleTable(Mapping[Any, OpEntry]):
         return len(self._entries)
 
     def rule_of(self, call: OpCall) -> OpRule | None:
-        """The rule applied to a call, checked against its shapes; None where the op has none for it."""
+        """The rule applied to a call, checked against its shapes; None if the op has no rule for it."""
         entry = self.get(call.target)
         applied = None if entry is None else entry.rule(call)
         return None if applied is None else applied.check(call)

@@ -1,1 +1,1 @@
-"""Sizes, who owns which indices, the four placements, and meshes. Knows no graph."""
+"""Sizes, partitions, the four placements, and meshes. Independent of graphs."""

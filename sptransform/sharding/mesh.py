@@ -1,6 +1,6 @@
-"""The ranks a sequence is split over: their number, who we are, and the group's name. Needs no process group.
+"""The ranks a sequence is split over: their number, this rank, and the group's name. Needs no process group.
 
-A mesh of two dims is split over one dim after the other: :meth:`Mesh.split` gives a mesh for each.
+A two-dim mesh is handled one dim after the other: :meth:`Mesh.split` gives a mesh for each dim.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PRETENDED_GROUP = "sptransform"
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks, as one mesh dim.
+    """The ranks of one mesh dim.
 
     Attributes:
         size: number of ranks.
         rank: this process's rank among them.
         group: name of the process group, as graphs hold it.
-        device_mesh: the torch mesh behind it; None where ranks are only pretended.
-        shape: ranks of each dim, where it is yet to be split.
+        device_mesh: the torch mesh behind it; None for a pretended mesh.
+        shape: number of ranks per dim; several dims only before :meth:`split`.
     """
 
     size: int
@@ -41,7 +41,7 @@ class Mesh:
 
     @staticmethod
     def pretended(world_size: int | tuple[int, ...], rank: int = 0) -> Mesh:
-        """A mesh without processes, to make and inspect graphs; of several dims, ``world_size`` has the ranks of each.
+        """A mesh without processes, to make and inspect graphs. A tuple ``world_size`` gives the ranks per dim.
 
         Raises:
             UsageError: an impossible rank.
@@ -55,7 +55,7 @@ class Mesh:
 
     @staticmethod
     def of(device_mesh: DeviceMesh) -> Mesh:
-        """The ranks of a DeviceMesh of one or two dims; of two, a process group of all its ranks is made.
+        """The ranks of a DeviceMesh of one or two dims; for two, makes a process group of all its ranks.
 
         Raises:
             UsageError: this rank is not in the mesh.
@@ -72,9 +72,9 @@ class Mesh:
         return Mesh(group.size(), group.rank(), group.group_name, device_mesh, tuple(device_mesh.shape))
 
     def split(self, outer: int, inner: int) -> tuple[Mesh, Mesh]:
-        """The same ranks as ``outer x inner`` of them, a mesh for each dim; the ranks of ``inner`` are neighbours.
+        """View the ranks as ``outer x inner``; return a mesh for each dim. The ranks of ``inner`` are neighbours.
 
-        All ranks call it together the first time: process groups may have to be made.
+        All ranks must make the first call together, because it may create process groups.
         """
         if self.device_mesh is None:
             return (
@@ -85,24 +85,24 @@ class Mesh:
         dims = []
         for dim, size in enumerate((outer, inner)):
             group = whole.get_group(dim)
-            # sliced where it can be, so that other libraries know whose dim it is
+            # a slice, where possible, lets other libraries find the parent mesh
             names = whole.mesh_dim_names
             part = whole[names[dim]] if names else DeviceMesh.from_group(group, whole.device_type)
             dims.append(Mesh(size, whole.get_local_rank(dim), group.group_name, part))
         return dims[0], dims[1]
 
     def grid(self, outer: int, inner: int) -> DeviceMesh:
-        """The torch mesh of two dims behind :meth:`split`."""
+        """The two-dim torch mesh behind :meth:`split`."""
         return self.device_mesh if self.device_mesh.ndim == 2 else _split(self.device_mesh, outer, inner)
 
 
-# Process groups and what is made of them last as long as their default group.
+# Weak keys: cached groups and meshes go away with the process group they were made from.
 _groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 _splits: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int], DeviceMesh]] = WeakKeyDictionary()
 
 
 def _group_of(ranks: list[int]) -> dist.ProcessGroup:
-    """A group of these global ranks, in this order, made once. Only its members have to come."""
+    """A group of these global ranks, in this order, made once. Only its members have to call this."""
     if ranks == list(range(dist.get_world_size())):
         return dist.group.WORLD
     known = _groups.setdefault(dist.group.WORLD, {})
@@ -125,7 +125,7 @@ def _group_of_all(device_mesh: DeviceMesh) -> dist.ProcessGroup:
 
 
 def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
-    """The mesh as one of two dims; made once, since it takes process groups."""
+    """The mesh as a two-dim mesh; made once, because it needs process groups."""
     group = device_mesh.get_group()
     known = _splits.setdefault(group, {})
     if (outer, inner) not in known:
@@ -139,10 +139,10 @@ def _split(device_mesh: DeviceMesh, outer: int, inner: int) -> DeviceMesh:
 
 
 def device_mesh_of(given: DeviceMesh | None) -> DeviceMesh:
-    """The mesh a user passed; by default one of all ranks of the default group.
+    """The mesh a user passed; by default a mesh of all ranks of the default group.
 
     Raises:
-        UsageError: no process group is initialised, or what was passed is no mesh.
+        UsageError: no process group is initialised, or ``given`` is not a DeviceMesh.
     """
     if given is None:
         if not dist.is_initialized():

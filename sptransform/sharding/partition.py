@@ -30,13 +30,13 @@ def _merge(intervals: Iterable[Interval]) -> Intervals:
 
 
 def common(one: Intervals, other: Intervals) -> Intervals:
-    """What is in both, ascending, in pieces that each lie within one interval of either."""
+    """The intersection, ascending. Each piece lies within one interval of ``one`` and one of ``other``."""
     pieces = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
     return tuple(sorted((lo, hi) for lo, hi in pieces if lo < hi))
 
 
 def stored(own: Intervals, part: Intervals) -> Intervals:
-    """Where in its storage a rank that owns ``own`` has ``part`` of it."""
+    """Storage offsets of ``part`` on a rank that owns ``own``."""
     places = []
     for lo, hi in part:
         before = 0
@@ -60,14 +60,14 @@ def _blocks(share: Size, num_ranks: int) -> tuple[Intervals, ...]:
 
 
 def _zigzag(share: Size, num_ranks: int) -> tuple[Intervals, ...]:
-    """``2 num_ranks`` chunks of ``share`` indices, from both ends to the middle, where the last rank's two touch."""
+    """Two chunks of ``share`` indices per rank, the r-th from each end. The last rank's two touch: one interval."""
     chunks = [(i * share, (i + 1) * share) for i in range(2 * num_ranks)]
     pairs = tuple((chunks[rank], chunks[-1 - rank]) for rank in range(num_ranks - 1))
     return (*pairs, ((chunks[num_ranks - 1][0], chunks[num_ranks][1]),))
 
 
 def _at(own: Intervals, start: int, stop: int) -> list[Interval]:
-    """The indices stored at ``start .. stop - 1`` by the owner of ``own``."""
+    """The indices that the owner of ``own`` stores at offsets ``start .. stop - 1``."""
     found, at = [], 0
     for lo, hi in own:
         first, last = max(start - at, 0), min(stop - at, hi - lo)
@@ -83,7 +83,7 @@ class Partition:
 
     ``owned[r]`` lists rank r's intervals in the order in which r stores them. Intervals of different ranks
     may overlap (two ranks that need the same key head); a partition without overlap that covers the axis is
-    ``exact``. As text: ``64/4`` is equal blocks, ``64/4z`` a zigzag of equal chunks, ``5[0:3|3:5]`` any other.
+    ``exact``. Printed form: ``64/4`` is equal blocks, ``64/4z`` a zigzag of equal chunks, ``5[0:3|3:5]`` any other.
 
     Raises:
         ValueError: an interval lies outside the axis.
@@ -104,7 +104,7 @@ class Partition:
 
     @staticmethod
     def contiguous(size: int, num_ranks: int) -> Partition:
-        """One block a rank, as ``torch.chunk`` cuts: ceil(size / num_ranks) each, the last ones shorter."""
+        """One block per rank, as in ``torch.chunk``: ceil(size / num_ranks) each, the last ones shorter."""
         if not isinstance(size, int):
             return Partition.blocks(size, num_ranks)
         block = -(-size // num_ranks)
@@ -112,7 +112,7 @@ class Partition:
 
     @staticmethod
     def blocks(size: Size, num_ranks: int) -> Partition:
-        """Equal blocks of an axis whose size, maybe symbolic, ``num_ranks`` divides.
+        """Equal blocks of an axis whose size (may be symbolic) is a multiple of ``num_ranks``.
 
         Raises:
             SymbolicSizeError: a symbolic size is not known to be a multiple.
@@ -123,9 +123,9 @@ class Partition:
     def zigzag(size: Size, num_ranks: int) -> Partition:
         """Rank r owns the r-th and the r-th last of ``2 num_ranks`` chunks: equal work under a causal mask.
 
-        As Llama 3 cuts a context (Dubey et al., arXiv 2407.21783, §3.3.2). Any size will do: ranks' shares differ by at
-        most one index. The odd ones are in front, where a query sees the fewest keys: from 100 indices a rank on,
-        the most work is at most 1% above the mean. Chunks may be empty.
+        The layout of Llama 3 (Dubey et al., arXiv 2407.21783, §3.3.2). Any integer size works: the ranks' shares differ
+        by at most one index. An odd index goes to the front chunk, where a query sees the fewest keys: from 100
+        indices per rank on, the largest load is at most 1% above the mean. Chunks may be empty.
 
         Raises:
             SymbolicSizeError: a symbolic size is not known to be a multiple of ``2 num_ranks``.
@@ -139,7 +139,7 @@ class Partition:
 
     @staticmethod
     def balanced(size: int, num_ranks: int) -> Partition:
-        """One block a rank, sizes differing by at most one: for heads, where an empty rank would idle."""
+        """One block per rank, sizes differing by at most one. For heads, because an empty rank would idle."""
         bounds = [size * r // num_ranks for r in range(num_ranks + 1)]
         return Partition.of(size, ([pair] for pair in pairwise(bounds)))
 
@@ -156,7 +156,7 @@ class Partition:
 
     @property
     def is_even(self) -> bool:
-        """Every rank owns equally many indices: the graph is then the same on all ranks."""
+        """Every rank owns the same number of indices, so the graph is the same on all ranks."""
         first, *others = self.local_sizes
         return all(size == first for size in others)
 
@@ -189,11 +189,11 @@ class Partition:
 
     @cached_property
     def is_contiguous(self) -> bool:
-        """Rank r owns the r-th of the chunks that ``torch.chunk`` and DTensor cut."""
+        """Rank r owns the r-th chunk of ``torch.chunk``, as in DTensor."""
         return self.is_blocks or (isinstance(self.size, int) and self == self.contiguous(self.size, self.num_ranks))
 
     def _is_regular(self, num_shares: int, form: Callable[[Size, int], tuple[Intervals, ...]]) -> bool:
-        # the numbers of intervals first: asking a traced size whether it is a multiple would be a guard
+        # compare interval counts first: a divisibility check on a traced size would add a guard
         if [len(own) for own in self.owned] != [len(own) for own in form(1, self.num_ranks)]:
             return False
         if self.size % num_shares:
@@ -212,7 +212,7 @@ class Partition:
         return Partition.of(max(stop - start, 0), clip)
 
     def pad(self, before: int, after: int) -> Partition:
-        """Ownership after padding: whoever owns the first (last) index owns what is put before (after) it."""
+        """Ownership after padding: the owner of the first (last) index owns the padding before (after) it."""
         self._check_number("pad")
         total = before + self.size + after
         owned = []
@@ -225,7 +225,7 @@ class Partition:
         return Partition.of(total, owned)
 
     def divided(self, num_parts: int) -> Partition:
-        """Every rank's part, in the order in which it stores it, shared by ``num_parts`` ranks in contiguous blocks."""
+        """Split each rank's part, in storage order, into contiguous blocks for ``num_parts`` ranks."""
         owned = []
         for own in self.owned:
             stored = Partition.contiguous(sum(hi - lo for lo, hi in own), num_parts)
@@ -234,14 +234,14 @@ class Partition:
         return Partition.of(self.size, owned)
 
     def tiled(self, times: int) -> Partition:
-        """The same ownership of each of ``times`` such axes that lie one after the other."""
+        """The same ownership for each of ``times`` copies of the axis, concatenated."""
         starts = [tile * self.size for tile in range(times)]
         tiled = ([(start + lo, start + hi) for start in starts for lo, hi in own] for own in self.owned)
         return Partition.of(self.size * times, tiled)
 
     @cached_property
     def num_tiles(self) -> int | None:
-        """Of how many tiles of equal blocks the axis consists: 1 for equal blocks; None for any other."""
+        """Number of :meth:`tiled` copies of equal blocks: 1 for plain equal blocks, None for any other layout."""
         if self.is_blocks:
             return 1
         times = len(self.owned[0]) if isinstance(self.size, int) else 0
@@ -250,11 +250,11 @@ class Partition:
         return times if self == Partition.blocks(self.size // times, self.num_ranks).tiled(times) else None
 
     def within(self, own: Intervals) -> Partition:
-        """Ownership of what somebody stores who has only the indices ``own`` of the axis."""
+        """Ownership within the storage of a rank that has only the indices ``own`` of the axis."""
         return Partition.of(sum(hi - lo for lo, hi in own), (stored(own, common(mine, own)) for mine in self.owned))
 
     def refine(self, factor: int) -> Partition:
-        """The same ownership of an axis in which every index became ``factor`` consecutive ones."""
+        """The same ownership after every index became ``factor`` consecutive ones."""
         if factor == 1:
             return self
         return Partition.of(self.size * factor, ([(lo * factor, hi * factor) for lo, hi in own] for own in self.owned))
@@ -268,7 +268,7 @@ class Partition:
         return Partition.of(size, owned)
 
     def first_owners(self) -> Partition:
-        """Every index with the first of its owners only."""
+        """Every index goes to the first of its owners only."""
         owned: list[list[Interval]] = []
         taken: list[Interval] = []
         for own in self.owned:
@@ -280,7 +280,7 @@ class Partition:
         return Partition.of(self.size, owned)
 
     def quotient(self, factor: int) -> Partition:
-        """The indices ``i // factor`` each rank needs to serve its own ``i``, each once: key heads for query heads."""
+        """The indices ``i // factor`` each rank needs for its own ``i``, without repeats: key heads for query heads."""
         owned = []
         for own in self.owned:
             needed: list[Interval] = []
@@ -301,7 +301,7 @@ class Partition:
 
     @staticmethod
     def parse(text: str) -> Partition:
-        """Inverse of ``str``, but for an open size (``?``). Raises ValueError on other text."""
+        """Inverse of ``str``. Raises ValueError on other text, an open size (``?``) included."""
         regular = re.fullmatch(r"(\d+)/(\d+)(z?)", text)
         if regular:
             form = Partition.zigzag if regular[3] else Partition.contiguous

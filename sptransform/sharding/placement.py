@@ -49,11 +49,11 @@ class Partial(Placement):
 
 @dataclass(frozen=True)
 class Shard(Placement):
-    """Dimension ``dim`` is cut along one axis of it.
+    """Dimension ``dim`` is cut along one of its axes.
 
     The dimension is the product ``outer x partition.size`` (row-major), so a flattened ``[B*S, V]`` whose S is
-    cut is ``Shard(0, partition of S, outer=B)``; a plain dimension has ``outer = 1``. An axis with further
-    axes inside it needs no third number: its partition is refined by them.
+    cut is ``Shard(0, partition of S, outer=B)``; a plain dimension has ``outer = 1``. Axes inside the cut
+    axis need no third number: its partition is refined by them.
     """
 
     dim: int
@@ -67,7 +67,7 @@ class Shard(Placement):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether DTensor's ``Shard(dim)`` means the same cut."""
+        """Whether DTensor's ``Shard(dim)`` is the same cut."""
         return self.outer == 1 and self.partition.is_contiguous
 
     def local_dim_size(self, rank: int) -> Size:
@@ -80,7 +80,7 @@ class Shard(Placement):
         return (*shape[: self.dim], self.local_dim_size(rank), *shape[self.dim + 1 :])
 
     def held(self, placement: Placement, rank: int) -> Shard:
-        """The same cut of what ``rank`` of other ranks has of the whole, which these share as ``placement`` says."""
+        """This cut, restricted to the slice that ``rank`` owns under ``placement`` on another mesh dim."""
         if not isinstance(placement, Shard) or placement.dim != self.dim:
             return self
         return replace(self, partition=self.partition.within(placement.partition.tiled(placement.outer).owned[rank]))
@@ -90,7 +90,7 @@ class Shard(Placement):
 
     @property
     def spec(self) -> str:
-        """The whole placement as text, as the ops of the rewritten graph take it: ``S(0:2*64/4)``."""
+        """The complete placement as text, the form that ops of the rewritten graph take: ``S(0:2*64/4)``."""
         if not isinstance(self.outer, int):
             raise SymbolicSizeError(f"cannot print {self.outer} times a partition")
         outer = f"{self.outer}*" if self.outer != 1 else ""
@@ -98,7 +98,7 @@ class Shard(Placement):
 
     @staticmethod
     def parse(text: str, part: Tensor | None = None, whole: Tensor | None = None) -> Shard:
-        """Inverse of ``spec``; a size it leaves open (``?``) is read from the tensor it is said of.
+        """Inverse of ``spec``; an open size (``?``) is read from the local tensor ``part`` or the full ``whole``.
 
         Raises:
             ValueError: other text, or an open size and no tensor.
@@ -130,7 +130,7 @@ P = Partial()
 
 
 def local_shape(placement: Placement, shape: tuple[Size, ...], rank: int) -> tuple[Size, ...]:
-    """Shape that ``rank`` holds of a tensor of global ``shape``."""
+    """Local shape on ``rank`` of a tensor of global ``shape``."""
     return placement.local_shape(shape, rank) if isinstance(placement, Shard) else tuple(shape)
 
 
@@ -162,7 +162,7 @@ def cut_alike(source: Placement, target: Placement) -> bool:
 
 
 def repartitions(source: Placement, target: Placement) -> bool:
-    """Whether a dimension stays cut along the same axis and each index, of one owner before and after, only moves."""
+    """Whether indices only move between ranks: same axis, exactly one owner per index before and after."""
     if not isinstance(source, Shard) or not isinstance(target, Shard) or not cut_alike(source, target):
         return False
     before, after = source.partition, target.partition
@@ -171,14 +171,14 @@ def repartitions(source: Placement, target: Placement) -> bool:
 
 
 def keeps_own(source: Placement, target: Placement) -> bool:
-    """Whether of indices that ranks share only the first owner's are kept: nothing is sent."""
+    """Whether every shared index just stays with the first of its owners: nothing is sent."""
     if not isinstance(source, Shard) or not isinstance(target, Shard) or source.partition.is_exact:
         return False
     return target == replace(source, partition=source.partition.first_owners())
 
 
 def leads_through_whole(source: Placement, target: Placement) -> bool:
-    """Whether shards of one dimension differ in more than who owns which index, so that it must be whole in between."""
+    """Whether shards of one dimension differ in more than ownership, so that the full tensor is needed in between."""
     return cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target))
 
 

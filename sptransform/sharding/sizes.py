@@ -1,7 +1,7 @@
 """Sizes as rules and partitions see them: ints, or integer polynomials where Dynamo left a length symbolic.
 
-A symbolic length ``s`` that ``num_ranks`` divides is written ``num_ranks * k``: ``k`` is what a rank holds of it, every
-size of the graph is then a polynomial in such ``k``, equality is structural, and no guard is added by looking.
+A symbolic length ``s`` that ``num_ranks`` divides is written ``num_ranks * k``, where ``k`` is one rank's share. Every
+size of the graph is then a polynomial in such ``k``: equality is structural, and comparing sizes adds no guard.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from sympy.core.relational import Relational
 
 Size = int | sympy.Expr
 
-# ShapeEnv -> {s: num_ranks * k}. A graph's sizes belong to its ShapeEnv, and so does what its symbols stand for.
+# ShapeEnv -> {s: num_ranks * k}. Keyed by ShapeEnv, because symbols have a meaning only within theirs.
 _LENGTHS: WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = WeakKeyDictionary()
 
 
 class SymbolicSizeError(ValueError):
-    """A symbolic size is asked something only a number can answer; the graph must be captured for its value."""
+    """A symbolic size was used where a number is needed; the graph must be captured with the size fixed."""
 
 
-# where sympy says that an expression has no truth value, and no value as a number
+# the sympy functions that raise when an expression has no truth value or no numeric value
 _UNDECIDED = {
     conversion.__code__ for conversion in (Relational.__bool__, sympy.Expr.__int__, sympy.Expr.__float__)
 }
 
 
 def needs_number(error: BaseException) -> bool:
-    """Whether the error was raised because a symbolic size was asked what only a number can answer.
+    """Whether the error was raised because a symbolic size was used where a number is needed.
 
-    A comparison that depends on the length is asked of sympy, which raises TypeError, as a great many faults do.
+    For a comparison that depends on the length, sympy raises TypeError. So do many bugs; the raising frame decides.
     """
     if isinstance(error, SymbolicSizeError):
         return True
@@ -43,16 +43,16 @@ def needs_number(error: BaseException) -> bool:
 
 
 def number(size: Size) -> int:
-    """The size, where it is a number. Raises SymbolicSizeError otherwise."""
+    """The size, if it is a number. Raises SymbolicSizeError otherwise."""
     if isinstance(size, int):
         return size
     raise SymbolicSizeError(f"the graph has to know the number behind {size}")
 
 
 def split_length(length: torch.SymInt, num_ranks: int) -> None:
-    """Guard that ``num_ranks`` divides a symbolic length, and write it ``num_ranks * k``; else fix it to its value.
+    """Write a symbolic length as ``num_ranks * k`` if ``num_ranks`` divides it; else fix it to its value.
 
-    Either way the guard is Dynamo's: a length it does not hold for is compiled anew.
+    Either way Dynamo records a guard, and recompiles for a length that fails it.
     """
     expression = length.node.expr
     if not isinstance(expression, sympy.Symbol):
@@ -68,7 +68,7 @@ def size_of(x: int | torch.SymInt) -> Size:
     """The size behind an int or SymInt.
 
     Raises:
-        SymbolicSizeError: it is no integer polynomial in ranks' shares of lengths: rounded, or of another input.
+        SymbolicSizeError: it is not an integer polynomial in per-rank shares (rounded, or dependent on another input).
     """
     if not isinstance(x, torch.SymInt):
         return x
@@ -79,7 +79,7 @@ def size_of(x: int | torch.SymInt) -> Size:
 
 
 def is_size(x: torch.SymInt) -> bool:
-    """Whether a SymInt is an integer polynomial in ranks' shares of lengths, or a number."""
+    """Whether a SymInt is a number, or an integer polynomial in per-rank shares of lengths."""
     lengths = lengths_of(x)
     expression = x.node.expr.xreplace(lengths)
     known = {symbol for whole in lengths.values() for symbol in whole.free_symbols}
@@ -94,7 +94,7 @@ def _is_integer_polynomial(expression: sympy.Expr) -> bool:
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:
-    """``size / divisor`` where it is a whole number whatever the lengths are; else None."""
+    """``size / divisor`` if it is an integer for all values of the lengths; else None."""
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if divisor and size % divisor == 0 else None
     ratio = sympy.expand(sympy.cancel(sympy.sympify(size) / divisor))
@@ -104,7 +104,7 @@ def quotient(size: Size, divisor: Size) -> Size | None:
 
 
 def broadcast(*shapes: tuple[Size, ...]) -> tuple[Size, ...] | None:
-    """``torch.broadcast_shapes`` of sizes that may be symbolic; None where they do not broadcast."""
+    """``torch.broadcast_shapes`` of sizes that may be symbolic; None if they do not broadcast."""
     result: list[Size] = [1] * max(map(len, shapes))
     for shape in shapes:
         for at, size in enumerate(shape, start=len(result) - len(shape)):
@@ -117,7 +117,7 @@ def broadcast(*shapes: tuple[Size, ...]) -> tuple[Size, ...] | None:
 
 
 def order(size: Size) -> int:
-    """A number by which sizes sort so that a divisor never comes after its multiple."""
+    """Sort key for sizes: a divisor never sorts after its multiple."""
     if isinstance(size, int):
         return size
     return int(size.subs(dict.fromkeys(size.free_symbols, 1_000_003)))

@@ -1,4 +1,4 @@
-"""Strategies by name, and two of them together: one that splits the sequence, and tensor parallelism of its parts."""
+"""Two strategies together: one that splits the sequence, and tensor parallelism within its parts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sptransform.strategies.ulysses import Ulysses
 
 @dataclass(frozen=True)
 class Composed(Strategy):
-    """A strategy for each dim of a mesh: one that splits the sequence, and :class:`MegatronSP` among neighbours.
+    """One strategy per mesh dim: one that splits the sequence, and :class:`MegatronSP` among neighbours.
 
-    As context parallelism and tensor parallelism of Megatron-LM go together: the first mesh dim cuts the sequence, each
-    of its ranks' parts is the sequence of the second.
+    This is how Megatron-LM combines context and tensor parallelism: the first mesh dim shards the sequence, and each
+    shard is the sequence of the second.
 
     Args:
         strategies: Ring, AllGatherKV or Ulysses, then MegatronSP.
 
     Raises:
-        UsageError: other strategies; from :func:`parallelize`, a mesh of other than two dims; at compile time, heads
-            that Ulysses cannot share out.
+        UsageError: other strategies; from :func:`parallelize`, a mesh that does not have two dims; at compile time,
+            heads that Ulysses cannot divide evenly.
     """
 
     strategies: tuple[Strategy, ...]
@@ -82,9 +82,10 @@ class Composed(Strategy):
 
 @dataclass(frozen=True)
 class _UlyssesOutside(Ulysses):
-    """Ulysses of heads that ``num_inside`` ranks share further: each of those has its part of a block of heads.
+    """Ulysses over heads that ``num_inside`` inner ranks divide further.
 
-    So that the weights these cut are cut in blocks.
+    The heads consist of one block per inner rank, and the outer ranks divide each block. So the inner ranks can cut
+    weights in contiguous blocks.
     """
 
     num_inside: int = 1

@@ -13,19 +13,19 @@ from sptransform.rules.rule import OpRule
 
 @dataclass(frozen=True)
 class MegatronSP(Strategy):
-    """Linears are cut along their inner axes, everything between them along the sequence.
+    """Linears are sharded along their inner axes, everything between them along the sequence.
 
     Tensor parallelism with sequence parallelism of Megatron-LM (Korthikanti et al., arXiv 2205.05198, §4.2): an
     all-gather before a column-parallel linear, a reduce-scatter after a row-parallel one, and their transposes. Inner
-    are the axes that one linear makes and another contracts (heads, through attention; the hidden units of an MLP), and
-    the vocabulary. Nothing names them: see :mod:`sptransform.engine.inner_axes`.
+    axes are those that one linear makes and another contracts (heads, through attention; the hidden units of an MLP),
+    and the vocabulary. They are found without names: see :mod:`sptransform.engine.inner_axes`.
 
     Args:
-        regather: save a rank's part of what was gathered for a linear and gather it again in the backward (§4.2.2),
-            instead of saving the whole.
+        regather: save only the local shard of what was gathered for a linear and gather it again in the backward
+            (§4.2.2), instead of saving the full tensor.
 
     Raises:
-        UsageError: another ``regather``; at compile time, attention of one head.
+        UsageError: an invalid ``regather``; at compile time, attention with one head.
     """
 
     regather: bool = True  # type: ignore[misc]

@@ -19,7 +19,7 @@ _PLANNED = ("auto",)
 
 
 def strategy_of(strategy: StrategyLike) -> Strategy:
-    """The strategy meant by a name or given as an object; of several, one for each mesh dim, their composition.
+    """The strategy for a name or an object; for a list with one strategy per mesh dim, their composition.
 
     Raises:
         UsageError: anything else.

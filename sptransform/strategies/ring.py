@@ -1,4 +1,4 @@
-"""Strategies under which each rank computes the attention of its own queries: Ring and AllGatherKV."""
+"""Strategies in which each rank computes the attention of its own queries: Ring and AllGatherKV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _QueriesStay(Strategy):
     Args:
         layout: "zigzag" gives each rank one block from the front and one from the back of the sequence, so that a
             causal mask leaves all ranks equal work (Llama 3, arXiv 2407.21783, §3.3.2); a model without causal
-            attention is laid out "contiguous" all the same.
+            attention always uses "contiguous".
     """
 
     layout: str = "zigzag"
@@ -39,19 +39,19 @@ class _QueriesStay(Strategy):
 
 @dataclass(frozen=True)
 class Ring(_QueriesStay):
-    """Queries stay, keys and values go round the ranks (Liu et al., Ring Attention, arXiv 2310.01889).
+    """Queries stay, keys and values circulate among the ranks (Liu et al., Ring Attention, arXiv 2310.01889).
 
-    Any number of ranks, heads and tokens. A hop travels while the block before it is computed; nothing that grows with
-    the number of ranks is saved for the backward, which is a ring of its own.
+    Works for any number of ranks, heads and tokens. Each hop overlaps with the computation of the previous block. What
+    is saved for the backward does not grow with the number of ranks; the backward runs its own ring.
 
     Args:
         layout: "zigzag" gives each rank one block from the front and one from the back of the sequence, so that a
             causal mask leaves all ranks equal work (Llama 3, arXiv 2407.21783, §3.3.2); a model without causal
-            attention is laid out "contiguous" all the same.
+            attention always uses "contiguous".
         kv: how keys and values reach the queries: on the "ring", or by an "allgather" as in :class:`AllGatherKV`.
 
     Raises:
-        UsageError: another ``layout`` or ``kv``.
+        UsageError: an invalid ``layout`` or ``kv``.
     """
 
     kv: str = "ring"
@@ -71,15 +71,15 @@ class Ring(_QueriesStay):
 class AllGatherKV(_QueriesStay):
     """Queries stay, keys and values are gathered (Llama 3 context parallelism, arXiv 2407.21783, §3.3.2).
 
-    One all-gather forward, one reduce-scatter of their gradients backward: fewer messages than a ring and as many
-    bytes, for the memory of all keys and values of a layer.
+    One all-gather in the forward, one reduce-scatter of their gradients in the backward: fewer messages than a ring and
+    as many bytes, at the cost of memory for all keys and values of a layer.
 
     Args:
-        layout: as of :class:`Ring`.
+        layout: as in :class:`Ring`.
         regather: gather keys and values again in the backward instead of saving them.
 
     Raises:
-        UsageError: another ``layout`` or ``regather``.
+        UsageError: an invalid ``layout`` or ``regather``.
     """
 
     regather: bool = False  # type: ignore[misc]

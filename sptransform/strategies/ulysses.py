@@ -1,4 +1,4 @@
-"""DeepSpeed-Ulysses: each rank computes some heads of the whole sequence."""
+"""DeepSpeed-Ulysses: each rank computes attention for some heads over the full sequence."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ulysses(Strategy):
-    """Attention sees the whole sequence of some heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509, §3).
+    """A rank computes some heads over the full sequence (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509, §3).
 
-    One all-to-all brings queries, keys and values from sequence to head shards, one brings the output back. Key
-    heads are moved as they are, not repeated to the number of query heads.
+    One all-to-all turns sequence shards of queries, keys and values into head shards, another one brings the output
+    back. Key heads are sent as they are, not repeated to the number of query heads.
 
     Args:
-        split: what the all-to-all divides among the ranks: "heads", or the "batch" where heads are fewer than ranks or
-            do not divide evenly. Uneven numbers are exact; a rank without a share waits for the others.
+        split: what the all-to-all divides among the ranks: "heads", or the "batch" if heads are fewer than ranks or
+            do not divide evenly. Uneven shares are exact; a rank without a share waits for the others.
 
     Raises:
-        UsageError: another ``split``; at compile time, ``split="batch"`` for a batch of one.
+        UsageError: an invalid ``split``; at compile time, ``split="batch"`` for a batch of one.
     """
 
     split: str = "heads"

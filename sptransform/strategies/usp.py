@@ -20,17 +20,17 @@ from sptransform.strategies.ulysses import Ulysses
 class USP(Strategy):
     """Ulysses among neighbouring ranks, rings among groups of them (Fang and Zhao, USP, arXiv 2405.07719).
 
-    Of N = ``ulysses * ring`` ranks, those with consecutive numbers share the heads; a mesh of two dims has the ring
-    first. What is not given is chosen when the model is compiled: the pair that sends least, see :meth:`degrees`.
+    The number of ranks is N = ``ulysses * ring``. Consecutive ranks share the heads; on a mesh of two dims, the first
+    is the ring. A degree that is not given is chosen at compile time: the pair that sends least, see :meth:`degrees`.
 
     Args:
-        ulysses: over how many ranks heads are split.
-        ring: how many ranks a ring has.
-        layout: as of :class:`Ring`.
+        ulysses: the number of ranks that heads are split over.
+        ring: the number of ranks in a ring.
+        layout: as in :class:`Ring`.
 
     Raises:
-        UsageError: no positive number of ranks, or another ``layout``; numbers that do not multiply to the ranks there
-            are, from :func:`parallelize`.
+        UsageError: a degree is not a positive int, or an invalid ``layout``; from :func:`parallelize`, degrees whose
+            product is not the number of ranks.
     """
 
     ulysses: int | None = None
@@ -83,7 +83,7 @@ class USP(Strategy):
         )
 
     def degrees(self, num_ranks: int, heads: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """(ring, ulysses) that sends the fewest elements forward, and of those the fewest messages: the shortest ring.
+        """The (ring, ulysses) that sends the fewest elements forward; on a tie the shortest ring, for fewest messages.
 
         Per attention layer of H query and K key heads, in units of batch * tokens * head size / N: Ulysses over U ranks
         sends ``2 (H + K) (1 - 1/U)``, a ring of R ranks ``2 K (R - 1)``. Only U that divide all K are considered.
@@ -91,7 +91,7 @@ class USP(Strategy):
         usable = [u for u in divisors(num_ranks) if all(k % u == 0 for _, k in heads)]
         shapes = [(num_ranks // u, u) for u in usable]
         options = [(r, u) for r, u in shapes if self.ulysses in (None, u) and self.ring in (None, r)]
-        if not options:  # asked for explicitly: Ulysses with uneven heads is exact too
+        if not options:  # the user asked for it: Ulysses is exact with uneven heads too
             options = [(self.ring or num_ranks // self.ulysses, self.ulysses or num_ranks // self.ring)]
 
         def sent(degrees: tuple[int, int]) -> Fraction:

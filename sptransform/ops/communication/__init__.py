@@ -1,1 +1,1 @@
-"""What custom ops send: collectives, and steps that the process, a simulation or a tracer may drive."""
+"""Communication of the custom ops: collectives, and steps that a process group, a simulation or a tracer drives."""

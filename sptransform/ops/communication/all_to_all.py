@@ -17,8 +17,8 @@ from sptransform.sharding.placement import Shard
 def exchange(xs: list[Tensor], sources: list[Shard], targets: list[Shard], group: str) -> list[Tensor]:
     """Move each ``xs[i]`` from ``sources[i]`` to ``targets[i]`` (another dimension), all in one all-to-all.
 
-    Where several ranks own the same index in a source, their entries are summed: the transpose of a target whose
-    ranks need the same index. A target may overlap so; then everybody who needs an index gets it.
+    Several ranks may own the same index. In a target, each of its owners gets the entry. In a source, the entries of
+    its owners are summed, which is the transpose.
     """
     assert len({x.dtype for x in xs}) == 1, "one message has one dtype"
     moves = [_Move(x, source, target, group) for x, source, target in zip(xs, sources, targets, strict=True)]
@@ -75,7 +75,7 @@ class _Move:
         return x.movedim(dim, 0).reshape(num, -1)
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
-        """Put together what came, row i from rank i."""
+        """Assemble the received blocks; row i is from rank i."""
         dim, _ = self.dims
         num = self.source.partition.num_ranks
         x = blocks.reshape(num, *self.block_shape)
@@ -92,7 +92,7 @@ class _Move:
     def shape_from(self, rank: int) -> list[int]:
         shape = list(self.x.shape)
         shape[self.dims[0]] = self.source.partition.local_size(rank)
-        even = self.target.partition.is_even  # then who we are makes no difference to the graph
+        even = self.target.partition.is_even  # then the graph must not depend on the rank
         shape[self.dims[1]] = self.target.partition.local_size(0 if even else rank_in(self.group))
         return shape
 

@@ -1,7 +1,7 @@
-"""Functional collectives, and the sharded exchanges made of them. The only place that emits ``_c10d_functional``.
+"""Functional collectives, and the sharded exchanges made of them.
 
-Everything here works on plain tensors, knows nothing of gradients, and is traced through by AOTAutograd, so that
-Inductor sees the collectives it knows. Where ranks own equally much nothing depends on the rank.
+Everything here works on plain tensors and knows nothing of gradients. AOTAutograd traces through it, so Inductor sees
+the collectives it knows. For even partitions nothing depends on the rank.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> T
 
 
 def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
-    """Every rank's part -> the whole. Uneven parts travel padded to the largest."""
+    """Every rank's part -> the full tensor. Uneven parts are padded to the largest."""
     num_ranks = shard.partition.num_ranks
     if not shard.partition.is_blocks:
         return _whole(_gathered(_part_in_front(x, shard), num_ranks, group), shard)
@@ -43,7 +43,7 @@ def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
-    """Pending sum of wholes -> every rank's part of the sum."""
+    """Pending sum of full tensors -> every rank's part of the sum."""
     num_ranks = shard.partition.num_ranks
     if not shard.partition.is_blocks:
         parts = by_rank(_in_front(x, shard), 0, shard.partition)
@@ -56,27 +56,28 @@ def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
 
 
 def _is_first(x: Tensor, dim: int) -> bool:
-    """Whether parts along ``dim`` are to be seen as lying one after the other in memory, so that none is copied.
+    """Whether to treat the parts along ``dim`` as consecutive in memory, so that none is copied.
 
-    Of the other form, chunks and their concatenation, Inductor makes one op with the matmuls next to it, if told to
-    (its ``micro_pipeline_tp.py``): then that form copies nothing, and a sequence viewed as rows would hide matmuls.
+    The other form is chunks and their concatenation. With ``_micro_pipeline_tp``, Inductor fuses that form with
+    adjacent matmuls (its ``micro_pipeline_tp.py``). It then copies nothing, and a sequence viewed as rows would hide
+    the matmuls from this fusion.
     """
     return dim == 0 or (prod(x.shape[:dim]) == 1 and not _micro_pipelines())
 
 
 def _micro_pipelines() -> bool:
-    import torch._inductor.config as inductor  # slow to import, and of use to those only who have set it
+    import torch._inductor.config as inductor  # imported here because it is slow to import
 
     return inductor._micro_pipeline_tp
 
 
 def _gathered(x: Tensor, num_ranks: int, group: str) -> Tensor:
-    """All ranks' tensors, one after the other along the first dimension."""
+    """All ranks' tensors, concatenated along the first dimension."""
     return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), num_ranks, group))
 
 
 def _scattered(x: Tensor, num_ranks: int, group: str) -> Tensor:
-    """This rank's of the equal parts of a sum, along the first dimension."""
+    """This rank's part of the sum, which is cut into equal parts along the first dimension."""
     return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", num_ranks, group))
 
 
@@ -121,7 +122,7 @@ def _in_place(front: Tensor, shard: Shard) -> Tensor:
 
 
 def _whole(parts: Tensor, shard: Shard) -> Tensor:
-    """The whole tensor from all ranks' parts, one after the other along the first dimension."""
+    """The full tensor from all ranks' parts, which are concatenated along the first dimension."""
     return _in_place(in_order(parts, 0, shard.partition), shard)
 
 

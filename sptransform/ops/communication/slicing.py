@@ -1,6 +1,6 @@
-"""Cutting a tensor along an axis and putting pieces together, by what a partition says each rank owns.
+"""Cut a tensor along an axis into the parts of a partition, and assemble parts again.
 
-Plain tensor algebra without communication. ``dim`` is always a whole axis (``expose`` makes it one).
+Plain tensor algebra without communication. ``dim`` is always exactly the partitioned axis (see :func:`expose`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def by_rank(x: Tensor, dim: int, partition: Partition) -> Tensor:
 
 
 def in_order(parts: Tensor, dim: int, partition: Partition) -> Tensor:
-    """Inverse of :func:`by_rank`; what several ranks own is summed over them."""
+    """Inverse of :func:`by_rank`; entries that several ranks own are summed."""
     if partition.is_blocks:
         return parts
     if partition.is_zigzag:
@@ -68,7 +68,7 @@ def select(x: Tensor, dim: int, intervals: Intervals) -> Tensor:
 
 
 def assemble(parts: Sequence[Tensor], dim: int, partition: Partition) -> Tensor:
-    """The whole axis from every rank's part; indices that several ranks own are summed over them."""
+    """The full axis from every rank's part; entries that several ranks own are summed."""
     runs: list[tuple[int, int, Tensor]] = []
     for part, intervals in zip(parts, partition.owned, strict=True):
         at = 0

@@ -1,4 +1,4 @@
-"""Ops that communicate while they run, written as generators of what they send, and the ways to run these.
+"""Ops that communicate while they run, written as generators that yield what they send, and drivers for these.
 
     def steps(rank, x, group_name):
         pending = yield Start(x, sent, received)   # on its way from here on
@@ -6,8 +6,8 @@
         came = yield Wait(pending)
         return came
 
-One description serves real groups (:func:`perform`), all ranks simulated in one process (:func:`perform_together`),
-and whoever else answers ``Start`` and ``Wait``: it knows nothing of how bytes travel.
+One generator serves real groups (:func:`perform`), all ranks simulated in one process (:func:`perform_together`),
+and any other driver that answers ``Start`` and ``Wait``. It does not know how bytes travel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Start:
     """Begin to send ``sent[j]`` entries of the 1-D tensor ``x`` to rank j, in rank order.
 
-    ``received[i]`` entries come from rank i. Answered by what :class:`Wait` takes.
+    ``received[i]`` entries come from rank i. The answer is the ``pending`` of a later :class:`Wait`.
     """
 
     x: Tensor
@@ -39,14 +39,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Wait:
-    """Answered by what came: the entries from rank 0, 1, .. one after the other."""
+    """The answer is the received 1-D tensor: the entries from rank 0, 1, .. one after the other."""
 
     pending: Any
 
 
 Steps = Generator[Start | Wait, Any, T]
 
-# op name -> its steps, of (rank, *arguments)
+# op name -> its generator function of (rank, *arguments)
 COMMUNICATING: dict[str, Callable[..., Steps[Any]]] = {}
 
 
@@ -73,7 +73,7 @@ def communicating(
 
 
 def group_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """The ``group_name`` a call of the op was given."""
+    """The ``group_name`` argument of a call of the op."""
     if "group_name" in kwargs:
         return kwargs["group_name"]
     arguments = getattr(torch.ops.sptransform, name).default._schema.arguments
@@ -82,7 +82,7 @@ def group_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str
 
 
 def drive(steps: Steps[T], start: Callable[[Start], Any], wait: Callable[[Any], Tensor]) -> T:
-    """Run ``steps`` to their end, answering what they ask; returns what they return."""
+    """Run ``steps`` to their end, answering every request; returns what they return."""
     answer = None
     while True:
         try:
@@ -93,7 +93,7 @@ def drive(steps: Steps[T], start: Callable[[Start], Any], wait: Callable[[Any], 
 
 
 def perform(steps: Steps[T], group: str) -> T:
-    """Run ``steps`` on a process group; what is started travels while the steps go on."""
+    """Run ``steps`` on a process group; started messages travel while the steps go on."""
     c10d = torch.ops._c10d_functional
     return drive(
         steps,
@@ -123,7 +123,7 @@ def perform_together(steps: Mapping[int, Steps[T]]) -> dict[int, T]:
 
 
 def deliver(asked: Mapping[int, Start]) -> dict[int, Tensor]:
-    """What every rank receives of what all of them send."""
+    """What every rank receives when all ranks send what they asked to."""
     pieces = {rank: list(x.x.split(x.sent)) for rank, x in asked.items()}
     came = {}
     for rank, x in asked.items():

@@ -1,7 +1,7 @@
-"""The ops that a ring is made of: attention of one block, its backward, and putting blocks together.
+"""The ops of a ring: attention of one block, its backward, and merging of blocks.
 
-Each is one node of an expanded graph. Results of blocks are float32, float64 for float64 inputs, whatever the kernel;
-they lie in memory as ``[B, s, H, D]``, as the kernels and the models around them have it.
+Each is one node of an expanded graph. Block results are float32 (float64 for float64 inputs) with any kernel. Their
+memory layout is ``[B, s, H, D]``, as in the kernels and in the surrounding models.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OPTIONS = (
 
 
 def new_rows(x: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Empty [B, H, size, dim] beside x [B, H, .., ..], laid out as results of blocks are."""
+    """Empty [B, H, size, dim] for x [B, H, .., ..], in the memory layout of block results."""
     return x.new_empty((x.shape[0], size, x.shape[1], dim), dtype=dtype).transpose(1, 2)
 
 
 def lay_out(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in the dtype and the layout of results; itself where it has them."""
+    """``x`` in ``dtype`` and the memory layout of block results; not copied if it has both."""
     x = x.to(dtype)
     return x if x.transpose(1, 2).is_contiguous() else x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -117,9 +117,9 @@ def attention_block_backward(
     stream: int = 0,
     key_head_of: list[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the block of :func:`attention_block` adds to the gradients of its query, key and value.
+    """The contribution of one :func:`attention_block` to the gradients of its query, key and value.
 
-    ``grad`` and ``out`` [B, H, s, E] and ``lse`` [B, H, s] are those of all keys that the queries see.
+    ``grad`` and ``out`` [B, H, s, E] and ``lse`` [B, H, s] belong to attention over all keys that the queries see.
     """
     dtype = compute_dtype(query.dtype)
     num_heads = key.shape[1]
@@ -132,7 +132,7 @@ def attention_block_backward(
         bias = _bias(mask, key.shape[2], dtype)
         if mask.is_floating_point():
             grad, lse = raise_sunk(grad, lse, bias)
-        lse = lse.masked_fill(lse == -math.inf, 0)  # all probabilities are exp(-inf - 0)
+        lse = lse.masked_fill(lse == -math.inf, 0)  # makes all probabilities exp(-inf - 0) = 0
     kept = _kept(query, key, dropout_p, seed, stream)
     grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), *kept)
     grad_query, grad_key, grad_value = (lay_out(x, dtype) for x in grads)
@@ -146,7 +146,7 @@ def _scale(query: Tensor, scale: float | None) -> float:
 
 
 def _heads(query: Tensor, key: Tensor, key_head_of: list[int], kernel: Kernel) -> Tensor | None:
-    """The key head of each query head, where keys must be repeated for the kernel."""
+    """The key head of each query head; None if the kernel reads the keys without repeating them."""
     times = query.shape[1] // key.shape[1]
     regular = [i // times for i in range(query.shape[1])] if times else []
     if list(key_head_of or regular) == regular and (kernel.grouped or times == 1):
@@ -160,7 +160,7 @@ def _sum_heads(x: Tensor, heads: Tensor, num_heads: int) -> Tensor:
 
 
 def _bias(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """``mask`` as what is added to the scores: 4 dimensions, all keys."""
+    """``mask`` as a bias on the scores, with 4 dimensions and expanded over all keys."""
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(*mask.shape[:3], num_keys)
     if mask.dtype != torch.bool:
@@ -173,7 +173,7 @@ def _sees_nothing(mask: Tensor) -> Tensor:
 
 
 def _kept(query: Tensor, key: Tensor, p: float, seed: Tensor | None, stream: int) -> tuple[Tensor, ...]:
-    """What dropout multiplies the probabilities by: 0 or 1 / (1 - p), the same for the same seed and stream."""
+    """Dropout factors for the probabilities, 0 or 1 / (1 - p). Equal seeds and streams give equal factors."""
     if p == 0:
         return ()
     generator = torch.Generator(device=query.device)
@@ -188,11 +188,11 @@ def _fake_seed(like: Tensor) -> Tensor:
 
 @primitive("dropout_seed(Tensor like) -> Tensor", fake=_fake_seed, tags=(torch.Tag.nondeterministic_seeded,))
 def dropout_seed(like: Tensor) -> Tensor:
-    """A number to seed dropout with, different on every process.
+    """A dropout seed, different on every process.
 
-    One number is drawn whatever the shape: generators of ranks seeded alike stay in step.
+    It draws one number for any shape, so the generators of ranks with equal seeds stay in step.
     """
-    # ranks of other groups, that have other heads or another batch, need other masks too
+    # the global rank, since ranks of other groups have other heads or another batch and need other masks
     process = dist.get_rank() if dist.is_initialized() else 0
     drawn = torch.randint(2**62, (), device=like.device)
     return drawn ^ (process * 0x9E3779B97F4A7C15 % 2**62)
@@ -205,7 +205,7 @@ def dropout_seed(like: Tensor) -> Tensor:
     ),
 )
 def band_mask(like: Tensor, queries: list[int], keys: list[int], nearest: int | None, farthest: int | None) -> Tensor:
-    """[queries, keys]: which keys lie from ``nearest`` to ``farthest`` positions before a query.
+    """Boolean [queries, keys]: whether a key lies ``nearest`` to ``farthest`` positions before a query.
 
     ``queries`` and ``keys`` are bounds of intervals of positions, ``lo, hi, lo, hi ..``.
     """
@@ -232,7 +232,7 @@ def positions(bounds: list[int], device: torch.device) -> Tensor:
 def merge_block(
     out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, sinks: bool
 ) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse``, in which the rows from ``start`` on have also seen a block's keys; see :mod:`merging`."""
+    """``out`` and ``lse`` with a block merged into the rows from ``start`` on; see :mod:`merging`."""
     out, lse = out.clone(), lse.clone()
     merge_block_(out, lse, block_out, block_lse, start, sinks)
     return out, lse

@@ -1,12 +1,12 @@
-"""Results over some keys, put together with results over others: the online softmax.
+"""Merging of attention results over different keys: the online softmax.
 
-``out`` and ``lse`` over some keys and over others give those over all of them (Milakov and Gimelshein, arXiv
-1805.02867): the weight of each is ``exp(its lse)``. ``lse`` is ``-inf`` where a row has seen nothing.
+``out`` and ``lse`` over two sets of keys give those over all of them (Milakov and Gimelshein, arXiv 1805.02867): the
+weight of each is ``exp(its lse)``. ``lse`` is ``-inf`` where a row has seen no key.
 
-A mask that is added to the scores may hide a key by a finite number so low that the score beside it is lost to
-rounding. One device then averages the values of a row that sees no other keys, and ``lse`` cannot say over how many:
-the logarithm of their number is lost as well. Such a row is *sunk*: its ``lse`` is ``-UNIT`` times the number of its
-keys, below every other, and that is what is added up.
+An additive mask may hide a key with a finite number so low that the score is lost to rounding. If a row sees only such
+keys, a single device averages their values. ``lse`` then cannot tell how many keys there were, because the logarithm of
+their number is lost to rounding as well. Such a row is *sunk*: its ``lse`` is ``-UNIT`` times its number of keys. That
+is below every other ``lse``, and sunk rows are merged by adding it up.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ UNIT = 2.0**80
 
 
 def is_sunk(lse: Tensor) -> Tensor:
-    """Rows of so low scores that a float of this dtype has no room for a number of order one beside them."""
+    """Rows whose ``lse`` is so low that a number of order one added to it is lost to rounding in this dtype."""
     return (lse < -1 / torch.finfo(lse.dtype).eps) & (lse != -math.inf)
 
 
 def sink(lse: Tensor, bias: Tensor) -> Tensor:
-    """``lse`` as a kernel gave it under ``bias`` [.., s, t], with the numbers of keys of the rows that are sunk."""
+    """A kernel's ``lse`` under ``bias`` [.., s, t], with sunk rows set to ``-UNIT`` times their number of keys."""
     return torch.where(is_sunk(lse), (bias != -math.inf).sum(-1) * -UNIT, lse)
 
 
 def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The ``grad`` and ``lse`` with which a kernel's backward is right for sunk rows.
 
-    With the lowest score as lse it takes each probability for 1 instead of 1 / n; grad / n makes up for that.
+    With the row's bias as lse, the kernel computes each probability as 1 instead of 1 / n; grad / n corrects that.
     """
     sunk = is_sunk(lse)
     share = torch.where(sunk, -UNIT / lse, 1)
@@ -40,11 +40,11 @@ def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
 
 
 def weigh(lse: Tensor, block_lse: Tensor, sinks: bool) -> tuple[Tensor, Tensor]:
-    """The weight of a block beside what is there, [B, H, s, 1], and the lse over the keys of both."""
+    """The weight [B, H, s, 1] of a block in the merged result, and the lse over the keys of both."""
     weight = torch.sigmoid(block_lse - lse)
     total = torch.logaddexp(lse, block_lse)
     if sinks:
         both, added = is_sunk(lse) & is_sunk(block_lse), lse + block_lse
         weight, total = torch.where(both, block_lse / added, weight), torch.where(both, added, total)
-    # -inf - -inf where neither has seen anything
+    # NaN comes from -inf - -inf, where neither has seen a key
     return weight.nan_to_num(0.0).unsqueeze(-1), total

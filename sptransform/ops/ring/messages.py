@@ -1,6 +1,6 @@
-"""What travels: keys and values, or their gradients, in one 1-D tensor.
+"""Messages of a ring: keys and values, or their gradients, in one 1-D tensor.
 
-First all of the keys, then all of the values, each as ``[B, t, K, D]``: so they are used and added to where they came.
+All keys come first, then all values, each as ``[B, t, K, D]``. They are read and updated in the message without a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pack_block(key: Tensor, value: Tensor) -> Tensor:
 
 
 def unpack(message: Tensor, key_shape: Sequence[int], value_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Views of the message as what was packed."""
+    """The packed keys and values, as views of the message."""
     parts = message.split([prod(key_shape), prod(value_shape)])
     shapes = ((batch, size, heads, dim) for batch, heads, size, dim in (key_shape, value_shape))
     key, value = (part.view(shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True))
@@ -49,7 +49,7 @@ def add_to_message_(message: Tensor, key: Tensor, value: Tensor, start: int) -> 
     fake=lambda message, key, value, start: torch.empty_like(message),
 )
 def add_to_message(message: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
-    """The message with gradients added: of keys [B, K, .., D] and values [B, K, .., E] from the ``start``-th on."""
+    """The message plus gradients of keys [B, K, .., D] and values [B, K, .., E] from the ``start``-th on."""
     message = message.clone()
     add_to_message_(message, key, value, start)
     return message

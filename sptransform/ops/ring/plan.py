@@ -1,19 +1,19 @@
-"""Which calls of a block attention kernel cover what one rank's queries see of one block of keys.
+"""The block attention calls that cover what one rank's queries see in one block of keys.
 
-Queries and keys are given by the intervals of positions that they own, in the order in which they are stored. A query
-at position i sees the key at position j iff ``nearest <= i - j <= farthest``; None is no limit. So the keys that a
-query sees, of keys that ascend, are a range ``low .. high - 1``, and both ends of it grow with the query: not at all,
-or one for one. A :class:`Run` is some consecutive queries between two changes of that. All calls are read off the runs:
+Queries and keys are given as intervals of positions, in storage order. A query at position i sees the key at position
+j iff ``nearest <= i - j <= farthest``; None is no limit. Among ascending keys, a query therefore sees a range
+``low .. high - 1``. From one position to the next, each end of the range stays or grows by one. A :class:`Run` is
+a stretch of consecutive queries in which this does not change. All calls follow from the runs:
 
 ====================  ==================================================  ===============================
 run                   rows                                                calls
 ====================  ==================================================  ===============================
 neither end grows     all see the same keys                               ``full``
 the upper end grows   row n sees n + 1 keys more than ``low .. high - 1``  ``full``, and a square ``causal``
-the lower end grows   a window that slides, or leaves what it saw         ``band`` a tile of rows
+the lower end grows   a window that slides or shrinks                     one ``band`` per tile of rows
 ====================  ==================================================  ===============================
 
-Under causal zigzag (rank r owns chunks r and 2N-1-r) that is one call a block: ``causal`` for a rank's own keys,
+Under causal zigzag (rank r owns chunks r and 2N-1-r) that is one call per block: ``causal`` for a rank's own keys,
 ``full`` over half of the keys of an earlier rank, ``full`` for half of the queries over the keys of a later one.
 """
 
@@ -27,7 +27,7 @@ from itertools import pairwise
 
 from sptransform.sharding.partition import Intervals
 
-# rows of a call whose mask is computed: masks stay small, and a sliding window looks at few keys in vain
+# rows per call with a computed mask: masks stay small, and a sliding window spends little work on hidden keys
 TILE = 512
 
 
@@ -50,7 +50,7 @@ class Call:
 class Run:
     """Row n of ``q_start .. q_stop - 1`` sees the keys from ``low`` to below ``high``.
 
-    With ``closes`` they begin at ``low + n``, with ``opens`` they end below ``high + n + 1``.
+    With ``closes`` the range begins at ``low + n``; with ``opens`` it ends below ``high + n + 1``.
     """
 
     q_start: int
@@ -72,7 +72,7 @@ class Run:
         return rows * (self.high - self.low) + grown - shrunk
 
     def followed_by(self, other: Run) -> bool:
-        """Whether ``other`` goes on as this run would have."""
+        """Whether ``other`` continues this run."""
         return (
             (self.q_stop, self.closes, self.opens) == (other.q_start, other.closes, other.opens)
             and other.low == self.low + (self.num_rows if self.closes else 0)
@@ -84,16 +84,16 @@ class Run:
 def plan_calls(
     queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, *, masked: bool = False
 ) -> tuple[Call, ...]:
-    """The calls that cover every visible pair once, and no other pair but those that a ``band`` hides.
+    """Calls that cover every visible pair exactly once; any other pair they cover is hidden by a ``band``.
 
-    With ``masked`` every call has a mask computed for it: no call is ``causal``, and all are cut into tiles.
+    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut into tiles.
     """
     calls = [call for run in _runs(queries, keys, nearest, farthest) for call in _calls(run, masked)]
     return tuple(calls)
 
 
 def attended_pairs(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None) -> int:
-    """How many pairs of a query and a key are visible: a measure of work."""
+    """The number of visible (query, key) pairs, a measure of work."""
     return sum(run.num_pairs for run in _runs(queries, keys, nearest, farthest))
 
 
@@ -144,7 +144,7 @@ def _ascending(keys: Intervals) -> Iterator[tuple[int, Intervals]]:
 def _runs_over(
     queries: Intervals, first: int, keys: Intervals, nearest: int | None, farthest: int | None
 ) -> Iterator[Run]:
-    """Runs over ascending keys, the first one stored at ``first``; cut wherever an end begins or stops to grow."""
+    """Runs over ascending keys, the first key stored at ``first``; cut where an end begins or stops growing."""
     bounds = [bound for interval in keys for bound in interval]
     stored = [first]
     for lo, hi in keys:
@@ -152,7 +152,7 @@ def _runs_over(
 
     def below(position: int) -> tuple[int, bool]:
         """Where the first key not below ``position`` is stored, and whether it is at that position."""
-        at = bisect_left(bounds, position + 1)  # bounds passed: odd within an interval
+        at = bisect_left(bounds, position + 1)  # the number of bounds passed; odd inside an interval
         inside = at % 2 == 1
         return (stored[at] - (bounds[at] - position) if inside else stored[at]), inside
 

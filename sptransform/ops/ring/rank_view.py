@@ -1,4 +1,4 @@
-"""What one rank has in a call of ring attention, and what it computes with each block of keys."""
+"""One rank's tensors in a call of ring attention, and what it computes with each block of keys."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _sp = torch.ops.sptransform
 
 
 def _partition_of(text: str, part: Tensor) -> Partition | None:
-    """The partition of the length of ``part`` [B, H, s, D] that ``text`` writes; None for no text."""
+    """The partition of dim 2 that ``text`` spells out, given a rank's ``part`` [B, H, s, D]; None for empty text."""
     return Shard.parse(f"S(2:{text})", part=part).partition if text else None
 
 
 class RankView:
-    """One rank's share of the arguments of ``ring_attention``; block j are the keys of rank j.
+    """One rank's arguments of ``ring_attention``; block j is the keys and values of rank j.
 
     Raises:
-        ValueError: a tensor has not as many queries or keys as the rank owns.
+        ValueError: the dtypes differ, or the number of queries or keys is not what the rank owns.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RankView:
     ) -> None:
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not of one dtype")
-        # kernels may lay out their results as the queries: so once, and not every block
+        # kernels may give results the layout of the queries: converted here once, not once per block
         self.query = lay_out(query, query.dtype)
         self.rank, self.key, self.value = rank, key, value
         self.rows, self.columns, self.program = rows, columns, mask
@@ -69,7 +69,7 @@ class RankView:
         _owned(self.partition, self.own, key.shape[2], "keys")
 
     def block_at(self, step: int) -> int:
-        """Whose keys this rank has at a step."""
+        """The block that this rank holds at a step."""
         return (self.rank - step) % self.num_ranks
 
     def keys_of(self, block: int) -> Intervals:
@@ -80,7 +80,7 @@ class RankView:
         return [(*x.shape[:2], size, x.shape[3]) for x in (self.key, self.value)]
 
     def numel_of(self, block: int) -> int:
-        """Entries of a message with the keys and values of a block."""
+        """The number of entries in a message with the keys and values of a block."""
         return sum(map(prod, self._shapes_of(block)))
 
     def pack(self) -> Tensor:
@@ -88,11 +88,11 @@ class RankView:
         return _sp.pack_block(self.key, self.value)
 
     def unpack(self, message: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """A block's keys and values, or their gradients, in a message."""
+        """The keys and values of a block, or their gradients, as views of a message."""
         return unpack(message, *self._shapes_of(block))
 
     def hop(self, message: Tensor, coming: int) -> Start:
-        """Send ``message`` to the next rank; a message for or of block ``coming`` is received from the one before."""
+        """Send ``message`` to the next rank, and receive block ``coming`` or its gradients from the previous one."""
         sent, received = [0] * self.num_ranks, [0] * self.num_ranks
         sent[(self.rank + 1) % self.num_ranks] = message.numel()
         received[(self.rank - 1) % self.num_ranks] = self.numel_of(coming)
@@ -104,12 +104,12 @@ class RankView:
         return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=bool(self.program))
 
     def reach(self, block: int) -> tuple[int, int]:
-        """From which to which of a block's keys this rank's queries look at any."""
+        """The range (first, stop) of a block's keys that this rank's calls use."""
         calls = self.plan(block)
         return min((call.k_start for call in calls), default=0), max((call.k_stop for call in calls), default=0)
 
     def calls(self, block: int) -> Iterator[tuple[Call, Tensor | None, dict[str, Any]]]:
-        """What this rank's queries compute with a block: calls, their masks, and the options of the block ops."""
+        """The calls of this rank's queries on a block, each with its mask and the options of the block ops."""
         for index, call in enumerate(self.plan(block)):
             options = self.options
             if "seed" in options:

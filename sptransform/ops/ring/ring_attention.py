@@ -1,4 +1,4 @@
-"""The op ``ring_attention`` and its backward: attention of queries that the ranks share over keys that they share."""
+"""The op ``ring_attention`` and its backward: attention whose queries and keys are sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arg
 
 
 # Query [B, H, s, D] at position i sees key [B, K, t, D] at position j iff nearest <= i - j <= farthest and the mask
-# program allows it; rows and columns are the program's operands. ``queries`` and ``keys`` are partitions: which
-# positions this rank's tensors have. Keys that are shared so circulate; "" is all of them. Results are out
-# [B, H, s, E], lse [B, H, s], and the seed of dropout, 0 without.
+# program allows it; rows and columns are the program's operands. ``queries`` and ``keys`` are partitions that say
+# which positions this rank's tensors hold, "" meaning all. Partitioned keys circulate. Results are out [B, H, s, E],
+# lse [B, H, s], and the dropout seed (0 without dropout).
 ring_attention = communicating(
     "ring_attention(Tensor query, Tensor key, Tensor value, Tensor[] rows, Tensor[] columns, *, "
     f"{_OPTIONS}) -> (Tensor out, Tensor lse, Tensor seed)",
@@ -53,7 +53,7 @@ def _remember(
     out, lse, seed = output
     ctx.num_rows, ctx.num_columns, ctx.options = len(rows), len(columns), keyword_only_inputs
     ctx.save_for_backward(query, key, value, *rows, *columns, out, lse, seed)
-    # as aten declares the lse of its own attention: who asks for its gradient is told that there is none
+    # as aten does for the lse of its attention: asking for its gradient is an error
     ctx.mark_non_differentiable(lse, seed)
 
 

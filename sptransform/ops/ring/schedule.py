@@ -1,14 +1,14 @@
 """Ring attention's two rings, as steps of :mod:`sptransform.ops.communication.steps` (Liu et al., arXiv 2310.01889).
 
-Rank r begins with its own keys and values, and sends to rank r + 1 what it has from rank r - 1: at step s it has those
-of rank r - s. The next ones are on their way while a step computes, forward and backward.
+Rank r starts with its own keys and values. It passes each block that it gets from rank r - 1 on to rank r + 1, so at
+step s it holds the block of rank r - s. The next block travels while a step computes, forward and backward.
 
     forward    K,V (one message)         N - 1 hops
-    backward   K,V again                 N - 1 hops, ahead of
-               their gradients, in sum   N - 1 hops: begun by rank j + 1 for rank j, who adds its own part at the end
+    backward   K,V again                 N - 1 hops, ahead of the gradients
+               sums of their gradients   N - 1 hops: rank j + 1 starts the sum for block j, rank j adds its part last
 
-At any time a rank holds its own K,V, those it computes with, and those that arrive. Results are summed in float32
-(float64 for float64 inputs), which is also what gradients travel in.
+At any time a rank holds its own K,V, the block it computes with, and the block that is arriving. Results are summed in
+float32 (float64 for float64 inputs), and gradients travel in that dtype too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def backward_steps(
             coming = yield view.hop(held, view.block_at(step + 1))
         grad_query, first, parts = _attend_backward(view, sums, step, held, whole, grad_query)
         if step == 0:
-            own = parts  # of all its keys
+            own = parts  # covers all keys of this rank
         else:
             message = _no_gradients(view, step) if returning is None else (yield Wait(returning))
             message = sums.add_to_message(message, *parts, first)
@@ -98,7 +98,7 @@ def backward_steps(
 
 
 def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: Any) -> Any:
-    """``result``, the (out, lse) of earlier steps or None, with this step's block."""
+    """Merge this step's block into ``result``, the (out, lse) of earlier steps or None."""
     key, value = _keys_at(view, step, held)
     for call, mask, options in view.calls(view.block_at(step)):
         sinks = mask is not None and mask.is_floating_point()
@@ -115,7 +115,7 @@ def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: 
 def _attend_backward(
     view: RankView, sums: Sums, step: int, held: Tensor | None, whole: tuple[Tensor, ...], grad_query: Tensor | None
 ) -> tuple[Tensor | None, int, list[Tensor]]:
-    """``grad_query`` with this step's block; gradients of its keys and values, and the first key that these are of."""
+    """``grad_query`` plus this step's part; the first key with gradients; the gradients of keys and values."""
     block = view.block_at(step)
     keys = _keys_at(view, step, held)
     first, stop = (0, keys[0].shape[2]) if step == 0 else view.reach(block)

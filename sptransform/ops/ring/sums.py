@@ -1,4 +1,4 @@
-"""How running sums over blocks are updated: in place, or as nodes of a graph in which nothing writes."""
+"""How running sums over blocks are updated: in place, or out of place as nodes of a functional graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _sp = torch.ops.sptransform
 
 @dataclass(frozen=True)
 class Sums:
-    """The ops ``merge_block``, ``add_block`` and ``add_to_message``; each may write into what it adds to."""
+    """The ops ``merge_block``, ``add_block`` and ``add_to_message``; each may write into its accumulator."""
 
     merge: Callable[..., tuple[Tensor, Tensor]]
     add: Callable[[Tensor, Tensor, int], Tensor]

@@ -1,4 +1,4 @@
-"""A rank's steps as a graph: hops, waits, blocks and merges as nodes, from the code that runs."""
+"""A rank's steps as a graph, traced from the code that runs: hops, waits, blocks and merges are nodes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, A
 
     Args:
         name: which of the two.
-        args, kwargs: of the call; tensors, of this rank's sizes, may be fake. Nothing is computed.
+        args, kwargs: the call's arguments. Tensors have this rank's sizes and may be fake; nothing is computed.
 
     Returns:
-        A graph of the call's tensors, in order, in which nothing writes. Its sizes and ranks are those of ``rank``.
+        A graph without in-place ops. Inputs are the call's tensors, in order; sizes and ranks are those of ``rank``.
     """
     tensors, spec = pytree.tree_flatten(args)
     mode = detect_fake_mode(tensors) or FakeTensorMode()

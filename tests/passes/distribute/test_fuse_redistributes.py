@@ -143,3 +143,24 @@ def test_moves_along_one_axis_are_not_packed() -> None:
     along = [Shard(0, Partition.zigzag(8, 2)), Shard(0, Partition.of(8, [[(0, 3)], [(3, 8)]]))]
     found = moved([columns, along[0], columns, along[1]], [torch.float32] * 4)
     assert sorted(found, key=str) == sorted([(2, columns), (1, along[0]), (1, along[1])], key=str)
+
+
+def test_what_a_later_move_reads_stays_in_front_of_it() -> None:
+    """Where ranks share indices, only the first owners' are moved on, by a redistribute of its own in between."""
+    graph = fx.Graph()
+    rows, columns = Shard(0, Partition.contiguous(8, 2)), Shard(1, Partition.contiguous(8, 2))
+    shared = Shard(0, Partition.of(8, [[(0, 5)], [(3, 8)]]))
+    owned = Shard(0, shared.partition.first_owners())
+    inputs = [graph.placeholder(name) for name in ("x", "y")]
+    for x, placement in zip(inputs, (rows, shared), strict=True):
+        x.meta["val"] = torch.empty(8, 8)
+        notes.set_placement(x, placement)
+    output = graph.output(tuple(inputs))
+    (first,) = insert_redistribute(output, inputs[:1], [(rows, columns)])
+    (own,) = insert_redistribute(output, inputs[1:], [(shared, owned)])
+    (second,) = insert_redistribute(output, [own], [(owned, columns)])
+    output.args = ((first, second),)
+    FuseRedistributes().run(graph, a_context())
+    graph.lint()
+    moved_together = [node for node in graph.nodes if is_redistribute(node) and len(node.args[0]) == 2]
+    assert [dataflow.operands(node) for node in moved_together] == [[inputs[0], own]]

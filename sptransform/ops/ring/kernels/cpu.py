@@ -13,7 +13,7 @@ aten = torch.ops.aten
 def flash(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Sixteen-bit inputs are computed in float32: results rounded once a block are worse than one device's."""
+    """Computes 16-bit inputs in float32: rounding once per block would be less accurate than a single device."""
     dtype = compute_dtype(query.dtype)
     query, key, value = (rows_in_memory(x).to(dtype) for x in (query, key, value))
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)

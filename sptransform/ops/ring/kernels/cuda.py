@@ -1,6 +1,6 @@
-"""The attention kernels of CUDA in the language of :mod:`sptransform.ops.ring.kernels.interface`.
+"""The CUDA attention kernels, with the signature of :mod:`sptransform.ops.ring.kernels.interface`.
 
-None of them is given a dropout: each draws on its own, alike on ranks seeded alike.
+None of them gets dropout: each would draw its own random numbers, the same ones on ranks with equal seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def is_plain(case: Case) -> bool:
-    """What the flash kernels and cuDNN ask for: sixteen bits, dimensions of whole 16-byte units, no mask."""
+    """What the flash kernels and cuDNN require: a 16-bit dtype, head sizes in multiples of 16 bytes, no mask."""
     sizes = (case.head_dim, case.value_dim)
     fits = case.dtype in _SIXTEEN_BITS and all(size % 8 == 0 and 0 < size <= 256 for size in sizes)
     return case.device == "cuda" and fits and not case.masked and not case.dropout and _capability() >= (8, 0)
@@ -36,13 +36,13 @@ def is_efficient(case: Case) -> bool:
 
 @cache
 def _capability() -> tuple[int, int]:
-    # without a GPU there are only fake tensors, whose kernels are only named
+    # without a GPU all CUDA tensors are fake, and only the name of their kernel is needed
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
 @cache
 def has_flash_attn() -> bool:
-    """The package, in the versions whose functions take what is passed here."""
+    """Whether flash-attn is installed in a version whose functions take the arguments passed here."""
     try:
         major, minor = version("flash-attn").split(".")[:2]
     except PackageNotFoundError:
@@ -53,7 +53,7 @@ def has_flash_attn() -> bool:
 def flash_attn(
     query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Its tensors are [B, s, H, D]."""
+    """The package's tensors are [B, s, H, D]."""
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
     query, key, value = (rows_in_memory(x).transpose(1, 2) for x in (query, key, value))
@@ -110,7 +110,7 @@ def flash_attn_backward(
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Also FlashAttention 3 or 4, where ``torch.nn.attention.activate_flash_attention_impl`` put it."""
+    """Also runs FlashAttention 3 or 4, if ``torch.nn.attention.activate_flash_attention_impl`` selected it."""
     query, key, value = (rows_in_memory(x) for x in (query, key, value))
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     return out, lse
@@ -135,7 +135,7 @@ def flash_backward(
 
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Its lse has a dimension more. Takes values of another dimension than keys."""
+    """The kernel's lse has one more dimension. The head size of values may differ from that of keys."""
     query, key, value = (rows_in_memory(x) for x in (query, key, value))
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, causal, False, scale=scale
@@ -166,7 +166,7 @@ def cudnn_backward(
 def efficient(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Its lse is padded to whole tiles of rows; a row that sees nothing may give NaN."""
+    """The kernel pads lse to full tiles of rows, and may give NaN for a row that sees nothing."""
     query, key, value = (rows_in_memory(x) for x in (query, key, value))
     bias = _aligned(bias, query, key)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, causal, scale=scale)
@@ -199,7 +199,7 @@ def efficient_backward(
 
 
 def _aligned(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The bias for all heads, its rows begun every 16 entries."""
+    """The bias expanded to all heads, with rows that start at multiples of 16 entries."""
     if bias is None:
         return None
     size = key.shape[2]
@@ -209,6 +209,6 @@ def _aligned(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _no_random_state(query: Tensor) -> tuple[Tensor, Tensor]:
-    """What a backward without dropout takes, and does not read, as the state its forward drew from."""
+    """The random state arguments of a backward without dropout, which does not read them."""
     empty = torch.empty((), dtype=torch.int64, device=query.device)
     return empty, empty

@@ -1,15 +1,15 @@
-"""Attention of one block of queries and keys: the signature that every kernel has.
+"""Attention of one block of queries and keys: the signature of every kernel.
 
 forward:  (query, key, value, bias, causal, scale) -> (out, lse)
 backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of query, key, value)
 
 - query [B, H, s, D], key [B, K, t, D], value [B, K, t, E] with H a multiple of K and nothing empty;
   query head i reads key head ``i // (H // K)``.
-- bias: None, or what is added to the scores, ``-inf`` where a key is hidden; 4 dimensions that broadcast.
+- bias: None, or a tensor added to the scores, ``-inf`` where a key is hidden; 4 dimensions that broadcast.
 - causal: only without bias and for s == t.
-- lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing ``out`` is zero or
-  any finite number, ``lse`` any number.
-- backward takes ``out`` and ``lse`` of all keys, of which this block may be a part: the probabilities are
+- lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing, ``out`` is any finite
+  number and ``lse`` any number.
+- backward takes ``out`` and ``lse`` over all keys, also those of other blocks: the probabilities are
   ``exp(score - lse)`` (Dao et al., FlashAttention, arXiv 2205.14135, appendix B.2).
 """
 
@@ -25,7 +25,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 def rows_in_memory(x: Tensor) -> Tensor:
-    """``x``, copied where a row does not lie in one piece: kernels take that for granted, and do not check it."""
+    """``x``, copied if its rows are not contiguous: kernels assume that they are, without a check."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """``grouped`` is whether it reads K < H key heads as they are; if not, it gets them repeated."""
+    """``grouped``: whether the kernel reads K < H key heads as they are; if not, they are repeated for it."""
 
     name: str
     serves: Callable[[Case], bool]
@@ -57,5 +57,5 @@ class Kernel:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which results of blocks are put together."""
+    """The dtype in which block results are merged."""
     return torch.float64 if dtype == torch.float64 else torch.float32

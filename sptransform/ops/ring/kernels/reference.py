@@ -1,4 +1,4 @@
-"""Block attention written out: the definition, which serves every case."""
+"""Block attention computed by its definition, which serves every case."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _open(
     scale: float,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. ``kept`` multiplies the probabilities: dropout."""
+    """The definition. ``kept`` is dropout: a factor for each probability."""
     query, key, value = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
     scores = _scores(query, key, bias, causal, scale)
     probabilities = aten._safe_softmax(scores, -1)  # zeros where a row sees nothing
@@ -64,7 +64,7 @@ def _open_backward(
     dropped = probabilities
     if kept is not None:
         dropped, grad_probabilities = probabilities * kept, grad_probabilities * kept
-    # sum_j p_ij dp_ij of the whole row, of which this block may be a part (FlashAttention, equation 4)
+    # sum_j p_ij dp_ij over all keys of the row, also those of other blocks (FlashAttention, equation 4)
     whole = (grad * out).sum(-1, keepdim=True)
     grad_scores = grouped_rows(probabilities * (grad_probabilities - whole) * scale, key)
     grad_query = (grad_scores @ key).view_as(query)

@@ -53,6 +53,6 @@ def choose(case: Case) -> Kernel:
 def kernel_name(query: Tensor, value: Tensor, *, masked: bool = False, dropout_p: float = 0.0) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
-    ``masked`` are calls with a mask: all of a mask program's, and those on the edge of a sliding window.
+    ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window.
     """
     return choose(Case.of(query, value, masked=masked, dropout_p=dropout_p)).name
