@@ -26,17 +26,17 @@ from rich.table import Table
 RATE = 20  # samples a second
 # The first line that fits a frame tells its kind; frames are `function (file:line)`.
 KINDS: list[tuple[str, str]] = [
-    ("garbage collection", r"^(_reset|collect_seldom) \(tests/gloo_pool"),
+    ("garbage collection", r"^(_reset|collect_seldom) \(tests/support/gloo_pool"),
     ("imports", r"<frozen importlib"),
     ("processes", r"multiprocessing/|subprocess\.py"),
     ("our retrace", r"sptransform/capture/"),
     ("verifier", r"sptransform/engine/verifier"),
     ("passes", r"sptransform/|\(passes/"),
     ("Inductor", r"torch/_inductor/"),
-    ("running", r"_aot_autograd/runtime_wrappers|tests/lockstep"),
+    ("running", r"_aot_autograd/runtime_wrappers|tests/support/lockstep"),
     ("AOT", r"torch/_functorch/"),
     ("Dynamo", r"torch/_dynamo/(?!eval_frame|utils|external_utils|decorators)"),
-    ("models", r"transformers/|\(tests/(models|tiny|shapes)"),
+    ("models", r"transformers/|\(tests/support/(models|tiny|shapes)"),
     ("running", r"\(tests/"),
     ("pytest", r"_pytest/|pluggy/"),
 ]
