@@ -19,12 +19,10 @@ from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import UnsupportedOpError, UsageError, describe
 from sptransform.engine.axes import Axes
 from sptransform.engine.context import Context, Fallback
-from sptransform.engine.inner_axes import InnerAxes
 from sptransform.engine.pass_manager import Pass
 from sptransform.engine.propagation import Propagation, light_nodes
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call
-from sptransform.parameters.parts import first_dim
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, Placement, R, Shard
 
@@ -55,7 +53,7 @@ class AssignPlacements(Pass):
             )
         sources = (n for n in graph.nodes if n.op in ("placeholder", "get_attr") and dataflow.values(n))
         inputs = {n: self._input(n, context) for n in sources}
-        inner = InnerAxes(graph, axes, context.mesh.size, light) if context.strategy.shards_weights else None
+        inner = context.strategy.inner_axes(graph, axes, context.mesh.size, light)
         propagation = Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light, inner)
         propagation.run()
         if context.shard_parameters:
@@ -75,13 +73,10 @@ class AssignPlacements(Pass):
         return R if notes.note(node).differentiable and not context.grad_sync else I
 
     def _keep_part(self, node: fx.Node, demanded: list[Placement], context: Context) -> None:
-        """Store a parameter cut as the graph reads it; if only sequences are split, cut along its first dim."""
-        if context.strategy.shards_weights:
-            dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
-            dim = dims.pop() if len(dims) == 1 else None
-        else:
-            num_ranks = max(context.num_ranks, context.mesh.size)
-            dim = 0 if notes.note(node).stored else first_dim(dataflow.shape(node), num_ranks)
+        """Note along which dimension ranks keep parts of a parameter, if they do."""
+        num_ranks = max(context.num_ranks, context.mesh.size)
+        is_stored = bool(notes.note(node).stored)
+        dim = context.strategy.stored_dim(dataflow.shape(node), demanded, num_ranks, is_stored)
         if dim is not None:
             notes.note(node).stored += (notes.Stored(dim, context.mesh.group),)
             notes.set_placement(node, self._input(node, context))

@@ -32,7 +32,7 @@ class RecomputeGathers(Pass):
             if not context.strategy.regather:
                 continue
             rule = notes.note(node).rule
-            if rule is not None and (rule.roles or (context.strategy.shards_weights and rule.heavy)):
+            if rule is not None and context.strategy.gathers_for(rule):
                 for operand in dataflow.operands(node):
                     picked = dataflow.projection(operand)
                     producer = operand if picked is None else picked[0]

@@ -65,6 +65,11 @@ class Options:
                     describe("sequence_dims maps input names to dims", found=f"{name!r}: {dim!r}", fix="{'x': 1}")
                 )
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether each rank keeps a part of every parameter it can."""
+        return self.shard_parameters or self.strategy.shards_weights
+
     @staticmethod
     def of(given: Mapping[str, Any]) -> Options:
         """Options from the dict a user passed. Raises UsageError naming an unknown key."""

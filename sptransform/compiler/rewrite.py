@@ -198,8 +198,8 @@ def rewrite_call(
 def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:
     """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
     if mesh.size > 1:
-        parts = options.shard_parameters or options.strategy.shards_weights
-        return Rewritten(*rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=parts))
+        made = rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=options.keeps_parts)
+        return Rewritten(*made)
     # one rank runs the model as it is, see backend.py
     context = Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
     return Rewritten(capture(gm, example_inputs), context)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.axes import Axes
+from sptransform.engine.inner_axes import InnerAxes
+from sptransform.parameters.parts import first_dim
 from sptransform.rules.decision import Decision
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.mesh import Mesh, device_mesh_of
 from sptransform.sharding.partition import Partition
+from sptransform.sharding.placement import Placement
 from sptransform.sharding.sizes import Size
 
 Divide = Callable[[str], Partition]
@@ -100,6 +105,29 @@ class Strategy:
     def multiple(self, num_ranks: int) -> int:
         """One graph serves all lengths that are multiples of this number."""
         return num_ranks
+
+    def gathers_for(self, rule: OpRule) -> bool:
+        """Whether gathering the operands of an op with ``rule`` is the strategy's plan: by default, of attention."""
+        return bool(rule.roles)
+
+    def inner_axes(
+        self, graph: fx.Graph, axes: Axes, num_ranks: int, light: frozenset[fx.Node]
+    ) -> InnerAxes | None:
+        """The axes to cut in preference to the sequence; None if only the sequence is cut."""
+        return None
+
+    def stored_dim(
+        self, shape: Sequence[Size], demanded: Sequence[Placement], num_ranks: int, is_stored: bool
+    ) -> int | None:
+        """The dimension along which ranks keep parts of a parameter; None if every rank keeps all of it.
+
+        Args:
+            shape: of the parameter.
+            demanded: the placements in which the graph reads it.
+            num_ranks: ranks of all mesh dims together.
+            is_stored: whether an earlier mesh dim has cut it.
+        """
+        return 0 if is_stored else first_dim(shape, num_ranks)
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
         """The decision for an attention op with ``rule``; ``divide(factor)`` returns the partition of a factor.

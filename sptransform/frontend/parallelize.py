@@ -107,8 +107,7 @@ def parallelize(
             )
         )
     where = options.strategy.mesh_of(mesh)  # a wrong mesh is an error here, not at the first call
-    cuts = options.shard_parameters or options.strategy.shards_weights
-    if cuts and not grad_sync:
+    if options.keeps_parts and not grad_sync:
         raise UsageError(
             describe(
                 "parameters of which ranks keep parts have complete gradients",
@@ -116,8 +115,8 @@ def parallelize(
                 fix="grad_sync=True, or a strategy that leaves parameters whole",
             )
         )
-    _check_module(model, where, cuts=cuts)
-    settle = _keep_parts(model, options, where, inputs) if cuts and where.size > 1 else None
+    _check_module(model, where, cuts=options.keeps_parts)
+    settle = _keep_parts(model, options, where, inputs) if options.keeps_parts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration

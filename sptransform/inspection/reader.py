@@ -9,6 +9,7 @@ from torch import fx
 
 from sptransform.compiler.rewrite import Rewritten
 from sptransform.diagnostics import provenance
+from sptransform.engine.strategy import Strategy
 from sptransform.engine.traffic import Sending, global_shape, in_order, sending_by_node
 from sptransform.graph import dataflow, notes
 from sptransform.graph.printer import op_name, tensor_type
@@ -25,7 +26,6 @@ def explanation_of(rewritten: Rewritten) -> Explanation:
     rings = [node for node in sent if not notes.note(node).transitions and notes.note(node).rule.roles]
     moves = {node: sending for node, sending in sent.items() if node not in rings}
     changed = [node for node in moves if notes.note(node).transitions]
-    asking = context.strategy.shards_weights
     return Explanation(
         strategy=str(context.strategy),
         world_size=context.mesh.size,
@@ -34,7 +34,7 @@ def explanation_of(rewritten: Rewritten) -> Explanation:
         rings=tuple(_ring(node, sent[node]) for node in rings),
         collectives=tuple(in_order(sent.values())),
         fallbacks=tuple(context.fallbacks),
-        gathered=tuple(_gathered(changed, {fallback.node for fallback in context.fallbacks}, asking)),
+        gathered=tuple(_gathered(changed, {fallback.node for fallback in context.fallbacks}, context.strategy)),
         outputs=tuple(_outputs(graph)),
         grad_sync=context.grad_sync,
         rewritten=rewritten,
@@ -80,10 +80,10 @@ def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str,
     return tuple((str(source), str(target)) for source, target in transitions)
 
 
-def _gathered(redistributions: list[fx.Node], fallbacks: set[str], linears: bool) -> Iterator[Gathered]:
+def _gathered(redistributions: list[fx.Node], fallbacks: set[str], strategy: Strategy) -> Iterator[Gathered]:
     """Gathers that an op with a rule asks for: one entry per reader.
 
-    Excludes inputs, parameters, and what the strategy gathers for attention, or for linears if ``linears``.
+    Excludes inputs, parameters, and what the strategy plans to gather.
     """
     for node in redistributions:
         moved = zip(notes.note(node).transitions, dataflow.operands(node), strict=True)
@@ -94,7 +94,7 @@ def _gathered(redistributions: list[fx.Node], fallbacks: set[str], linears: bool
             num_bytes = value.element_size() * prod(global_shape(source, tuple(value.shape)))
             for reader in _readers(node, index):
                 rule = notes.note(reader).rule
-                wanted = rule is not None and bool(rule.roles or (linears and rule.heavy))
+                wanted = rule is not None and strategy.gathers_for(rule)
                 if reader.op != "output" and reader.name not in fallbacks and not wanted:
                     line = provenance.source_line(reader)
                     yield Gathered(op_name(reader.target), reader.name, line, num_bytes)

@@ -65,6 +65,9 @@ class Composed(Strategy):
             )
         return [shape]
 
+    def gathers_for(self, rule: OpRule) -> bool:
+        return any(strategy.gathers_for(rule) for strategy in self.strategies)
+
     def multiple(self, num_ranks: int) -> int:
         return self.strategies[0].multiple(num_ranks)
 

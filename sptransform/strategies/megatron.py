@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.axes import Axes
+from sptransform.engine.inner_axes import InnerAxes
 from sptransform.engine.strategy import Divide, Strategy, check_choice
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpRule
+from sptransform.sharding.placement import Placement, Shard
+from sptransform.sharding.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,19 @@ class MegatronSP(Strategy):
 
     def __post_init__(self) -> None:
         check_choice(self, "regather", False, True)
+
+    def gathers_for(self, rule: OpRule) -> bool:
+        return super().gathers_for(rule) or rule.heavy
+
+    def inner_axes(self, graph: fx.Graph, axes: Axes, num_ranks: int, light: frozenset[fx.Node]) -> InnerAxes:
+        return InnerAxes(graph, axes, num_ranks, light)
+
+    def stored_dim(
+        self, shape: Sequence[Size], demanded: Sequence[Placement], num_ranks: int, is_stored: bool
+    ) -> int | None:
+        """As the graph reads it, if it is read in one way that DTensor can express."""
+        dims = {x.dim if isinstance(x, Shard) and x.partition.is_exact else None for x in demanded}
+        return dims.pop() if len(dims) == 1 else None
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
         heads = rule.roles.get("heads")
