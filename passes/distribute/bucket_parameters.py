@@ -36,7 +36,8 @@ class BucketParameters(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         order = {node: position for position, node in enumerate(graph.nodes)}
-        moves = [node for node in graph.nodes if _is_of_parameter(node)]
+        around = notes.region_around(graph)
+        moves = [node for node in graph.nodes if _is_of_parameter(node) and notes.region_of(node) == around]
         first_reader = {
             move: min((reader for output in move.users for reader in output.users), key=order.__getitem__)
             for move in moves

@@ -11,7 +11,9 @@ Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is dem
 3. S -> S along the same axis, where each index only gets another owner, is one redistribute; S -> S along two axes of
    the same dimension, or where ranks share indices, goes through I.
 4. If ranks share indices of a shard (key heads), only the first owner's copy is moved on.
-5. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
+5. Under a user's ``no_grad`` the graph may still have regions with gradients (``enable_grad``). What such a region
+   reads is moved inside of it, and what it returns to the caller is moved right behind its producer.
+6. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
    express: contiguous chunks in the original order, or I where its axis is only a part of the dimension.
 """
 
@@ -27,7 +29,7 @@ from sptransform.engine.verifier import satisfies
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import replace_operand
 from sptransform.graph.redistribute import insert_redistribute
-from sptransform.graph.regions import OUTSIDE, Region
+from sptransform.graph.regions import Region
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, Placement, R, Shard, keeps_own, leads_through_whole, repartitions
 
@@ -41,8 +43,9 @@ class _Inserter:
 
     def moved(self, producer: fx.Node, target: Placement, before: fx.Node) -> fx.Node:
         source = notes.placement(producer)
-        hoisted = producer.op == "placeholder" and target == R
-        key = (producer, target, OUTSIDE if hoisted else notes.region_of(before))
+        around, region = notes.region_around(before.graph), notes.region_of(before)
+        hoisted = producer.op == "placeholder" and target == R and around.grad_enabled >= region.grad_enabled
+        key = (producer, target, around if hoisted else region)
         if key not in self.made:
             if isinstance(source, Shard) and not source.partition.is_exact and not keeps_own(source, target):
                 own = replace(source, partition=source.partition.first_owners())
@@ -74,15 +77,23 @@ class InsertRedistributes(Pass):
                         self._satisfy(node, index, operands[index], demanded, inserter)
 
     def _satisfy(
-        self, node: fx.Node, index: int, producer: fx.Node, demanded: Placement, inserter: _Inserter
+        self,
+        node: fx.Node,
+        index: int,
+        producer: fx.Node,
+        demanded: Placement,
+        inserter: _Inserter,
+        before: fx.Node | None = None,
     ) -> None:
         actual = notes.placement(producer)
         if not satisfies(actual, demanded, notes.note(producer).differentiable):
-            replace_operand(node, index, inserter.moved(producer, demanded, node))
+            replace_operand(node, index, inserter.moved(producer, demanded, node if before is None else before))
 
     def _return(self, node: fx.Node, inserter: _Inserter, context: Context) -> None:
         for index, producer in enumerate(dataflow.operands(node)):
-            self._satisfy(node, index, producer, _returned(notes.placement(producer), context), inserter)
+            returned = _returned(notes.placement(producer), context)
+            passes_gradient = notes.note(producer).differentiable and not notes.region_of(node).grad_enabled
+            self._satisfy(node, index, producer, returned, inserter, before=producer.next if passes_gradient else node)
         leaves = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
         context.output_placements = tuple(
             notes.placement(x) if isinstance(x, fx.Node) and dataflow.is_tensor(x) else None for x in leaves

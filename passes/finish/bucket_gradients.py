@@ -47,6 +47,8 @@ class BucketGradients(Pass):
                 node
                 for node in graph.find_nodes(op="call_function", target=_REPLICATE)
                 if node in moved and notes.note(node).mesh == mesh and len(node.args[0]) == 1
+                # others stand in a region that lets gradients pass, under a user's no_grad
+                and notes.region_of(node) == notes.region_around(graph)
             ]
             # moves already stand in the order in which they are first read
             for bucket in fill(moves, self.bucket_bytes):

@@ -25,6 +25,7 @@ from sptransform.capture.functionalize import functionalize
 from sptransform.capture.interpreter import Inliner, InParts
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import rename
+from sptransform.graph.regions import Region
 from sptransform.parameters.parts import stored_in
 
 
@@ -63,6 +64,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         note.is_parameter = isinstance(x, torch.nn.Parameter)
         rename(node, note.input_name)
     functionalize(traced.graph)
+    # Dynamo calls backends in the grad mode that the user's call is in
+    notes.set_region_around(traced.graph, Region(grad_enabled=torch.is_grad_enabled()))
     return traced
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sptransform.graph.dataflow import projection
-from sptransform.graph.regions import OUTSIDE, Region
+from sptransform.graph.regions import Region
 from sptransform.rules.decision import Decision
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.mesh import Mesh
@@ -17,6 +17,7 @@ from sptransform.sharding.placement import Placement, Shard
 from sptransform.sharding.sizes import Size
 
 _KEY = "sptransform"
+_AROUND = "sptransform_region"
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,19 @@ def region_of(node: fx.Node) -> Region:
         at = at.prev
     for following in reversed(unknown):
         before = following.prev
-        note(following).region = OUTSIDE if before.op == "root" else note(before).region.after(before)
+        is_first = before.op == "root"
+        note(following).region = region_around(node.graph) if is_first else note(before).region.after(before)
     return note(node).region
+
+
+def region_around(graph: fx.Graph) -> Region:
+    """What is in force where the graph is called: a user's ``no_grad`` around the call is no node of it."""
+    owner = graph.owning_module
+    return Region() if owner is None else owner.meta.get(_AROUND, Region())
+
+
+def set_region_around(graph: fx.Graph, region: Region) -> None:
+    graph.owning_module.meta[_AROUND] = region
 
 
 def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -87,7 +99,7 @@ def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     found: dict[fx.Node, fx.Node] = {}
     opening = None
     for node in graph.nodes:
-        if region_of(node) == OUTSIDE:
+        if region_of(node) == region_around(graph):
             opening = node
         found[node] = opening
     return found

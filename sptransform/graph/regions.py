@@ -21,7 +21,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 @dataclass(frozen=True)
 class Region:
-    """The modes active at one place of a graph; the default is outside of any region.
+    """The modes active at one place of a graph; by default those of a training step, outside of any region.
 
     Attributes:
         autocasts: the arguments of ``torch.autocast`` for every open region, outermost first.
@@ -50,5 +50,3 @@ class Region:
                 stack.enter_context(torch.autocast(*args, **dict(kwargs)))
             yield
 
-
-OUTSIDE = Region()

@@ -19,6 +19,7 @@ from sptransform.graph import dataflow, notes
 from sptransform.passes import PIPELINE
 from tests.passes.blocks import BATCH, HIDDEN, LENGTH, Attention, heads, hidden_states
 from tests.support.graphs import (
+    Run,
     a_context,
     assert_ranks_equal_one_device,
     captured,
@@ -258,6 +259,32 @@ def test_a_parameter_first_read_inside_of_no_grad() -> None:
     weight = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
     reference, ranks, _ = on_ranks(model, heads(), weight, num_ranks=2)
     assert_ranks_equal_one_device(reference, ranks)
+
+
+@pytest.mark.parametrize("outputs", ["full", "local"])
+def test_gradients_of_a_region_inside_of_the_callers_no_grad(outputs: str) -> None:
+    """No node of the graph says that the caller has gradients off: the region has to move its own inputs."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            x = functional.linear(x, weight)
+            return functional.scaled_dot_product_attention(x, x, x) + x
+
+        outside = attend(x)
+        with torch.enable_grad():
+            inside = attend(x)
+        return inside, outside
+
+    weight = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        reference, ranks, graphs = on_ranks(model, heads().requires_grad_(), weight, num_ranks=2, outputs=outputs)
+    assert all(grad is not None for grad in reference.grads)
+    if outputs == "full":
+        assert_ranks_equal_one_device(reference, ranks)
+    else:  # each rank has its part of the outputs
+        grads = [Run([], rank.grads) for rank in ranks]
+        assert_ranks_equal_one_device(Run([], reference.grads), grads)
+    assert not notes.region_around(graphs[0].graph).grad_enabled
 
 
 # ---- activation checkpointing

@@ -12,7 +12,7 @@ from torch import fx
 
 from sptransform.graph import notes
 from sptransform.graph.edit import emit_like
-from sptransform.graph.regions import OUTSIDE, Region
+from sptransform.graph.regions import Region
 from tests.passes.blocks import heads
 from tests.support.graphs import captured, nodes_of
 
@@ -63,8 +63,8 @@ def test_a_region_is_what_is_in_force_when_the_graph_runs(trees: list[object]) -
         region = notes.region_of(node)
         with torch.set_grad_enabled(region.grad_enabled), region.autocast():
             assert in_force() == state
-        assert notes.region_of(places[node]) == OUTSIDE
-        assert (places[node] is node) == (region == OUTSIDE)
+        assert notes.region_of(places[node]) == Region()
+        assert (places[node] is node) == (region == Region())
     assert places[looks[-1]] is looks[-1]
 
 
@@ -80,7 +80,7 @@ def nested(x: torch.Tensor) -> torch.Tensor:
 def test_of_nested_regions_without_gradients_all_end() -> None:
     gm, _ = captured(nested, heads())
     (mul,) = nodes_of(gm, aten.mul.Tensor)
-    assert notes.region_of(mul) == OUTSIDE
+    assert notes.region_of(mul) == Region()
     for target in (aten.sin.default, aten.cos.default, aten.tan.default):
         (node,) = nodes_of(gm, target)
         assert notes.region_of(node) == Region(grad_enabled=False)
@@ -113,8 +113,8 @@ def test_every_node_is_looked_at_once_however_many_are_added(monkeypatch: pytest
 def test_a_copy_of_a_node_elsewhere_is_in_the_region_it_stands_in() -> None:
     gm, _ = captured(nested, heads())
     (sin,), (mul,) = nodes_of(gm, aten.sin.default), nodes_of(gm, aten.mul.Tensor)
-    assert notes.region_of(sin) != OUTSIDE
+    assert notes.region_of(sin) != Region()
     with gm.graph.inserting_before(mul):
         again = gm.graph.call_function(aten.sin.default, sin.args)
     notes.fork(sin, again)
-    assert notes.region_of(again) == OUTSIDE
+    assert notes.region_of(again) == Region()

@@ -291,27 +291,9 @@ def _work(rank: int, world_size: int, directory: Path, log: Path, stacks: Path, 
             call = parent.recv_bytes()
         except EOFError:
             return
-        _leave_groups()
         parent.send_bytes(_answer(call, rank, world_size, recorded))
         output.flush()
         _reset()
-
-
-def _leave_groups() -> None:
-    """End the process groups that the last call made, now that all ranks have answered it.
-
-    Each has threads that wake a hundred times a second for as long as the group is there, at work or not. The library's
-    own groups stay: torch names them after their ranks, and a second group of a name would find the addresses of the
-    first in the store.
-    """
-    import torch.distributed as dist
-
-    from sptransform.sharding import mesh
-
-    kept = {dist.group.WORLD, *(group for groups in mesh._groups.values() for group in groups.values())}
-    # Private: torch has no public list of the groups there are.
-    for group in dist.distributed_c10d._world.pg_map.keys() - kept:
-        dist.destroy_process_group(group)
 
 
 Recorded = Callable[[str], AbstractContextManager[None]]

@@ -128,13 +128,15 @@ def copied(inputs: Sequence[Any]) -> list[Any]:
     return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
-def run_once(call: Callable[..., Any], inputs: Sequence[Any]) -> Run:
+def run_once(call: Callable[..., Any], inputs: Sequence[Any], grad_enabled: bool = True) -> Run:
     """Call on copies of `inputs`; backward of the sum of the first output if it needs gradients."""
     own = copied(inputs)
-    outputs = call(*own)
+    with torch.set_grad_enabled(grad_enabled):
+        outputs = call(*own)
     outputs = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
     if outputs[0].requires_grad:
-        outputs[0].sum().backward()
+        with torch.enable_grad():
+            outputs[0].sum().backward()
     grads = [x.grad for x in own if isinstance(x, torch.Tensor)]
     return Run([x.detach() if isinstance(x, torch.Tensor) else None for x in outputs], grads)
 
@@ -142,7 +144,10 @@ def run_once(call: Callable[..., Any], inputs: Sequence[Any]) -> Run:
 def on_ranks(
     model: Callable[..., Any], *args: Any, num_ranks: int, backend: str = "eager", **options: Any
 ) -> tuple[Run, list[Run], list[fx.GraphModule]]:
-    """One device (Dynamo's graph, eager) and every rank, on the same inputs; and all ranks' graphs."""
+    """One device (Dynamo's graph, eager) and every rank, on the same inputs; and all ranks' graphs.
+
+    All are called in the caller's grad mode.
+    """
 
     def use(gm: fx.GraphModule, inputs: list[Any]) -> tuple[Any, ...]:
         graphs, calls = [], []
@@ -153,7 +158,9 @@ def on_ranks(
         return gm, inputs, graphs, calls
 
     gm, inputs, graphs, calls = while_captured(model, use, *args)
-    return run_once(gm, inputs), in_lockstep(num_ranks, lambda rank: run_once(calls[rank], inputs)), graphs
+    enabled = torch.is_grad_enabled()  # of this thread
+    ranks = in_lockstep(num_ranks, lambda rank: run_once(calls[rank], inputs, enabled))
+    return run_once(gm, inputs, enabled), ranks, graphs
 
 
 def _compiled(gm: fx.GraphModule, inputs: list[Any], backend: str, rank: int) -> Callable[..., Any]:
