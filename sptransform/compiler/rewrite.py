@@ -200,6 +200,6 @@ def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], opt
     if mesh.size > 1:
         made = rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=options.keeps_parts)
         return Rewritten(*made)
-    # one rank runs the model as it is, see backend.py
+    # one rank runs the model as it is, see compiler/backend.py
     context = Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
     return Rewritten(capture(gm, example_inputs), context)

@@ -86,3 +86,20 @@ def test_no_rule(case: Case) -> None:
 def test_an_outer_product_is_not_heavy(case: Case, heavy: bool) -> None:
     _, rule = rule_for(case)
     assert rule.heavy is heavy
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case(aten.bmm.default, randn(2, 4, 6), randn(2, 6, 5)),
+        case(aten.dot.default, randn(6), randn(6)),
+        case(aten.linear.default, randn(4, 6), randn(5, 6)),
+        case(aten.matmul.default, randn(4, 6), randn(6, 5)),
+        case(aten.mm.default, randn(4, 6), randn(6, 5)),
+        case(aten.mv.default, randn(4, 6), randn(6)),
+    ],
+    ids=str,
+)
+def test_a_pending_sum_passes_either_operand_of_a_product(case: Case) -> None:
+    _, rule = rule_for(case)
+    assert set(rule.linear) == {frozenset({0}), frozenset({1})}

@@ -92,3 +92,20 @@ def test_in_autocast_ops_open_into_what_autocast_makes_of_them() -> None:
     gm, _ = after(DecomposeCheckpointed, selective(narrow), hidden_states().float())
     products = nodes_of(gm, aten.mm.default) + nodes_of(gm, aten.addmm.default)
     assert [node.meta["val"].dtype for node in products] == [torch.bfloat16] * 4
+
+
+def test_an_op_is_opened_as_its_operands_need_gradients() -> None:
+    """Which ops it runs may depend on that, as torch's choice of a kernel does."""
+    library = torch.library.Library("sptransform_tests", "FRAGMENT")
+    library.define("by_gradient(Tensor x) -> Tensor")
+    forms = {True: lambda x: x.sin().cos(), False: lambda x: x.cos().sin()}
+    library.impl("by_gradient", lambda x: forms[x.requires_grad](x), "CompositeImplicitAutograd")
+    attention = Attention()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        by_gradient = torch.ops.sptransform_tests.by_gradient
+        return attention(x) + by_gradient(x) + by_gradient(x.detach())
+
+    gm, _ = after(DecomposeCheckpointed, selective(model), hidden_states().requires_grad_())
+    found = [node.target for node in gm.graph.nodes if node.target in (aten.sin.default, aten.cos.default)]
+    assert found == [aten.sin.default, aten.cos.default, aten.cos.default, aten.sin.default]
