@@ -25,16 +25,18 @@ class SymbolicSizeError(ValueError):
     """A symbolic size was used where a number is needed; the graph must be captured with the size fixed."""
 
 
-# the sympy functions that raise when an expression has no truth value or no numeric value
+# what raises TypeError because a size is symbolic: sympy, of its truth value or number, and torch, of its hash
 _UNDECIDED = {
-    conversion.__code__ for conversion in (Relational.__bool__, sympy.Expr.__int__, sympy.Expr.__float__)
+    conversion.__code__
+    for conversion in (Relational.__bool__, sympy.Expr.__int__, sympy.Expr.__float__, torch.SymInt.__hash__)
 }
 
 
 def needs_number(error: BaseException) -> bool:
     """Whether the error was raised because a symbolic size was used where a number is needed.
 
-    For a comparison that depends on the length, sympy raises TypeError. So do many bugs; the raising frame decides.
+    For a comparison that depends on the length, sympy raises TypeError, and torch where sizes are sorted out in a set.
+    So do many bugs; the raising frame decides.
     """
     if isinstance(error, SymbolicSizeError):
         return True

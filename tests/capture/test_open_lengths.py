@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional
 
 from sptransform.compiler import rewrite
@@ -40,8 +41,9 @@ def raised(call: Callable[[], Any]) -> BaseException:
         lambda: int(4 * k),
         lambda: float(k + 1),
         lambda: number(2 * k),
+        lambda: {ShapeEnv().create_unbacked_symint()},
     ],
-    ids=["comparison", "max", "sorted", "int", "float", "number"],
+    ids=["comparison", "max", "sorted", "int", "float", "number", "set"],
 )
 def test_what_only_a_number_can_answer(call: Callable[[], Any]) -> None:
     answer = lambda: bool(call())  # noqa: E731
