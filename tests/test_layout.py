@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import sptransform
+from sptransform.compiler.caches import sources
 
 ROOT = Path(sptransform.__file__).parent
 FILES = {
     ".".join(("sptransform", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
-    for file in [*ROOT.rglob("*.py"), *(ROOT / "passes").rglob("*.py")]
-    if "__pycache__" not in file.parts
+    for file in sources(ROOT)
 }
 
 # A folder may import folders of its own level, where these do not import it, and of the levels above it in this list.

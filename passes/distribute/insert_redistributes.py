@@ -74,26 +74,20 @@ class InsertRedistributes(Pass):
                 operands = dataflow.operands(node)
                 for index, demanded in enumerate(note.decision.demands(note.rule, len(operands))):
                     if demanded is not None:
-                        self._satisfy(node, index, operands[index], demanded, inserter)
+                        self._satisfy(node, index, operands[index], demanded, node, inserter)
 
     def _satisfy(
-        self,
-        node: fx.Node,
-        index: int,
-        producer: fx.Node,
-        demanded: Placement,
-        inserter: _Inserter,
-        before: fx.Node | None = None,
+        self, node: fx.Node, index: int, producer: fx.Node, demanded: Placement, before: fx.Node, inserter: _Inserter
     ) -> None:
         actual = notes.placement(producer)
         if not satisfies(actual, demanded, notes.note(producer).differentiable):
-            replace_operand(node, index, inserter.moved(producer, demanded, node if before is None else before))
+            replace_operand(node, index, inserter.moved(producer, demanded, before))
 
     def _return(self, node: fx.Node, inserter: _Inserter, context: Context) -> None:
         for index, producer in enumerate(dataflow.operands(node)):
             returned = _returned(notes.placement(producer), context)
             passes_gradient = notes.note(producer).differentiable and not notes.region_of(node).grad_enabled
-            self._satisfy(node, index, producer, returned, inserter, before=producer.next if passes_gradient else node)
+            self._satisfy(node, index, producer, returned, producer.next if passes_gradient else node, inserter)
         leaves = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
         context.output_placements = tuple(
             notes.placement(x) if isinstance(x, fx.Node) and dataflow.is_tensor(x) else None for x in leaves

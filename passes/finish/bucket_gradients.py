@@ -50,11 +50,12 @@ class BucketGradients(Pass):
                 # others stand in a region that lets gradients pass, under a user's no_grad
                 and notes.region_of(node) == notes.region_around(graph)
             ]
+            order = {node: position for position, node in enumerate(graph.nodes)}
+            outermost = notes.outermost(graph)
             # moves already stand in the order in which they are first read
             for bucket in fill(moves, self.bucket_bytes):
-                order = {node: position for position, node in enumerate(graph.nodes)}
                 readers = [reader for node in bucket for output in node.users for reader in output.users]
-                _merge(bucket, notes.outermost(graph)[min(readers, key=order.__getitem__)])
+                _merge(bucket, outermost[min(readers, key=order.__getitem__)])
 
 
 def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:

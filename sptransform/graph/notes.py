@@ -97,9 +97,9 @@ def set_region_around(graph: fx.Graph, region: Region) -> None:
 def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Map each node to the node that opens its outermost region; outside of regions, to itself."""
     found: dict[fx.Node, fx.Node] = {}
-    opening = None
+    around, opening = region_around(graph), None
     for node in graph.nodes:
-        if region_of(node) == region_around(graph):
+        if region_of(node) == around:
             opening = node
         found[node] = opening
     return found

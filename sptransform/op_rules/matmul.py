@@ -22,7 +22,7 @@ def matmul(call: OpCall) -> OpRule:
     a, b = (len(shape) for shape in call.operand_shapes)
     left = "k" if a == 1 else "... i k" if b <= 2 or a > 2 else "i k"
     right = "k" if b == 1 else "... k j" if b > 2 else "k j"
-    lead = "... " if max(a, b) > 2 or "..." in left else ""
+    lead = "... " if max(a, b) > 2 else ""
     out = lead + ("i " if a > 1 else "") + ("j" if b > 1 else "")
     text = f"{left}, {right} -> {out}"
     inner = call.operand_shapes[0][-1]
