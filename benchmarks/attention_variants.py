@@ -69,7 +69,7 @@ def our_ring(keys_travel: bool, setting: Setting, group: dist.ProcessGroup) -> A
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not keys_travel:
-            k, v = ops.gather_packed([k, v], [f"S(2:{own})"] * 2, name)
+            k, v = ops.all_gather_packed([k, v], [f"S(2:{own})"] * 2, name)
         keys = own if keys_travel else ""
         out = ops.ring_attention(q, k, v, [], [], nearest=0, queries=own, keys=keys, group_name=name)[0]
         return out.transpose(1, 2)

@@ -31,7 +31,7 @@ from sptransform.graph.edit import replace_operand
 from sptransform.graph.redistribute import insert_redistribute
 from sptransform.graph.regions import Region
 from sptransform.sharding.partition import Partition
-from sptransform.sharding.placement import I, Placement, R, Shard, keeps_own, leads_through_whole, repartitions
+from sptransform.sharding.placement import I, Placement, R, Shard, keeps_own, needs_full_tensor, repartitions
 
 
 @dataclass
@@ -50,7 +50,7 @@ class _Inserter:
             if isinstance(source, Shard) and not source.partition.is_exact and not keeps_own(source, target):
                 own = replace(source, partition=source.partition.first_owners())
                 producer, source = self.moved(producer, own, before), own
-            if leads_through_whole(source, target):
+            if needs_full_tensor(source, target):
                 producer, source = self.moved(producer, I, before), I
             (self.made[key],) = insert_redistribute(
                 self.first if hoisted else before, [producer], [(source, target)]

@@ -29,14 +29,14 @@ _ops = torch.ops.sptransform
 # (from, to) -> op and its arguments after the tensor, given both placements and the group's name
 _SINGLE: dict[tuple[str, str], tuple[Any, Callable[[Any, Any, str], tuple[Any, ...]]]] = {
     ("I", "P"): (_ops.first_rank.default, lambda s, t, group: (group, True)),
-    ("I", "S"): (_ops.cut.default, lambda s, t, group: (t.spec, group, True)),
-    ("P", "I"): (_ops.sum.default, lambda s, t, group: (group, True)),
-    ("P", "R"): (_ops.sum.default, lambda s, t, group: (group, False)),
-    ("P", "S"): (_ops.sum_scatter.default, lambda s, t, group: (t.spec, group)),
+    ("I", "S"): (_ops.slice.default, lambda s, t, group: (t.spec, group, True)),
+    ("P", "I"): (_ops.all_reduce.default, lambda s, t, group: (group, True)),
+    ("P", "R"): (_ops.all_reduce.default, lambda s, t, group: (group, False)),
+    ("P", "S"): (_ops.reduce_scatter.default, lambda s, t, group: (t.spec, group)),
     ("R", "I"): (_ops.first_rank.default, lambda s, t, group: (group, False)),
-    ("R", "S"): (_ops.cut.default, lambda s, t, group: (t.spec, group, False)),
-    ("S", "I"): (_ops.gather.default, lambda s, t, group: (s.spec, group, True)),
-    ("S", "R"): (_ops.gather.default, lambda s, t, group: (s.spec, group, False)),
+    ("R", "S"): (_ops.slice.default, lambda s, t, group: (t.spec, group, False)),
+    ("S", "I"): (_ops.all_gather.default, lambda s, t, group: (s.spec, group, True)),
+    ("S", "R"): (_ops.all_gather.default, lambda s, t, group: (s.spec, group, False)),
     ("S", "S"): (_ops.repartition.default, lambda s, t, group: (s.spec, t.spec, group)),
 }
 _KEEP_OWN = _ops.keep_own.default, lambda s, t, group: (s.spec, t.spec, group)
@@ -59,7 +59,7 @@ class LowerRedistributes(Pass):
                 _relabel(node, _ops.all_to_all.default, (node.args[0], *specs, context.mesh.group))
             elif kinds == {("S", "R")} and len(transitions) > 1:
                 specs = [source.spec for source, _ in transitions]
-                _relabel(node, _ops.gather_packed.default, (node.args[0], specs, context.mesh.group))
+                _relabel(node, _ops.all_gather_packed.default, (node.args[0], specs, context.mesh.group))
             elif kinds == {("I", "R")}:
                 _relabel(node, _ops.replicate.default, (node.args[0], context.mesh.group))
             else:

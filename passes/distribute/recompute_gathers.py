@@ -1,7 +1,7 @@
 """Gather again in the backward, instead of saving the result: keys and values, inputs of linears, parameters.
 
-Before: ``%k1 : R = sptransform.gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the node
-is tagged to be recomputed in the backward, and each rank saves only its shard of the keys.
+Before: ``%k1 : R = sptransform.all_gather(%k, S(2) -> R)``, read by attention, is saved for its backward; after, the
+node is tagged to be recomputed in the backward, and each rank saves only its shard of the keys.
 
 1. Keys and values, and inputs of linears, if the strategy asks for it (``regather``); sharded parameters always.
 2. A checkpointed region would save the result, as it saves all communication: the strategy overrides checkpointing.

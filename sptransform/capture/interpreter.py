@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform.diagnostics.errors import CaptureError, describe
-from sptransform.parameters.parts import whole
+from sptransform.parameters.parts import full_tensor
 
 _regions = itertools.count(1)
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
@@ -53,7 +53,7 @@ class Inliner(fx.Interpreter):
             if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
                 self._policies[region] = _policy_of(contexts)
             return Inliner(body, self._policies).run(*operands)
-        if target is whole:
+        if target is full_tensor:
             return args[0].tensor
         # torch's tracer would record these two calls but not run them; torch.autocast is recorded and also takes effect
         if target is torch.amp.autocast_mode._enter_autocast:
@@ -86,7 +86,7 @@ class Inliner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self._at = n
-        if n.op != "placeholder" and n.target not in (whole, torch.ops.higher_order.tag_activation_checkpoint):
+        if n.op != "placeholder" and n.target not in (full_tensor, torch.ops.higher_order.tag_activation_checkpoint):
             for operand in n.all_input_nodes:
                 if isinstance(self.env[operand], InParts):
                     raise CaptureError(

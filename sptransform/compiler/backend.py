@@ -25,9 +25,9 @@ from sptransform.sharding.mesh import Mesh
 
 
 def sptransform_backend(
-    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], *, whole: bool = False
+    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], *, full_model: bool = False
 ) -> Callable[..., Any]:
-    """Compile Dynamo's ``gm`` for this rank; ``whole``: it is the whole model, not a part after a graph break.
+    """Compile Dynamo's ``gm`` for this rank; ``full_model``: it is the whole model, not a part after a graph break.
 
     If this fails, the other ranks are notified, see :mod:`sptransform.agreement.agreement`.
     """
@@ -36,7 +36,7 @@ def sptransform_backend(
         return lookup_backend(options.backend)(gm, list(inputs))
     agreement = Agreement.of(mesh)
     with nullcontext() if agreement is None else agreement.telling_failure():
-        compiled, program, lengths, context = _compile(options, gm, inputs, mesh, whole)
+        compiled, program, lengths, context = _compile(options, gm, inputs, mesh, full_model)
     if agreement is not None:
         compiled = agreement.checked(compiled, program, lengths, options.check_timeout)
     if options.outputs != "dtensor":
@@ -45,7 +45,7 @@ def sptransform_backend(
 
 
 def _compile(
-    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh, whole: bool
+    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh, full_model: bool
 ) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context]:
     check_not_split_by_ddp()
     check_devices(inputs, mesh)
@@ -64,7 +64,7 @@ def _compile(
         else:  # after uneven shares groups of this dim may differ, except in what they send each other
             lines.extend(placement_lines(graph, uneven.mesh))
 
-    rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, whole)
+    rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, full_model)
     program = Program((*settings(options, mesh, package_version()), *lines))
     # with uneven shares, graphs may be equal and local sizes not: the cache key names the rank
     share = "" if all(part.is_even for part in context.parts) else f"-{mesh.rank}/{mesh.size}"

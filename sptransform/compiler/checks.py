@@ -79,7 +79,7 @@ def check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> Non
         raise UsageError(describe("parameters of which ranks keep parts do not go with this", found=found, fix=fix))
 
 
-def check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whole: bool) -> None:
+def check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], full_model: bool) -> None:
     """Check names and dims against the inputs. Unless ``whole``, another part of the model may have missing names."""
     nodes = [node for node in graph.nodes if node.op == "placeholder" and dataflow.is_tensor(node)]
     dims_of = {notes.note(node).input_name: len(dataflow.shape(node)) for node in nodes}
@@ -92,7 +92,7 @@ def check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], whole
                     fix=f"a dim from 0 to {dims_of[name] - 1}",
                 )
             )
-        if name not in dims_of and whole:
+        if name not in dims_of and full_model:
             inputs = [known for known in dims_of if known is not None and "." not in known]
             raise UsageError(
                 describe(

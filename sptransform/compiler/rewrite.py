@@ -39,25 +39,25 @@ def rewrite_graph(
     options: Options,
     mesh: Mesh,
     see: Callable[[fx.Graph, Context | None], None] = lambda graph, part: None,
-    whole: bool = True,
+    full_model: bool = True,
     shard_parameters: bool = False,
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
     Lengths that Dynamo left symbolic stay symbolic if every rank always gets an equal share; if something needs the
     number itself, they are fixed. ``see`` is called with the captured graph before it changes, then after each mesh
-    dim with that dim's context; ``whole``: ``gm`` is the whole model; ``shard_parameters``: see :class:`Context`.
+    dim with that dim's context; ``full_model``: ``gm`` is the whole model; ``shard_parameters``: see :class:`Context`.
     """
     try:
         with _no_garbage_collection():
             fix_sizes(gm, options.strategy.multiple(mesh.size))
-            return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
+            return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters)
     except Exception as error:
         if not (needs_number(error) and has_symbolic_sizes(gm)):
             raise
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
-        return _rewrite_graph(gm, inputs, options, mesh, see, whole, shard_parameters)
+        return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters)
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def _rewrite_graph(
     options: Options,
     mesh: Mesh,
     see: Callable[[fx.Graph, Context | None], None],
-    whole: bool,
+    full_model: bool,
     shard_parameters: bool,
 ) -> tuple[fx.GraphModule, Context]:
     context = Context(
@@ -92,7 +92,7 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
     )
     captured = capture(gm, inputs)
-    check_sequence_dims(captured.graph, options.sequence_dims, whole)
+    check_sequence_dims(captured.graph, options.sequence_dims, full_model)
     see(captured.graph, None)
     with traced(captured.graph, context):
         distribute(captured, context, see)

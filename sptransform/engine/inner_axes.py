@@ -42,7 +42,7 @@ class InnerAxes:
         self._partitions: dict[Atom, Partition | None] = {}
         self._inner: set[Atom] = set()
         self._heads: set[Atom] = set()
-        self._uncut = self._needed_whole(graph, light)
+        self._uncut = self._needed_in_full(graph, light)
         for node in graph.nodes:
             rule = notes.note(node).rule
             if rule is not None and "heads" in rule.roles:
@@ -53,13 +53,13 @@ class InnerAxes:
     def __contains__(self, atom: Atom) -> bool:
         return atom in self._inner
 
-    def _needed_whole(self, graph: fx.Graph, light: frozenset[fx.Node]) -> set[Atom]:
+    def _needed_in_full(self, graph: fx.Graph, light: frozenset[fx.Node]) -> set[Atom]:
         """Axes that some op needs uncut. Ops that only pick indices (argmax) may gather, so they do not count."""
         found: set[Atom] = set()
         for node in graph.nodes:
             rule = notes.note(node).rule
             if rule is not None and node not in light and dataflow.values(node)[0].is_floating_point():
-                for factor in rule.whole - rule.self_reduced:
+                for factor in rule.replicated - rule.self_reduced:
                     if factor in rule.sizes:
                         found.update(self._axes.factor(node, factor))
         return found

@@ -112,7 +112,7 @@ class Propagation:
         found = []
         resized = {name for _, _, name in rule.resize}
         for factor in rule.sizes:
-            if factor in rule.whole and factor not in rule.self_reduced:
+            if factor in rule.replicated and factor not in rule.self_reduced:
                 continue
             atoms = self.axes.factor(node, factor)
             for at, atom in enumerate(atoms):
@@ -155,7 +155,7 @@ class Propagation:
 
     def _gradient_is_pending(self, node: fx.Node) -> bool:
         note = notes.note(node)
-        if note.decision is None or not note.decision.is_whole or not note.differentiable:
+        if note.decision is None or not note.decision.is_replicated or not note.differentiable:
             return False
         asked = self.demanded(node)
         return bool(asked) and all(isinstance(a, Shard) or a == R for a in asked)

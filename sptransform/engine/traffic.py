@@ -27,7 +27,7 @@ from sptransform.graph.calls import op_call
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.rules.table import Sent
 from sptransform.sharding.mesh import Mesh
-from sptransform.sharding.partition import common
+from sptransform.sharding.partition import intersection
 from sptransform.sharding.placement import Placement, Shard, cut_alike, transition
 
 
@@ -202,7 +202,7 @@ def _sent_by_exchange(
 ) -> int:
     assert isinstance(source, Shard) and isinstance(target, Shard)
     if cut_alike(source, target):
-        kept = common(source.partition.owned[rank], target.partition.owned[rank])
+        kept = intersection(source.partition.owned[rank], target.partition.owned[rank])
         leaving = source.partition.local_size(rank) - sum(hi - lo for lo, hi in kept)
         return element_size * source.outer * leaving * prod(n for dim, n in enumerate(shape) if dim != source.dim)
     entry = element_size * source.outer * target.outer

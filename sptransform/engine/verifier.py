@@ -14,7 +14,7 @@ from sptransform.diagnostics.errors import VerificationError, describe
 from sptransform.engine.context import Context
 from sptransform.graph import dataflow, notes
 from sptransform.graph.redistribute import is_redistribute
-from sptransform.sharding.placement import TRANSITIONS, I, Placement, Shard, keeps_own, kind, leads_through_whole
+from sptransform.sharding.placement import TRANSITIONS, I, Placement, Shard, keeps_own, kind, needs_full_tensor
 
 
 def satisfies(actual: Placement | None, demanded: Placement, differentiable: bool) -> bool:
@@ -89,7 +89,7 @@ def check_typed(graph: fx.Graph, context: Context) -> None:
                     raise VerificationError(
                         describe("no transition between these placements", node=node, found=f"{source} -> {target}")
                     )
-                if leads_through_whole(source, target):
+                if needs_full_tensor(source, target):
                     raise VerificationError(
                         describe(
                             "shards of one dimension differ in more than who owns which index",

@@ -1,7 +1,7 @@
 """Sharded inputs: DTensors, as parallelized models return them and pipeline stages send them.
 
-Under Dynamo, :func:`whole` reads the full tensor of such an input, as it does for sharded parameters. Capture removes
-that node, and propagation then sees an input with placement ``S``.
+Under Dynamo, :func:`full_tensor` reads such an input, as it does sharded parameters. Capture removes that node, and
+propagation then sees an input with placement ``S``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from sptransform.parameters.parts import stored_in, whole
+from sptransform.parameters.parts import full_tensor, stored_in
 
 Call = Callable[..., Any]
 
@@ -40,7 +40,7 @@ def taking_parts(model: nn.Module, call: Call, compiled: Callable[..., Call], nu
             return call(*args, **kwargs)
         if of_parts is None:
             # Dynamo limits how often it compiles one code object, so each model gets its own
-            own = FunctionType(_read_whole.__code__.replace(), globals())
+            own = FunctionType(_read_full.__code__.replace(), globals())
             of_parts = compiled(own, dynamic=False)
         return of_parts(model, [list(x.shape) for x in given], *args, **kwargs)
 
@@ -51,10 +51,10 @@ def _dtensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DTensor]:
     return [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, DTensor)]
 
 
-def _read_whole(self: nn.Module, shapes: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+def _read_full(self: nn.Module, shapes: list[list[int]], *args: Any, **kwargs: Any) -> Any:
     # Dynamo guards a DTensor's local size, which different global lengths can share: guard the global shapes.
     assert [list(x.shape) for x in _dtensors(args, kwargs)] == shapes
-    args, kwargs = pytree.tree_map(lambda x: whole(x) if isinstance(x, DTensor) else x, (args, kwargs))
+    args, kwargs = pytree.tree_map(lambda x: full_tensor(x) if isinstance(x, DTensor) else x, (args, kwargs))
     # Private: what Module.__call__ runs for a module that is not compiled. Parameters get the same names as when Dynamo
     # starts from the module itself; positional inputs are called args.0, args.1 ...
     return self._call_impl(*args, **kwargs)

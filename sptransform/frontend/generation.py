@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sptransform.parameters.modules import whole_parameters
+from sptransform.parameters.modules import full_parameters
 
 log = logging.getLogger(__name__)
 
 
-def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+def unsharded_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, but the original ``model`` for calls with a cache and no gradients. Warns the first time."""
     is_told = False
 
@@ -35,7 +35,7 @@ def whole_with_cache(model: nn.Module, call: Callable[..., Any]) -> Callable[...
                 type(model).__name__,
             )
             is_told = True
-        with whole_parameters():
+        with full_parameters():
             return model._call_impl(*args, **kwargs)  # what nn.Module calls when it is not compiled
 
     return run

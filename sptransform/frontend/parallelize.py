@@ -18,7 +18,7 @@ from sptransform.compiler.parameter_dims import parameter_dims
 from sptransform.compiler.rewrite import arguments_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.frontend.dtensor_inputs import taking_parts
-from sptransform.frontend.generation import whole_with_cache
+from sptransform.frontend.generation import unsharded_with_cache
 from sptransform.parameters.modules import keep_less, keep_parts
 from sptransform.parameters.parts import first_dims
 from sptransform.sharding.mesh import Mesh
@@ -117,14 +117,14 @@ def parallelize(
         )
     _check_module(model, where, cuts=options.keeps_parts)
     settle = _keep_parts(model, options, where, inputs) if options.keeps_parts and where.size > 1 else None
-    compiler = WatchedCompiler(partial(sptransform_backend, options, whole=fullgraph))
+    compiler = WatchedCompiler(partial(sptransform_backend, options, full_model=fullgraph))
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration
     compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
     call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size))
     call = _telling(call if settle is None else settle(call), Agreement.of(where))
     if where.size > 1:
-        call = whole_with_cache(model, compiler.checked(call))
+        call = unsharded_with_cache(model, compiler.checked(call))
         model.register_forward_pre_hook(compiled_by_itself)
     # an outer torch.compile must not trace into the call: what it inlines would run unsharded
     model._compiled_call_impl = torch.compiler.disable(call)

@@ -50,12 +50,12 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
             resize["operand", index, "h"] = Resize(lambda p: p.quotient(group), links=False)
     sizes = {f: size for f, size in names.items() if size != 1}
     roles = {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
-    whole = {"t", "m", "d", *more.pop("whole", "")}
+    replicated = {"t", "m", "d", *more.pop("replicated", "")}
     return OpRule(
         (*operands, *masks),
         tuple(_dims(text, shape) for text, shape in zip(("bhse", "bhs", ""), call.result_shapes, strict=False)),
         sizes,
-        whole=frozenset(whole & set(sizes)),
+        replicated=frozenset(replicated & set(sizes)),
         resize=resize,
         roles={role: f for role, f in roles.items() if f in sizes},
         heavy=True,
@@ -67,7 +67,7 @@ def attention(call: OpCall) -> OpRule | None:
     """Attention with a mask that broadcasts to the scores. ``is_causal`` depends on positions: queries stay whole."""
     masks = tuple(_dims("bhst"[4 - len(shape) :], shape) for shape in call.operand_shapes[3:])
     is_causal = call.argument("is_causal")
-    return _attention(call, masks, whole="s" if is_causal else "", is_causal=is_causal)
+    return _attention(call, masks, replicated="s" if is_causal else "", is_causal=is_causal)
 
 
 def ring_attention(call: OpCall) -> OpRule | None:
@@ -86,7 +86,7 @@ def ring_attention(call: OpCall) -> OpRule | None:
         call,
         masks,
         num_masked=lengths[0] if lengths else call.operand_shapes[1][2],
-        whole="es" if is_cut else "e",
+        replicated="es" if is_cut else "e",
         own=frozenset({2}),
         unrepeatable=call.argument("dropout_p") > 0,
         ring_factors=frozenset() if is_cut else frozenset("t"),

@@ -25,15 +25,15 @@ def uniform(call: OpCall) -> OpRule:
         own = tuple((f"o{index}.{d}",) if size != 1 else () for d, size in enumerate(shape))
         sizes |= {factors[0]: size for factors, size in zip(own, shape, strict=True) if factors}
         operands.append(own)
-    whole = frozenset(factors[0] for own in operands for factors in own if factors)
-    return OpRule(tuple(operands), (dims,), sizes, whole=whole, unread=frozenset(range(len(operands))))
+    replicated = frozenset(factors[0] for own in operands for factors in own if factors)
+    return OpRule(tuple(operands), (dims,), sizes, replicated=replicated, unread=frozenset(range(len(operands))))
 
 
 def counting(call: OpCall) -> OpRule:
     """Entries depend on their position: every rank computes the full tensor, which is then cut."""
     dims = _result_dims(call)
     sizes = {factors[0]: size for factors, size in zip(dims, call.result_shapes[0], strict=True) if factors}
-    return OpRule((), (dims,), sizes, whole=frozenset(sizes))
+    return OpRule((), (dims,), sizes, replicated=frozenset(sizes))
 
 
 def _sized(call: OpCall, local: Local) -> Any:
@@ -46,7 +46,7 @@ _UNIFORM = OpEntry(uniform, _sized)
 def _like(call: OpCall) -> OpRule:
     """``zeros_like`` and its kin: the result has the operand's dimensions."""
     base = uniform(call)
-    return OpRule((base.results[0],), base.results, {f: s for f, s in base.sizes.items() if f not in base.whole})
+    return OpRule((base.results[0],), base.results, {f: s for f, s in base.sizes.items() if f not in base.replicated})
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [

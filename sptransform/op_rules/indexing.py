@@ -50,7 +50,7 @@ def gather(call: OpCall) -> OpRule:
     dim = call.argument("dim") % max(len(shape), 1)
     index = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(index_shape))
     sizes = {f"i{d}": size for d, size in enumerate(index_shape) if size != 1}
-    operand, whole = [], set()
+    operand, replicated = [], set()
     for d, size in enumerate(shape):
         if d != dim and size == index_shape[d]:
             operand.append(index[d])
@@ -58,10 +58,10 @@ def gather(call: OpCall) -> OpRule:
         # off ``dim``, gather reads only the first index_shape[d] entries: neither side may be cut
         operand.append((f"o{d}",) if size != 1 else ())
         sizes[f"o{d}"] = size
-        whole.add(f"o{d}")
+        replicated.add(f"o{d}")
         if d != dim:
-            whole.add(f"i{d}")
-    return OpRule((tuple(operand), index), (index,), sizes, whole=frozenset(whole))
+            replicated.add(f"i{d}")
+    return OpRule((tuple(operand), index), (index,), sizes, replicated=frozenset(replicated))
 
 
 def index_select(call: OpCall) -> OpRule:
@@ -74,7 +74,7 @@ def index_select(call: OpCall) -> OpRule:
     sizes["n"] = num
     result = (*operand[:dim], taken, *operand[dim + 1 :])
     index = (taken,) if call.operand_shapes[1] else ()
-    return OpRule((operand, index), (result,), sizes, whole=frozenset({f"i{dim}"}), linear=(frozenset({0}),))
+    return OpRule((operand, index), (result,), sizes, replicated=frozenset({f"i{dim}"}), linear=(frozenset({0}),))
 
 
 def index(call: OpCall) -> OpRule | None:
@@ -106,8 +106,8 @@ def index(call: OpCall) -> OpRule | None:
         operands[position] = tuple(f if size != 1 else () for f, size in zip(tail, own, strict=True))
     passed = [operand[d] for d in kept]
     result = (*passed[:at], *spread, *passed[at:])
-    whole = frozenset(f"i{d}" for d in indexed)
-    return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes, whole=whole)
+    replicated = frozenset(f"i{d}" for d in indexed)
+    return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes, replicated=replicated)
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [

@@ -31,11 +31,11 @@ def cross_entropy(call: OpCall) -> OpRule:
     reduction = call.argument("reduction")
     out = "" if reduction else " ".join(points)
     if reduction == SUM:
-        kinds = {"reduce": " ".join(points), "whole": "c"}
+        kinds = {"reduce": " ".join(points), "replicated": "c"}
     elif reduction == MEAN:
-        kinds = {"whole": " ".join([*points, "c"])}
+        kinds = {"replicated": " ".join([*points, "c"])}
     else:
-        kinds = {"whole": "c"}
+        kinds = {"replicated": "c"}
     return rule(f"{logits}, {labels}{weight} -> {out}", **kinds)(call)
 
 
@@ -44,7 +44,7 @@ def nll(call: OpCall) -> OpRule:
     found = cross_entropy(call)
     if call.argument("reduction") == MEAN or call.operand_shapes[0] == call.operand_shapes[1]:
         return found
-    return replace(found, whole=frozenset(), reduce=found.reduce | {"c"})
+    return replace(found, replicated=frozenset(), reduce=found.reduce | {"c"})
 
 
 def _nll_local(call: OpCall, local: Local) -> Any:
@@ -72,7 +72,7 @@ def elementwise_loss(call: OpCall) -> OpRule:
     points = [f"i{d}" for d in range(ndim)]
     operands = ", ".join(" ".join(points[ndim - len(shape) :]) for shape in call.operand_shapes)
     out = "" if reduction else " ".join(points)
-    kinds = {SUM: {"reduce": " ".join(points)}, MEAN: {"whole": " ".join(points)}, NONE: {}}[reduction]
+    kinds = {SUM: {"reduce": " ".join(points)}, MEAN: {"replicated": " ".join(points)}, NONE: {}}[reduction]
     return rule(f"{operands} -> {out}", **kinds)(call)
 
 

@@ -38,7 +38,7 @@ def linear(call: OpCall) -> OpRule | None:
     if len(call.operand_shapes[1]) != 2:
         return None
     has_bias = len(call.operand_shapes) == 3
-    contracted = {"whole": "k"} if has_bias else {"reduce": "k", "linear": _EACH}
+    contracted = {"replicated": "k"} if has_bias else {"reduce": "k", "linear": _EACH}
     return rule("... k, o k, o -> ... o", heavy=True, **contracted)(call)
 
 
@@ -48,7 +48,7 @@ def _biased(left: str, right: str, out: str) -> RuleFn:
     def apply(call: OpCall) -> OpRule:
         names = out.split()
         bias = " ".join(names[len(names) - len(call.operand_shapes[0]) :])
-        return rule(f"{bias}, {left}, {right} -> {out}", whole="k", heavy=True)(call)
+        return rule(f"{bias}, {left}, {right} -> {out}", replicated="k", heavy=True)(call)
 
     return apply
 

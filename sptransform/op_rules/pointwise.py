@@ -45,7 +45,7 @@ def converted(call: OpCall) -> OpRule:
         else:
             lent.append((f"o{place}",))
             own[f"o{place}"] = size
-    return OpRule((dims, tuple(lent)), (dims,), sizes | own, whole=frozenset(own))
+    return OpRule((dims, tuple(lent)), (dims,), sizes | own, replicated=frozenset(own))
 
 
 def default_entry(target: Any) -> OpEntry | None:

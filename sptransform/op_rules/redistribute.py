@@ -54,14 +54,14 @@ def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
     def dims(shape: Shape, side: str, index: int) -> Dims:
         named = []
         for dim, size in enumerate(shape):
-            whole = passing[dim]
-            name = f"d{dim}" if whole is not None else f"{'from' if side == 'operand' else 'to'}{index}.{dim}"
-            if whole is not None and whole != size:
-                resize[side, index, name] = Resize(lambda p, group=whole // size: p.quotient(group), links=False)
+            full = passing[dim]
+            name = f"d{dim}" if full is not None else f"{'from' if side == 'operand' else 'to'}{index}.{dim}"
+            if full is not None and full != size:
+                resize[side, index, name] = Resize(lambda p, group=full // size: p.quotient(group), links=False)
             has_factor = size != 1 or (side, index, name) in resize
             named.append((name,) if has_factor else ())
             if has_factor:
-                sizes[name] = size if whole is None else whole
+                sizes[name] = size if full is None else full
         return tuple(named)
 
     operands = tuple(dims(shape, "operand", i) for i, shape in enumerate(shapes))
@@ -70,7 +70,7 @@ def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
         operands,
         results,
         sizes,
-        whole=frozenset(name for name in sizes if not name.startswith("d")),
+        replicated=frozenset(name for name in sizes if not name.startswith("d")),
         linear=(frozenset(range(len(operands))),) if linear else (),
         resize=resize,
     )
@@ -89,26 +89,26 @@ def _all_to_all(call: OpCall) -> OpRule:
     """If a dim is moved in tiles of equal blocks, the index of the tile and the index inside the block pass.
 
     The latter passes only if all tensors have the same block size. Heads that the next mesh dim shards further are
-    moved this way. For any other cut, one whole factor links the rank's part to the full dim: a part of a sequence is
-    still a sequence.
+    moved this way. For any other cut, one replicated factor links the rank's part to the full dim: a part of a
+    sequence is still a sequence.
     """
     ends = [list(map(_tiles, call.argument(name))) for name in ("sources", "targets")]
     moved = {dim for tensors in ends for dim, _, _ in tensors}
     passing = _passing(call, moved, linear=True)
     tensors = [list(map(list, passing.operands)), list(map(list, passing.results))]
-    sizes, whole, resize = dict(passing.sizes), set(passing.whole), dict(passing.resize)
-    for (part_side, whole_side), cuts in zip(((0, 1), (1, 0)), ends, strict=True):
+    sizes, replicated, resize = dict(passing.sizes), set(passing.replicated), dict(passing.resize)
+    for (part_side, full_side), cuts in zip(((0, 1), (1, 0)), ends, strict=True):
         shapes = (call.operand_shapes, call.result_shapes)[part_side]
-        wholes = (call.operand_shapes, call.result_shapes)[whole_side]
+        full_shapes = (call.operand_shapes, call.result_shapes)[full_side]
         for i, (dim, tiles, num_ranks) in enumerate(cuts):
             part = shapes[i][dim]
             if tiles is None or tiles * num_ranks == 1:
                 name = f"part{i}.{dim}"
                 sizes[name] = part
-                whole.add(name)
-                tensors[part_side][i][dim] = tensors[whole_side][i][dim] = (name,)
-                size = wholes[i][dim]
-                side = ("operand", "result")[whole_side]
+                replicated.add(name)
+                tensors[part_side][i][dim] = tensors[full_side][i][dim] = (name,)
+                size = full_shapes[i][dim]
+                side = ("operand", "result")[full_side]
                 resize[side, i, name] = Resize(lambda p, size=size: Partition.contiguous(size, p.num_ranks))
                 continue
             block = quotient(part, tiles)
@@ -116,15 +116,15 @@ def _all_to_all(call: OpCall) -> OpRule:
             names = {f"tile{dim}": tiles, f"rank{dim}": num_ranks, f"block{dim}" if alike else f"block{i}.{dim}": block}
             sizes |= {name: size for name, size in names.items() if size != 1}
             tile, rank, inside = (((name,) if size != 1 else ()) for name, size in names.items())
-            whole.update(rank if alike else (*rank, *inside))
-            tensors[part_side][i][dim], tensors[whole_side][i][dim] = (*tile, *inside), (*tile, *rank, *inside)
+            replicated.update(rank if alike else (*rank, *inside))
+            tensors[part_side][i][dim], tensors[full_side][i][dim] = (*tile, *inside), (*tile, *rank, *inside)
     left = {name for side in tensors for dims in side for names in dims for name in names}
     return replace(
         passing,
         operands=tuple(map(tuple, tensors[0])),
         results=tuple(map(tuple, tensors[1])),
         sizes={name: size for name, size in sizes.items() if name in left},
-        whole=frozenset(whole & left),
+        replicated=frozenset(replicated & left),
         resize=resize,
     )
 
@@ -159,15 +159,15 @@ def _mask_local(call: OpCall, local: Local) -> Any:
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (sp.all_gather.default, _moved("spec")),
+    (sp.all_gather_packed.default, _moved("specs")),
+    (sp.all_reduce.default, pointwise(LINEAR)),
     (sp.all_to_all.default, OpEntry(_all_to_all, _all_to_all_local)),
-    (sp.cut.default, _moved("spec")),
     (sp.dropout_mask.default, OpEntry(pointwise(), _mask_local)),
     (sp.first_rank.default, pointwise(LINEAR)),
-    (sp.gather.default, _moved("spec")),
-    (sp.gather_packed.default, _moved("specs")),
     (sp.keep_own.default, _moved("source", "target")),
+    (sp.reduce_scatter.default, _moved("spec")),
     (sp.repartition.default, _moved("source", "target")),
     (sp.replicate.default, _replicate),
-    (sp.sum.default, pointwise(LINEAR)),
-    (sp.sum_scatter.default, _moved("spec")),
+    (sp.slice.default, _moved("spec")),
 ]

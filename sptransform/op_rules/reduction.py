@@ -44,7 +44,7 @@ def _reduction(summed: bool) -> RuleFn:
         gone = frozenset(f"i{d}" for d in reduced if shape[d] != 1)
         # with ``dtype`` each pending term is converted, and so rounded, before the sum: not linear
         linear = _LINEAR if summed and call.argument("dtype") is None else ()
-        kinds = {"reduce": gone, "linear": linear} if summed else {"whole": gone}
+        kinds = {"reduce": gone, "linear": linear} if summed else {"replicated": gone}
         return OpRule((operand,), (result,) * len(call.result_shapes), sizes, **kinds)
 
     return apply
@@ -76,22 +76,22 @@ def along_dim(call: OpCall) -> OpRule:
     dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
     sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
     dim = call.argument("dim") % max(len(shape), 1)
-    whole = {f"i{dim}"} & set(sizes)
+    replicated = {f"i{dim}"} & set(sizes)
     results = []
     for result_shape in call.result_shapes:
         own = list(dims)
         if shape and result_shape[dim] != shape[dim]:  # topk
             own[dim] = ("k",) if result_shape[dim] != 1 else ()
             sizes["k"] = result_shape[dim]
-            whole.add("k")
+            replicated.add("k")
         results.append(tuple(own))
-    return OpRule((dims,), tuple(results), sizes, whole=frozenset(whole))
+    return OpRule((dims,), tuple(results), sizes, replicated=frozenset(replicated))
 
 
 def softmax(call: OpCall) -> OpRule:
     """The dimension it runs along is whole, or is sharded and the op reduces over the ranks itself."""
     found = along_dim(call)
-    return replace(found, self_reduced=found.whole)
+    return replace(found, self_reduced=found.replicated)
 
 
 def _softmax_local(call: OpCall, local: Local) -> Any:
@@ -120,8 +120,8 @@ def norm(call: OpCall) -> OpRule:
     sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
     tail = dims[len(dims) - num :]
     operands = (dims, *((tail,) * (len(call.operand_shapes) - 1)))
-    whole = frozenset(factors[0] for factors in tail if factors)
-    return OpRule(operands, (dims,), sizes, whole=whole)
+    replicated = frozenset(factors[0] for factors in tail if factors)
+    return OpRule(operands, (dims,), sizes, replicated=replicated)
 
 
 def triangle(call: OpCall) -> OpRule:
@@ -129,8 +129,8 @@ def triangle(call: OpCall) -> OpRule:
     shape = call.operand_shapes[0]
     dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
     sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
-    whole = frozenset({f"i{len(shape) - 2}", f"i{len(shape) - 1}"} & set(sizes))
-    return OpRule((dims,), (dims,), sizes, whole=whole)
+    replicated = frozenset({f"i{len(shape) - 2}", f"i{len(shape) - 1}"} & set(sizes))
+    return OpRule((dims,), (dims,), sizes, replicated=replicated)
 
 
 _JOINED = {

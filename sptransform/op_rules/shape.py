@@ -44,7 +44,7 @@ def reshape(call: OpCall) -> OpRule | None:
     """Row-major reshape: both shapes as products of common factors, ``[B, S, V] -> [(B S), V]``.
 
     Where the strides of the two shapes do not nest (``[2, 3] -> [3, 2]``), those dimensions share no factor and
-    must stay whole. None for empty tensors.
+    must stay replicated. None for empty tensors.
     """
     source, target = call.operand_shapes[0], call.result_shapes[0]
     if 0 in source:
@@ -78,8 +78,8 @@ def reshape(call: OpCall) -> OpRule | None:
         return tuple(reversed(found))
 
     operand, result = dims(source, "o"), dims(target, "r")
-    whole = frozenset(name for name in sizes if not name.startswith("f"))
-    return OpRule((operand,), (result,), sizes, whole=whole, linear=_LINEAR)
+    replicated = frozenset(name for name in sizes if not name.startswith("f"))
+    return OpRule((operand,), (result,), sizes, replicated=replicated, linear=_LINEAR)
 
 
 def view_as(call: OpCall) -> OpRule | None:
@@ -199,7 +199,7 @@ def slice_(call: OpCall) -> OpRule | None:
         taken = ("taken",) if call.result_shapes[0][dim] != 1 else ()
         sizes["taken"] = call.result_shapes[0][dim]
         result = (*dims[:dim], taken, *dims[dim + 1 :])
-        return OpRule((dims,), (result,), sizes, whole=frozenset({factor, "taken"}), linear=_LINEAR)
+        return OpRule((dims,), (result,), sizes, replicated=frozenset({factor, "taken"}), linear=_LINEAR)
     return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize={("result", 0, factor): _piece(start, stop)})
 
 
@@ -227,7 +227,7 @@ def select(call: OpCall) -> OpRule:
     dim = call.argument("dim") % len(shape)
     operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
     result = (*operand[:dim], *operand[dim + 1 :])
-    return OpRule((operand,), (result,), _sizes((operand, shape)), whole=frozenset({f"i{dim}"}), linear=_LINEAR)
+    return OpRule((operand,), (result,), _sizes((operand, shape)), replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
 
 
 def split(call: OpCall) -> OpRule:
@@ -246,8 +246,8 @@ def split(call: OpCall) -> OpRule:
         own = (f"p{index}",) if piece[dim] != 1 else ()
         sizes[f"p{index}"] = piece[dim]
         results.append((*operand[:dim], own, *operand[dim + 1 :]))
-    whole = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(results)))})
-    return OpRule((operand,), tuple(results), sizes, whole=whole, linear=_LINEAR)
+    replicated = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(results)))})
+    return OpRule((operand,), tuple(results), sizes, replicated=replicated, linear=_LINEAR)
 
 
 def _split_local(call: OpCall, local: Local) -> Any:
@@ -265,7 +265,7 @@ def unbind(call: OpCall) -> OpRule:
     dim = call.argument("dim") % len(shape)
     operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
     results = ((*operand[:dim], *operand[dim + 1 :]),) * len(call.result_shapes)
-    return OpRule((operand,), results, _sizes((operand, shape)), whole=frozenset({f"i{dim}"}), linear=_LINEAR)
+    return OpRule((operand,), results, _sizes((operand, shape)), replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
 
 
 def cat(call: OpCall) -> OpRule | None:
@@ -281,9 +281,9 @@ def cat(call: OpCall) -> OpRule | None:
         own = (f"p{index}",) if shape[dim] != 1 else ()
         sizes[f"p{index}"] = shape[dim]
         operands.append((*result[:dim], own, *result[dim + 1 :]))
-    whole = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(operands)))})
+    replicated = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(operands)))})
     everything = (frozenset(range(len(operands))),)
-    return OpRule(tuple(operands), (result,), sizes, whole=whole, linear=everything)
+    return OpRule(tuple(operands), (result,), sizes, replicated=replicated, linear=everything)
 
 
 def stack(call: OpCall) -> OpRule:
@@ -297,7 +297,7 @@ def stack(call: OpCall) -> OpRule:
         (operand,) * num,
         (result,),
         _sizes((result, target)),
-        whole=frozenset({f"i{dim}"}),
+        replicated=frozenset({f"i{dim}"}),
         linear=(frozenset(range(num)),),
     )
 

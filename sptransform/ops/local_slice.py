@@ -11,23 +11,23 @@ from sptransform.ops.library import primitive
 from sptransform.sharding.placement import Shard
 
 
-def take_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
+def local_slice_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
     """Rank's part of the full tensor ``x``; always a copy."""
-    whole, dim = expose(x, shard)
-    return conceal(select(whole, dim, shard.partition.owned[rank]).clone(memory_format=torch.contiguous_format), shard)
+    full, dim = expose(x, shard)
+    return conceal(select(full, dim, shard.partition.owned[rank]).clone(memory_format=torch.contiguous_format), shard)
 
 
-def place_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
-    """The full tensor, zero outside of rank's part ``x``: the transpose of :func:`take_for`."""
+def embed_for(x: Tensor, shard: Shard, rank: int) -> Tensor:
+    """The full tensor, zero outside of rank's part ``x``: the transpose of :func:`local_slice_for`."""
     part, dim = expose(x, shard)
     shape = list(part.shape)
     shape[dim] = shard.partition.size
-    whole = part.new_zeros(shape)
+    full = part.new_zeros(shape)
     at = 0
     for lo, hi in shard.partition.owned[rank]:
-        whole.narrow(dim, lo, hi - lo).copy_(part.narrow(dim, at, hi - lo))
+        full.narrow(dim, lo, hi - lo).copy_(part.narrow(dim, at, hi - lo))
         at += hi - lo
-    return conceal(whole, shard)
+    return conceal(full, shard)
 
 
 def first_rank_for(x: Tensor, rank: int) -> Tensor:
@@ -40,24 +40,24 @@ def _local_size(shard: Shard, group: str) -> int:
     return shard.local_dim_size(0 if shard.partition.is_even else rank_in(group))
 
 
-def _fake_take(x: Tensor, spec: str, group: str) -> Tensor:
-    shard = Shard.parse(spec, whole=x)
+def _fake_local_slice(x: Tensor, spec: str, group: str) -> Tensor:
+    shard = Shard.parse(spec, full=x)
     return x.new_empty([*x.shape[: shard.dim], _local_size(shard, group), *x.shape[shard.dim + 1 :]])
 
 
-def _fake_place(x: Tensor, spec: str, group: str) -> Tensor:
+def _fake_embed_in_zeros(x: Tensor, spec: str, group: str) -> Tensor:
     shard = Shard.parse(spec, part=x)
     return x.new_empty([*x.shape[: shard.dim], shard.dim_size, *x.shape[shard.dim + 1 :]])
 
 
-@primitive("take(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_take)
-def take(x: Tensor, spec: str, group_name: str) -> Tensor:
-    return take_for(x, Shard.parse(spec, whole=x), rank_in(group_name))
+@primitive("local_slice(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_local_slice)
+def local_slice(x: Tensor, spec: str, group_name: str) -> Tensor:
+    return local_slice_for(x, Shard.parse(spec, full=x), rank_in(group_name))
 
 
-@primitive("place(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_place)
-def place(x: Tensor, spec: str, group_name: str) -> Tensor:
-    return place_for(x, Shard.parse(spec, part=x), rank_in(group_name))
+@primitive("embed_in_zeros(Tensor x, str spec, str group_name) -> Tensor", fake=_fake_embed_in_zeros)
+def embed_in_zeros(x: Tensor, spec: str, group_name: str) -> Tensor:
+    return embed_for(x, Shard.parse(spec, part=x), rank_in(group_name))
 
 
 @primitive("on_first_rank(Tensor x, str group_name) -> Tensor", fake=lambda x, group_name: torch.empty_like(x))

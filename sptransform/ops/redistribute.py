@@ -43,22 +43,22 @@ class _Replicate(torch.autograd.Function):
         return None, *map(summed.get, range(len(grads)))
 
 
-class _Cut(torch.autograd.Function):
+class _Slice(torch.autograd.Function):
     """R -> S: slice / pad to a pending sum. I -> S: slice / all-gather."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: str, group: str, invariant: bool) -> Tensor:
         ctx.spec, ctx.group, ctx.invariant = spec, group, invariant
-        return _sp.take(x, spec, group)
+        return _sp.local_slice(x, spec, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.invariant:
             return collectives.all_gather(grad, Shard.parse(ctx.spec, part=grad), ctx.group), None, None, None
-        return _sp.place(grad, ctx.spec, ctx.group), None, None, None
+        return _sp.embed_in_zeros(grad, ctx.spec, ctx.group), None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """S -> R: all-gather / reduce-scatter. S -> I: all-gather / slice."""
 
     @staticmethod
@@ -69,11 +69,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.invariant:
-            return _sp.take(grad, ctx.spec, ctx.group), None, None, None
-        return collectives.reduce_scatter(grad, Shard.parse(ctx.spec, whole=grad), ctx.group), None, None, None
+            return _sp.local_slice(grad, ctx.spec, ctx.group), None, None, None
+        return collectives.reduce_scatter(grad, Shard.parse(ctx.spec, full=grad), ctx.group), None, None, None
 
 
-class _GatherPacked(torch.autograd.Function):
+class _AllGatherPacked(torch.autograd.Function):
     """S -> R: all-gather / reduce-scatter, several tensors in one message."""
 
     @staticmethod
@@ -84,24 +84,24 @@ class _GatherPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        shards = [Shard.parse(spec, whole=grad) for spec, grad in zip(ctx.specs, grads, strict=True)]
+        shards = [Shard.parse(spec, full=grad) for spec, grad in zip(ctx.specs, grads, strict=True)]
         return None, None, *collectives.reduce_scatter_packed(list(grads), shards, ctx.group)
 
 
-class _SumScatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     """P -> S: reduce-scatter / all-gather."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: str, group: str) -> Tensor:
         ctx.spec, ctx.group = spec, group
-        return collectives.reduce_scatter(x, Shard.parse(spec, whole=x), group)
+        return collectives.reduce_scatter(x, Shard.parse(spec, full=x), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return collectives.all_gather(grad, Shard.parse(ctx.spec, part=grad), ctx.group), None, None
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     """P -> I: all-reduce / nothing. P -> R: all-reduce / all-reduce."""
 
     @staticmethod
@@ -133,11 +133,11 @@ class _KeepOwn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: str, target: str, group: str) -> Tensor:
         ctx.source, ctx.target, ctx.group = source, target, group
-        return _sp.take(_sp.place(x, source, group), target, group)
+        return _sp.local_slice(_sp.embed_in_zeros(x, source, group), target, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _sp.take(_sp.place(grad, ctx.target, ctx.group), ctx.source, ctx.group), None, None, None
+        return _sp.local_slice(_sp.embed_in_zeros(grad, ctx.target, ctx.group), ctx.source, ctx.group), None, None, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -157,7 +157,7 @@ def _exchange(xs: list[Tensor], sources: list[str], targets: list[str], group: s
     return exchange(
         xs,
         [Shard.parse(source, part=x) for source, x in zip(sources, xs, strict=True)],
-        [Shard.parse(target, whole=x) for target, x in zip(targets, xs, strict=True)],
+        [Shard.parse(target, full=x) for target, x in zip(targets, xs, strict=True)],
         group,
     )
 
@@ -167,29 +167,29 @@ def replicate(xs: list[Tensor], group_name: str) -> list[Tensor]:
     return list(_Replicate.apply(group_name, *xs))
 
 
-@composite("cut(Tensor x, str spec, str group_name, bool invariant) -> Tensor")
-def cut(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
-    return _Cut.apply(x, spec, group_name, invariant)
+@composite("slice(Tensor x, str spec, str group_name, bool invariant) -> Tensor")
+def slice_(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
+    return _Slice.apply(x, spec, group_name, invariant)
 
 
-@composite("gather(Tensor x, str spec, str group_name, bool invariant) -> Tensor")
-def gather(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
-    return _Gather.apply(x, spec, group_name, invariant)
+@composite("all_gather(Tensor x, str spec, str group_name, bool invariant) -> Tensor")
+def all_gather(x: Tensor, spec: str, group_name: str, invariant: bool) -> Tensor:
+    return _AllGather.apply(x, spec, group_name, invariant)
 
 
-@composite("gather_packed(Tensor[] xs, str[] specs, str group_name) -> Tensor[]")
-def gather_packed(xs: list[Tensor], specs: list[str], group_name: str) -> list[Tensor]:
-    return list(_GatherPacked.apply(specs, group_name, *xs))
+@composite("all_gather_packed(Tensor[] xs, str[] specs, str group_name) -> Tensor[]")
+def all_gather_packed(xs: list[Tensor], specs: list[str], group_name: str) -> list[Tensor]:
+    return list(_AllGatherPacked.apply(specs, group_name, *xs))
 
 
-@composite("sum_scatter(Tensor x, str spec, str group_name) -> Tensor")
-def sum_scatter(x: Tensor, spec: str, group_name: str) -> Tensor:
-    return _SumScatter.apply(x, spec, group_name)
+@composite("reduce_scatter(Tensor x, str spec, str group_name) -> Tensor")
+def reduce_scatter(x: Tensor, spec: str, group_name: str) -> Tensor:
+    return _ReduceScatter.apply(x, spec, group_name)
 
 
-@composite("sum(Tensor x, str group_name, bool invariant) -> Tensor")
-def sum_(x: Tensor, group_name: str, invariant: bool) -> Tensor:
-    return _Sum.apply(x, group_name, invariant)
+@composite("all_reduce(Tensor x, str group_name, bool invariant) -> Tensor")
+def all_reduce(x: Tensor, group_name: str, invariant: bool) -> Tensor:
+    return _AllReduce.apply(x, group_name, invariant)
 
 
 @composite("first_rank(Tensor x, str group_name, bool mask_value) -> Tensor")

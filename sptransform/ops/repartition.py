@@ -12,7 +12,7 @@ from torch import Tensor
 from sptransform.ops.communication.slicing import conceal, expose
 from sptransform.ops.communication.steps import Start, Steps, Wait, communicating
 from sptransform.ops.groups import rank_in
-from sptransform.sharding.partition import common, stored
+from sptransform.sharding.partition import intersection, storage_offsets
 from sptransform.sharding.placement import Shard, repartitions
 
 _sp = torch.ops.sptransform
@@ -51,8 +51,8 @@ def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str)
     before, after = _ends(x, source, target)
     x, dim = expose(x, before)
     mine, wanted = before.partition.owned[rank], after.partition.owned[rank]
-    leaving = [stored(mine, common(mine, theirs)) for theirs in after.partition.owned]
-    coming = [stored(wanted, common(theirs, wanted)) for theirs in before.partition.owned]
+    leaving = [storage_offsets(mine, intersection(mine, theirs)) for theirs in after.partition.owned]
+    coming = [storage_offsets(wanted, intersection(theirs, wanted)) for theirs in before.partition.owned]
     lead, tail = x.shape[:dim], x.shape[dim + 1 :]
     entry = prod(lead) * prod(tail)
     sent, received = ([entry * sum(hi - lo for lo, hi in own) for own in peers] for peers in (leaving, coming))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from sptransform.ops.communication.steps import COMMUNICATING, Steps, group_of, perform_together
 from sptransform.ops.dropout_mask import mask_for
 from sptransform.ops.local_index import local_index_for
-from sptransform.ops.local_slice import first_rank_for, place_for, take_for
+from sptransform.ops.local_slice import embed_for, first_rank_for, local_slice_for
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
 
@@ -26,8 +26,8 @@ _PER_RANK: dict[str, Callable[..., Tensor]] = {
     "dropout_mask": lambda rank, x, p, group: mask_for(x, p, rank),
     "local_index": lambda rank, x, partition, group: local_index_for(x, Partition.parse(partition), rank),
     "on_first_rank": lambda rank, x, group: first_rank_for(x, rank),
-    "place": lambda rank, x, spec, group: place_for(x, Shard.parse(spec, part=x), rank),
-    "take": lambda rank, x, spec, group: take_for(x, Shard.parse(spec, whole=x), rank),
+    "embed_in_zeros": lambda rank, x, spec, group: embed_for(x, Shard.parse(spec, part=x), rank),
+    "local_slice": lambda rank, x, spec, group: local_slice_for(x, Shard.parse(spec, full=x), rank),
 }
 
 

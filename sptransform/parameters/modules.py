@@ -2,8 +2,8 @@
 
 All parameters of the model become DTensors, since optimizers and gradient clipping do not take a mix of DTensors and
 plain tensors. A module that owns parameters gets a class of the same name, whose forward sees full tensors. Under
-Dynamo that is one node, :func:`whole`. Capture replaces this node and the DTensor by a plain parameter; placements then
-decide what becomes of the shard, as for every tensor.
+Dynamo that is one node, :func:`full_tensor`. Capture replaces this node and the DTensor by a plain parameter;
+placements then decide what becomes of the shard, as for every tensor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.parameters.parts import part_of, whole
+from sptransform.parameters.parts import full_tensor, part_of
 
-_is_whole = False
+_reads_full = False
 
 
 def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int | None]) -> None:
@@ -42,7 +42,7 @@ def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int
         for name in names:
             module._parameters[name] = parts[id(module._parameters[name])]
         if names:
-            module.__class__ = _whole_inside(type(module), names)
+            module.__class__ = _full_inside(type(module), names)
     for old in replaced:
         old.__class__ = _Replaced
 
@@ -74,14 +74,14 @@ def keep_less(model: nn.Module, dims: Mapping[str, int | None]) -> None:
 
 
 @contextmanager
-def whole_parameters() -> Iterator[None]:
+def full_parameters() -> Iterator[None]:
     """Within the block, eager code sees full parameters too, gathered at each access."""
-    global _is_whole
-    before, _is_whole = _is_whole, True
+    global _reads_full
+    before, _reads_full = _reads_full, True
     try:
         yield
     finally:
-        _is_whole = before
+        _reads_full = before
 
 
 def as_written(model: nn.Module) -> None:
@@ -103,7 +103,7 @@ class _WholeInside:
 
 
 @cache
-def _whole_inside(written: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _full_inside(written: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _Kept(name) for name in names}
     namespace |= {name: getattr(written, name) for name in ("__doc__", "__module__", "__qualname__")}
     namespace |= {"written_class": written, "kept": names}
@@ -111,7 +111,7 @@ def _whole_inside(written: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
 
 
 def _new(written: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = _whole_inside(written, names)
+    cls = _full_inside(written, names)
     return cls.__new__(cls)
 
 
@@ -127,8 +127,8 @@ class _Kept:
         if self.name not in module._parameters:
             raise AttributeError(self.name)  # nn.Module.__getattr__ then looks further, or raises its own error
         parameter = module._parameters[self.name]
-        if isinstance(parameter, DTensor) and (torch.compiler.is_dynamo_compiling() or _is_whole):
-            return whole(parameter)
+        if isinstance(parameter, DTensor) and (torch.compiler.is_dynamo_compiling() or _reads_full):
+            return full_tensor(parameter)
         return parameter
 
 

@@ -31,22 +31,22 @@ def first_dim(shape: Sequence[Size], num_ranks: int) -> int | None:
 
 
 @torch.compiler.allow_in_graph
-def whole(x: DTensor) -> Tensor:
+def full_tensor(x: DTensor) -> Tensor:
     """The full tensor of a parameter or input. Its gradient is full on every rank, and each rank keeps its part."""
     if not _is_known(x):
         raise _unread(x)
     shards, _ = _cuts(x.shape, x.placements, x.device_mesh)
     part = x.to_local()
     for index, shard in reversed(shards):
-        part = torch.ops.sptransform.gather(part, shard.spec, x.device_mesh.get_group(index).group_name, True)
+        part = torch.ops.sptransform.all_gather(part, shard.spec, x.device_mesh.get_group(index).group_name, True)
     return part
 
 
 def _cuts(
-    whole_shape: Sequence[int], placements: Sequence[Any], mesh: DeviceMesh
+    full_shape: Sequence[int], placements: Sequence[Any], mesh: DeviceMesh
 ) -> tuple[list[tuple[int, Shard]], list[int]]:
     """(mesh dim, how it shards what earlier mesh dims leave) of each shard, and the shape of this rank's part."""
-    shape = list(whole_shape)
+    shape = list(full_shape)
     shards = []
     for index, placement in enumerate(placements):
         if isinstance(placement, DTensorShard):

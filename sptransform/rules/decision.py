@@ -31,7 +31,7 @@ class Decision(ABC):
         """Whether the op's rule allows this decision; without that, ranks would compute wrong values."""
 
     @property
-    def is_whole(self) -> bool:
+    def is_replicated(self) -> bool:
         """Whether every rank computes the full result from full operands."""
         return False
 
@@ -65,7 +65,7 @@ class Replicate(Decision):
     placement: Placement = I
 
     @property
-    def is_whole(self) -> bool:
+    def is_replicated(self) -> bool:
         return True
 
     def demand(self, rule: OpRule | None, index: int) -> Placement:
@@ -139,7 +139,7 @@ class Sharded(Cut):
         yield self
 
     def is_allowed(self, rule: OpRule | None) -> bool:
-        if rule is None or (self.factor in rule.whole and self.factor not in rule.self_reduced):
+        if rule is None or (self.factor in rule.replicated and self.factor not in rule.self_reduced):
             return False
         shared = [dims for index, dims in enumerate(rule.results) if index not in rule.own]
         kept = all(any(self.factor in names for names in dims) for dims in shared)
@@ -163,7 +163,7 @@ class RingDecision(Cut):
         yield Sharded(self.ring_factor, self.key_partition)
 
     def is_allowed(self, rule: OpRule | None) -> bool:
-        return rule is not None and self.ring_factor in rule.ring_factors and self.factor not in rule.whole
+        return rule is not None and self.ring_factor in rule.ring_factors and self.factor not in rule.replicated
 
     def communicates(self, rule: OpRule) -> bool:
         return True
@@ -188,7 +188,7 @@ def decision_for(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:
         before = prod(rule.sizes[f] for f in factors[:at])
         after = prod(rule.sizes[f] for f in factors[at + 1 :])
         outer = quotient(shard.outer, before)
-        if factor in rule.whole or outer is None:
+        if factor in rule.replicated or outer is None:
             continue
         if shard.outer != before and any(name == factor for _, _, name in rule.resize):
             continue

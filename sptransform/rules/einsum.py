@@ -15,13 +15,13 @@ def _parse_tensor(text: str) -> list[tuple[str, ...]]:
 
 
 def rule(
-    text: str, *, reduce: str = "", whole: str = "", linear: tuple[tuple[int, ...], ...] = (), heavy: bool = False
+    text: str, *, reduce: str = "", replicated: str = "", linear: tuple[tuple[int, ...], ...] = (), heavy: bool = False
 ) -> RuleFn:
     """Return a rule from its einsum-like form.
 
     Tensors are separated by commas, dimensions by spaces; ``(b s)`` is one dimension of two factors; ``...`` stands
     for any number of leading dimensions, which broadcast. Trailing operands (an optional bias) may be absent.
-    ``reduce`` and ``whole`` list factors separated by spaces.
+    ``reduce`` and ``replicated`` list factors separated by spaces.
 
     Raises:
         RuleError: when ``text`` is not of this form.
@@ -31,7 +31,7 @@ def rule(
         raise RuleError(f"a rule has the form 'operands -> results', not {text!r}")
     patterns = [[_parse_tensor(tensor) for tensor in part.split(",")] for part in match.groups()]
     known = {f for part in patterns for tensor in part for dims in tensor for f in dims}
-    unknown = set(f"{reduce} {whole}".split()) - known
+    unknown = set(f"{reduce} {replicated}".split()) - known
     if unknown:
         raise RuleError(f"{text!r} has no factor {', '.join(sorted(unknown))}")
     for part in patterns:
@@ -84,7 +84,7 @@ def rule(
             results,
             {f: sizes[f] for f in present},
             reduce=frozenset(reduce.split()),
-            whole=frozenset(whole.split()),
+            replicated=frozenset(replicated.split()),
             linear=tuple(frozenset(s) for s in linear if all(i < len(operands) for i in s)),
             heavy=heavy,
         )

@@ -2,7 +2,7 @@
 
 A rule names the *factors* of an op (Shardy's word): independent iteration spaces. ``"i k, k j -> i j"`` says that
 output row ``i`` needs only operand row ``i``; a factor that leaves the output is either summed (``reduce``: sharding
-it gives a pending sum) or must stay whole. A dimension may be a product of factors: ``"b s v -> (b s) v"``.
+it gives a pending sum) or must stay replicated. A dimension may be a product of factors: ``"b s v -> (b s) v"``.
 Algorithms read :class:`OpRule`; nothing here knows an op's name.
 """
 
@@ -83,9 +83,9 @@ class OpRule:
         operands, results: factors of every dimension; a dimension of size 1 has none.
         sizes: extent of every factor.
         reduce: factors summed over; sharding one gives a pending sum.
-        whole: factors that cannot be sharded.
-        ring_factors: those of ``whole`` whose parts the op itself can pass around a ring of ranks (keys).
-        self_reduced: those of ``whole`` along which the op can still run on parts, because it combines them itself.
+        replicated: factors that cannot be sharded.
+        ring_factors: those of ``replicated`` whose parts the op itself can pass around a ring of ranks (keys).
+        self_reduced: those of ``replicated`` along which the op still runs on shards, because it combines them itself.
         is_causal: for attention ops: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
@@ -101,7 +101,7 @@ class OpRule:
     results: tuple[Dims, ...]
     sizes: Mapping[str, Size]
     reduce: frozenset[str] = frozenset()
-    whole: frozenset[str] = frozenset()
+    replicated: frozenset[str] = frozenset()
     ring_factors: frozenset[str] = frozenset()
     self_reduced: frozenset[str] = frozenset()
     is_causal: bool = False
@@ -144,10 +144,10 @@ class OpRule:
         shared = [dims for index, dims in enumerate(self.results) if index not in self.own]
         kept = [{f for factors in dims for f in factors} for dims in shared]
         read = {f for dims in self.operands for factors in dims for f in factors}
-        lost = {f for f in read if not all(f in own for own in kept)} - self.reduce - self.whole
+        lost = {f for f in read if not all(f in own for own in kept)} - self.reduce - self.replicated
         if lost:
             names = ", ".join(sorted(lost))
-            raise RuleError(f"{call.target}: {names} leaves a result, and is in neither reduce nor whole")
+            raise RuleError(f"{call.target}: {names} leaves a result, and is in neither reduce nor replicated")
         return self
 
 

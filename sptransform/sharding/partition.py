@@ -29,13 +29,13 @@ def _merge(intervals: Iterable[Interval]) -> Intervals:
     return tuple(merged)
 
 
-def common(one: Intervals, other: Intervals) -> Intervals:
+def intersection(one: Intervals, other: Intervals) -> Intervals:
     """The intersection, ascending. Each piece lies within one interval of ``one`` and one of ``other``."""
     pieces = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
     return tuple(sorted((lo, hi) for lo, hi in pieces if lo < hi))
 
 
-def stored(own: Intervals, part: Intervals) -> Intervals:
+def storage_offsets(own: Intervals, part: Intervals) -> Intervals:
     """Storage offsets of ``part`` on a rank that owns ``own``."""
     places = []
     for lo, hi in part:
@@ -251,7 +251,8 @@ class Partition:
 
     def within(self, own: Intervals) -> Partition:
         """Ownership within the storage of a rank that has only the indices ``own`` of the axis."""
-        return Partition.of(sum(hi - lo for lo, hi in own), (stored(own, common(mine, own)) for mine in self.owned))
+        kept = (storage_offsets(own, intersection(mine, own)) for mine in self.owned)
+        return Partition.of(sum(hi - lo for lo, hi in own), kept)
 
     def refine(self, factor: int) -> Partition:
         """The same ownership after every index became ``factor`` consecutive ones."""

@@ -97,8 +97,8 @@ class Shard(Placement):
         return f"S({self.dim}:{outer}{self.partition})"
 
     @staticmethod
-    def parse(text: str, part: Tensor | None = None, whole: Tensor | None = None) -> Shard:
-        """Inverse of ``spec``; an open size (``?``) is read from the local tensor ``part`` or the full ``whole``.
+    def parse(text: str, part: Tensor | None = None, full: Tensor | None = None) -> Shard:
+        """Inverse of ``spec``; an open size (``?``) is read from the local tensor ``part`` or the full ``full``.
 
         Raises:
             ValueError: other text, or an open size and no tensor.
@@ -106,7 +106,7 @@ class Shard(Placement):
         if "?" not in text:
             return _parse(text)
         match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?\?/(\d+)(z?)\)", text)
-        x = whole if part is None else part
+        x = full if part is None else part
         if match is None or x is None:
             raise ValueError(f"not a shard: {text!r}")
         dim, outer, num_ranks = (int(group or 1) for group in match.groups()[:3])
@@ -177,7 +177,7 @@ def keeps_own(source: Placement, target: Placement) -> bool:
     return target == replace(source, partition=source.partition.first_owners())
 
 
-def leads_through_whole(source: Placement, target: Placement) -> bool:
+def needs_full_tensor(source: Placement, target: Placement) -> bool:
     """Whether shards of one dimension differ in more than ownership, so that the full tensor is needed in between."""
     return cut_alike(source, target) and not (repartitions(source, target) or keeps_own(source, target))
 

@@ -76,7 +76,7 @@ def test_a_program_has_settings_nodes_and_schedule(golden: Golden) -> None:
     lines = [x.text for x in program.lines]
     nodes = [text for text in lines if text.startswith("%")]
     golden.check(
-        "fingerprint",
+        "program",
         settings="\n".join(text for text in lines if not text.startswith(("%", "return", "torch"))),
         inputs="\n".join(text for text in nodes if text.endswith("= input")),
         schedule="\n".join(text for text in nodes if " # " in text),

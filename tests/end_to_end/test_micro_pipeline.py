@@ -83,11 +83,11 @@ def mlp(x: Tensor, *weights: Tensor, spec: str) -> Tensor:
     """Column-parallel linears of the gathered sequence, a row-parallel one of their product."""
     *up, down = weights
     group = dist.group.WORLD.group_name
-    y = sp.gather(x, spec, group, False)
+    y = sp.all_gather(x, spec, group, False)
     h = torch.nn.functional.silu(linear(y, up[0]))
     for weight in up[1:]:
         h = h * linear(y, weight)
-    return sp.sum_scatter(linear(h, down), spec, group)
+    return sp.reduce_scatter(linear(h, down), spec, group)
 
 
 def seen_in(num_sequences: int, num_linears: int, *, pipelined: bool = True, dynamic: bool = False) -> Seen:

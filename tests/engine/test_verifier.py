@@ -86,7 +86,7 @@ def test_a_decision_that_the_rule_does_not_allow(factor: str) -> None:
     (node,) = [n for n in graph.nodes if n.target == aten.linear.default and len(n.args) == 3]
     note = notes.note(node)
     note.decision = Sharded(factor, Partition.contiguous(note.rule.sizes[factor], 2))
-    note.rule = replace(note.rule, whole=frozenset({factor}))
+    note.rule = replace(note.rule, replicated=frozenset({factor}))
     note.placements = note.decision.outcomes(note.rule, 1)
     rejected("placed", graph, context, node)
 

@@ -38,7 +38,7 @@ OPERATORS = {
 }
 # factors as rules are written: single letters and ellipses between spaces, commas and an arrow
 NOTATION = re.compile(r"(([a-z]|\.{3})(, ?| |$)|-> ?)+")
-FACTOR_KINDS = ("reduce", "whole")
+FACTOR_KINDS = ("reduce", "replicated")
 MESSAGES = {"describe", "debug", "info", "warning"}
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sptransform.op_rules import DEFAULT_RULES, pointwise
 from sptransform.ops.groups import pretend
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.rules.decision import Sharded
 from sptransform.rules.table import Local
 from sptransform.sharding.partition import Partition
@@ -141,7 +141,7 @@ def test_nothing_is_gathered_to_read_a_dtype(target: torch._ops.OpOverload) -> N
     """Where shapes agree, the operand read for its dtype may be cut like the other; elsewhere it shares no factor."""
     _, rule = rule_for(case(target, randn(4, 1, 6), randn(2, 4, 3, 6).float()))
     assert rule.operands[1][1] == rule.operands[0][0] and rule.operands[1][3] == rule.operands[0][2]
-    assert {f for factors in (rule.operands[1][0], rule.operands[1][2]) for f in factors} == rule.whole
+    assert {f for factors in (rule.operands[1][0], rule.operands[1][2]) for f in factors} == rule.replicated
 
 
 def test_dropout_draws_a_mask_for_each_rank_and_keeps_generators_in_step() -> None:
@@ -151,7 +151,7 @@ def test_dropout_draws_a_mask_for_each_rank_and_keeps_generators_in_step() -> No
     parts, states = [], []
     for rank in range(3):
         torch.manual_seed(3)
-        part = take_for(x.detach(), Shard(0, decision.partition), rank)
+        part = local_slice_for(x.detach(), Shard(0, decision.partition), rank)
         local = Local(emit, (part,), (tuple(part.shape),), (part.dtype,), rule, decision, rank, GROUP)
         with pretend(GROUP, rank):
             dropped = DEFAULT_RULES[call.target].localize(call, local)

@@ -18,7 +18,7 @@ def moved(target: Any, *args: Any, factors: str = "", same_values: bool = True, 
     return Case(target, args, {}, factors, same_values, outer=outer)
 
 
-GATHER = moved(sp.gather.default, randn(4, 2, 3), "S(1:4/2)", OUTER, True, factors="d0 d2")
+GATHER = moved(sp.all_gather.default, randn(4, 2, 3), "S(1:4/2)", OUTER, True, factors="d0 d2")
 CASES = [
     moved(sp.all_to_all.default, [randn(2, 4, 4)], ["S(1:8/2)"], ["S(2:4/2)"], OUTER, factors="d0 block1 block2"),
     moved(
@@ -53,15 +53,15 @@ CASES = [
         OUTER,
         factors="d1 block0 block2",
     ),
-    moved(sp.cut.default, randn(4, 8, 3), "S(1:8/2)", OUTER, True, factors="d0 d2"),
-    moved(sp.cut.default, randn(3, 4), "S(1:4/2)", OUTER, False, factors="d0"),
+    moved(sp.slice.default, randn(4, 8, 3), "S(1:8/2)", OUTER, True, factors="d0 d2"),
+    moved(sp.slice.default, randn(3, 4), "S(1:4/2)", OUTER, False, factors="d0"),
     moved(sp.dropout_mask.default, randn(4, 3), 0.5, OUTER, factors=".2 .1", same_values=False),
     moved(sp.first_rank.default, randn(4, 3), OUTER, True, factors=".2 .1"),
     moved(sp.first_rank.default, randn(4, 3), OUTER, False, factors=".2 .1"),
     GATHER,
-    moved(sp.gather.default, randn(4, 3), "S(0:2*4/2z)", OUTER, False, factors="d1"),
+    moved(sp.all_gather.default, randn(4, 3), "S(0:2*4/2z)", OUTER, False, factors="d1"),
     moved(
-        sp.gather_packed.default,
+        sp.all_gather_packed.default,
         [randn(1, 4, 2, 3), randn(1, 4, 2, 5)],
         ["S(2:4/2)"] * 2,
         OUTER,
@@ -71,9 +71,9 @@ CASES = [
     moved(sp.repartition.default, randn(3, 4, 2), "S(1:8/2z)", "S(1:8/2)", OUTER, factors="d0 d2"),
     moved(sp.replicate.default, [randn(3, 2)], OUTER, factors="d0 d1"),
     moved(sp.replicate.default, [randn(3, 2), randn(4)], OUTER),
-    moved(sp.sum.default, randn(4, 3), OUTER, True, factors=".2 .1"),
-    moved(sp.sum.default, randn(4, 3), OUTER, False, factors=".2 .1"),
-    moved(sp.sum_scatter.default, randn(4, 6, 3), "S(1:6/2)", OUTER, factors="d0 d2"),
+    moved(sp.all_reduce.default, randn(4, 3), OUTER, True, factors=".2 .1"),
+    moved(sp.all_reduce.default, randn(4, 3), OUTER, False, factors=".2 .1"),
+    moved(sp.reduce_scatter.default, randn(4, 6, 3), "S(1:6/2)", OUTER, factors="d0 d2"),
 ]
 
 

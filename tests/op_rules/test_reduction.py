@@ -93,4 +93,4 @@ def test_softmax_joins_what_must_be_whole() -> None:
     joining = {aten._log_softmax.default, aten._softmax.default, aten.log_softmax.int, aten.softmax.int}
     for each in CASES:
         _, rule = rule_for(each)
-        assert rule.self_reduced == (rule.whole if each.target in joining else frozenset()), str(each)
+        assert rule.self_reduced == (rule.replicated if each.target in joining else frozenset()), str(each)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.op_rules.shape import _split_local
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.rules.decision import Sharded
 from sptransform.rules.table import Local
 from sptransform.sharding.partition import Partition
@@ -140,12 +140,12 @@ def test_a_fused_projection_is_cut_in_every_piece() -> None:
     x = randn(3, 24)
     for rank in range(2):
         decision = Sharded("i1", shared)
-        part = take_for(x, Shard(1, shared), rank)
+        part = local_slice_for(x, Shard(1, shared), rank)
         local = Local(emit, (part,), (), (), rule, decision, rank, "group")
         for piece, whole, placement in zip(
             _split_local(call, local), x.split([16, 4, 4], 1), decision.outcomes(rule, 3), strict=True
         ):
-            assert torch.equal(piece, take_for(whole, placement, rank))
+            assert torch.equal(piece, local_slice_for(whole, placement, rank))
 
 
 _SIZES = st.lists(st.sampled_from([1, 2, 2, 3, 4, 6]), min_size=1, max_size=4)

@@ -58,7 +58,7 @@ def test_some_case_of_every_overload_can_be_sharded() -> None:
     for each in CASES:
         made, _, _ = call_of(each)
         found = DEFAULT_RULES.rule_of(made)
-        if found is not None and found.sizes.keys() - found.whole:
+        if found is not None and found.sizes.keys() - found.replicated:
             sharded.add(each.target)
     never_cut = {aten.all.default, aten.any.default, aten.max.default, aten.min.default, aten.prod.default}
     assert set(DEFAULT_RULES) - sharded == counting | never_cut
@@ -75,7 +75,7 @@ def _shardable(form: Callable[[OpCall], OpRule], factor: str) -> Callable[[OpCal
 
     def apply(made: OpCall) -> OpRule:
         found = form(made)
-        return replace(found, whole=found.whole - {factor}, reduce=found.reduce | {factor})
+        return replace(found, replicated=found.replicated - {factor}, reduce=found.reduce | {factor})
 
     return apply
 
@@ -134,9 +134,9 @@ def test_an_overload_stands_in_one_table() -> None:
 
 
 def test_a_table_of_the_user_comes_first_by_its_default() -> None:
-    table = RuleTable([(aten.mm.default, rule("i k, k j -> i j", whole="k"))], default=DEFAULT_RULES.get)
+    table = RuleTable([(aten.mm.default, rule("i k, k j -> i j", replicated="k"))], default=DEFAULT_RULES.get)
     made, _, _ = call_of(case(aten.mm.default, randn(2, 3), randn(3, 4)))
-    assert table.rule_of(made).whole == {"k"}
+    assert table.rule_of(made).replicated == {"k"}
     assert table[aten.bmm.default] is DEFAULT_RULES[aten.bmm.default]
     assert isinstance(table[aten.mm.default], OpEntry)
     with pytest.raises(KeyError):
@@ -158,7 +158,7 @@ def checked(form: Callable[[OpCall], OpRule], operands: list[Shape], results: li
     [
         ("i k, k j", {}, "form 'operands -> results'"),
         ("i k -> i", {"reduce": "k n"}, "has no factor n"),
-        ("i k -> i", {"whole": "kk"}, "has no factor kk"),
+        ("i k -> i", {"replicated": "kk"}, "has no factor kk"),
         ("i i -> i", {}, "names a factor twice"),
         ("(b s) v -> (b s s) v", {}, "names a factor twice"),
     ],
@@ -179,7 +179,7 @@ def test_a_rule_that_cannot_be_read(text: str, named: dict[str, str], message: s
         ("i, i -> i", [(2,)], [(2,)], None),
         ("(a b) -> (a b)", [(6,)], [(6,)], "do not say the size of a, b"),
         ("b s v -> (b s) v", [(2, 4, 3)], [(9, 3)], r"dim 0 of result 0 is 9"),
-        ("i k -> i", [(2, 3)], [(2,)], "k leaves a result, and is in neither reduce nor whole"),
+        ("i k -> i", [(2, 3)], [(2,)], "k leaves a result, and is in neither reduce nor replicated"),
         ("i j -> i, j", [(2, 3)], [(2,), (3,)], "i, j leaves a result"),
     ],
 )
@@ -238,7 +238,7 @@ def test_decisions_of_a_flattened_sequence() -> None:
     )
     # a cut through both: no factor does it
     assert decision_for(found, found.results[0], Shard(0, Partition.of(8, [[(0, 3)], [(3, 8)]]))) is None
-    whole = OpRule(found.operands, found.results, found.sizes, whole=frozenset({"s", "b", "v"}))
+    whole = OpRule(found.operands, found.results, found.sizes, replicated=frozenset({"s", "b", "v"}))
     assert decision_for(whole, whole.results[0], flat) is None
 
 

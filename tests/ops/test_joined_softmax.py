@@ -13,7 +13,7 @@ from torch import Tensor
 import sptransform.ops  # noqa: F401 - registers the ops named here
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.op_rules.reduction import _JOINED
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpCall, Operand
 from sptransform.rules.table import Local, Sent
@@ -45,11 +45,11 @@ def on_rank(
     found = []
     for partition in cuts:
         shard = Shard(dim % x.ndim, partition)
-        own = take_for(x, shard, rank).requires_grad_()
+        own = local_slice_for(x, shard, rank).requires_grad_()
         group = dist.group.WORLD.group_name
         local = Local(emit, (own,), ((),), (whole.dtype,), rule, Sharded(factor, partition), rank, group)
         y = DEFAULT_RULES[call.target].localize(call, local)
-        (of_x,) = torch.autograd.grad(y, own, take_for(grad, shard, rank))
+        (of_x,) = torch.autograd.grad(y, own, local_slice_for(grad, shard, rank))
         found.append((y.detach(), of_x))
     return found
 
@@ -71,7 +71,7 @@ def compared(name: str, x: Tensor, dim: int, last: Any, num_ranks: int) -> Itera
         shard = Shard(dim % x.ndim, partition)
         for rank, found in enumerate(results):
             for got, whole in zip(found[at], (y, of_x), strict=True):
-                yield f"rank {rank} of {partition}", got, take_for(whole, shard, rank)
+                yield f"rank {rank} of {partition}", got, local_slice_for(whole, shard, rank)
 
 
 def check(name: str, x: Tensor, dim: int, last: Any, num_ranks: int, tolerance: float) -> None:
@@ -126,9 +126,9 @@ def test_simulated_ranks_do_what_real_ones_do(name: str) -> None:
     shard = Shard(1, Partition.contiguous(SIZE, 2))
     with simulate(2):
         group = dist.group.WORLD.group_name
-        xs = from_ranks(lambda rank: take_for(x, shard, rank), 2, requires_grad=True)
+        xs = from_ranks(lambda rank: local_slice_for(x, shard, rank), 2, requires_grad=True)
         ys = getattr(sp, name)(xs, 1, torch.float64, 2, group)
-        (ys * from_ranks(lambda rank: take_for(grad, shard, rank), 2)).sum().backward()
+        (ys * from_ranks(lambda rank: local_slice_for(grad, shard, rank), 2)).sum().backward()
         values, grads = per_rank(ys), per_rank(xs.grad)
     torch.testing.assert_close(torch.cat(values, 1), y.detach())
     torch.testing.assert_close(torch.cat(grads, 1), of_x)

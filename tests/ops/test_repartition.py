@@ -16,7 +16,7 @@ from sptransform.graph import notes
 from sptransform.graph.redistribute import insert_redistribute
 from sptransform.ops.communication.steps import perform_together
 from sptransform.ops.groups import pretend
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.ops.repartition import repartition
 from sptransform.sharding.mesh import PRETENDED_GROUP, Mesh
 from sptransform.sharding.partition import Partition
@@ -71,13 +71,13 @@ def test_every_index_comes_to_its_new_owner_and_only_those_travel(ends: tuple[Sh
     ranks = range(source.partition.num_ranks)
 
     def steps(rank: int) -> object:
-        return repartition(rank, take_for(x, source, rank), source.spec, target.spec, "")
+        return repartition(rank, local_slice_for(x, source, rank), source.spec, target.spec, "")
 
     results = perform_together({rank: steps(rank) for rank in ranks})
     before, after = ([set(indices(end.partition, rank)) for rank in ranks] for end in ends)
     entry = x.numel() // source.partition.size
     for rank in ranks:
-        assert torch.equal(results[rank], take_for(x, target, rank))
+        assert torch.equal(results[rank], local_slice_for(x, target, rank))
         start = next(steps(rank))
         assert start.sent == [entry * len(before[rank] & own) for own in after]
         assert start.received == [entry * len(own & after[rank]) for own in before]
@@ -91,8 +91,8 @@ ODD, UNEVEN = Shard(0, Partition.zigzag(7, 2), outer=2), Shard(0, Partition.cont
 
 def there_and_whole(x: Tensor, *, source: Shard, target: Shard, group: str) -> Tensor:
     """The identity, by way of both shards; every rank holds the value and the gradient."""
-    part = _sp.repartition(_sp.cut(x, source.spec, group, True), source.spec, target.spec, group)
-    return _sp.gather(part, target.spec, group, True)
+    part = _sp.repartition(_sp.slice(x, source.spec, group, True), source.spec, target.spec, group)
+    return _sp.all_gather(part, target.spec, group, True)
 
 
 @pytest.mark.parametrize(("source", "target"), [(FOLDED, BLOCKS), (ODD, UNEVEN), (UNEVEN, ODD)], ids=str)
@@ -114,10 +114,10 @@ def opcheck_on_rank(rank: int, world_size: int, source: Shard, target: Shard) ->
     for dtype in (torch.float64, torch.bfloat16, torch.int64, torch.bool):
         shape = whole_of(source).shape  # the same values on all ranks, whatever random numbers they drew
         x = torch.arange(shape.numel()).remainder(3).to(dtype).view(shape)
-        part = take_for(x, source, rank).requires_grad_(dtype.is_floating_point)
+        part = local_slice_for(x, source, rank).requires_grad_(dtype.is_floating_point)
         torch.library.opcheck(_sp.repartition.default, (part, source.spec, target.spec, group))
         moved = _sp.repartition(part, source.spec, target.spec, group)
-        assert torch.equal(moved.detach(), take_for(x, target, rank))
+        assert torch.equal(moved.detach(), local_slice_for(x, target, rank))
 
 
 @pytest.mark.parametrize(("source", "target"), [(FOLDED, BLOCKS), (UNEVEN, ODD)], ids=str)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sptransform.sharding.partition import Partition, common
+from sptransform.sharding.partition import Partition, intersection
 from sptransform.sharding.sizes import SymbolicSizeError
 
 fast = settings(deadline=None, derandomize=True, max_examples=150)
@@ -134,7 +134,7 @@ def test_a_symbolic_size_that_may_not_be_shared_evenly() -> None:
 def test_common(one: Partition, other: Partition) -> None:
     """Everything in both, in pieces that both store in one run."""
     for mine, theirs in zip(one.owned, other.owned, strict=False):
-        found = common(mine, theirs)
+        found = intersection(mine, theirs)
         both = [{i for lo, hi in own for i in range(lo, hi)} for own in (mine, theirs)]
         assert {i for lo, hi in found for i in range(lo, hi)} == both[0] & both[1]
         assert list(found) == sorted(found)

@@ -59,7 +59,7 @@ def test_an_open_size_is_that_of_the_tensor(form: Callable[[int, int], Partition
     assert spec == f"S(1:{'3*' if outer == 3 else ''}?/4{'z' if form is Partition.zigzag else ''})"
     for length in (8, 24):
         shard = Shard(1, form(length, 4), outer)
-        assert Shard.parse(spec, whole=torch.empty(2, outer * length)) == shard
+        assert Shard.parse(spec, full=torch.empty(2, outer * length)) == shard
         assert Shard.parse(spec, part=torch.empty(2, outer * length // 4)) == shard
     with pytest.raises(ValueError, match="not a shard"):
         Shard.parse(spec)

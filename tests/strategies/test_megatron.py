@@ -262,7 +262,7 @@ def test_no_rank_has_all_logits(num_ranks: int) -> None:
 def test_what_is_scattered_comes_from_a_linear(name: str) -> None:
     """Between linears everything is sharded on the sequence: no residual addition is of pending sums."""
     graph = rewritten_model(name, MegatronSP(), 2).graph_module.graph
-    scatters = graph.find_nodes(op="call_function", target=torch.ops.sptransform.sum_scatter.default)
+    scatters = graph.find_nodes(op="call_function", target=torch.ops.sptransform.reduce_scatter.default)
     made_by = Counter("embedding" if "embedding" in x.args[0].name else x.args[0].target for x in scatters)
     assert made_by[torch.ops.aten.linear.default] == 2 * LAYERS
     assert made_by.total() - made_by["embedding"] == 2 * LAYERS

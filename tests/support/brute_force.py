@@ -28,7 +28,7 @@ import sptransform.ops  # noqa: F401 - registers the ops named here
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.ops.communication.slicing import assemble, conceal, expose
 from sptransform.ops.groups import pretend
-from sptransform.ops.local_slice import place_for, take_for
+from sptransform.ops.local_slice import embed_for, local_slice_for
 from sptransform.rules.decision import Pending, RingDecision, Sharded, decision_for
 from sptransform.rules.rule import OpCall, Operand, OpRule, map_nodes
 from sptransform.rules.table import Local
@@ -255,7 +255,7 @@ def check_case(case: Case) -> None:
     rule = DEFAULT_RULES.rule_of(call)
     assert rule is not None, f"no rule for {case}"
     present = present_factors(rule)
-    shardable = [f for f in present if f not in rule.whole]
+    shardable = [f for f in present if f not in rule.replicated]
     wanted = shardable if case.factors is None else case.factors.split()
     assert sorted(wanted) == sorted(shardable), f"{case}: can shard {shardable}, expected {wanted}"
     for factor in shardable:
@@ -377,14 +377,14 @@ def _summands(x: Tensor, num: int) -> list[Tensor]:
 
 
 def _part(x: Tensor, placement: Placement, rank: int) -> Tensor:
-    return take_for(x.detach(), placement, rank) if isinstance(placement, Shard) else x.detach()
+    return local_slice_for(x.detach(), placement, rank) if isinstance(placement, Shard) else x.detach()
 
 
 def _summand(g: Tensor, placement: Placement, rank: int) -> Tensor:
     """What reaches a rank's part of a gradient; of indices that ranks share a summand, here all of it on the first."""
     if isinstance(placement, Shard) and not placement.partition.is_exact:
         first = replace(placement, partition=placement.partition.first_owners())
-        g = place_for(_part(g, first, rank), first, rank)
+        g = embed_for(_part(g, first, rank), first, rank)
     return _part(g, placement, rank)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
 from tests.support.brute_force import randn, together
@@ -54,16 +54,16 @@ class Change:
             case Shard(), Shard():
                 return "all_to_all", ([s.spec for s in self.sources], [t.spec for t in self.targets], "group")
             case (_, Shard()) if source in (I, R):
-                return "cut", (target.spec, "group", source == I)
+                return "slice", (target.spec, "group", source == I)
             case Shard(), _:
-                return "gather", (source.spec, "group", target == I)
+                return "all_gather", (source.spec, "group", target == I)
             case _, Shard():
-                return "sum_scatter", (target.spec, "group")
+                return "reduce_scatter", (target.spec, "group")
         ops = {
             (I, P): ("first_rank", ("group", True)),
             (I, R): ("replicate", ("group",)),
-            (P, I): ("sum", ("group", True)),
-            (P, R): ("sum", ("group", False)),
+            (P, I): ("all_reduce", ("group", True)),
+            (P, R): ("all_reduce", ("group", False)),
             (R, I): ("first_rank", ("group", False)),
         }
         return ops[source, target]
@@ -104,7 +104,7 @@ def _local(placement: Placement, shape: tuple[int, ...], rank: int) -> tuple[int
 
 def _held(x: Tensor, placement: Placement, num_ranks: int) -> list[Tensor]:
     if isinstance(placement, Shard):
-        return [take_for(x, placement, rank) for rank in range(num_ranks)]
+        return [local_slice_for(x, placement, rank) for rank in range(num_ranks)]
     if placement == P:
         summands = [randn(*x.shape) for _ in range(num_ranks - 1)]
         return [*summands, x - sum(summands)]
@@ -124,7 +124,7 @@ def _check_value(outputs: list[Tensor], x: Tensor, target: Placement) -> None:
         torch.testing.assert_close(sum(outputs), x)
         return
     for rank, output in enumerate(outputs):
-        torch.testing.assert_close(output, take_for(x, target, rank) if isinstance(target, Shard) else x)
+        torch.testing.assert_close(output, local_slice_for(x, target, rank) if isinstance(target, Shard) else x)
 
 
 def _check_gradient(grads: list[Tensor], gradient: Tensor, source: Placement) -> None:
@@ -132,7 +132,8 @@ def _check_gradient(grads: list[Tensor], gradient: Tensor, source: Placement) ->
         torch.testing.assert_close(sum(grads), gradient)
         return
     for rank, grad in enumerate(grads):
-        torch.testing.assert_close(grad, take_for(gradient, source, rank) if isinstance(source, Shard) else gradient)
+        expected = local_slice_for(gradient, source, rank) if isinstance(source, Shard) else gradient
+        torch.testing.assert_close(grad, expected)
 
 
 def apply(name: str, arguments: tuple[Any, ...], inputs: list[Tensor]) -> list[Tensor]:

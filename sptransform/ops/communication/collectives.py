@@ -34,12 +34,12 @@ def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     """Every rank's part -> the full tensor. Uneven parts are padded to the largest."""
     num_ranks = shard.partition.num_ranks
     if not shard.partition.is_blocks:
-        return _whole(_gathered(_part_in_front(x, shard), num_ranks, group), shard)
+        return _in_full(_gathered(_part_in_front(x, shard), num_ranks, group), shard)
     x, dim = expose(x, shard)
     if not _is_first(x, dim):
         return conceal(torch.cat(_gathered(x, num_ranks, group).chunk(num_ranks), dim), shard)
-    whole = _gathered(x.flatten(0, dim), num_ranks, group)
-    return conceal(whole.view(*x.shape[:dim], *whole.shape) if dim else whole, shard)
+    full = _gathered(x.flatten(0, dim), num_ranks, group)
+    return conceal(full.view(*x.shape[:dim], *full.shape) if dim else full, shard)
 
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
@@ -89,7 +89,7 @@ def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list
     came = _gathered(flat, num_ranks, group).view(num_ranks, -1)
     parts = came.split([front.numel() for front in fronts], 1)
     shapes = [(num_ranks * front.shape[0], *front.shape[1:]) for front in fronts]
-    return [_whole(part.reshape(shape), shard) for part, shape, shard in zip(parts, shapes, shards, strict=True)]
+    return [_in_full(part.reshape(shape), shard) for part, shape, shard in zip(parts, shapes, shards, strict=True)]
 
 
 def reduce_scatter_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:
@@ -121,7 +121,7 @@ def _in_place(front: Tensor, shard: Shard) -> Tensor:
     return conceal(front.movedim(0, dim).contiguous(), shard)
 
 
-def _whole(parts: Tensor, shard: Shard) -> Tensor:
+def _in_full(parts: Tensor, shard: Shard) -> Tensor:
     """The full tensor from all ranks' parts, which are concatenated along the first dimension."""
     return _in_place(in_order(parts, 0, shard.partition), shard)
 

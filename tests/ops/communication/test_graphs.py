@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sptransform.ops  # noqa: F401 - registers the ops
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
@@ -117,7 +117,7 @@ def test_a_graph_of_open_lengths_serves_them_all(kind: str, outer: int) -> None:
         x, cotangent = randn(*shape), randn(*shape)
 
         def part(whole: torch.Tensor, placement: Placement, rank: int) -> torch.Tensor:
-            return take_for(whole, placement, rank) if isinstance(placement, Shard) else whole
+            return local_slice_for(whole, placement, rank) if isinstance(placement, Shard) else whole
 
         results = in_lockstep(
             NUM_RANKS,

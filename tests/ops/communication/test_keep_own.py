@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sptransform.ops.groups import pretend
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard, keeps_own
@@ -72,7 +72,7 @@ def _summing_gradients(changed: Kept) -> Any:
             assert x[0].shape == grad[0].shape
         whole = together([grad for (grad,) in grads], source)
         assert tuple(whole.shape) == shape
-        return outputs, [[take_for(whole, source, rank)] for rank in range(len(grads))]
+        return outputs, [[local_slice_for(whole, source, rank)] for rank in range(len(grads))]
 
     return run
 

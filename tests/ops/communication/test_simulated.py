@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sptransform.ops.communication import all_to_all, collectives
-from sptransform.ops.local_slice import take_for
+from sptransform.ops.local_slice import local_slice_for
 from sptransform.ops.simulation import register
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
@@ -86,14 +86,14 @@ _BOTH_WAYS = [
 @pytest.mark.parametrize(("shape", "source", "target"), _BOTH_WAYS, ids=["blocks", "outer", "zigzag"])
 def test_an_exchange_and_back(shape: tuple[int, ...], source: Shard, target: Shard) -> None:
     x = randn(*shape)
-    parts = [take_for(x, source, rank) for rank in range(NUM_RANKS)]
+    parts = [local_slice_for(x, source, rank) for rank in range(NUM_RANKS)]
     with simulate(NUM_RANKS):
         group = dist.group.WORLD.group_name
         (moved,) = all_to_all.exchange([_on_ranks(tuple(parts))], [source], [target], group)
         (back,) = all_to_all.exchange([moved], [target], [source], group)
         there, again = per_rank(moved), per_rank(back)
     for rank in range(NUM_RANKS):
-        assert torch.equal(there[rank], take_for(x, target, rank))
+        assert torch.equal(there[rank], local_slice_for(x, target, rank))
         assert torch.equal(again[rank], parts[rank])
 
 
@@ -106,7 +106,7 @@ def test_a_shared_head_comes_back_as_a_sum() -> None:
         got = per_rank(back)
     whole = torch.cat([held[0] + held[1], held[2] + held[3]], 2)
     for rank in range(NUM_RANKS):
-        torch.testing.assert_close(got[rank], take_for(whole, source, rank))
+        torch.testing.assert_close(got[rank], local_slice_for(whole, source, rank))
 
 
 def test_gradients_of_several_dtypes_are_summed_apart() -> None:

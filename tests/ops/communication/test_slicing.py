@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sptransform.ops.communication.slicing import assemble, conceal, expose, select
-from sptransform.ops.local_slice import first_rank_for, place_for, take_for
+from sptransform.ops.local_slice import embed_for, first_rank_for, local_slice_for
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
 from tests.sharding.test_partition import exact_partitions, indices, partitions
@@ -29,7 +29,7 @@ def shards(draw: st.DrawFn, exact: bool) -> tuple[Shard, Tensor]:
 
 
 def taken(x: Tensor, shard: Shard, rank: int) -> Tensor:
-    """``take_for`` by indices one by one."""
+    """``local_slice_for`` by indices one by one."""
     size = shard.partition.size
     own = [outer * size + i for outer in range(shard.outer) for i in indices(shard.partition, rank)]
     return x.index_select(shard.dim, torch.tensor(own, dtype=torch.int64))
@@ -40,7 +40,7 @@ def taken(x: Tensor, shard: Shard, rank: int) -> Tensor:
 def test_take(case: tuple[Shard, Tensor]) -> None:
     shard, x = case
     for rank in range(shard.partition.num_ranks):
-        part = take_for(x, shard, rank)
+        part = local_slice_for(x, shard, rank)
         assert torch.equal(part, taken(x, shard, rank))
         assert part.shape == shard.local_shape(tuple(x.shape), rank)
         assert (part.is_contiguous() and part.data_ptr() != x.data_ptr()) or part.numel() == 0
@@ -52,9 +52,9 @@ def test_place_is_the_transpose_of_take(case: tuple[Shard, Tensor]) -> None:
     """For all x and g: <take(x), g> = <x, place(g)>."""
     shard, x = case
     for rank in range(shard.partition.num_ranks):
-        part = take_for(x, shard, rank)
+        part = local_slice_for(x, shard, rank)
         g = randn(*part.shape)
-        torch.testing.assert_close((part * g).sum(), (x * place_for(g, shard, rank)).sum())
+        torch.testing.assert_close((part * g).sum(), (x * embed_for(g, shard, rank)).sum())
 
 
 @fast
@@ -62,8 +62,8 @@ def test_place_is_the_transpose_of_take(case: tuple[Shard, Tensor]) -> None:
 def test_parts_make_the_whole(case: tuple[Shard, Tensor]) -> None:
     shard, x = case
     ranks = range(shard.partition.num_ranks)
-    assert torch.equal(together([take_for(x, shard, rank) for rank in ranks], shard), x)
-    assert torch.equal(sum(place_for(take_for(x, shard, rank), shard, rank) for rank in ranks), x)
+    assert torch.equal(together([local_slice_for(x, shard, rank) for rank in ranks], shard), x)
+    assert torch.equal(sum(embed_for(local_slice_for(x, shard, rank), shard, rank) for rank in ranks), x)
 
 
 @fast

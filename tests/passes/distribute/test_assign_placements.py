@@ -21,7 +21,7 @@ from tests.support.graphs import a_context, after, assert_ranks_equal_one_device
 
 def test_golden(golden: Golden) -> None:
     gm, _ = after(AssignPlacements, Attention(by_repeat_interleave), hidden_states())
-    golden.check("place", after=text(gm.graph.nodes))
+    golden.check("assign_placements", after=text(gm.graph.nodes))
 
 
 def test_parameters_are_invariant_and_replicated_without_gradient_sync() -> None:

@@ -43,7 +43,7 @@ def test_golden(golden: Golden) -> None:
     inputs = [heads() for _ in range(3)]
     before, _ = after(InsertRedistributes, attend, *inputs)
     gm, _ = after(FuseRedistributes, attend, *inputs)
-    golden.check("pack_moves", before=text(before.graph.nodes), after=text(gm.graph.nodes))
+    golden.check("fuse_redistributes", before=text(before.graph.nodes), after=text(gm.graph.nodes))
 
 
 def test_query_key_and_value_travel_together() -> None:
@@ -97,7 +97,7 @@ def test_gathered_keys_and_values_travel_together() -> None:
         assert gathers(gm) == expected
     reference, ranks, graphs = on_ranks(attend, *inputs, num_ranks=2, strategy=AllGatherKV())
     assert_ranks_equal_one_device(reference, ranks)
-    assert [len(nodes_of(gm, torch.ops.sptransform.gather_packed.default)) for gm in graphs] == [1, 1]
+    assert [len(nodes_of(gm, torch.ops.sptransform.all_gather_packed.default)) for gm in graphs] == [1, 1]
 
 
 def test_gathers_for_different_ops_are_not_packed() -> None:

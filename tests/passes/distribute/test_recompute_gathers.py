@@ -29,12 +29,12 @@ def recomputed(gm: fx.GraphModule) -> list[str]:
 
 def test_golden(golden: Golden) -> None:
     gm = gathering(AllGatherKV(regather=True))
-    golden.check("regather", after=text(gm.graph.nodes), recomputed="\n".join(recomputed(gm)))
+    golden.check("recompute_gathers", after=text(gm.graph.nodes), recomputed="\n".join(recomputed(gm)))
 
 
 def test_keys_and_values_are_recomputed_with_the_message_they_came_in() -> None:
     gm = gathering(AllGatherKV(regather=True))
-    (gather,) = nodes_of(gm, torch.ops.sptransform.gather_packed.default)
+    (gather,) = nodes_of(gm, torch.ops.sptransform.all_gather_packed.default)
     assert recomputed(gm) == [gather.name, *(user.name for user in gather.users)]
     assert len(gather.users) == 2
     # torch's partitioner reads the region's number wherever it finds the tag
@@ -51,7 +51,7 @@ def test_in_a_checkpointed_region_the_strategy_has_the_last_word(regather: bool)
     """What is sent in a region is saved, unless it is to be gathered again."""
     model = Attention(by_repeat_interleave)
     gm = gathering(AllGatherKV(regather=regather), lambda x: checkpoint(model, x, use_reentrant=False))
-    (gather,) = nodes_of(gm, torch.ops.sptransform.gather_packed.default)
+    (gather,) = nodes_of(gm, torch.ops.sptransform.all_gather_packed.default)
     assert gather.meta["recompute"] == (CheckpointPolicy.MUST_RECOMPUTE if regather else CheckpointPolicy.MUST_SAVE)
 
 
@@ -59,5 +59,5 @@ def test_other_gathers_are_saved() -> None:
     """A sort along the sequence needs all of it, and attention does not read it."""
     model = Attention(by_repeat_interleave)
     gm = gathering(AllGatherKV(regather=True), lambda x: model(x).sort(1).values)
-    gathers = nodes_of(gm, torch.ops.sptransform.gather.default)
+    gathers = nodes_of(gm, torch.ops.sptransform.all_gather.default)
     assert gathers and not {node.name for node in gathers} & set(recomputed(gm))

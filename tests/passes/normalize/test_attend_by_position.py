@@ -94,7 +94,7 @@ def test_golden(golden: Golden) -> None:
     inputs = [heads(), heads(), heads(), DOCUMENTS]
     before, _ = captured(model, *inputs)
     gm, _ = after(AttendByPosition, model, *inputs, context=ring_context())
-    golden.check("read_masks", before=text(before.graph.nodes), after=text(gm.graph.nodes))
+    golden.check("attend_by_position", before=text(before.graph.nodes), after=text(gm.graph.nodes))
 
 
 def test_is_causal_is_a_bound() -> None:

@@ -36,7 +36,7 @@ def matches(model: torch.nn.Module) -> bool:
 def test_golden(golden: Golden, repeat: Repeat) -> None:
     gm, _ = captured(Attention(repeat), hidden_states())
     done, _ = after(PASS, Attention(repeat), hidden_states())
-    golden.check(f"move_keys_unrepeated_{repeat.__name__}", before=text(gm.graph.nodes), after=text(done.graph.nodes))
+    golden.check(f"unrepeat_key_heads_{repeat.__name__}", before=text(gm.graph.nodes), after=text(done.graph.nodes))
 
 
 def by_stacking(x: torch.Tensor) -> torch.Tensor:
