@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sptransform.engine.pass_manager import Pass
+from sptransform.engine.pipeline import Pipeline
 from sptransform.passes.distribute.assign_placements import AssignPlacements
 from sptransform.passes.distribute.bucket_parameters import BucketParameters
 from sptransform.passes.distribute.fuse_redistributes import FuseRedistributes
@@ -53,4 +54,4 @@ FINISH: tuple[Pass, ...] = (
     DecomposeCheckpointed(),  # last, since the other passes match captured ops
 )
 
-PIPELINE: tuple[Pass, ...] = (*NORMALIZE, *DISTRIBUTE, *FINISH)
+PIPELINE = Pipeline(NORMALIZE, DISTRIBUTE, FINISH)

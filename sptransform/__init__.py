@@ -1,5 +1,6 @@
 """Sequence-parallel training of unmodified transformers: a compiler from one device to many."""
 
+from sptransform import testing
 from sptransform.compiler.rewrite import Rewritten, rewrite
 from sptransform.diagnostics.errors import (
     CaptureError,
@@ -14,22 +15,41 @@ from sptransform.diagnostics.errors import (
     UsageError,
     VerificationError,
 )
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.engine.pipeline import Pipeline
 from sptransform.engine.strategy import Strategy
 from sptransform.frontend.parallelize import parallelize
 from sptransform.inspection.explain import explain
 from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.reader import explanation_of
+from sptransform.passes import PIPELINE
+from sptransform.rules.decision import Decision, Sharded
+from sptransform.rules.einsum import rule
+from sptransform.rules.rule import OpCall, OpRule
+from sptransform.rules.table import Local, OpEntry
+from sptransform.sharding.partition import Partition
 from sptransform.strategies.megatron import MegatronSP
 from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
 
 __all__ = [
+    "PIPELINE",
     "USP",
     "AllGatherKV",
     "CaptureError",
+    "Context",
+    "Decision",
     "Explanation",
+    "Local",
     "MegatronSP",
+    "OpCall",
+    "OpEntry",
+    "OpRule",
+    "Partition",
+    "Pass",
+    "Pipeline",
     "RankError",
     "RankFailedError",
     "RankLostError",
@@ -39,6 +59,7 @@ __all__ = [
     "RuleError",
     "SPTransformError",
     "ScheduleMismatchError",
+    "Sharded",
     "Strategy",
     "Ulysses",
     "UnsupportedOpError",
@@ -48,4 +69,6 @@ __all__ = [
     "explanation_of",
     "parallelize",
     "rewrite",
+    "rule",
+    "testing",
 ]

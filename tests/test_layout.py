@@ -27,7 +27,7 @@ LEVELS = (
     ("engine", "masks", "agreement", "parameters"),
     ("capture", "strategies", "passes"),
     ("compiler",),
-    ("inspection", "frontend"),
+    ("inspection", "frontend", "testing"),
     ("",),  # the package itself
 )
 

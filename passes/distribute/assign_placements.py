@@ -22,7 +22,7 @@ from sptransform.engine.context import Context, Fallback
 from sptransform.engine.pass_manager import Pass
 from sptransform.engine.propagation import Propagation, light_nodes
 from sptransform.graph import dataflow, notes
-from sptransform.graph.calls import op_call
+from sptransform.graph.calls import rule_at
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, Placement, R, Shard
 
@@ -35,10 +35,10 @@ class AssignPlacements(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in graph.nodes:
             if dataflow.handles_tensors(node):
-                notes.note(node).rule = context.rules.rule_of(op_call(node))
+                notes.note(node).rule = rule_at(node, context.rules)
         light = light_nodes(graph)
         rules = [note.rule for note in map(notes.note, graph.nodes) if note.rule is not None]
-        context.is_causal = any(rule.is_causal for rule in rules)
+        context.result.is_causal = any(rule.is_causal for rule in rules)
         axes = Axes(graph, context.divide, context.sequence_dims, ignored=light)
         if not axes.has_sequence:  # without attention, sharded inputs tell the sequence dim
             axes = Axes(graph, context.divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
@@ -83,7 +83,7 @@ class AssignPlacements(Pass):
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
         note = notes.note(node)
-        if note.rule is not None or any(known.node == node.name for known in context.fallbacks):
+        if note.rule is not None or any(known.node == node.name for known in context.result.fallbacks):
             return
         gathered = [
             producer
@@ -99,11 +99,12 @@ class AssignPlacements(Pass):
                     f"{node.target} has no sharding rule, and strict=True forbids running it replicated",
                     node=node,
                     found=", ".join(f"%{x.name} placed {notes.placement(x)}" for x in dataflow.operands(node)),
-                    fix="pass strict=False to gather its operands, or add a rule for it",
+                    fix="strict=False to gather its operands, or a rule for it: "
+                    f"rules={{torch.ops.{node.target}: sptransform.rule(..)}}",
                 )
             )
         num_bytes = sum(dataflow.value(x).numel() * dataflow.value(x).element_size() for x in gathered)
-        context.fallbacks.append(Fallback(str(node.target), node.name, provenance.source_line(node), num_bytes))
+        context.result.fallbacks.append(Fallback(str(node.target), node.name, provenance.source_line(node), num_bytes))
 
 
 def _shared_inputs(graph: fx.Graph) -> dict[str, int]:

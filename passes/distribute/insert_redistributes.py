@@ -89,7 +89,7 @@ class InsertRedistributes(Pass):
             passes_gradient = notes.note(producer).differentiable and not notes.region_of(node).grad_enabled
             self._satisfy(node, index, producer, returned, producer.next if passes_gradient else node, inserter)
         leaves = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
-        context.output_placements = tuple(
+        context.result.output_placements = tuple(
             notes.placement(x) if isinstance(x, fx.Node) and dataflow.is_tensor(x) else None for x in leaves
         )
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from sptransform.diagnostics.errors import RuleError, describe
+from sptransform.engine import verifier
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
@@ -25,7 +27,7 @@ from sptransform.graph.edit import compute_value, emitter, succeed
 from sptransform.graph.redistribute import keep_result
 from sptransform.ops.groups import pretend
 from sptransform.rules.rule import OpCall
-from sptransform.rules.table import Local
+from sptransform.rules.table import Local, Sends
 from sptransform.sharding.placement import Placement, Shard, local_shape
 
 
@@ -51,6 +53,7 @@ class Localize(Pass):
                     _localize(node, calls[node], context)
                 elif node.op == "call_function":
                     compute_value(node)
+                    verifier.check_local_types(node)
                 elif notes.note(node).stored:
                     ((shape, _),) = notes.note(node).local_types
                     node.meta["val"] = dataflow.value(node).new_empty(shape)
@@ -60,7 +63,10 @@ def _has_local_form(node: fx.Node, context: Context) -> bool:
     decision = notes.note(node).decision
     if node.op != "call_function" or decision is None or not decision.is_cut:
         return False
-    return context.rules[node.target].localize is not None
+    has_form = context.rules[node.target].localize is not None
+    if not has_form and decision.communicates(notes.note(node).rule):
+        raise RuleError(_message("an op that communicates needs a form for shards", node, "localize"))
+    return has_form
 
 
 def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
@@ -78,15 +84,28 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     new = context.rules[node.target].localize(call, local)
     new_note = notes.note(new)
     new_note.placements, new_note.local_types = note.placements, note.local_types
-    new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
+    new_note.differentiable, new_note.mesh, new_note.sends = note.differentiable, note.mesh, note.sends
     new_note.rule, new_note.decision = note.rule, note.decision
     new_note.transitions = _held(note, local.operands, context.mesh.rank)
     communicates = note.decision.communicates(note.rule)
     if communicates:
-        new_note.mesh = context.mesh
+        new_note.mesh, new_note.sends = context.mesh, _sends(new, context)
     if communicates or note.rule.unrepeatable:
         keep_result(new)
+    verifier.check_local_types(new)
     succeed(node, new)
+
+
+def _sends(node: fx.Node, context: Context) -> Sends:
+    entry = context.rules.get(node.target)
+    if entry is None or entry.sends is None:
+        raise RuleError(_message("an op that communicates says what it sends", node, "sends"))
+    return entry.sends
+
+
+def _message(what: str, node: fx.Node, missing: str) -> str:
+    fix = f"rules={{torch.ops.{node.target}: sptransform.OpEntry(.., {missing}=..)}}"
+    return describe(what, node=node, found=f"no `{missing}` in its rule", fix=fix)
 
 
 def _held(

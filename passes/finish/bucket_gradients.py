@@ -41,7 +41,7 @@ class BucketGradients(Pass):
     bucket_bytes: int = BUCKET_BYTES
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        for mesh in dict.fromkeys((*(part.mesh for part in context.parts), context.mesh)):
+        for mesh in dict.fromkeys((*(part.mesh for part in context.result.mesh_dims), context.mesh)):
             moved = _moved_inputs(graph)
             moves = [
                 node

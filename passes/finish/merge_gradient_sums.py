@@ -28,7 +28,7 @@ class MergeGradientSums(Pass):
     ensures = frozenset({"functional", "local", "lowered"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if len(context.parts) < 2 or not context.parts[0].is_even:
+        if len(context.result.mesh_dims) < 2 or not context.result.mesh_dims[0].result.is_even:
             return
         for node in graph.find_nodes(op="call_function", target=torch.ops.sptransform.replicate.default):
             (read,) = node.args[0]

@@ -34,24 +34,25 @@ class RestoreOutputOrder(Pass):
     ensures = frozenset({"functional", "local", "lowered"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if len(context.parts) < 2 or context.outputs == "full":
+        if len(context.result.mesh_dims) < 2 or context.outputs == "full":
             return
         (output,) = graph.find_nodes(op="output")
         leaves = list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
-        first, second = context.parts
-        placements = list(zip(first.output_placements, second.output_placements, strict=True))
+        first, second = context.result.mesh_dims
+        placements = list(zip(first.result.output_placements, second.result.output_placements, strict=True))
         for index, (leaf, (outer, inner)) in enumerate(zip(leaves, placements, strict=True)):
             if isinstance(outer, Shard):
                 leaves[index], placements[index] = _in_order(leaf, outer, inner, output, context)
         output.args = (tuple(leaves),)
-        first.output_placements, second.output_placements = map(tuple, zip(*placements, strict=True))
+        for part, own in zip((first, second), zip(*placements, strict=True), strict=True):
+            part.result.output_placements = own
 
 
 def _in_order(
     x: fx.Node, outer: Shard, inner: Placement, before: fx.Node, context: Context
 ) -> tuple[fx.Node, tuple[Placement, Placement]]:
     """``x`` in contiguous chunks, and how the two mesh dims now cut it."""
-    first, second = (part.mesh for part in context.parts)
+    first, second = (part.mesh for part in context.result.mesh_dims)
     chunks = Partition.contiguous(outer.partition.size, first.size)
     ordered = replace(outer, partition=chunks)
     if isinstance(inner, Shard) and inner.dim == outer.dim:

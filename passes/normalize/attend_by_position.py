@@ -34,7 +34,7 @@ from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
-from sptransform.graph.calls import op_call
+from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.constants import Constants
 from sptransform.masks.emit import broadcast_view
@@ -84,7 +84,7 @@ class AttendByPosition(Pass):
 
 def _has_rule(node: fx.Node, context: Context) -> bool:
     """Whether the ring supports this layout; the rule checks the heads."""
-    rule = context.rules.rule_of(op_call(node))
+    rule = rule_at(node, context.rules)
     query, key, value = (dataflow.shape(x) for x in node.args[:3])
     same_batch = query[0] == key[0] == value[0] and key[_LENGTH] == value[_LENGTH]
     return rule is not None and rule.has_sequence and same_batch

@@ -25,7 +25,7 @@ from sptransform.engine.axes import Atom, resolve, unify
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
-from sptransform.graph.calls import op_call
+from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.op_rules.attention import mask_of
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
@@ -73,8 +73,7 @@ def unrepeated(x: fx.Node, dim: int, rules: RuleTable) -> tuple[fx.Node, int] | 
     dims = [[] if size == 1 else [Atom(size)] for size in dataflow.shape(x)]
     current, want = x, dims
     while current.target in REARRANGEMENTS and len(dataflow.operands(current)) == 1:
-        call = op_call(current)
-        rule = rules.rule_of(call)
+        rule = rule_at(current, rules)
         if rule is None:
             return None
         factors = {name: [Atom(size)] if size != 1 else [] for name, size in rule.sizes.items()}

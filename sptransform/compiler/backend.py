@@ -14,8 +14,9 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.program import Line, Program, captured_lines, lengths_at, placement_lines, schedule_lines
-from sptransform.compiler.caches import package_version, recompute_tags
+from sptransform.compiler.caches import custom_code, package_version, recompute_tags
 from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, check_parameters
+from sptransform.compiler.custom import identified, identified_passes, identified_rules
 from sptransform.compiler.dtensor_boundary import local_input, of_local_parts, with_dtensors
 from sptransform.compiler.options import Options, check_torch_version
 from sptransform.compiler.rewrite import rewrite_graph
@@ -60,15 +61,16 @@ def _compile(
             lines[:], lengths[:], uneven = captured_lines(graph), lengths_at(graph), None
         elif uneven is None:
             lines.extend(schedule_lines(graph, part.mesh))
-            uneven = None if part.is_even else part
+            uneven = None if part.result.is_even else part
         else:  # after uneven shares groups of this dim may differ, except in what they send each other
             lines.extend(placement_lines(graph, uneven.mesh))
 
     rewritten, context = rewrite_graph(gm, inputs, options, mesh, see, full_model)
     program = Program((*settings(options, mesh, package_version()), *lines))
     # with uneven shares, graphs may be equal and local sizes not: the cache key names the rank
-    share = "" if all(part.is_even for part in context.parts) else f"-{mesh.rank}/{mesh.size}"
-    tag = f"sptransform-{package_version()}{share}{recompute_tags(rewritten.graph)}"
+    share = "" if all(part.result.is_even for part in context.result.mesh_dims) else f"-{mesh.rank}/{mesh.size}"
+    tags = share, recompute_tags(rewritten.graph), custom_code(options.rules, options.passes)
+    tag = f"sptransform-{package_version()}{''.join(tags)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         compiled = lookup_backend(options.backend)(rewritten, [local_input(x, rewritten) for x in inputs])
     return of_local_parts(compiled, inputs), program, lengths, context
@@ -94,11 +96,13 @@ def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
     found = {
         "sptransform": version,
         "torch": torch.__version__,
-        "strategy": options.strategy,
+        "strategy": identified(options.strategy),
         "ranks": " x ".join(map(str, mesh.shape)),
         "inner backend": options.backend,
         "outputs": options.outputs,
         "grad_sync": options.grad_sync,
         "sequence_dims": dict(sorted(options.sequence_dims.items())),
+        "rules": identified_rules(options.rules),
+        "passes": identified_passes(options.passes),
     }
     return [Line(f"{name}: {value}") for name, value in found.items()]

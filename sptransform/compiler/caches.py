@@ -1,14 +1,20 @@
-"""What cache keys need beyond the graph: the version of this package, and the recompute tags."""
+"""What cache keys need beyond the graph: the version of this package, the user's rules and passes, recompute tags."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import fx
+
+from sptransform.compiler.custom import identified_passes, identified_rules
+from sptransform.engine.pass_manager import Pass
+from sptransform.rules.rule import RuleFn
+from sptransform.rules.table import OpEntry
 
 
 def recompute_tags(graph: fx.Graph) -> str:
@@ -19,7 +25,16 @@ def recompute_tags(graph: fx.Graph) -> str:
         for index, node in enumerate(graph.nodes)
         if "recompute" in node.meta
     ]
-    return f"-{hashlib.sha256(repr(tags).encode()).hexdigest()[:16]}" if tags else ""
+    return f"-{_hash(repr(tags))}" if tags else ""
+
+
+def custom_code(rules: Mapping[Any, OpEntry | RuleFn], passes: Sequence[Pass]) -> str:
+    """Hash of the user's rules and passes; "" if there are none."""
+    return f"-{_hash(identified_rules(rules) + identified_passes(passes))}" if rules or passes else ""
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache

@@ -39,7 +39,7 @@ def summary(graph: fx.Graph, context: Context) -> str:
     forward, backward = number_of_messages(graph)
     return (
         f"{context.strategy} on {context.mesh.size} ranks: {forward} collectives forward, "
-        f"{backward} backward, {len(context.fallbacks)} fallbacks"
+        f"{backward} backward, {len(context.result.fallbacks)} fallbacks"
     )
 
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from torch import fx
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.engine.context import Context
+from sptransform.engine.context import Context, Result
 from sptransform.engine.pass_manager import DISTRIBUTED, run_passes
+from sptransform.engine.pipeline import Pipeline
 from sptransform.graph import dataflow, notes
-from sptransform.graph.calls import op_call
+from sptransform.graph.calls import rule_at
 from sptransform.ops.groups import ranks_in
-from sptransform.passes import DISTRIBUTE, FINISH, NORMALIZE
+from sptransform.passes import PIPELINE
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.partition import Partition
@@ -21,39 +22,41 @@ from sptransform.sharding.partition import Partition
 See = Callable[[fx.Graph, Context], None]
 
 
-def distribute(gm: fx.GraphModule, context: Context, see: See = lambda graph, part: None) -> None:
-    """Rewrite the captured ``gm`` in place for this rank of ``context.mesh``; sets ``context.parts``, one per mesh dim.
+def distribute(
+    gm: fx.GraphModule, context: Context, pipeline: Pipeline = PIPELINE, see: See = lambda graph, part: None
+) -> None:
+    """Rewrite the captured ``gm`` in place for this rank of ``context.mesh``; sets ``context.result.mesh_dims``.
 
     With two mesh dims, the second distributes the graph of one rank of the first, as it would any other graph. ``see``
     is called after each dim, with the graph and that dim's context.
     """
-    run_passes(gm, NORMALIZE, context)
+    result = context.result
+    run_passes(gm, pipeline.normalize, context)
     stages = context.strategy.stages(context.mesh, attention_heads(gm.graph, context.rules))
-    _recognise_shared(gm.graph, [mesh for _, mesh in stages])
-    for index, (strategy, mesh) in enumerate(stages):
+    _recognise_shared(gm.graph, [stage.mesh for stage in stages])
+    for index, (strategy, mesh, shards_parameters) in enumerate(stages):
         outputs = context.outputs
         if outputs != "full" and index + 1 < len(stages):
             outputs = "kept"
-        elif not all(earlier.is_even for earlier in context.parts):
+        elif not all(earlier.result.is_even for earlier in result.mesh_dims):
             outputs = "full"  # after uneven shares, groups may cut differently, so outputs are gathered
-        shares = strategy.shards_weights == context.strategy.shards_weights
         part = replace(
             context,
             strategy=strategy,
             mesh=mesh,
             outputs=outputs,
-            parts=(),
-            shard_parameters=context.shard_parameters and shares,
+            shard_parameters=context.shard_parameters and shards_parameters,
             num_ranks=context.mesh.size,
+            result=Result(result.fallbacks),
         )
         notes.forget_placements(gm.graph)
-        run_passes(gm, DISTRIBUTE, part)
-        part.is_even = notes.is_even(gm.graph)
+        run_passes(gm, pipeline.distribute, part)
+        part.result.is_even = notes.is_even(gm.graph)
         if index + 1 < len(stages):
             _check_shares(gm.graph, part)
         see(gm.graph, part)
-        context.parts += (part,)
-    run_passes(gm, FINISH, context, DISTRIBUTED)
+        result.mesh_dims += (part,)
+    run_passes(gm, pipeline.finish, context, DISTRIBUTED)
 
 
 def _recognise_shared(graph: fx.Graph, meshes: list[Mesh]) -> None:
@@ -111,8 +114,8 @@ def attention_heads(graph: fx.Graph, rules: RuleTable) -> list[tuple[int, int]]:
     found = []
     for node in graph.nodes:
         if dataflow.handles_tensors(node):
-            call = op_call(node)
-            rule = rules.rule_of(call)
+            rule = rule_at(node, rules)
             if rule is not None and "queries" in rule.roles:
-                found.append((call.operand_shapes[0][1], call.operand_shapes[1][1]))
+                query, key, *_ = map(dataflow.shape, dataflow.operands(node))
+                found.append((query[1], key[1]))
     return found

@@ -41,7 +41,7 @@ def of_local_parts(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Calla
 def with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[..., Any]:
     """Return sharded outputs as DTensors: only the user's ``full_tensor()`` gathers them."""
 
-    meshes = [part.mesh for part in context.parts]
+    meshes = [part.mesh for part in context.result.mesh_dims]
     device_mesh = meshes[0].device_mesh if len(meshes) == 1 else context.mesh.grid(*(mesh.size for mesh in meshes))
 
     def wrap(x: Any, *placements: Placement | None) -> Any:
@@ -59,6 +59,6 @@ def with_dtensors(compiled: Callable[..., Any], context: Context) -> Callable[..
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
-        return tuple(map(wrap, outputs, *(part.output_placements for part in context.parts)))
+        return tuple(map(wrap, outputs, *(part.result.output_placements for part in context.result.mesh_dims)))
 
     return run

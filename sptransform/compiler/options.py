@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from torch._dynamo.backends.registry import list_backends
 from torch.distributed.device_mesh import DeviceMesh
 
+from sptransform.compiler.custom import checked_rules
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.pass_manager import Pass
+from sptransform.engine.pipeline import Pipeline
+from sptransform.op_rules import DEFAULT_RULES
+from sptransform.passes import PIPELINE
+from sptransform.rules.rule import RuleFn
+from sptransform.rules.table import OpEntry, RuleTable
 from sptransform.strategies.names import StrategyLike, strategy_of
 
 OUTPUTS = ("dtensor", "full", "local")
@@ -31,6 +40,8 @@ class Options:
     shard_parameters: bool = False
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     check_timeout: float = 300.0
+    rules: Mapping[Any, OpEntry | RuleFn] = field(default_factory=dict)
+    passes: Sequence[Pass] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_of(self.strategy))
@@ -65,6 +76,22 @@ class Options:
                     describe("sequence_dims maps input names to dims", found=f"{name!r}: {dim!r}", fix="{'x': 1}")
                 )
 
+        object.__setattr__(self, "rules", checked_rules(self.rules))
+        if not isinstance(self.passes, list | tuple):
+            raise UsageError(describe("passes is a list of passes", found=repr(self.passes), fix="[YourPass()]"))
+        object.__setattr__(self, "passes", tuple(self.passes))
+        _ = self.pipeline  # its errors are raised here
+
+    @cached_property
+    def rule_table(self) -> RuleTable:
+        """Our rules, and before them the user's."""
+        return DEFAULT_RULES.with_rules(self.rules) if self.rules else DEFAULT_RULES
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Our passes, and between them the user's."""
+        return PIPELINE.with_passes(self.passes)
+
     @property
     def keeps_parts(self) -> bool:
         """Whether each rank keeps a part of every parameter it can."""
@@ -88,18 +115,14 @@ def check_torch_version() -> None:
         requirements = metadata.requires("sptransform") or []
     except metadata.PackageNotFoundError:  # a source tree on the path
         return
-    required = next((each for each in requirements if re.match(r"torch\b[^;]*[<>]", each)), "")
-    found = _release(torch.__version__)
-    for comparison, version in re.findall(r"(>=|<)\s*(\d+\.\d+)", required):
-        if (found >= _release(version)) != (comparison == ">="):
-            raise UsageError(
-                describe(
-                    "this version of torch is not supported",
-                    found=f"torch {torch.__version__}",
-                    fix=f"pip install '{required}'",
-                )
+    required = next((each for each in map(Requirement, requirements) if each.name == "torch"), None)
+    # builds before a release count as the release
+    found = Version(torch.__version__).base_version
+    if required is not None and not required.specifier.contains(found):
+        raise UsageError(
+            describe(
+                "this version of torch is not supported",
+                found=f"torch {torch.__version__}",
+                fix=f"pip install '{required}'",
             )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
+        )

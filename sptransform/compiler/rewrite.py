@@ -25,7 +25,6 @@ from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.engine.context import Context
 from sptransform.graph.printer import line, text
-from sptransform.op_rules import DEFAULT_RULES
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.sizes import needs_number
 from sptransform.strategies.names import StrategyLike
@@ -84,7 +83,7 @@ def _rewrite_graph(
     context = Context(
         mesh=mesh,
         strategy=options.strategy,
-        rules=DEFAULT_RULES,
+        rules=options.rule_table,
         outputs=options.outputs,
         grad_sync=options.grad_sync,
         strict=options.strict,
@@ -95,8 +94,8 @@ def _rewrite_graph(
     check_sequence_dims(captured.graph, options.sequence_dims, full_model)
     see(captured.graph, None)
     with traced(captured.graph, context):
-        distribute(captured, context, see)
-    for fallback in context.fallbacks:
+        distribute(captured, context, options.pipeline, see)
+    for fallback in context.result.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
             fallback.op,
@@ -160,7 +159,8 @@ def rewrite(
             may live on the ``meta`` device, where they take no memory.
         world_size: number of ranks, or a tuple with the size of each mesh dim; for one rank, the captured graph.
         rank: the rank whose graph is returned; with even partitions all ranks have the same.
-        options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``).
+        options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``,
+            ``rules``, ``passes``).
 
     Raises:
         UsageError: an argument is wrong.
@@ -201,5 +201,5 @@ def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], opt
         made = rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=options.keeps_parts)
         return Rewritten(*made)
     # one rank runs the model as it is, see compiler/backend.py
-    context = Context(mesh, options.strategy, DEFAULT_RULES, options.outputs)
+    context = Context(mesh, options.strategy, options.rule_table, options.outputs)
     return Rewritten(capture(gm, example_inputs), context)

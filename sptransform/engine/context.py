@@ -1,4 +1,4 @@
-"""State that the passes of one compile share: the request, and their findings so far."""
+"""What the passes of one compile are asked for, and what they find."""
 
 from __future__ import annotations
 
@@ -24,8 +24,27 @@ class Fallback:
 
 
 @dataclass
+class Result:
+    """What the passes find.
+
+    Attributes:
+        fallbacks: ops that run replicated because they have no rule; one list for all mesh dims.
+        output_placements: placement of each graph output; None for outputs that are not tensors.
+        is_causal: whether any attention of the graph is causal. All sequences get one layout. None before placement.
+        is_even: whether every shard is even (all ranks have equal shares). None before the mesh dim is distributed.
+        mesh_dims: for a whole compile, the contexts of its mesh dims that are distributed, in order.
+    """
+
+    fallbacks: list[Fallback] = field(default_factory=list)
+    output_placements: tuple[Placement | None, ...] = ()
+    is_causal: bool | None = None
+    is_even: bool | None = None
+    mesh_dims: tuple[Context, ...] = ()
+
+
+@dataclass(frozen=True)
 class Context:
-    """State that passes share: the request, and their findings so far.
+    """What the passes are asked for, over one mesh dim or all; ``result`` is what they find.
 
     Attributes:
         outputs: "dtensor" or "local" let outputs keep a sharded sequence; "full" gathers them in the graph; "kept", for
@@ -33,13 +52,8 @@ class Context:
         grad_sync: whether parameter gradients are reduced over the ranks in the graph.
         strict: whether an op without a rule is an error.
         shard_parameters: whether parameters not yet sharded on this mesh dim are read as if each rank kept a shard.
-        num_ranks: ranks of all mesh dims together; 0 in the context of the request itself.
+        num_ranks: ranks of all mesh dims together; 0 for a whole compile.
         sequence_dims: placeholder name -> its sequence dimension.
-        fallbacks: ops that run replicated because they have no rule.
-        output_placements: placement of each graph output; None for outputs that are not tensors.
-        is_causal: set at placement: whether any attention of the graph is causal. All sequences get one layout.
-        is_even: set once distributed: whether every shard is even (all ranks have equal shares).
-        parts: in the context of the request itself: the contexts of its mesh dims, in the order of distribution.
     """
 
     mesh: Mesh
@@ -51,12 +65,8 @@ class Context:
     shard_parameters: bool = False
     num_ranks: int = 0
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
-    fallbacks: list[Fallback] = field(default_factory=list)
-    output_placements: tuple[Placement | None, ...] = ()
-    is_causal: bool = False
-    is_even: bool = True
-    parts: tuple[Context, ...] = ()
+    result: Result = field(default_factory=Result)
 
     def divide(self, size: Size) -> Partition:
-        """Partition of a sequence of ``size``; valid once ``is_causal`` is set."""
-        return self.strategy.partition(size, self.mesh.size, self.is_causal)
+        """Partition of a sequence of ``size``; valid once ``result.is_causal`` is set."""
+        return self.strategy.partition(size, self.mesh.size, self.result.is_causal)

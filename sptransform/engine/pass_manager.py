@@ -18,19 +18,30 @@ log = logging.getLogger(__name__)
 
 
 class Pass:
-    """Base: a frozen dataclass whose fields are its options.
+    """Base of passes. Ours are frozen dataclasses, whose fields are their options.
 
     ``requires`` and ``ensures`` name invariants of :mod:`sptransform.engine.verifier`. What a pass requires must have
     been ensured before it. After it, its ``ensures`` and all earlier invariants that still hold are checked.
+
+    Attributes:
+        requires: invariants of the graph that the pass reads.
+        ensures: invariants that hold after it.
+        breaks: invariants that hold before it and may not hold after it.
+        after: of a user's pass, the place in the pipeline: the name of a pass, after which it runs; of a phase
+            ("normalize", "distribute", "finish"), at whose end it runs; or "capture", to run first.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[str] = "normalize"
 
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         """Rewrite ``graph`` in place."""
@@ -57,11 +68,11 @@ def run_passes(
         if missing:
             raise VerificationError(f"{step.name} requires {', '.join(sorted(missing))}; ran: {', '.join(ran)}")
         start = time.perf_counter()
-        step.run(gm.graph, context)
         ran.append(step.name)
         holds = (holds - step.breaks) | step.ensures
         try:
-            gm.graph.lint()
+            step.run(gm.graph, context)
+            verifier.check_well_formed(gm.graph)
             for invariant in sorted(holds):
                 verifier.INVARIANTS[invariant](gm.graph, context)
         except VerificationError as error:

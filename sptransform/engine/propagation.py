@@ -19,6 +19,7 @@ from math import prod
 
 from torch import fx
 
+from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.axes import Atom, Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.engine.strategy import Strategy
@@ -75,7 +76,7 @@ class Propagation:
         if rule is None:
             return Replicate(I)
         if rule.has_sequence:
-            return self.strategy.place_attention(rule, self.num_ranks, lambda factor: self._partition(node, factor))
+            return self._place_attention(node, rule)
         candidates = self._inner_decisions(node, rule)
         operands = dataflow.operands(node)
         pending = frozenset(i for i, producer in enumerate(operands) if notes.placement(producer) == P)
@@ -86,6 +87,20 @@ class Propagation:
         if candidates:
             return max(candidates, key=lambda decision: self._preference(node, rule, decision))
         return Pending(pending) if pending and pending in rule.linear else Replicate(I)
+
+    def _place_attention(self, node: fx.Node, rule: OpRule) -> Decision:
+        decision = self.strategy.place_attention(rule, self.num_ranks, lambda factor: self._partition(node, factor))
+        if not decision.is_allowed(rule):
+            raise UsageError(
+                describe(
+                    f"{self.strategy} cuts attention in a way that its op cannot run",
+                    node=node,
+                    found=f"{decision}; roles: {', '.join(f'{role} {name}' for role, name in rule.roles.items())}; "
+                    f"not to be cut: {', '.join(sorted(rule.replicated))}",
+                    fix="a decision for another factor; a strategy that cuts queries or keys has reads_masks = True",
+                )
+            )
+        return decision
 
     def _partition(self, node: fx.Node, factor: str) -> Partition:
         """Partition of a factor of an attention node. For a sequence, every index has exactly one owner."""

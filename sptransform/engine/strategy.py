@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,11 +22,23 @@ from sptransform.sharding.sizes import Size
 Divide = Callable[[str], Partition]
 
 
+class Stage(NamedTuple):
+    """A strategy on its mesh dim. ``shards_parameters``: whether parameters in parts are kept over this mesh dim."""
+
+    strategy: Strategy
+    mesh: Mesh
+    shards_parameters: bool = True
+
+
 class Strategy:
     """Base: how sequences are laid out, and where attention runs, on one mesh dim.
 
+    A strategy that only places is a subclass with :meth:`place_attention`; :func:`sptransform.parallelize` takes an
+    instance of it. The other methods and attributes have defaults for a strategy that splits the sequence.
+
     Attributes:
-        reads_masks: whether attention takes masks as programs over positions, not as tensors of the scores' shape.
+        reads_masks: whether attention takes masks as programs over positions, not as tensors of the scores' shape. A
+            strategy that cuts queries or keys needs it.
         max_mesh_dims: maximum number of mesh dims.
         regather: whether tensors gathered for attention or a linear are gathered again in the backward.
         shards_weights: whether linears are cut along their inner axes, and their weights with them.
@@ -36,6 +48,9 @@ class Strategy:
     max_mesh_dims: ClassVar[int] = 1
     regather: ClassVar[bool] = False
     shards_weights: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def mesh_of(self, device_mesh: DeviceMesh | None) -> Mesh:
         """The ranks of a DeviceMesh; by default all ranks of the default group.
@@ -79,12 +94,22 @@ class Strategy:
         """
         return []
 
-    def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[tuple[Strategy, Mesh]]:
+    def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[Stage]:
         """The strategies to apply one after the other, each on its mesh dim.
 
         ``heads`` has (query heads, key heads) of every attention op of the graph.
         """
-        return [(self, mesh)]
+        return [Stage(self, mesh)]
+
+    def around(self, num_ranks: int, num_inside: int, heads: Sequence[tuple[int, int]]) -> Strategy:
+        """This strategy on ``num_ranks`` ranks, each of whose shards ``num_inside`` ranks of another dim cut further.
+
+        ``heads`` as in :meth:`stages`.
+
+        Raises:
+            UsageError: the strategy does not leave shards that can be cut so.
+        """
+        return self
 
     def weights_mesh(self, mesh: Mesh) -> Mesh:
         """The ranks of ``mesh`` that parameters are sharded over, if they are."""

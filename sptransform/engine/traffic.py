@@ -24,7 +24,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sptransform.diagnostics import provenance
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call
-from sptransform.op_rules import DEFAULT_RULES
 from sptransform.rules.table import Sent
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.partition import intersection
@@ -108,7 +107,8 @@ def kinds(node: fx.Node) -> tuple[str | None, str | None]:
 
 def _own_messages(node: fx.Node) -> tuple[Sent, Sent]:
     operands = [dataflow.value(x) for x in dataflow.operands(node)]
-    return DEFAULT_RULES[node.target].sends(op_call(node), operands, notes.note(node).mesh.rank)
+    note = notes.note(node)
+    return note.sends(op_call(node), operands, note.mesh.rank)
 
 
 def is_redone(node: fx.Node) -> bool:

@@ -24,6 +24,35 @@ def satisfies(actual: Placement | None, demanded: Placement, differentiable: boo
     return not differentiable and {kind(demanded), kind(actual) if actual else ""} == {"I", "R"}
 
 
+def check_well_formed(graph: fx.Graph) -> None:
+    """Nodes are read after they are made, and each has the fake value and the note that passes read.
+
+    Without its note a node would count as one without gradients, and I and R as the same.
+    """
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"the graph is not well formed: {error}") from error
+    owners: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        if not dataflow.returns_tensors(node):
+            continue
+        if "val" not in node.meta or not notes.has_note(node):
+            raise VerificationError(
+                describe("a node has no fake value, or no note", node=node, fix="sptransform.graph.edit.emit_like")
+            )
+        other = owners.setdefault(id(notes.note(node)), node)
+        if other is not node:
+            raise VerificationError(
+                describe(
+                    "two nodes share one note",
+                    node=node,
+                    found=f"the meta of %{other.name}",
+                    fix="sptransform.graph.edit.emit_like",
+                )
+            )
+
+
 def check_functional(graph: fx.Graph, context: Context) -> None:
     """No op writes into a tensor, except for write-backs into placeholders (buffers)."""
     for node in graph.nodes:
@@ -134,12 +163,16 @@ def _check_outputs(node: fx.Node, context: Context) -> None:
 def check_local(graph: fx.Graph, context: Context) -> None:
     """On fake shards, every node gives the local shape and dtype that its placement and the global graph imply."""
     for node in graph.nodes:
-        stated = notes.note(node).local_types
-        found = tuple(zip(dataflow.shapes(node), (v.dtype for v in dataflow.values(node)), strict=True))
-        if stated is not None and found != stated:
-            raise VerificationError(
-                describe("a shard is not what its placement says", node=node, found=f"{found}, stated {stated}")
-            )
+        check_local_types(node)
+
+
+def check_local_types(node: fx.Node) -> None:
+    stated = notes.note(node).local_types
+    found = tuple(zip(dataflow.shapes(node), (v.dtype for v in dataflow.values(node)), strict=True))
+    if stated is not None and found != stated:
+        raise VerificationError(
+            describe("a shard is not what its placement says", node=node, found=f"{found}, stated {stated}")
+        )
 
 
 def check_lowered(graph: fx.Graph, context: Context) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, TypeVar
 
@@ -17,10 +17,13 @@ from sptransform.compiler.options import Options, check_torch_version
 from sptransform.compiler.parameter_dims import parameter_dims
 from sptransform.compiler.rewrite import arguments_of
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.pass_manager import Pass
 from sptransform.frontend.dtensor_inputs import taking_parts
 from sptransform.frontend.generation import unsharded_with_cache
 from sptransform.parameters.modules import keep_less, keep_parts
 from sptransform.parameters.parts import first_dims
+from sptransform.rules.rule import RuleFn
+from sptransform.rules.table import OpEntry
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
 
@@ -41,6 +44,8 @@ def parallelize(
     sequence_dims: Mapping[str, int] | None = None,
     fullgraph: bool = True,
     check_timeout: float = 300.0,
+    rules: Mapping[Any, OpEntry | RuleFn] | None = None,
+    passes: Sequence[Pass] = (),
 ) -> ModuleT:
     """Split the sequence of ``model`` over the ranks of ``mesh``; loss and gradients stay those of one device.
 
@@ -75,6 +80,9 @@ def parallelize(
             separately, and pass each other full tensors.
         check_timeout: before each forward and backward, ranks check that all are about to run the same program. This is
             how many seconds a rank waits there for the slowest, compile time included.
+        rules: op -> its sharding rule (:func:`sptransform.rule`, or :class:`OpEntry` with a form for shards), for ops
+            that have none; before ours, if there is one. Check them with :func:`sptransform.testing.check_rule`.
+        passes: :class:`Pass` objects, each of which runs at the place that its ``after`` names.
 
     Raises:
         UsageError: an argument is wrong; the module is left as it was.
@@ -97,6 +105,8 @@ def parallelize(
         shard_parameters=shard_parameters,
         sequence_dims={} if sequence_dims is None else sequence_dims,
         check_timeout=check_timeout,
+        rules={} if rules is None else rules,
+        passes=passes,
     )
     if not fullgraph and options.outputs != "full":
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A graph node as the call that rules read."""
+"""A graph node as the call that rules read, and its rule."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from sptransform.diagnostics.errors import RuleError, describe
 from sptransform.graph import dataflow
-from sptransform.rules.rule import OpCall, Operand, Shape, map_nodes
+from sptransform.rules.rule import OpCall, Operand, OpRule, Shape, map_nodes
+from sptransform.rules.table import RuleTable
 from sptransform.sharding.sizes import is_size, size_of
 
 
@@ -26,3 +28,17 @@ def op_call(node: fx.Node) -> OpCall:
 
     args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
     return OpCall(node.target, args, kwargs, tuple(shapes), dataflow.shapes(node))
+
+
+def rule_at(node: fx.Node, rules: RuleTable) -> OpRule | None:
+    """The rule of the node's op, applied to the node; None if it has none.
+
+    Raises:
+        RuleError: the rule does not fit the node.
+    """
+    call = op_call(node)
+    try:
+        return rules.rule_of(call)
+    except RuleError as error:
+        shapes = f"operands of shape {', '.join(map(str, call.operand_shapes))}, results {call.result_shapes}"
+        raise RuleError(describe(str(error), node=node, found=shapes, fix="another rule: rules={..}")) from error

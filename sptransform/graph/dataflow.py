@@ -51,6 +51,12 @@ def writes(node: fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
+def returns_tensors(node: fx.Node) -> bool:
+    """Whether the node's op returns tensors, as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and any("Tensor" in str(x.type) for x in schema.returns)
+
+
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(value(node), torch.Tensor)
 

@@ -82,8 +82,11 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
 
 
 def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """Add a node in front of ``before`` with its metadata; the caller needs no fake mode."""
-    with dataflow.values(before)[0].fake_mode, torch.no_grad(), notes.region_of(before).autocast():
+    """Add a node that calls ``target`` in front of ``before``, with its source line, a fake value and a note.
+
+    Arguments may be nodes, and lists of them. The caller needs no fake mode.
+    """
+    with dataflow.fake_mode(before.graph), torch.no_grad(), notes.region_of(before).autocast():
         return emitter(before)(target, args, kwargs)
 
 

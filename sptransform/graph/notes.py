@@ -12,6 +12,7 @@ from sptransform.graph.dataflow import projection
 from sptransform.graph.regions import Region
 from sptransform.rules.decision import Decision
 from sptransform.rules.rule import OpRule
+from sptransform.rules.table import Sends
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.placement import Placement, Shard
 from sptransform.sharding.sizes import Size
@@ -42,6 +43,7 @@ class Note:
     local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # expected (shape, dtype) per output
     transitions: tuple[tuple[Placement, Placement], ...] = ()  # redistribute nodes: (from, to) per tensor
     mesh: Mesh | None = None  # lowered nodes that communicate: over these ranks
+    sends: Sends | None = None  # of an op that communicates itself
     region: Region | None = None  # cached by region_of
 
 
@@ -51,6 +53,10 @@ def note(node: fx.Node) -> Note:
     if found is None:
         found = node.meta[_KEY] = Note()
     return found
+
+
+def has_note(node: fx.Node) -> bool:
+    return _KEY in node.meta
 
 
 def placement(node: fx.Node) -> Placement | None:
@@ -128,7 +134,7 @@ def is_even(graph: fx.Graph) -> bool:
 def forget_placements(graph: fx.Graph) -> None:
     """Reset the notes before placement on the next mesh dim. Keeps what no mesh dim changes, and what was sent."""
     for node in graph.nodes:
-        kept = ("differentiable", "input_name", "is_parameter", "stored", "transitions", "mesh")
+        kept = ("differentiable", "input_name", "is_parameter", "stored", "transitions", "mesh", "sends")
         node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept})
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sptransform.graph import dataflow
-from sptransform.graph.calls import op_call
+from sptransform.graph.calls import op_call, rule_at
 from sptransform.masks.emit import OPENED, filled
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, Places, from_the_right, has
 from sptransform.op_rules.mask_ops import CONVERT, FILLED, RETYPED
@@ -72,7 +72,7 @@ class Regions:
         return inside if new.dtype == old.dtype else Apply(CONVERT, (inside, new.dtype), {}, new.dtype)
 
     def _rearranged(self, node: fx.Node, places: Places) -> Expression | None:
-        rule = self._rules.rule_of(op_call(node))
+        rule = rule_at(node, self._rules)
         if rule is None:
             return None
         place_of: dict[tuple[str, ...], int | None] = dict(zip(rule.results[0], places, strict=True))

@@ -32,6 +32,11 @@ def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
     return apply
 
 
+def broadcast(call: OpCall) -> OpRule:
+    """Every operand expanded to the shape of all: what reaches one result comes from one operand."""
+    return pointwise((tuple(range(len(call.operand_shapes))),))(call)
+
+
 def converted(call: OpCall) -> OpRule:
     """Conversion to the dtype of a second operand of any shape. Where their sizes agree, both share a factor."""
     shape, other = call.operand_shapes
@@ -74,6 +79,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.__or__.Tensor, pointwise()),
     (aten.add.Tensor, pointwise(_LINEAR_JOINTLY)),
     (aten.alias.default, pointwise(LINEAR)),
+    (aten.broadcast_tensors.default, broadcast),
     (aten.clone.default, pointwise(LINEAR)),
     (aten.contiguous.default, pointwise(LINEAR)),
     (aten.detach.default, pointwise(LINEAR)),

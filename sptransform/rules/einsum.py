@@ -3,67 +3,87 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from sptransform.diagnostics.errors import RuleError
-from sptransform.rules.rule import Dims, OpCall, OpRule, RuleFn, Shape
-from sptransform.sharding.sizes import quotient
+from sptransform.rules.rule import Dims, OpCall, OpRule, Shape
+from sptransform.sharding.sizes import Size, quotient
 
 
 def _parse_tensor(text: str) -> list[tuple[str, ...]]:
     return [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", text)]
 
 
-def rule(
-    text: str, *, reduce: str = "", replicated: str = "", linear: tuple[tuple[int, ...], ...] = (), heavy: bool = False
-) -> RuleFn:
-    """Return a rule from its einsum-like form.
+@dataclass(frozen=True)
+class EinsumRule:
+    """What :func:`rule` returns: called with an :class:`OpCall`, it gives the :class:`OpRule` for its shapes."""
 
-    Tensors are separated by commas, dimensions by spaces; ``(b s)`` is one dimension of two factors; ``...`` stands
-    for any number of leading dimensions, which broadcast. Trailing operands (an optional bias) may be absent.
-    ``reduce`` and ``replicated`` list factors separated by spaces.
+    text: str
+    reduce: str = ""
+    replicated: str = ""
+    linear: tuple[tuple[int, ...], ...] = ()
+    heavy: bool = False
 
-    Raises:
-        RuleError: when ``text`` is not of this form.
-    """
-    match = re.fullmatch(r"(.*)->(.*)", text)
-    if match is None:
-        raise RuleError(f"a rule has the form 'operands -> results', not {text!r}")
-    patterns = [[_parse_tensor(tensor) for tensor in part.split(",")] for part in match.groups()]
-    known = {f for part in patterns for tensor in part for dims in tensor for f in dims}
-    unknown = set(f"{reduce} {replicated}".split()) - known
-    if unknown:
-        raise RuleError(f"{text!r} has no factor {', '.join(sorted(unknown))}")
-    for part in patterns:
-        for tensor in part:
-            names = [f for factors in tensor for f in factors]
-            if len(names) != len(set(names)):
-                raise RuleError(f"{text!r} names a factor twice in one tensor")
+    def __post_init__(self) -> None:
+        known = {f for part in self._patterns for tensor in part for dims in tensor for f in dims}
+        unknown = set(f"{self.reduce} {self.replicated}".split()) - known
+        if unknown:
+            raise RuleError(f"{self.text!r} has no factor {', '.join(sorted(unknown))}")
+        for part in self._patterns:
+            for tensor in part:
+                names = [f for factors in tensor for f in factors]
+                if len(names) != len(set(names)):
+                    raise RuleError(f"{self.text!r} names a factor twice in one tensor")
 
-    def apply(call: OpCall) -> OpRule:
-        sizes: dict[str, int] = {}
+    @cached_property
+    def _patterns(self) -> tuple[list[list[tuple[str, ...]]], ...]:
+        """Factors of every dim, of the operands and of the results."""
+        match = re.fullmatch(r"(.*)->(.*)", self.text)
+        if match is None:
+            raise RuleError(f"a rule has the form 'operands -> results', not {self.text!r}")
+        return tuple([_parse_tensor(tensor) for tensor in part.split(",")] for part in match.groups())
 
-        def expand(pattern: list[tuple[str, ...]], shape: Shape) -> Dims:
-            num_leading = len(shape) - (len(pattern) - (("...",) in pattern))
-            if num_leading < 0 or (num_leading and ("...",) not in pattern):
-                raise RuleError(f"{call.target}: rule {text!r} does not fit a tensor of shape {shape}")
-            dims: list[tuple[str, ...]] = []
-            for factors in pattern:
-                if factors == ("...",):
-                    # numbered from the right, as broadcasting aligns
-                    dims.extend((f".{num_leading - i}",) for i in range(num_leading))
-                else:
-                    dims.append(factors)
-            return tuple(() if size == 1 else factors for factors, size in zip(dims, shape, strict=True))
+    def __call__(self, call: OpCall) -> OpRule:
+        of_operands, of_results = self._patterns
+        if len(call.operand_shapes) > len(of_operands):
+            raise RuleError(f"{call.target}: rule {self.text!r} has too few operands")
+        if len(call.result_shapes) != len(of_results):
+            raise RuleError(f"{call.target}: rule {self.text!r} has another number of results")
+        operands = tuple(self._expand(p, s, call) for p, s in zip(of_operands, call.operand_shapes, strict=False))
+        results = tuple(self._expand(p, s, call) for p, s in zip(of_results, call.result_shapes, strict=True))
+        return OpRule(
+            operands,
+            results,
+            self._sizes(operands, results, call),
+            reduce=frozenset(self.reduce.split()),
+            replicated=frozenset(self.replicated.split()),
+            linear=tuple(frozenset(s) for s in self.linear if all(i < len(operands) for i in s)),
+            heavy=self.heavy,
+        )
 
-        if len(call.operand_shapes) > len(patterns[0]):
-            raise RuleError(f"{call.target}: rule {text!r} has too few operands")
-        operands = tuple(expand(p, s) for p, s in zip(patterns[0], call.operand_shapes, strict=False))
-        results = tuple(expand(p, s) for p, s in zip(patterns[1], call.result_shapes, strict=True))
+    def _expand(self, pattern: list[tuple[str, ...]], shape: Shape, call: OpCall) -> Dims:
+        """Factors of every dim of ``shape``; a dim of size 1 has none."""
+        num_leading = len(shape) - (len(pattern) - (("...",) in pattern))
+        if num_leading < 0 or (num_leading and ("...",) not in pattern):
+            raise RuleError(f"{call.target}: rule {self.text!r} does not fit a tensor of shape {shape}")
+        dims: list[tuple[str, ...]] = []
+        for factors in pattern:
+            if factors == ("...",):
+                # numbered from the right, as broadcasting aligns
+                dims.extend((f".{num_leading - i}",) for i in range(num_leading))
+            else:
+                dims.append(factors)
+        return tuple(() if size == 1 else factors for factors, size in zip(dims, shape, strict=True))
+
+    def _sizes(self, operands: tuple[Dims, ...], results: tuple[Dims, ...], call: OpCall) -> dict[str, Size]:
+        """Extents of all factors: of those alone in a dim, then of those that are the only unknown one in a dim."""
+        sizes: dict[str, Size] = {}
+        shapes = (*call.operand_shapes, *call.result_shapes)
         unsolved = [
             (factors, size)
-            for tensors, shapes in ((operands, call.operand_shapes), (results, call.result_shapes))
-            for dims, shape in zip(tensors, shapes, strict=True)
+            for dims, shape in zip((*operands, *results), shapes, strict=True)
             for factors, size in zip(dims, shape, strict=True)
         ]
         for factors, size in unsolved:
@@ -75,18 +95,33 @@ def rule(
                 # if the sizes do not fit, ``check`` reports it
                 known_size = prod(sizes[f] for f in factors if f in sizes)
                 sizes[missing[0]] = quotient(size, known_size) or 0
-        present = [f for dims in (*operands, *results) for factors in dims for f in factors]
-        unsized = {f for f in present if f not in sizes}
-        if unsized:
-            raise RuleError(f"{call.target}: shapes do not say the size of {', '.join(sorted(unsized))} in {text!r}")
-        return OpRule(
-            operands,
-            results,
-            {f: sizes[f] for f in present},
-            reduce=frozenset(reduce.split()),
-            replicated=frozenset(replicated.split()),
-            linear=tuple(frozenset(s) for s in linear if all(i < len(operands) for i in s)),
-            heavy=heavy,
-        )
+        present = [f for factors, _ in unsolved for f in factors]
+        if unsized := sorted({f for f in present if f not in sizes}):
+            raise RuleError(f"{call.target}: shapes do not say the size of {', '.join(unsized)} in {self.text!r}")
+        return {f: sizes[f] for f in present}
 
-    return apply
+
+def rule(
+    text: str, *, reduce: str = "", replicated: str = "", linear: tuple[tuple[int, ...], ...] = (), heavy: bool = False
+) -> EinsumRule:
+    """Return a sharding rule from its einsum-like form.
+
+    Tensors are separated by commas, dimensions by spaces; ``(b s)`` is one dimension of two factors; ``...`` stands
+    for any number of leading dimensions, which broadcast. Trailing operands (an optional bias) may be absent.
+
+        rule("... h, h -> ... h")                                   # element by element
+        rule("... k, o k -> ... o", reduce="k", linear=((0,), (1,)))  # a linear
+        rule("... h, h -> ... h", replicated="h")                   # a norm: every rank needs all of h
+
+    Args:
+        text: factors of the operands' and the results' dimensions.
+        reduce: factors that the op sums over, separated by spaces: each rank's result is a term of a sum.
+        replicated: factors that no rank can have a part of only.
+        linear: sets of operands in which the op is jointly linear, so that a term of a sum passes through.
+        heavy: the op is worth sharding even where every rank has its operands (a contraction).
+
+    Raises:
+        RuleError: ``text`` is not of this form, or names a factor twice in one tensor; ``reduce`` or ``replicated``
+            name a factor that is not in it. When the rule is applied: it does not fit the shapes.
+    """
+    return EinsumRule(text, reduce, replicated, linear, heavy)

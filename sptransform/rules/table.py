@@ -12,19 +12,25 @@ from sptransform.diagnostics.errors import RuleError
 from sptransform.rules.decision import Cut
 from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn, Shape, map_nodes
 
+Sends = Callable[[OpCall, Sequence[torch.Tensor], int], "tuple[Sent, Sent]"]
+
 
 @dataclass(frozen=True)
 class OpEntry:
     """A rule and, for ops whose arguments or meaning hold global sizes, how to run the op on a shard.
 
-    ``localize(call, local)`` returns the result of the op on this rank's part; see :class:`Local`. For an op that
-    communicates itself, ``sends(call, operands, rank)`` returns what the rank sends, forward and backward. ``call`` and
-    ``operands`` (may be fake) are those of the rank's parts.
+    Attributes:
+        rule: what :func:`rule` returns, or a function of an :class:`OpCall` that returns its :class:`OpRule`; None if
+            the op has no rule for this call.
+        localize: ``localize(call, local)`` returns the result of the op on this rank's shard, see :class:`Local`. None:
+            the same call on the shards of its operands.
+        sends: for an op that communicates itself: ``sends(call, operands, rank)`` returns what the rank sends, forward
+            and backward. ``call`` and ``operands`` (may be fake) are those of the rank's shards.
     """
 
     rule: RuleFn
     localize: Callable[[OpCall, Local], Any] | None = None
-    sends: Callable[[OpCall, Sequence[torch.Tensor], int], tuple[Sent, Sent]] | None = None
+    sends: Sends | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,23 @@ class Local:
         return self.emit(call.target, args, kwargs)
 
 
+def overload_of(op: Any) -> Any:
+    """The overload that graphs hold: of an overload, an op with one overload, or what ``torch.library.custom_op`` made.
+
+    Raises:
+        RuleError: ``op`` is something else, or has several overloads.
+    """
+    if isinstance(op, torch.library.CustomOpDef):
+        return op._opoverload  # Private: the object keeps its name and its overload to itself
+    if hasattr(op, "overloads"):
+        if len(op.overloads()) == 1:
+            return getattr(op, op.overloads()[0])
+        raise RuleError(f"{op} has several overloads, each with a rule of its own: {', '.join(op.overloads())}")
+    if hasattr(op, "_schema"):
+        return op
+    raise RuleError(f"not an op: {op!r}. Rules are for ops of torch.ops, as torch.ops.aten.mm.default")
+
+
 class RuleTable(Mapping[Any, OpEntry]):
     """Overload -> entry, from alphabetical lists of pairs; ``default`` gives the entry of overloads in none of them.
 
@@ -105,6 +128,10 @@ class RuleTable(Mapping[Any, OpEntry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def with_rules(self, rules: Mapping[Any, OpEntry | RuleFn]) -> RuleTable:
+        """This table with ``rules``, overload -> rule; they come before its own."""
+        return RuleTable(list(rules.items()), default=self.get)
 
     def rule_of(self, call: OpCall) -> OpRule | None:
         """The rule applied to a call, checked against its shapes; None if the op has no rule for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sptransform.diagnostics.errors import UsageError, describe
@@ -48,3 +49,35 @@ class Ulysses(Strategy):
         if size < num_ranks:
             log.warning("%d of %d ranks have no %s in attention", num_ranks - size, num_ranks, self.split)
         return Sharded(factor, Partition.balanced(size, num_ranks))
+
+    def around(self, num_ranks: int, num_inside: int, heads: Sequence[tuple[int, int]]) -> Strategy:
+        if self.split != "heads":
+            return self
+        ranks = num_ranks * num_inside
+        uneven = [f"{h} query heads, {k} key heads" for h, k in heads if h % ranks or k % ranks]
+        if uneven:
+            raise UsageError(
+                describe(
+                    "Ulysses and tensor parallelism share the heads, and these are no multiple of the ranks",
+                    found=f"{uneven[0]}, {num_ranks} x {num_inside} ranks",
+                    fix="('ring', 'megatron') or ('allgather', 'megatron'), which share the heads over the second dim "
+                    "only",
+                )
+            )
+        return _UlyssesOutside(num_inside=num_inside)
+
+
+@dataclass(frozen=True)
+class _UlyssesOutside(Ulysses):
+    """Ulysses over heads that ``num_inside`` inner ranks divide further.
+
+    The heads consist of one block per inner rank, and the outer ranks divide each block. So the inner ranks can cut
+    weights in contiguous blocks.
+    """
+
+    num_inside: int = 1
+
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
+        decision = super().place_attention(rule, num_ranks, divide)
+        block = decision.partition.size // self.num_inside
+        return Sharded(decision.factor, Partition.blocks(block, num_ranks).tiled(self.num_inside))

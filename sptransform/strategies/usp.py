@@ -10,7 +10,7 @@ from typing import ClassVar
 from sympy import divisors
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.engine.strategy import Strategy, check_choice
+from sptransform.engine.strategy import Stage, Strategy, check_choice
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.ring import Ring
 from sptransform.strategies.ulysses import Ulysses
@@ -100,12 +100,12 @@ class USP(Strategy):
 
         return min(reversed(options), key=sent)
 
-    def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[tuple[Strategy, Mesh]]:
+    def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[Stage]:
         if len(mesh.shape) == 2:
             ring, ulysses = mesh.shape
         else:
             ring, ulysses = self.degrees(mesh.size, heads)
         if 1 in (ring, ulysses):
-            return [(Ring(self.layout) if ulysses == 1 else Ulysses(), mesh)]
+            return [Stage(Ring(self.layout) if ulysses == 1 else Ulysses(), mesh)]
         outer, inner = mesh.split(ring, ulysses)
-        return [(Ring(self.layout), outer), (Ulysses(), inner)]
+        return [Stage(Ring(self.layout), outer), Stage(Ulysses(), inner)]

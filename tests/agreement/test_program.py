@@ -89,6 +89,9 @@ DIFFERENT: dict[str, Callable[[], Program]] = {
     "dtype": lambda: program_of(attention_with_loss().float(), token_inputs(), 1, 2),
     "loss": lambda: program_of(attention_with_loss(reduction="sum"), token_inputs(), 1, 2),
     "option": lambda: program_of(attention_with_loss(), token_inputs(), 1, 2, grad_sync=False),
+    "rule": lambda: program_of(
+        attention_with_loss(), token_inputs(), 1, 2, rules={torch.ops.aten.neg.default: sptransform.rule("... -> ...")}
+    ),
     "shape": lambda: program_of(attention_with_loss(), {k: x[:1] for k, x in token_inputs().items()}, 1, 2),
     "strategy": lambda: program_of(attention_with_loss(), token_inputs(), 1, 2, strategy=sptransform.Ulysses("batch")),
 }

@@ -17,6 +17,7 @@ from sptransform.diagnostics.errors import CaptureError
 from sptransform.engine.pass_manager import run_passes
 from sptransform.graph import dataflow, notes
 from sptransform.passes import PIPELINE
+from sptransform.testing.lockstep import in_lockstep
 from tests.passes.blocks import BATCH, HIDDEN, LENGTH, Attention, heads, hidden_states
 from tests.support.graphs import (
     Run,
@@ -29,7 +30,6 @@ from tests.support.graphs import (
     run_once,
     while_captured,
 )
-from tests.support.lockstep import in_lockstep
 from tests.support.models import build
 
 aten = torch.ops.aten

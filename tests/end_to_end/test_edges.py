@@ -129,7 +129,7 @@ def test_strict_refuses_trainable_work_without_a_rule_wherever_it_stands() -> No
 
     with pytest.raises(UnsupportedOpError, match="conv1d"):
         sptransform.rewrite(Model(), "ulysses", (inputs(),), world_size=2, strict=True)
-    (fallback,) = sptransform.rewrite(Model(), "ulysses", (inputs(),), world_size=2).context.fallbacks
+    (fallback,) = sptransform.rewrite(Model(), "ulysses", (inputs(),), world_size=2).context.result.fallbacks
     assert "conv1d" in fallback.op
 
 

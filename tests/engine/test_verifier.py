@@ -158,7 +158,7 @@ def test_a_pending_sum_that_is_returned() -> None:
 def test_a_shard_is_returned_only_where_asked_for() -> None:
     gm, context = after(InsertRedistributes, Attention(), hidden_states(), context=a_context(outputs="local"))
     INVARIANTS["typed"](gm.graph, context)
-    context.outputs = "full"
+    context = replace(context, outputs="full")
     (add,) = nodes_of(gm, aten.add.Tensor)
     rejected("typed", gm.graph, context, add)
 
@@ -318,4 +318,4 @@ def test_the_verifier_runs_after_every_pass() -> None:
     gm, _ = captured(Loss(), hidden_states())
     after = [step.name for step in PIPELINE].index("InsertRedistributes") + 1
     with pytest.raises(VerificationError, match="InsertRedistributes > Careless"):
-        run_passes(gm, (*PIPELINE[:after], Careless(), *PIPELINE[after:]), a_context())
+        run_passes(gm, (*tuple(PIPELINE)[:after], Careless(), *tuple(PIPELINE)[after:]), a_context())

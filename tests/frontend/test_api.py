@@ -403,11 +403,11 @@ def test_strict_names_the_op_without_a_rule_and_the_users_line() -> None:
 
 def test_an_op_without_a_rule_runs_replicated_and_is_recorded() -> None:
     assert_equal(mirrored, token_inputs(), itself)
-    (fallback,) = rewrite(mirrored(), token_inputs()).context.fallbacks
+    (fallback,) = rewrite(mirrored(), token_inputs()).context.result.fallbacks
     assert fallback.op == "sptransform_tests.mirror.default"
     assert fallback.source is not None and fallback.source.endswith("return mirror(x)")
     assert fallback.gathered_bytes == BATCH * SEQ_LEN * WIDTH * 8
-    assert rewrite(attention_with_loss(), token_inputs()).context.fallbacks == []
+    assert rewrite(attention_with_loss(), token_inputs()).context.result.fallbacks == []
 
 
 def raises_without_attention(rank: int, world_size: int) -> str:

@@ -40,6 +40,8 @@ CASES = [
     case(aten.add.Tensor, randn(4, 5), 2.5),
     case(aten.add.Tensor, randn(4, 5), randn()),
     case(aten.alias.default, randn(4, 6)),
+    case(aten.broadcast_tensors.default, [randn(4, 1, 6), randn(5, 1)], factors=".1 .2 .3"),
+    case(aten.broadcast_tensors.default, [randn(4, 6), randn(4, 6)], factors=".1 .2"),
     case(aten.clone.default, randn(4, 1, 6), factors=".1 .3"),
     case(aten.contiguous.default, randn(6, 4).t()),
     case(aten.detach.default, randn(4, 6)),

@@ -21,10 +21,10 @@ from sptransform.ops.repartition import repartition
 from sptransform.sharding.mesh import PRETENDED_GROUP, Mesh
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
+from sptransform.testing.lockstep import in_lockstep
 from tests.sharding.test_partition import exact_partitions, indices
 from tests.support.brute_force import randn
 from tests.support.gloo_pool import get_pool
-from tests.support.lockstep import in_lockstep
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -22,7 +22,7 @@ from sptransform.strategies.ring import Ring
 from tests.support.graphs import a_context, nodes_of, run_once
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 6, 4
-PASSES = PIPELINE[: [type(step) for step in PIPELINE].index(AttendByPosition) + 1]
+PASSES = tuple(PIPELINE)[: [type(step) for step in PIPELINE].index(AttendByPosition) + 1]
 RING = torch.ops.sptransform.ring_attention.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 Mask = Callable[..., Tensor]

@@ -11,9 +11,9 @@ import torch
 from sptransform import USP, Ring, Ulysses, UsageError
 from sptransform.agreement.program import placement_lines
 from sptransform.sharding.mesh import Mesh
+from sptransform.testing.lockstep import in_lockstep
 from tests.end_to_end.test_counts_rings import D, H, Packed
 from tests.support.graphs import assert_ranks_equal_one_device, run_once
-from tests.support.lockstep import in_lockstep
 from tests.support.rewritten import Asked, function_on_ranks, runnables
 
 RANKS = range(1, 49)
@@ -145,7 +145,7 @@ def test_attention_to_one_token_on_a_ring_rank_is_refused_on_every_rank(rank: in
 def test_a_sequence_of_one_token_each_runs() -> None:
     inputs = {"x": torch.randn(1, 2, H * D, dtype=torch.float64), "documents": torch.zeros(1, 2, dtype=torch.long)}
     (graph, *_) = runnables(Packed().double(), inputs, [Mesh.pretended(4)], strategy=USP(2, 2))
-    assert len(graph.context.parts) == 2
+    assert len(graph.context.result.mesh_dims) == 2
 
 
 @pytest.mark.parametrize(("kept", "alike"), [(13, True), (9, True), (5, False), (3, True), (1, True)])
@@ -159,7 +159,7 @@ def test_ranks_that_would_meet_with_other_placements_say_so(kept: int, alike: bo
 
     x = torch.randn(1, 13, 8, dtype=torch.float64, requires_grad=True)
     ranks = function_on_ranks(loss_of_the_first, [x], Asked(4, USP(2, 2)))
-    outer = [graph.context.parts[0].mesh for graph in ranks.graphs]
+    outer = [graph.context.result.mesh_dims[0].mesh for graph in ranks.graphs]
     lines = [placement_lines(graph.graph_module.graph, mesh) for graph, mesh in zip(ranks.graphs, outer, strict=True)]
     assert lines[0] and lines[0] == lines[1] and lines[2] == lines[3]
     assert ([x.text for x in lines[0]] == [x.text for x in lines[2]]) == alike

@@ -27,7 +27,7 @@ from sptransform.ops.groups import pretend
 from sptransform.passes import PIPELINE
 from sptransform.sharding.mesh import PRETENDED_GROUP, Mesh
 from sptransform.strategies.ulysses import Ulysses
-from tests.support.lockstep import in_lockstep
+from sptransform.testing.lockstep import in_lockstep
 
 Tensors = list[torch.Tensor | None]
 
@@ -105,7 +105,7 @@ def after(
     context = context if context is not None else a_context()
     if isinstance(passes, type):
         kinds = [type(step) for step in PIPELINE]
-        passes = PIPELINE[: kinds.index(passes) + 1]
+        passes = tuple(PIPELINE)[: kinds.index(passes) + 1]
     gm, _ = captured(model, *args)
     return run_passes(gm, passes, context), context
 

@@ -21,9 +21,9 @@ from sptransform.graph import notes
 from sptransform.ops.groups import pretend
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
+from sptransform.testing.lockstep import in_lockstep
 from tests.support.equality import Result
 from tests.support.graphs import DynamoGraph, copied, dynamo_graph, while_captured
-from tests.support.lockstep import in_lockstep
 from tests.support.models import LAYERS, Inputs, build
 from tests.support.simulated import per_rank, simulate, to_ranks
 
@@ -94,7 +94,7 @@ class Ranks:
 
     def run(self, call: Callable[[Runnable], T], seed: int = 0) -> list[T]:
         """``call`` with its graph on every rank, in lockstep."""
-        parts = self.context.parts
+        parts = self.context.result.mesh_dims
         inner = parts[1].mesh.size if len(parts) == 2 else 1
         return in_lockstep(len(self.graphs), lambda rank: call(self.graphs[rank]), seed=seed, inner=inner)
 
@@ -209,7 +209,7 @@ def _for_ranks(
         else:
             made, context = rewrite_graph(gm, inputs, request, Mesh.pretended(shape, rank))
             with ExitStack() as stack:
-                for part in context.parts:
+                for part in context.result.mesh_dims:
                     stack.enter_context(pretend(part.mesh.group, part.mesh.rank))
                 call = None if compiler is None else compiler(made, inputs)
             graphs.append(Runnable(made, context, inputs, names, call))

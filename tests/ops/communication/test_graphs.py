@@ -16,10 +16,10 @@ from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
 from sptransform.sharding.sizes import Size
 from sptransform.strategies.ulysses import Ulysses
+from sptransform.testing.lockstep import in_lockstep
 from tests.passes.blocks import Attention, hidden_states
 from tests.support.brute_force import randn
 from tests.support.graphs import on_ranks
-from tests.support.lockstep import in_lockstep
 from tests.support.redistributes import EVEN, TAKES_LIST, Change, change
 from tests.support.tiers import tiered
 

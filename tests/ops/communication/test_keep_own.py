@@ -15,8 +15,8 @@ from sptransform.ops.local_slice import local_slice_for
 from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard, keeps_own
+from sptransform.testing.lockstep import in_lockstep
 from tests.support.brute_force import randn, together
-from tests.support.lockstep import in_lockstep
 from tests.support.redistributes import Change, Op, PerRank, check
 
 

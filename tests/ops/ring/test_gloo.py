@@ -13,9 +13,9 @@ from sptransform.ops.communication.slicing import assemble
 from sptransform.ops.simulation import register
 from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.sharding.partition import Partition
+from sptransform.testing.lockstep import in_lockstep
 from tests.ops.ring.ranks import Problem, Ring, Run, assert_equal, one_device, visible
 from tests.support.gloo_pool import get_pool
-from tests.support.lockstep import in_lockstep
 from tests.support.simulated import from_ranks, per_rank, simulate
 
 pytestmark = pytest.mark.timeout(120)

@@ -46,7 +46,7 @@ def with_an_unknown_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def test_an_op_without_a_rule_runs_replicated_and_is_recorded() -> None:
     inputs = [heads() for _ in range(3)]
     _, context = after(AssignPlacements, with_an_unknown_op, *inputs)
-    fallback, *readers = context.fallbacks
+    fallback, *readers = context.result.fallbacks
     assert all(reader.gathered_bytes == 0 for reader in readers)
     assert fallback.op == "aten.fft_fft.default"
     assert fallback.gathered_bytes == inputs[0].numel() * 8

@@ -15,7 +15,7 @@ from sptransform.sharding.placement import R
 from tests.passes.blocks import Attention, hidden_states
 from tests.support.graphs import a_context, after
 
-BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(FuseRedistributes) + 1]
+BEFORE = tuple(PIPELINE)[: [type(step) for step in PIPELINE].index(FuseRedistributes) + 1]
 
 
 def test_what_is_gathered_stands_one_bucket_earlier() -> None:

@@ -87,7 +87,7 @@ def test_outputs_are_kept_or_gathered() -> None:
 
     for outputs, expected in (("full", I), ("dtensor", Shard), ("local", Shard)):
         _, context = after(InsertRedistributes, sharded, *inputs, context=a_context(outputs=outputs))
-        (placement,) = context.output_placements
+        (placement,) = context.result.output_placements
         assert placement == I if expected is I else isinstance(placement, Shard)
     reference, ranks, _ = on_ranks(model, *inputs, num_ranks=2)
     assert_ranks_equal_one_device(reference, ranks)
@@ -100,7 +100,7 @@ def test_a_flattened_output_is_gathered_where_dtensor_has_no_word_for_it() -> No
         return loss, rows.permute(0, 2, 1, 3).reshape(16, 12)
 
     _, context = after(InsertRedistributes, model, *(heads() for _ in range(3)), context=a_context(outputs="dtensor"))
-    assert context.output_placements == (I, I)
+    assert context.result.output_placements == (I, I)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def test_a_zigzag_is_returned_in_the_original_order_by_one_exchange(outputs: str
     context = a_context(strategy=Folded(), outputs=outputs)
     gm, _ = after(InsertRedistributes, model, hidden_states(), context=context)
     assert at_the_output(gm) == [(P, I), (folded, chunks)]
-    assert context.output_placements == (I, chunks)
+    assert context.result.output_placements == (I, chunks)
     gm, context = after(InsertRedistributes, model, hidden_states(), context=a_context(strategy=Folded()))
     assert at_the_output(gm) == [(P, I), (folded, I)]
 
@@ -142,7 +142,7 @@ def test_a_clipped_output_is_returned_in_chunks_by_one_exchange() -> None:
     gm, _ = after(InsertRedistributes, lambda x: attention(x)[:, 1:], hidden_states(), context=context)
     chunks = Shard(1, Partition.contiguous(LENGTH - 1, 2))
     assert at_the_output(gm) == [(Shard(1, Partition.contiguous(LENGTH, 2).slice(1, LENGTH)), chunks)]
-    assert context.output_placements == (chunks,)
+    assert context.result.output_placements == (chunks,)
 
 
 def test_two_clips_of_a_sequence_meet_by_one_exchange() -> None:

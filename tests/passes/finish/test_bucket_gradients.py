@@ -16,7 +16,7 @@ from tests.passes.blocks import Attention, by_repeat_interleave, hidden_states
 from tests.support.golden import Golden
 from tests.support.graphs import after, assert_ranks_equal_one_device, nodes_of, on_ranks
 
-BEFORE = PIPELINE[: [type(step) for step in PIPELINE].index(Localize) + 1]
+BEFORE = tuple(PIPELINE)[: [type(step) for step in PIPELINE].index(Localize) + 1]
 
 
 def buckets(gm: fx.GraphModule) -> list[list[str]]:

@@ -1,0 +1,104 @@
+"""The order in which passes run, and where a user's passes go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.pass_manager import CAPTURED, DISTRIBUTED, Pass
+from sptransform.engine.verifier import INVARIANTS
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The passes in the order they run. ``print`` it to see their names.
+
+    Attributes:
+        normalize: run once, on the captured graph of one device.
+        distribute: run once for each mesh dim, on the graph that the dim before it left.
+        finish: run once, on the program of one rank.
+    """
+
+    normalize: tuple[Pass, ...]
+    distribute: tuple[Pass, ...]
+    finish: tuple[Pass, ...]
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter((*self.normalize, *self.distribute, *self.finish))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{phase}: {' > '.join(step.name for step in steps)}" for phase, steps in self._phases())
+
+    def _phases(self) -> Iterator[tuple[str, tuple[Pass, ...]]]:
+        return ((field.name, getattr(self, field.name)) for field in fields(self))
+
+    def with_passes(self, passes: Sequence[Pass]) -> Pipeline:
+        """This pipeline with a user's ``passes`` at the places that their ``after`` names; at one place, in order.
+
+        Raises:
+            UsageError: something is no pass, has the name of another one, an unknown invariant or place, or
+                requires what does not hold there, or breaks what a later pass requires.
+        """
+        found = self
+        for step in passes:
+            if not isinstance(step, Pass):
+                is_class = isinstance(step, type) and issubclass(step, Pass)
+                fix = f"{step.__name__}()" if is_class else "a subclass of sptransform.Pass"
+                raise UsageError(describe("passes are objects of subclasses of Pass", found=repr(step), fix=fix))
+            found = found._with(step)
+        found._check({step.name for step in passes})
+        return found
+
+    def _with(self, step: Pass) -> Pipeline:
+        unknown = sorted((step.requires | step.ensures | step.breaks) - INVARIANTS.keys())
+        if unknown:
+            raise UsageError(
+                describe(
+                    f"{step.name} names an invariant that does not exist",
+                    found=", ".join(unknown),
+                    fix=f"of {', '.join(INVARIANTS)}",
+                )
+            )
+        if step.name in (other.name for other in self):
+            raise UsageError(describe("two passes have one name", found=step.name, fix="another name of the class"))
+        for phase, steps in self._phases():
+            names = [other.name for other in steps]
+            if step.after in (phase, *names) or (step.after == "capture" and phase == "normalize"):
+                at = {"capture": 0, phase: len(steps)}.get(step.after)
+                at = names.index(step.after) + 1 if at is None else at
+                return replace(self, **{phase: (*steps[:at], step, *steps[at:])})
+        places = ("capture", *(phase for phase, _ in self._phases()), *(other.name for other in self))
+        raise UsageError(
+            describe(
+                f"{step.name} is to run at a place that does not exist",
+                found=f"after={step.after!r}",
+                fix=f"one of {', '.join(places)}",
+            )
+        )
+
+    def _check(self, own: set[str]) -> None:
+        """Check that requirements are met at every place; ``own`` are the names of the user's passes."""
+        ends = {"normalize": CAPTURED, "distribute": DISTRIBUTED, "finish": DISTRIBUTED}
+        for phase, steps in self._phases():
+            holds = DISTRIBUTED if phase == "finish" else CAPTURED
+            broken: dict[str, str] = {}
+            for step in steps:
+                if missing := sorted(step.requires - holds):
+                    _refuse(step.name, missing, holds, broken, step.name in own)
+                broken |= dict.fromkeys(holds & step.breaks - step.ensures, step.name)
+                holds = (holds - step.breaks) | step.ensures
+            if missing := sorted(ends[phase] - holds):
+                _refuse(f"what follows {phase}", missing, holds, broken, False)
+
+
+def _refuse(name: str, missing: Sequence[str], holds: frozenset[str], broken: dict[str, str], is_own: bool) -> None:
+    breakers = dict.fromkeys(broken[invariant] for invariant in missing if invariant in broken)
+    fix = f"another place for {name} (its `after`)" if is_own else f"another place for {', '.join(breakers)}"
+    raise UsageError(
+        describe(
+            f"{name} requires {', '.join(missing)}, which does not hold there",
+            found=f"{', '.join(sorted(holds))}" + (f"; broken by {', '.join(breakers)}" if breakers else ""),
+            fix=fix,
+        )
+    )
