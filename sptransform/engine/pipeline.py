@@ -28,10 +28,12 @@ class Pipeline:
         return iter((*self.normalize, *self.distribute, *self.finish))
 
     def __str__(self) -> str:
-        return "\n".join(f"{phase}: {' > '.join(step.name for step in steps)}" for phase, steps in self._phases())
+        return "\n".join(f"{phase}: {' > '.join(step.name for step in steps)}" for phase, steps in self.phases.items())
 
-    def _phases(self) -> Iterator[tuple[str, tuple[Pass, ...]]]:
-        return ((field.name, getattr(self, field.name)) for field in fields(self))
+    @property
+    def phases(self) -> dict[str, tuple[Pass, ...]]:
+        """Name of each phase, in order -> its passes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def with_passes(self, passes: Sequence[Pass]) -> Pipeline:
         """This pipeline with a user's ``passes`` at the places that their ``after`` names; at one place, in order.
@@ -46,50 +48,52 @@ class Pipeline:
                 is_class = isinstance(step, type) and issubclass(step, Pass)
                 fix = f"{step.__name__}()" if is_class else "a subclass of sptransform.Pass"
                 raise UsageError(describe("passes are objects of subclasses of Pass", found=repr(step), fix=fix))
-            found = found._with(step)
-        found._check({step.name for step in passes})
+            _check_names(step, found)
+            found = _inserted(step, found)
+        _check_requirements(found, {step.name for step in passes})
         return found
 
-    def _with(self, step: Pass) -> Pipeline:
-        unknown = sorted((step.requires | step.ensures | step.breaks) - INVARIANTS.keys())
-        if unknown:
-            raise UsageError(
-                describe(
-                    f"{step.name} names an invariant that does not exist",
-                    found=", ".join(unknown),
-                    fix=f"of {', '.join(INVARIANTS)}",
-                )
-            )
-        if step.name in (other.name for other in self):
-            raise UsageError(describe("two passes have one name", found=step.name, fix="another name of the class"))
-        for phase, steps in self._phases():
-            names = [other.name for other in steps]
-            if step.after in (phase, *names) or (step.after == "capture" and phase == "normalize"):
-                at = {"capture": 0, phase: len(steps)}.get(step.after)
-                at = names.index(step.after) + 1 if at is None else at
-                return replace(self, **{phase: (*steps[:at], step, *steps[at:])})
-        places = ("capture", *(phase for phase, _ in self._phases()), *(other.name for other in self))
-        raise UsageError(
-            describe(
-                f"{step.name} is to run at a place that does not exist",
-                found=f"after={step.after!r}",
-                fix=f"one of {', '.join(places)}",
-            )
-        )
 
-    def _check(self, own: set[str]) -> None:
-        """Check that requirements are met at every place; ``own`` are the names of the user's passes."""
-        ends = {"normalize": CAPTURED, "distribute": DISTRIBUTED, "finish": DISTRIBUTED}
-        for phase, steps in self._phases():
-            holds = DISTRIBUTED if phase == "finish" else CAPTURED
-            broken: dict[str, str] = {}
-            for step in steps:
-                if missing := sorted(step.requires - holds):
-                    _refuse(step.name, missing, holds, broken, step.name in own)
-                broken |= dict.fromkeys(holds & step.breaks - step.ensures, step.name)
-                holds = (holds - step.breaks) | step.ensures
-            if missing := sorted(ends[phase] - holds):
-                _refuse(f"what follows {phase}", missing, holds, broken, False)
+def _check_names(step: Pass, pipeline: Pipeline) -> None:
+    unknown = sorted((step.requires | step.ensures | step.breaks) - INVARIANTS.keys())
+    if unknown:
+        what = f"{step.name} names an invariant that does not exist"
+        raise UsageError(describe(what, found=", ".join(unknown), fix=f"of {', '.join(INVARIANTS)}"))
+    if step.name in (other.name for other in pipeline):
+        raise UsageError(describe("two passes have one name", found=step.name, fix="another name of the class"))
+
+
+def _inserted(step: Pass, pipeline: Pipeline) -> Pipeline:
+    if step.after == "capture":
+        return replace(pipeline, normalize=(step, *pipeline.normalize))
+    for phase, steps in pipeline.phases.items():
+        names = [other.name for other in steps]
+        if step.after in (phase, *names):
+            at = len(steps) if step.after == phase else names.index(step.after) + 1
+            return replace(pipeline, **{phase: (*steps[:at], step, *steps[at:])})
+    places = ("capture", *pipeline.phases, *(other.name for other in pipeline))
+    raise UsageError(
+        describe(
+            f"{step.name} is to run at a place that does not exist",
+            found=f"after={step.after!r}",
+            fix=f"one of {', '.join(places)}",
+        )
+    )
+
+
+def _check_requirements(pipeline: Pipeline, own: set[str]) -> None:
+    """Check that what each pass requires holds where it runs; ``own`` are the names of the user's passes."""
+    ends = {"normalize": CAPTURED, "distribute": DISTRIBUTED, "finish": DISTRIBUTED}
+    for phase, steps in pipeline.phases.items():
+        holds = DISTRIBUTED if phase == "finish" else CAPTURED
+        broken: dict[str, str] = {}
+        for step in steps:
+            if missing := sorted(step.requires - holds):
+                _refuse(step.name, missing, holds, broken, step.name in own)
+            broken |= dict.fromkeys(holds & step.breaks - step.ensures, step.name)
+            holds = (holds - step.breaks) | step.ensures
+        if missing := sorted(ends[phase] - holds):
+            _refuse(f"what follows {phase}", missing, holds, broken, False)
 
 
 def _refuse(name: str, missing: Sequence[str], holds: frozenset[str], broken: dict[str, str], is_own: bool) -> None:
