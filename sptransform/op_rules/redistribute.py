@@ -11,6 +11,7 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.op_rules.pointwise import LINEAR, pointwise
+from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.partition import Partition
@@ -115,7 +116,7 @@ def _all_to_all(call: OpCall) -> OpRule:
             alike = all(quotient(other[dim], tiles) == block for other in shapes)
             names = {f"tile{dim}": tiles, f"rank{dim}": num_ranks, f"block{dim}" if alike else f"block{i}.{dim}": block}
             sizes |= {name: size for name, size in names.items() if size != 1}
-            tile, rank, inside = (((name,) if size != 1 else ()) for name, size in names.items())
+            tile, rank, inside = (dim_of(name, size) for name, size in names.items())
             replicated.update(rank if alike else (*rank, *inside))
             tensors[part_side][i][dim], tensors[full_side][i][dim] = (*tile, *inside), (*tile, *rank, *inside)
     left = {name for side in tensors for dims in side for names in dims for name in names}
