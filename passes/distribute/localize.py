@@ -76,14 +76,11 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         group=context.mesh.group,
     )
     new = context.rules[node.target].localize(call, local)
-    new_note = notes.note(new)
-    new_note.placements, new_note.local_types = note.placements, note.local_types
-    new_note.differentiable, new_note.mesh = note.differentiable, note.mesh
-    new_note.rule, new_note.decision = note.rule, note.decision
-    new_note.transitions = _held(note, local.operands, context.mesh.rank)
+    notes.copy_note(node, new)
+    notes.note(new).transitions = _held(note, local.operands, context.mesh.rank)
     communicates = note.decision.communicates(note.rule)
     if communicates:
-        new_note.mesh = context.mesh
+        notes.note(new).mesh = context.mesh
     if communicates or note.rule.unrepeatable:
         keep_result(new)
     succeed(node, new)

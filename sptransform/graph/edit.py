@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +33,14 @@ def succeed(old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
     new.name = old.name
+
+
+def succeed_outputs(old: fx.Node, new: Sequence[fx.Node]) -> None:
+    """Replace ``old``, whose users each pick one of its outputs, by one node for each output."""
+    for user in list(old.users):
+        _, index = dataflow.projection(user)
+        succeed(user, new[index])
+    old.graph.erase_node(old)
 
 
 def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
@@ -75,7 +83,7 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
             node = before.graph.call_function(target, args, kwargs)
         notes.copy(before, node)
         compute_value(node)
-        notes.note(node).differentiable = any(notes.note(x).differentiable for x in node.all_input_nodes)
+        notes.derive_differentiable(node)
         return node
 
     return emit

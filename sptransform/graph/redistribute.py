@@ -41,7 +41,7 @@ def insert_redistribute(
     note = notes.note(node)
     note.transitions = tuple(transitions)
     note.placements = tuple(target for _, target in transitions)
-    note.differentiable = any(notes.note(source).differentiable for source in sources)
+    notes.derive_differentiable(node)
     notes.copy(before if before.op == "call_function" else sources[0], node)
     for output, source, (_, target) in zip(outputs, sources, transitions, strict=True):
         rename(output, f"{source.name}_{target}".rstrip(")"))
