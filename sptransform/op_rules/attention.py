@@ -13,7 +13,7 @@ from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.rules.factors import dims_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
-from sptransform.sharding.placement import Shard
+from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import number
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
@@ -138,7 +138,7 @@ def _ring_attention_local(call: OpCall, local: Local) -> Any:
 def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
     """Forward: one ring pass of keys and values. Backward: one more, and one of their gradients in the sums' dtype."""
     _, key, value = operands[:3]
-    partition = Shard.parse(f"S(2:{call.argument('keys')})", part=key).partition
+    partition = Partition.parse(call.argument("keys"), part=key.shape[2])
     num_ranks = partition.num_ranks
     entries = key.shape[0] * key.shape[1] * (key.shape[3] + value.shape[3])
     # at hop h a rank forwards the keys of rank - h, h = 0 .. N - 2; gradients start one rank later, h = 1 .. N - 1
