@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import sympy
@@ -45,17 +46,8 @@ def succeed_outputs(old: fx.Node, new: Sequence[fx.Node]) -> None:
 
 def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
     """Let the node read ``new`` as its ``index``-th tensor; other uses of the old producer stay."""
-    count = -1
-
-    def visit(x: Any) -> Any:
-        nonlocal count
-        if isinstance(x, fx.Node) and dataflow.is_tensor(x):
-            count += 1
-            return new if count == index else x
-        return x
-
-    args, kwargs = map_nodes((node.args, dict(node.kwargs)), visit)
-    node.args, node.kwargs = args, kwargs
+    indices = count()
+    node.args, node.kwargs = dataflow.map_operands(node, lambda x: new if next(indices) == index else x)
 
 
 def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
