@@ -20,9 +20,8 @@ from torch import fx
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import notes
-from sptransform.graph.buckets import BUCKET_BYTES, fill
-from sptransform.graph.edit import succeed
-from sptransform.graph.redistribute import insert_redistribute, is_gather, is_redistribute
+from sptransform.graph.buckets import BUCKET_BYTES, fill, first_reader_of
+from sptransform.graph.redistribute import is_gather, is_redistribute, merge_redistributes
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,13 @@ class BucketParameters(Pass):
         order = {node: position for position, node in enumerate(graph.nodes)}
         around = notes.region_around(graph)
         moves = [node for node in graph.nodes if _is_of_parameter(node) and notes.region_of(node) == around]
-        first_reader = {
-            move: min((reader for output in move.users for reader in output.users), key=order.__getitem__)
-            for move in moves
-        }
+        first_reader = {move: first_reader_of([move], order) for move in moves}
         moves.sort(key=lambda move: order[first_reader[move]])
         outside = notes.outermost(graph)
         read_before: fx.Node | None = None
         for bucket in fill(moves, self.bucket_bytes):
             read = first_reader[bucket[0]]
-            _merge(bucket, outside[read_before or read])
+            merge_redistributes(bucket, outside[read_before or read])
             read_before = read
 
 
@@ -55,12 +51,3 @@ def _is_of_parameter(node: fx.Node) -> bool:
     if not is_redistribute(node) or len(node.args[0]) != 1:
         return False
     return is_gather(node) and notes.note(node.args[0][0]).is_parameter
-
-
-def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
-    transitions = [transition for node in nodes for transition in notes.note(node).transitions]
-    new = insert_redistribute(before, [node.args[0][0] for node in nodes], transitions)
-    for node, after in zip(nodes, new, strict=True):
-        (old,) = node.users
-        succeed(old, after)
-        node.graph.erase_node(node)

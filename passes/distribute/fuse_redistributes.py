@@ -16,8 +16,7 @@ from torch import fx
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
-from sptransform.graph.edit import succeed
-from sptransform.graph.redistribute import insert_redistribute, is_redistribute
+from sptransform.graph.redistribute import is_redistribute, merge_redistributes
 from sptransform.sharding.placement import cut_alike, kind
 
 
@@ -34,7 +33,9 @@ class FuseRedistributes(Pass):
                     waiting.setdefault((dataflow.values(node)[0].dtype, packable), []).append(node)
             elif dataflow.projection(node) is None or not is_redistribute(dataflow.projection(node)[0]):
                 for group in waiting.values():
-                    _pack(group)
+                    if len(group) > 1:
+                        # not where the first stands: between them may stand what a later one reads
+                        merge_redistributes(group, group[-1])
                 waiting = {}
 
 
@@ -46,17 +47,3 @@ def _packable(node: fx.Node) -> str | None:
         return "all_to_all"
     is_parameter = notes.note(dataflow.operands(node)[0]).is_parameter
     return "gather" if kinds == {"SR"} and not is_parameter else None
-
-
-def _pack(nodes: list[fx.Node]) -> None:
-    """Replace redistributes by one, put where the last of them is: between them may stand what a later one reads."""
-    if len(nodes) < 2:
-        return
-    sources = [producer for node in nodes for producer in dataflow.operands(node)]
-    transitions = [t for node in nodes for t in notes.note(node).transitions]
-    old = [user for node in nodes for user in sorted(node.users, key=lambda user: user.args[1])]
-    new = insert_redistribute(nodes[-1], sources, transitions)
-    for before, after in zip(old, new, strict=True):
-        succeed(before, after)
-    for node in nodes:
-        node.graph.erase_node(node)

@@ -82,14 +82,13 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         group=context.mesh.group,
     )
     new = context.rules[node.target].localize(call, local)
-    new_note = notes.note(new)
-    new_note.placements, new_note.local_types = note.placements, note.local_types
-    new_note.differentiable, new_note.mesh, new_note.sends = note.differentiable, note.mesh, note.sends
-    new_note.rule, new_note.decision = note.rule, note.decision
-    new_note.transitions = _held(note, local.operands, context.mesh.rank)
+    if new in local.operands:  # the note of an operand stays its own
+        new = local.emit(torch.ops.aten.alias.default, (new,), {})
+    notes.copy_note(node, new)
+    notes.note(new).transitions = _held(note, local.operands, context.mesh.rank)
     communicates = note.decision.communicates(note.rule)
     if communicates:
-        new_note.mesh, new_note.sends = context.mesh, _sends(new, context)
+        notes.note(new).mesh, notes.note(new).sends = context.mesh, _sends(new, context)
     if communicates or note.rule.unrepeatable:
         keep_result(new)
     verifier.check_local_types(new)

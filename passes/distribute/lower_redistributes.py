@@ -20,7 +20,7 @@ from torch import fx
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
-from sptransform.graph.edit import rename, succeed
+from sptransform.graph.edit import rename, succeed_outputs
 from sptransform.graph.redistribute import is_redistribute, keep_result
 from sptransform.sharding.placement import cut_alike, keeps_own, kind
 
@@ -74,16 +74,10 @@ def _relabel(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
 
 def _lower_single(node: fx.Node, group: str) -> None:
     ((source, target),) = notes.note(node).transitions
-    (output,) = node.users
     op, arguments = _KEEP_OWN if keeps_own(source, target) else _SINGLE[kind(source), kind(target)]
     with node.graph.inserting_before(node):
         new = node.graph.call_function(op, (node.args[0][0], *arguments(source, target, group)))
-    notes.copy(node, new)
-    new.meta["val"] = dataflow.value(output)
-    note = notes.note(new)
-    note.transitions = ((source, target),)
-    note.differentiable, note.mesh = notes.note(node).differentiable, notes.note(node).mesh
-    notes.set_placement(new, target)
+    notes.fork(node, new)
+    (new.meta["val"],) = dataflow.values(node)
     keep_result(new)
-    succeed(output, new)
-    node.graph.erase_node(node)
+    succeed_outputs(node, [new])

@@ -24,8 +24,8 @@ from torch import fx
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
-from sptransform.graph.buckets import BUCKET_BYTES, fill
-from sptransform.graph.edit import rename, succeed
+from sptransform.graph.buckets import BUCKET_BYTES, fill, first_reader_of
+from sptransform.graph.edit import rename, succeed_outputs
 from sptransform.graph.redistribute import keep_result
 
 _REPLICATE = torch.ops.sptransform.replicate.default
@@ -54,8 +54,7 @@ class BucketGradients(Pass):
             outermost = notes.outermost(graph)
             # moves already stand in the order in which they are first read
             for bucket in fill(moves, self.bucket_bytes):
-                readers = [reader for node in bucket for output in node.users for reader in output.users]
-                _merge(bucket, outermost[min(readers, key=order.__getitem__)])
+                _merge(bucket, outermost[first_reader_of(bucket, order)])
 
 
 def _moved_inputs(graph: fx.Graph) -> set[fx.Node]:
@@ -84,5 +83,4 @@ def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
     for node, output in zip(nodes, outputs, strict=True):
         (old,) = node.users
         notes.fork(old, output)
-        succeed(old, output)
-        graph.erase_node(node)
+        succeed_outputs(node, [output])

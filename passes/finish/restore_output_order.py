@@ -71,5 +71,4 @@ def _moved(x: fx.Node, source: Shard, target: Shard, mesh: Mesh, before: fx.Node
     notes.copy(x, node)
     note = notes.note(node)
     note.transitions, note.mesh, note.placements = ((source, target),), mesh, notes.note(x).placements
-    note.differentiable = notes.note(x).differentiable
     return node

@@ -23,7 +23,7 @@ from torch import fx
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
-from sptransform.graph.edit import fake_arguments, succeed
+from sptransform.graph.edit import fake_arguments, succeed_outputs
 from sptransform.ops.ring import trace_steps
 
 
@@ -49,7 +49,4 @@ def _expand(node: fx.Node) -> None:
         if step.op != "placeholder":
             copied.meta = dict(step.meta)
             notes.copy(node, copied)
-    for user in list(node.users):
-        _, index = dataflow.projection(user)
-        succeed(user, results[index])
-    node.graph.erase_node(node)
+    succeed_outputs(node, results)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sptransform.engine.axes import Atom, resolve, unify
+from sptransform.engine.axes import Atom, atoms_of, resolve, unify
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
@@ -70,13 +70,13 @@ class UnrepeatKeyHeads(Pass):
 
 def unrepeated(x: fx.Node, dim: int, rules: RuleTable) -> tuple[fx.Node, int] | None:
     """(source, times) where ``x`` is ``source`` with every index of ``dim`` repeated ``times`` in a row; else None."""
-    dims = [[] if size == 1 else [Atom(size)] for size in dataflow.shape(x)]
+    dims = list(map(atoms_of, dataflow.shape(x)))
     current, want = x, dims
     while current.target in REARRANGEMENTS and len(dataflow.operands(current)) == 1:
         rule = rule_at(current, rules)
         if rule is None:
             return None
-        factors = {name: [Atom(size)] if size != 1 else [] for name, size in rule.sizes.items()}
+        factors = {name: atoms_of(size) for name, size in rule.sizes.items()}
         for atoms, names in zip(want, rule.results[0], strict=True):
             if not unify(atoms, [atom for name in names for atom in factors[name]]):
                 return None

@@ -125,7 +125,7 @@ class _Functionalizer:
         notes.fork(at, node)
         with dataflow.values(at)[0].fake_mode, torch.no_grad():
             compute_value(node)
-        notes.note(node).differentiable = any(notes.note(x).differentiable for x in node.all_input_nodes)
+        notes.derive_differentiable(node)
         return node
 
     def _set(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:

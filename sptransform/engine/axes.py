@@ -29,6 +29,11 @@ class Atom:
         self.parts: tuple[Atom, ...] | None = None
 
 
+def atoms_of(size: Size) -> list[Atom]:
+    """A dimension or factor of this size as atoms: one, or none if the size is 1."""
+    return [Atom(size)] if size != 1 else []
+
+
 def resolve(atoms: list[Atom]) -> list[Atom]:
     """The current indivisible representatives of ``atoms``, in order."""
     found: list[Atom] = []
@@ -113,7 +118,7 @@ class Axes:
                 self._dims[node, 0] = self._dims[picked]
                 continue
             for index, shape in enumerate(dataflow.shapes(node)):
-                self._dims[node, index] = [[] if size == 1 else [Atom(size)] for size in shape]
+                self._dims[node, index] = list(map(atoms_of, shape))
         for node in graph.nodes:
             rule = notes.note(node).rule
             if rule is not None:
@@ -126,7 +131,7 @@ class Axes:
         self._partitions: dict[Atom, Partition] = {}
 
     def _apply(self, node: fx.Node, rule: OpRule) -> None:
-        factors = {name: [Atom(size)] if size != 1 else [] for name, size in rule.sizes.items()}
+        factors = {name: atoms_of(size) for name, size in rule.sizes.items()}
         self._factors[node] = factors
         operands = dataflow.operands(node)
         for side, index, dims in rule.tensors():

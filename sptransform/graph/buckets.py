@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
@@ -29,3 +29,8 @@ def fill(nodes: Iterable[fx.Node], limit: int) -> list[list[fx.Node]]:
         bucket.append(node)
         room[value.dtype] = (bucket, left - size)
     return buckets
+
+
+def first_reader_of(moves: Iterable[fx.Node], order: Mapping[fx.Node, int]) -> fx.Node:
+    """The first node, in ``order``, that reads an output of one of ``moves``."""
+    return min((reader for move in moves for output in move.users for reader in output.users), key=order.__getitem__)

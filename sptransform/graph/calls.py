@@ -18,15 +18,12 @@ def op_call(node: fx.Node) -> OpCall:
     """The node's arguments and global shapes. Raises SymbolicSizeError for sizes that rules cannot express."""
     shapes: list[Shape] = []
 
-    def operand(x: Any) -> Any:
-        if isinstance(x, fx.Node) and dataflow.is_tensor(x):
-            shapes.append(dataflow.shape(x))
-            return Operand(len(shapes) - 1)
-        value = dataflow.value(x) if isinstance(x, fx.Node) else x
-        # a number that is not a size stays as it is
-        return size_of(value) if isinstance(value, torch.SymInt) and is_size(value) else x
+    def operand(x: fx.Node) -> Operand:
+        shapes.append(dataflow.shape(x))
+        return Operand(len(shapes) - 1)
 
-    args, kwargs = map_nodes((node.args, dict(node.kwargs)), operand)
+    args, kwargs = dataflow.map_operands(node, operand)
+    args, kwargs = map_nodes((args, dict(kwargs)), _as_size)
     return OpCall(node.target, args, kwargs, tuple(shapes), dataflow.shapes(node))
 
 
@@ -42,3 +39,9 @@ def rule_at(node: fx.Node, rules: RuleTable) -> OpRule | None:
     except RuleError as error:
         shapes = f"operands of shape {', '.join(map(str, call.operand_shapes))}, results {call.result_shapes}"
         raise RuleError(describe(str(error), node=node, found=shapes, fix="another rule: rules={..}")) from error
+
+
+def _as_size(x: Any) -> Any:
+    value = dataflow.value(x) if isinstance(x, fx.Node) else x
+    # a number that is not a size stays as it is
+    return size_of(value) if isinstance(value, torch.SymInt) and is_size(value) else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,14 +69,13 @@ def projection(node: fx.Node) -> tuple[fx.Node, int] | None:
     return None
 
 
+def map_operands(node: fx.Node, fn: Callable[[fx.Node], Any]) -> tuple[Any, Any]:
+    """The node's args and kwargs, ``fn`` applied to the producers of tensors in the order that rules number them."""
+    return fx.map_arg((node.args, node.kwargs), lambda x: fn(x) if is_tensor(x) else x)
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """Producers of the tensor arguments, in the order that rules number them."""
     found: list[fx.Node] = []
-
-    def visit(x: fx.Node) -> fx.Node:
-        if is_tensor(x):
-            found.append(x)
-        return x
-
-    fx.map_arg((node.args, node.kwargs), visit)
+    map_operands(node, found.append)
     return found

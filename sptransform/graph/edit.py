@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import sympy
@@ -35,19 +36,18 @@ def succeed(old: fx.Node, new: fx.Node) -> None:
     new.name = old.name
 
 
+def succeed_outputs(old: fx.Node, new: Sequence[fx.Node]) -> None:
+    """Replace ``old``, whose users each pick one of its outputs, by one node for each output."""
+    for user in list(old.users):
+        _, index = dataflow.projection(user)
+        succeed(user, new[index])
+    old.graph.erase_node(old)
+
+
 def replace_operand(node: fx.Node, index: int, new: fx.Node) -> None:
     """Let the node read ``new`` as its ``index``-th tensor; other uses of the old producer stay."""
-    count = -1
-
-    def visit(x: Any) -> Any:
-        nonlocal count
-        if isinstance(x, fx.Node) and dataflow.is_tensor(x):
-            count += 1
-            return new if count == index else x
-        return x
-
-    args, kwargs = map_nodes((node.args, dict(node.kwargs)), visit)
-    node.args, node.kwargs = args, kwargs
+    indices = count()
+    node.args, node.kwargs = dataflow.map_operands(node, lambda x: new if next(indices) == index else x)
 
 
 def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -75,7 +75,7 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
             node = before.graph.call_function(target, args, kwargs)
         notes.copy(before, node)
         compute_value(node)
-        notes.note(node).differentiable = any(notes.note(x).differentiable for x in node.all_input_nodes)
+        notes.derive_differentiable(node)
         return node
 
     return emit

@@ -118,9 +118,20 @@ def copy(source: fx.Node, target: fx.Node) -> None:
             target.meta[key] = source.meta[key]
 
 
+def copy_note(source: fx.Node, target: fx.Node) -> None:
+    """Give ``target``, another form of ``source``, a copy of its note."""
+    target.meta[_KEY] = replace(note(source), region=None)
+
+
 def fork(source: fx.Node, target: fx.Node) -> None:
     """Give ``target``, another form of ``source``, all its metadata and a copy of its note."""
-    target.meta = {**source.meta, _KEY: replace(note(source), region=None)}
+    target.meta = dict(source.meta)
+    copy_note(source, target)
+
+
+def derive_differentiable(node: fx.Node) -> None:
+    """Note that the node is differentiable if one of its inputs is."""
+    note(node).differentiable = any(note(x).differentiable for x in node.all_input_nodes)
 
 
 def is_even(graph: fx.Graph) -> bool:

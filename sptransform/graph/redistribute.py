@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform.graph import dataflow, notes
-from sptransform.graph.edit import rename
+from sptransform.graph.edit import rename, succeed_outputs
 from sptransform.sharding.placement import Placement, R, Shard
 
 
@@ -41,7 +42,7 @@ def insert_redistribute(
     note = notes.note(node)
     note.transitions = tuple(transitions)
     note.placements = tuple(target for _, target in transitions)
-    note.differentiable = any(notes.note(source).differentiable for source in sources)
+    notes.derive_differentiable(node)
     notes.copy(before if before.op == "call_function" else sources[0], node)
     for output, source, (_, target) in zip(outputs, sources, transitions, strict=True):
         rename(output, f"{source.name}_{target}".rstrip(")"))
@@ -49,6 +50,15 @@ def insert_redistribute(
         notes.note(output).differentiable = notes.note(source).differentiable
         notes.copy(node, output)
     return outputs
+
+
+def merge_redistributes(nodes: Sequence[fx.Node], before: fx.Node) -> None:
+    """Replace redistributes by one in front of ``before``, which moves all their tensors."""
+    sources = [source for node in nodes for source in dataflow.operands(node)]
+    transitions = [transition for node in nodes for transition in notes.note(node).transitions]
+    outputs = iter(insert_redistribute(before, sources, transitions))
+    for node in nodes:
+        succeed_outputs(node, list(islice(outputs, len(notes.note(node).transitions))))
 
 
 def keep_result(node: fx.Node) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -207,14 +208,10 @@ def plain(page: Iterable[Section]) -> str:
 
 def _lines(section: Section) -> Iterable[str]:
     yield section.title
-    if section.rows:
-        table = [section.columns, *section.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            cells = zip(row, widths, section.columns, strict=True)
-            aligned = [c.rjust(w) if name in section.numbers else c.ljust(w) for c, w, name in cells]
-            yield f"  {'  '.join(aligned)}".rstrip()
-    yield from (f"  {sentence}" for sentence in section.sentences)
+    console = Console()
+    unbounded = console.options.update(width=sys.maxsize)  # nothing folds
+    for line in console.render_lines(_body(section), unbounded, pad=False):
+        yield f"  {''.join(segment.text for segment in line)}".rstrip()
 
 
 def rich(page: Iterable[Section]) -> RenderableType:

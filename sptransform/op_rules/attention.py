@@ -10,16 +10,13 @@ from torch import Tensor, fx
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.ops.ring.kernels.interface import compute_dtype
-from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
+from sptransform.rules.factors import dims_of
+from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
-from sptransform.sharding.placement import Shard
+from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import number
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
-
-
-def _dims(text: str, shape: Shape) -> Dims:
-    return tuple((f,) if size != 1 else () for f, size in zip(text, shape, strict=True))
 
 
 def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | None:
@@ -41,7 +38,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
             return None
     names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "d": query[3], "e": value[3]}
     names["m"] = more.pop("num_masked", key[2])
-    operands = [_dims("bhsd", query), _dims("bhtd", key), _dims("bhte", value)]
+    operands = [dims_of(query, "bhsd"), dims_of(key, "bhtd"), dims_of(value, "bhte")]
     resize = {}
     if group > 1:
         for index in (1, 2):
@@ -53,7 +50,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     replicated = {"t", "m", "d", *more.pop("replicated", "")}
     return OpRule(
         (*operands, *masks),
-        tuple(_dims(text, shape) for text, shape in zip(("bhse", "bhs", ""), call.result_shapes, strict=False)),
+        tuple(dims_of(shape, text) for text, shape in zip(("bhse", "bhs", ""), call.result_shapes, strict=False)),
         sizes,
         replicated=frozenset(replicated & set(sizes)),
         resize=resize,
@@ -65,7 +62,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
 
 def attention(call: OpCall) -> OpRule | None:
     """Attention with a mask that broadcasts to the scores. ``is_causal`` depends on positions: queries stay whole."""
-    masks = tuple(_dims("bhst"[4 - len(shape) :], shape) for shape in call.operand_shapes[3:])
+    masks = tuple(dims_of(shape, "bhst"[4 - len(shape) :]) for shape in call.operand_shapes[3:])
     is_causal = call.argument("is_causal")
     return _attention(call, masks, replicated="s" if is_causal else "", is_causal=is_causal)
 
@@ -77,7 +74,7 @@ def ring_attention(call: OpCall) -> OpRule | None:
     keys are cut no further.
     """
     shapes = call.operand_shapes[3:]
-    masks = tuple(_dims("bhsm"[4 - len(shape) :], shape) for shape in shapes)
+    masks = tuple(dims_of(shape, "bhsm"[4 - len(shape) :]) for shape in shapes)
     # masks cover all keys, even if the op already has one rank's part of the keys
     lengths = [shape[-1] for shape in shapes if shape and shape[-1] != 1]
     nearest, farthest = call.argument("nearest"), call.argument("farthest")
@@ -141,7 +138,7 @@ def _ring_attention_local(call: OpCall, local: Local) -> Any:
 def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
     """Forward: one ring pass of keys and values. Backward: one more, and one of their gradients in the sums' dtype."""
     _, key, value = operands[:3]
-    partition = Shard.parse(f"S(2:{call.argument('keys')})", part=key).partition
+    partition = Partition.parse(call.argument("keys"), part=key.shape[2])
     num_ranks = partition.num_ranks
     entries = key.shape[0] * key.shape[1] * (key.shape[3] + value.shape[3])
     # at hop h a rank forwards the keys of rank - h, h = 0 .. N - 2; gradients start one rank later, h = 1 .. N - 1

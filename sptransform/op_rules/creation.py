@@ -6,33 +6,28 @@ from typing import Any
 
 import torch
 
+from sptransform.rules.factors import dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry
 
 aten = torch.ops.aten
 
 
-def _result_dims(call: OpCall) -> tuple[tuple[str, ...], ...]:
-    return tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(call.result_shapes[0]))
-
-
 def uniform(call: OpCall) -> OpRule:
     """All entries are equal: any dimension of the result may be cut. Operands only set dtype and device."""
-    dims = _result_dims(call)
-    sizes = {factors[0]: size for factors, size in zip(dims, call.result_shapes[0], strict=True) if factors}
-    operands = []
+    dims, sizes = dims_and_sizes(call.result_shapes[0])
+    operands, replicated = [], {}
     for index, shape in enumerate(call.operand_shapes):
-        own = tuple((f"o{index}.{d}",) if size != 1 else () for d, size in enumerate(shape))
-        sizes |= {factors[0]: size for factors, size in zip(own, shape, strict=True) if factors}
+        own, own_sizes = dims_and_sizes(shape, [f"o{index}.{d}" for d in range(len(shape))])
         operands.append(own)
-    replicated = frozenset(factors[0] for own in operands for factors in own if factors)
-    return OpRule(tuple(operands), (dims,), sizes, replicated=replicated, unread=frozenset(range(len(operands))))
+        replicated |= own_sizes
+    unread = frozenset(range(len(operands)))
+    return OpRule(tuple(operands), (dims,), sizes | replicated, replicated=frozenset(replicated), unread=unread)
 
 
 def counting(call: OpCall) -> OpRule:
     """Entries depend on their position: every rank computes the full tensor, which is then cut."""
-    dims = _result_dims(call)
-    sizes = {factors[0]: size for factors, size in zip(dims, call.result_shapes[0], strict=True) if factors}
+    dims, sizes = dims_and_sizes(call.result_shapes[0])
     return OpRule((), (dims,), sizes, replicated=frozenset(sizes))
 
 

@@ -12,6 +12,7 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.rules.einsum import rule
+from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.sizes import broadcast
@@ -48,15 +49,14 @@ def gather(call: OpCall) -> OpRule:
     """Along ``dim`` the operand must be whole. Elsewhere, dimensions of equal size are one factor."""
     shape, index_shape = call.operand_shapes
     dim = call.argument("dim") % max(len(shape), 1)
-    index = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(index_shape))
-    sizes = {f"i{d}": size for d, size in enumerate(index_shape) if size != 1}
+    index, sizes = dims_and_sizes(index_shape)
     operand, replicated = [], set()
     for d, size in enumerate(shape):
         if d != dim and size == index_shape[d]:
             operand.append(index[d])
             continue
         # off ``dim``, gather reads only the first index_shape[d] entries: neither side may be cut
-        operand.append((f"o{d}",) if size != 1 else ())
+        operand.append(dim_of(f"o{d}", size))
         sizes[f"o{d}"] = size
         replicated.add(f"o{d}")
         if d != dim:
@@ -67,10 +67,9 @@ def gather(call: OpCall) -> OpRule:
 def index_select(call: OpCall) -> OpRule:
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
-    operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
-    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    operand, sizes = dims_and_sizes(shape)
     num = call.operand_shapes[1][0] if call.operand_shapes[1] else 1
-    taken = ("n",) if num != 1 else ()
+    taken = dim_of("n", num)
     sizes["n"] = num
     result = (*operand[:dim], taken, *operand[dim + 1 :])
     index = (taken,) if call.operand_shapes[1] else ()
@@ -94,11 +93,9 @@ def index(call: OpCall) -> OpRule | None:
     new_shape = [shape[d] for d in kept]
     if (*new_shape[:at], *spread_shape, *new_shape[at:]) != call.result_shapes[0]:
         return None  # a boolean index
-    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
-    operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+    operand, sizes = dims_and_sizes(shape)
     num = len(spread_shape)
-    sizes |= {f"b{num - i}": size for i, size in enumerate(spread_shape) if size != 1}
-    spread = tuple((f"b{num - i}",) if size != 1 else () for i, size in enumerate(spread_shape))
+    spread, spread_sizes = dims_and_sizes(spread_shape, [f"b{num - i}" for i in range(num)])
     operands = {0: operand}
     for position in positions.values():
         own = call.operand_shapes[position]
@@ -107,7 +104,7 @@ def index(call: OpCall) -> OpRule | None:
     passed = [operand[d] for d in kept]
     result = (*passed[:at], *spread, *passed[at:])
     replicated = frozenset(f"i{d}" for d in indexed)
-    return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes, replicated=replicated)
+    return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes | spread_sizes, replicated=replicated)
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sptransform.rules.einsum import rule
+from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry
 
@@ -40,13 +41,12 @@ def broadcast(call: OpCall) -> OpRule:
 def converted(call: OpCall) -> OpRule:
     """Conversion to the dtype of a second operand of any shape. Where their sizes agree, both share a factor."""
     shape, other = call.operand_shapes
-    sizes = {f".{len(shape) - d}": size for d, size in enumerate(shape) if size != 1}
-    dims = tuple((f".{len(shape) - d}",) if size != 1 else () for d, size in enumerate(shape))
+    dims, sizes = dims_and_sizes(shape, [f".{place}" for place in range(len(shape), 0, -1)])
     lent: list[tuple[str, ...]] = []
     own: dict[str, int] = {}
     for place, size in zip(range(len(other), 0, -1), other, strict=True):
         if size == 1 or sizes.get(f".{place}") == size:
-            lent.append((f".{place}",) if size != 1 else ())
+            lent.append(dim_of(f".{place}", size))
         else:
             lent.append((f"o{place}",))
             own[f"o{place}"] = size

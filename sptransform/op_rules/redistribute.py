@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.op_rules.pointwise import LINEAR, pointwise
+from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.partition import Partition
-from sptransform.sharding.placement import Shard
+from sptransform.sharding.placement import Shard, split_spec
 from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
 
 sp = torch.ops.sptransform
@@ -26,8 +26,7 @@ def _moved(*arguments: str) -> RuleFn:
     def apply(call: OpCall) -> OpRule:
         texts = [call.argument(name) for name in arguments]
         specs = [text for x in texts for text in ([x] if isinstance(x, str) else x)]
-        moved = {int(dim) for spec in specs for dim in re.findall(r"^S\((\d+):", spec)}
-        return _passing(call, moved, linear=True)
+        return _passing(call, {dim for dim, _, _ in map(split_spec, specs)}, linear=True)
 
     return apply
 
@@ -78,11 +77,9 @@ def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
 
 def _tiles(spec: str) -> tuple[int, int | None, int]:
     """The dim that is cut, its number of tiles of equal blocks (None for any other cut), and the number of ranks."""
-    if "?" in spec:
-        match = re.fullmatch(r"S\((\d+):(\d+\*)?\?/(\d+)(z?)\)", spec)
-        return int(match[1]), None if match[2] or match[4] else 1, int(match[3])
-    shard = Shard.parse(spec)
-    return shard.dim, shard.partition.num_tiles if shard.outer == 1 else None, shard.partition.num_ranks
+    dim, outer, text = split_spec(spec)
+    partition = Partition.parse(text, part=2)  # tiles do not depend on an open size; a zigzag's part is even
+    return dim, partition.num_tiles if outer == 1 else None, partition.num_ranks
 
 
 def _all_to_all(call: OpCall) -> OpRule:
@@ -115,7 +112,7 @@ def _all_to_all(call: OpCall) -> OpRule:
             alike = all(quotient(other[dim], tiles) == block for other in shapes)
             names = {f"tile{dim}": tiles, f"rank{dim}": num_ranks, f"block{dim}" if alike else f"block{i}.{dim}": block}
             sizes |= {name: size for name, size in names.items() if size != 1}
-            tile, rank, inside = (((name,) if size != 1 else ()) for name, size in names.items())
+            tile, rank, inside = (dim_of(name, size) for name, size in names.items())
             replicated.update(rank if alike else (*rank, *inside))
             tensors[part_side][i][dim], tensors[full_side][i][dim] = (*tile, *inside), (*tile, *rank, *inside)
     left = {name for side in tensors for dims in side for names in dims for name in names}
@@ -136,7 +133,7 @@ def _all_to_all_local(call: OpCall, local: Local) -> Any:
         specs = list(call.argument(name))
         for i in range(len(specs)):
             placement = local.decision.shard(local.rule, side, i)
-            if placement is not None and placement.dim == _tiles(specs[i])[0]:
+            if placement is not None and placement.dim == split_spec(specs[i])[0]:
                 if "?" in specs[i]:
                     raise SymbolicSizeError(f"cannot share the blocks of {specs[i]} further")
                 specs[i] = Shard.parse(specs[i]).held(placement, local.rank).spec

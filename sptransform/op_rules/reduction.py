@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
 
@@ -36,11 +37,10 @@ def _reduction(summed: bool) -> RuleFn:
 
     def apply(call: OpCall) -> OpRule:
         shape = call.operand_shapes[0]
-        operand = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
+        operand, sizes = dims_and_sizes(shape)
         reduced = _reduced_dims(call)
         keeps = len(call.result_shapes[0]) == len(shape)
         result = tuple(() if d in reduced else f for d, f in enumerate(operand) if keeps or d not in reduced)
-        sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
         gone = frozenset(f"i{d}" for d in reduced if shape[d] != 1)
         # with ``dtype`` each pending term is converted, and so rounded, before the sum: not linear
         linear = _LINEAR if summed and call.argument("dtype") is None else ()
@@ -73,15 +73,14 @@ def _mean_local(call: OpCall, local: Local) -> Any:
 def along_dim(call: OpCall) -> OpRule:
     """Softmax, scans, sorts: the shape is kept, and the dimension they run along must be whole."""
     shape = call.operand_shapes[0]
-    dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
-    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    dims, sizes = dims_and_sizes(shape)
     dim = call.argument("dim") % max(len(shape), 1)
     replicated = {f"i{dim}"} & set(sizes)
     results = []
     for result_shape in call.result_shapes:
         own = list(dims)
         if shape and result_shape[dim] != shape[dim]:  # topk
-            own[dim] = ("k",) if result_shape[dim] != 1 else ()
+            own[dim] = dim_of("k", result_shape[dim])
             sizes["k"] = result_shape[dim]
             replicated.add("k")
         results.append(tuple(own))
@@ -116,8 +115,7 @@ def norm(call: OpCall) -> OpRule:
     """Layer norm and RMS norm: the trailing normalised dimensions must be whole, weight and bias have only those."""
     shape = call.operand_shapes[0]
     num = len(call.argument("normalized_shape"))
-    dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
-    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    dims, sizes = dims_and_sizes(shape)
     tail = dims[len(dims) - num :]
     operands = (dims, *((tail,) * (len(call.operand_shapes) - 1)))
     replicated = frozenset(factors[0] for factors in tail if factors)
@@ -127,8 +125,7 @@ def norm(call: OpCall) -> OpRule:
 def triangle(call: OpCall) -> OpRule:
     """``tril`` and ``triu`` read positions in the last two dimensions."""
     shape = call.operand_shapes[0]
-    dims = tuple((f"i{d}",) if size != 1 else () for d, size in enumerate(shape))
-    sizes = {f"i{d}": size for d, size in enumerate(shape) if size != 1}
+    dims, sizes = dims_and_sizes(shape)
     replicated = frozenset({f"i{len(shape) - 2}", f"i{len(shape) - 1}"} & set(sizes))
     return OpRule((dims,), (dims,), sizes, replicated=replicated)
 

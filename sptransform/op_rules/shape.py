@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
+from sptransform.rules.factors import dim_of, dims_and_sizes, dims_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.sizes import Size, order, quotient
@@ -17,19 +18,6 @@ aten = torch.ops.aten
 
 
 _LINEAR = (frozenset({0}),)
-
-
-def _dims(shape: Shape, names: Sequence[str]) -> Dims:
-    return tuple((name,) if size != 1 else () for name, size in zip(names, shape, strict=True))
-
-
-def _sizes(*tensors: tuple[Dims, Shape]) -> dict[str, int]:
-    return {
-        factors[0]: size
-        for dims, shape in tensors
-        for factors, size in zip(dims, shape, strict=True)
-        if len(factors) == 1
-    }
 
 
 def _bounds(shape: Shape) -> list[Size]:
@@ -96,9 +84,9 @@ def _reshape_local(call: OpCall, local: Local) -> Any:
 def _permuted(order_of: Callable[[OpCall, int], list[int]]) -> RuleFn:
     def apply(call: OpCall) -> OpRule:
         shape = call.operand_shapes[0]
-        operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+        operand, sizes = dims_and_sizes(shape)
         result = tuple(operand[d] for d in order_of(call, len(shape)))
-        return OpRule((operand,), (result,), _sizes((operand, shape)), linear=_LINEAR)
+        return OpRule((operand,), (result,), sizes, linear=_LINEAR)
 
     return apply
 
@@ -115,10 +103,9 @@ def _swap(call: OpCall, ndim: int) -> list[int]:
 def expand(call: OpCall) -> OpRule:
     """Dimensions of size 1 grow; the grown ones are factors of the result only."""
     source, target = call.operand_shapes[0], call.result_shapes[0]
-    names = [f"i{d}" for d in range(len(target))]
-    result = _dims(target, names)
-    operand = _dims(source, names[len(target) - len(source) :])
-    return OpRule((operand,), (result,), _sizes((result, target)), linear=_LINEAR)
+    result, sizes = dims_and_sizes(target)
+    operand = dims_of(source, [f"i{d}" for d in range(len(target) - len(source), len(target))])
+    return OpRule((operand,), (result,), sizes, linear=_LINEAR)
 
 
 def _expand_local(call: OpCall, local: Local) -> Any:
@@ -131,10 +118,9 @@ def repeat_interleave(call: OpCall) -> OpRule | None:
         return None
     shape = call.operand_shapes[0]
     dim, repeats = call.argument("dim") % len(shape), call.argument("repeats")
-    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
-    repeated = (*operand[dim], "g") if repeats != 1 else operand[dim]
-    result = (*operand[:dim], repeated, *operand[dim + 1 :])
-    return OpRule((operand,), (result,), _sizes((operand, shape)) | {"g": repeats}, linear=_LINEAR)
+    operand, sizes = dims_and_sizes(shape)
+    result = (*operand[:dim], (*operand[dim], *dim_of("g", repeats)), *operand[dim + 1 :])
+    return OpRule((operand,), (result,), sizes | {"g": repeats}, linear=_LINEAR)
 
 
 def _repeat_interleave_local(call: OpCall, local: Local) -> Any:
@@ -149,14 +135,10 @@ def repeat(call: OpCall) -> OpRule:
     """Tiling: a tiled dimension is ``(copy, index)``; the copies are a factor of the result only."""
     source, repeats = call.operand_shapes[0], call.argument("repeats")
     lead = len(repeats) - len(source)
-    names = [f"i{d}" for d in range(len(repeats))]
-    operand = _dims(source, names[lead:])
+    operand, sizes = dims_and_sizes(source, [f"i{d}" for d in range(lead, len(repeats))])
     padded = ((),) * lead + operand
-    result = tuple(
-        (*((f"g{d}",) if n != 1 else ()), *own) for d, (n, own) in enumerate(zip(repeats, padded, strict=True))
-    )
-    sizes = _sizes((operand, source)) | {f"g{d}": n for d, n in enumerate(repeats)}
-    return OpRule((operand,), (result,), sizes, linear=_LINEAR)
+    result = tuple((*dim_of(f"g{d}", n), *own) for d, (n, own) in enumerate(zip(repeats, padded, strict=True)))
+    return OpRule((operand,), (result,), sizes | {f"g{d}": n for d, n in enumerate(repeats)}, linear=_LINEAR)
 
 
 def _repeat_local(call: OpCall, local: Local) -> Any:
@@ -188,17 +170,15 @@ def slice_(call: OpCall) -> OpRule | None:
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     start, stop, step = _bounds_of_slice(call, dim)
-    dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
-    sizes = _sizes((dims, shape))
+    dims, sizes = dims_and_sizes(shape)
     factor = f"i{dim}"
     if not dims[dim] and call.result_shapes[0][dim] != 1:
         return None
     if not dims[dim] or (start, stop, step) == (0, shape[dim], 1):
         return OpRule((dims,), (dims,), sizes, linear=_LINEAR)
     if step != 1:
-        taken = ("taken",) if call.result_shapes[0][dim] != 1 else ()
         sizes["taken"] = call.result_shapes[0][dim]
-        result = (*dims[:dim], taken, *dims[dim + 1 :])
+        result = (*dims[:dim], dim_of("taken", sizes["taken"]), *dims[dim + 1 :])
         return OpRule((dims,), (result,), sizes, replicated=frozenset({factor, "taken"}), linear=_LINEAR)
     return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize={("result", 0, factor): _piece(start, stop)})
 
@@ -225,17 +205,16 @@ def select(call: OpCall) -> OpRule:
     """Other dimensions pass; the selected one must be whole."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
-    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    operand, sizes = dims_and_sizes(shape)
     result = (*operand[:dim], *operand[dim + 1 :])
-    return OpRule((operand,), (result,), _sizes((operand, shape)), replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
+    return OpRule((operand,), (result,), sizes, replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
 
 
 def split(call: OpCall) -> OpRule:
     """Other dimensions pass. Each piece is a slice of the split one, which must be whole if a piece has one entry."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
-    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
-    sizes = _sizes((operand, shape))
+    operand, sizes = dims_and_sizes(shape)
     bounds = list(accumulate((piece[dim] for piece in call.result_shapes), initial=0))
     if operand[dim] and all(piece[dim] != 1 for piece in call.result_shapes):
         pieces = enumerate(pairwise(bounds))
@@ -243,9 +222,8 @@ def split(call: OpCall) -> OpRule:
         return OpRule((operand,), (operand,) * len(call.result_shapes), sizes, linear=_LINEAR, resize=resize)
     results = []
     for index, piece in enumerate(call.result_shapes):
-        own = (f"p{index}",) if piece[dim] != 1 else ()
         sizes[f"p{index}"] = piece[dim]
-        results.append((*operand[:dim], own, *operand[dim + 1 :]))
+        results.append((*operand[:dim], dim_of(f"p{index}", piece[dim]), *operand[dim + 1 :]))
     replicated = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(results)))})
     return OpRule((operand,), tuple(results), sizes, replicated=replicated, linear=_LINEAR)
 
@@ -263,9 +241,9 @@ def unbind(call: OpCall) -> OpRule:
     """Other dimensions pass; the removed one must be whole."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
-    operand = _dims(shape, [f"i{d}" for d in range(len(shape))])
+    operand, sizes = dims_and_sizes(shape)
     results = ((*operand[:dim], *operand[dim + 1 :]),) * len(call.result_shapes)
-    return OpRule((operand,), results, _sizes((operand, shape)), replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
+    return OpRule((operand,), results, sizes, replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
 
 
 def cat(call: OpCall) -> OpRule | None:
@@ -274,13 +252,11 @@ def cat(call: OpCall) -> OpRule | None:
     if any(len(shape) != len(target) for shape in call.operand_shapes):
         return None
     dim = call.argument("dim") % len(target)
-    result = _dims(target, [f"i{d}" for d in range(len(target))])
-    sizes = _sizes((result, target))
+    result, sizes = dims_and_sizes(target)
     operands = []
     for index, shape in enumerate(call.operand_shapes):
-        own = (f"p{index}",) if shape[dim] != 1 else ()
         sizes[f"p{index}"] = shape[dim]
-        operands.append((*result[:dim], own, *result[dim + 1 :]))
+        operands.append((*result[:dim], dim_of(f"p{index}", shape[dim]), *result[dim + 1 :]))
     replicated = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(operands)))})
     everything = (frozenset(range(len(operands))),)
     return OpRule(tuple(operands), (result,), sizes, replicated=replicated, linear=everything)
@@ -290,16 +266,11 @@ def stack(call: OpCall) -> OpRule:
     """Adds a dimension with one entry per operand."""
     target = call.result_shapes[0]
     dim = call.argument("dim") % len(target)
-    result = _dims(target, [f"i{d}" for d in range(len(target))])
+    result, sizes = dims_and_sizes(target)
     operand = (*result[:dim], *result[dim + 1 :])
     num = len(call.operand_shapes)
-    return OpRule(
-        (operand,) * num,
-        (result,),
-        _sizes((result, target)),
-        replicated=frozenset({f"i{dim}"}),
-        linear=(frozenset(range(num)),),
-    )
+    linear = (frozenset(range(num)),)
+    return OpRule((operand,) * num, (result,), sizes, replicated=frozenset({f"i{dim}"}), linear=linear)
 
 
 def pad(call: OpCall) -> OpRule | None:
@@ -311,8 +282,7 @@ def pad(call: OpCall) -> OpRule | None:
         return None
     amounts = _pad_amounts(call)
     shape = call.operand_shapes[0]
-    dims = _dims(shape, [f"i{d}" for d in range(len(shape))])
-    sizes = _sizes((dims, shape))
+    dims, sizes = dims_and_sizes(shape)
     resize = {}
     for dim, (before, after) in amounts.items():
         if before < 0 or after < 0 or shape[dim] in (0, 1):

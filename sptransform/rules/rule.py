@@ -58,7 +58,7 @@ class OpCall:
 
 
 def map_nodes(tree: Any, fn: Callable[[Any], Any]) -> Any:
-    """``tree`` with ``fn`` applied to its leaves, left to right: the order in which operands are numbered."""
+    """``tree`` with ``fn`` applied to its leaves, left to right."""
     return pytree.tree_map(fn, tree)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 import sympy
@@ -14,6 +14,8 @@ from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
 
 Interval = tuple[Size, Size]
 Intervals = tuple[Interval, ...]
+
+_REGULAR = re.compile(r"(\d+|\?)/(\d+)(z?)")
 
 
 def _merge(intervals: Iterable[Interval]) -> Intervals:
@@ -301,17 +303,33 @@ class Partition:
         return f"{self.size}[{ranks}]"
 
     @staticmethod
-    def parse(text: str) -> Partition:
-        """Inverse of ``str``. Raises ValueError on other text, an open size (``?``) included."""
-        regular = re.fullmatch(r"(\d+)/(\d+)(z?)", text)
-        if regular:
-            form = Partition.zigzag if regular[3] else Partition.contiguous
-            return form(int(regular[1]), int(regular[2]))
-        match = re.fullmatch(r"(\d+)\[([\d:,|]*)\]", text)
-        if match is None:
+    def parse(text: str, *, size: Size | None = None, part: Size | None = None) -> Partition:
+        """Inverse of ``str``. An open size (``?``) is ``size``, or that of ranks with ``part`` indices each.
+
+        Raises:
+            ValueError: other text, or an open size that no argument gives.
+        """
+        if "?" not in text:
+            return _parse(text)
+        match = _REGULAR.fullmatch(text)
+        if match is None or (size is None and part is None):
             raise ValueError(f"not a partition: {text!r}")
-        owned = []
-        for rank in match[2].split("|"):
-            bounds = (interval.split(":") for interval in rank.split(",") if interval)
-            owned.append(tuple((int(lo), int(hi)) for lo, hi in bounds))
-        return Partition(int(match[1]), tuple(owned))
+        num_ranks = int(match[2])
+        form = Partition.zigzag if match[3] else Partition.blocks
+        return form(size if part is None else part * num_ranks, num_ranks)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Partition:
+    regular = _REGULAR.fullmatch(text)
+    if regular:
+        form = Partition.zigzag if regular[3] else Partition.contiguous
+        return form(int(regular[1]), int(regular[2]))
+    match = re.fullmatch(r"(\d+)\[([\d:,|]*)\]", text)
+    if match is None:
+        raise ValueError(f"not a partition: {text!r}")
+    owned = []
+    for rank in match[2].split("|"):
+        bounds = (interval.split(":") for interval in rank.split(",") if interval)
+        owned.append(tuple((int(lo), int(hi)) for lo, hi in bounds))
+    return Partition(int(match[1]), tuple(owned))

@@ -103,25 +103,23 @@ class Shard(Placement):
         Raises:
             ValueError: other text, or an open size and no tensor.
         """
-        if "?" not in text:
-            return _parse(text)
-        match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?\?/(\d+)(z?)\)", text)
-        x = full if part is None else part
-        if match is None or x is None:
-            raise ValueError(f"not a shard: {text!r}")
-        dim, outer, num_ranks = (int(group or 1) for group in match.groups()[:3])
-        extent = x.shape[dim] // outer * (1 if part is None else num_ranks)
-        form = Partition.zigzag if match[4] else Partition.blocks
-        return Shard(dim, form(extent, num_ranks), outer)
+        dim, outer, partition = split_spec(text)
+        if "?" not in partition:
+            return Shard(dim, Partition.parse(partition), outer)
+        if part is not None:
+            return Shard(dim, Partition.parse(partition, part=part.shape[dim] // outer), outer)
+        if full is not None:
+            return Shard(dim, Partition.parse(partition, size=full.shape[dim] // outer), outer)
+        raise ValueError(f"not a shard: {text!r}")
 
 
 @lru_cache(maxsize=4096)
-def _parse(text: str) -> Shard:
+def split_spec(text: str) -> tuple[int, int, str]:
+    """``dim``, ``outer`` and the partition's text of a :attr:`Shard.spec`. Raises ValueError on other text."""
     match = re.fullmatch(r"S\((\d+):(?:(\d+)\*)?([^*]+)\)", text)
     if match is None:
         raise ValueError(f"not a shard: {text!r}")
-    dim, outer, partition = match.groups()
-    return Shard(int(dim), Partition.parse(partition), int(outer or 1))
+    return int(match[1]), int(match[2] or 1), match[3]
 
 
 R = Replicated()

@@ -17,6 +17,7 @@ import sptransform
 from sptransform import USP, AllGatherKV, Explanation, Ring, Strategy, explanation_of
 from sptransform.compiler.compile_log import summary
 from sptransform.diagnostics.errors import UnsupportedOpError
+from sptransform.inspection.pages import Section, plain
 from tests.support.collective_counts import CountCollectives, by_message
 from tests.support.gloo_pool import get_pool
 from tests.support.golden import Golden
@@ -206,6 +207,13 @@ def one_layer(num_ranks: int) -> Explanation:
 
 def test_text(golden: Golden) -> None:
     golden.check("explain", text=str(one_layer(2)), one_rank=str(one_layer(1)))
+
+
+def test_text_is_as_wide_as_its_longest_line() -> None:
+    name, sentence = "layers.0 [" + "m" * 999 + "]", "a  b " * 999
+    page = [Section("title", ("module", "count"), [(name, "12"), ("n", "3")], [sentence])]
+    rows = [f"  {x.ljust(len(name))}  {y}" for x, y in (("module", "count"), (name, "   12"), ("n", "    3"))]
+    assert plain(page).splitlines() == ["title", *rows, f"  {sentence}".rstrip()]
 
 
 def test_graph_by_layer(golden: Golden) -> None:

@@ -15,14 +15,13 @@ from sptransform.ops.ring.blocks import lay_out, positions
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
-from sptransform.sharding.placement import Shard
 
 _sp = torch.ops.sptransform
 
 
 def _partition_of(text: str, part: Tensor) -> Partition | None:
     """The partition of dim 2 that ``text`` spells out, given a rank's ``part`` [B, H, s, D]; None for empty text."""
-    return Shard.parse(f"S(2:{text})", part=part).partition if text else None
+    return Partition.parse(text, part=part.shape[2]) if text else None
 
 
 class RankView:
