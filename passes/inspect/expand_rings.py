@@ -49,4 +49,5 @@ def _expand(node: fx.Node) -> None:
         if step.op != "placeholder":
             copied.meta = dict(step.meta)
             notes.copy(node, copied)
+            notes.derive_differentiable(copied)
     succeed_outputs(node, results)
