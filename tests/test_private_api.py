@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import sptransform
 from sptransform.compiler.caches import sources
+from tests.support.own_ops import rms_norm
 
 PACKAGE = Path(sptransform.__file__).parent
 # how the code writes what torch calls otherwise
@@ -126,6 +127,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "._local_tensor": a_dtensor,
     "._local_tensors": lambda: LocalTensor({0: torch.ones(2)}),
     "._orig_mod": lambda: torch.compile(nn.Linear(2, 2)),
+    "._opoverload": lambda: rms_norm,
     "._overloadname": lambda: torch.ops.aten.add.Tensor,
     "._parameters": lambda: nn.Linear(2, 2),
     "._post_accumulate_grad_hooks": lambda: torch.ones(2, requires_grad=True),

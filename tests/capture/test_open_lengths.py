@@ -74,7 +74,7 @@ def rewritten_for_any_length(monkeypatch: pytest.MonkeyPatch, fail: Callable[[An
     """How often the pipeline ran, where ``fail`` is called with the sequence's length before anything else."""
     runs = 0
 
-    def distribute(gm: fx.GraphModule, context: Context, see: Any) -> None:
+    def distribute(gm: fx.GraphModule, context: Context, *others: Any) -> None:
         nonlocal runs
         runs += 1
         (x,) = (node for node in gm.graph.find_nodes(op="placeholder") if dataflow.is_tensor(node))
