@@ -145,7 +145,7 @@ def _keep_parts(
     model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...] | None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """Cut the parameters; if the first call decides how, returns a wrapper for the call."""
-    if not options.strategy.shards_weights:
+    if options.shard_parameters:  # along the first dim, whatever the graph reads
         shape = options.strategy.storage_shape(mesh.size, mesh.shape)
         grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
         keep_parts(model, grid, first_dims(model, mesh.size))
