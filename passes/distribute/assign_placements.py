@@ -46,7 +46,8 @@ class AssignPlacements(Pass):
             raise UsageError(
                 describe(
                     "nothing in this graph says which dimension is the sequence",
-                    found="no scaled_dot_product_attention of queries [batch, heads, sequence, head size]",
+                    found="no scaled_dot_product_attention of queries [batch, heads, sequence, head size]"
+                    + _of_another_form(graph, context),
                     fix="pass sequence_dims={'<input name>': <dim>}; inputs of this graph: "
                     + ", ".join(_user_inputs(graph)),
                 )
@@ -105,6 +106,13 @@ class AssignPlacements(Pass):
             )
         num_bytes = sum(dataflow.value(x).numel() * dataflow.value(x).element_size() for x in gathered)
         context.result.fallbacks.append(Fallback(str(node.target), node.name, provenance.source_line(node), num_bytes))
+
+
+def _of_another_form(graph: fx.Graph, context: Context) -> str:
+    """The first op that has a rule for other calls only."""
+    known = (node for node in graph.nodes if dataflow.handles_tensors(node) and node.target in context.rules)
+    unruled = next((node for node in known if notes.note(node).rule is None), None)
+    return "" if unruled is None else f"; %{unruled.name} = {unruled.target} is of a form that has no rule"
 
 
 def _shared_inputs(graph: fx.Graph) -> dict[str, int]:

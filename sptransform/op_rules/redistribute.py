@@ -85,9 +85,9 @@ def _tiles(spec: str) -> tuple[int, int | None, int]:
 def _all_to_all(call: OpCall) -> OpRule:
     """If a dim is moved in tiles of equal blocks, the index of the tile and the index inside the block pass.
 
-    The latter passes only if all tensors have the same block size. Heads that the next mesh dim shards further are
-    moved this way. For any other cut, one replicated factor links the rank's part to the full dim: a part of a
-    sequence is still a sequence.
+    The former passes only if all tensors have as many tiles, the latter only if they also have the same block size.
+    Heads that the next mesh dim shards further are moved this way. For any other cut, one replicated factor links the
+    rank's part to the full dim: a part of a sequence is still a sequence.
     """
     ends = [list(map(_tiles, call.argument(name))) for name in ("sources", "targets")]
     moved = {dim for tensors in ends for dim, _, _ in tensors}
@@ -109,11 +109,14 @@ def _all_to_all(call: OpCall) -> OpRule:
                 resize[side, i, name] = Resize(lambda p, size=size: Partition.contiguous(size, p.num_ranks))
                 continue
             block = quotient(part, tiles)
-            alike = all(quotient(other[dim], tiles) == block for other in shapes)
-            names = {f"tile{dim}": tiles, f"rank{dim}": num_ranks, f"block{dim}" if alike else f"block{i}.{dim}": block}
+            same_tiles = all(cut == cuts[i] for cut in cuts)
+            alike = same_tiles and all(quotient(other[dim], tiles) == block for other in shapes)
+            own, own_block = (dim if same else f"{i}.{dim}" for same in (same_tiles, alike))
+            names = {f"tile{own}": tiles, f"rank{own}": num_ranks, f"block{own_block}": block}
             sizes |= {name: size for name, size in names.items() if size != 1}
             tile, rank, inside = (dim_of(name, size) for name, size in names.items())
-            replicated.update(rank if alike else (*rank, *inside))
+            passes = (*tile, *inside) if alike else tile if same_tiles else ()
+            replicated.update({*tile, *rank, *inside} - {*passes})
             tensors[part_side][i][dim], tensors[full_side][i][dim] = (*tile, *inside), (*tile, *rank, *inside)
     left = {name for side in tensors for dims in side for names in dims for name in names}
     return replace(

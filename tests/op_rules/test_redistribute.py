@@ -29,6 +29,14 @@ CASES = [
         OUTER,
         factors="d3 tile1 block2",
     ),
+    moved(  # tiles of other numbers
+        sp.all_to_all.default,
+        [randn(1, 8, 3, 2), randn(1, 8, 3, 2)],
+        ["S(2:6/2)"] * 2,
+        ["S(1:8[0:2,4:6|2:4,6:8])", "S(1:8[0:1,2:3,4:5,6:7|1:2,3:4,5:6,7:8])"],
+        OUTER,
+        factors="d3 block2",
+    ),
     moved(
         sp.all_to_all.default,
         [randn(1, 4, 6, 2)],
