@@ -29,6 +29,7 @@ from sptransform.ops.groups import pretend
 from sptransform.rules.rule import OpCall
 from sptransform.rules.table import Local, Sends
 from sptransform.sharding.placement import Placement, Shard, local_shape
+from sptransform.sharding.sizes import needs_number
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,27 @@ class Localize(Pass):
                 if node in calls:
                     _localize(node, calls[node], context)
                 elif node.op == "call_function":
-                    compute_value(node)
+                    _compute(node)
                     verifier.check_local_types(node)
                 elif notes.note(node).stored:
                     ((shape, _),) = notes.note(node).local_types
                     node.meta["val"] = dataflow.value(node).new_empty(shape)
+
+
+def _compute(node: fx.Node) -> None:
+    try:
+        compute_value(node)
+    except Exception as error:
+        if needs_number(error) or not notes.note(node).rule or not notes.note(node).decision.is_cut:
+            raise
+        raise RuleError(
+            describe(
+                f"an op does not run on shards: {type(error).__name__}: {error}",
+                node=node,
+                found=f"operands of shape {', '.join(map(str, map(dataflow.shape, dataflow.operands(node))))}",
+                fix="OpEntry(rule, localize) for arguments that hold sizes, or a rule with fewer factors to cut",
+            )
+        ) from error
 
 
 def _has_local_form(node: fx.Node, context: Context) -> bool:
@@ -74,6 +91,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     local = Local(
         emit=emitter(node),
         operands=tuple(dataflow.operands(node)),
+        operand_shapes=tuple(map(dataflow.shape, dataflow.operands(node))),
         result_shapes=tuple(shape for shape, _ in note.local_types),
         result_dtypes=tuple(dtype for _, dtype in note.local_types),
         rule=note.rule,
@@ -82,6 +100,10 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         group=context.mesh.group,
     )
     new = context.rules[node.target].localize(call, local)
+    if not isinstance(new, fx.Node):
+        fix = "return local.run(call, ..), or what local.emit(..) returned"
+        found = f"{type(new).__name__} from its form for shards"
+        raise RuleError(describe(f"{node.target} has no result on a shard", node=node, found=found, fix=fix))
     if new in local.operands:  # the note of an operand stays its own
         new = local.emit(torch.ops.aten.alias.default, (new,), {})
     notes.copy_note(node, new)

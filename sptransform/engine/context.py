@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.strategy import Strategy
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.mesh import Mesh
@@ -68,5 +69,18 @@ class Context:
     result: Result = field(default_factory=Result)
 
     def divide(self, size: Size) -> Partition:
-        """Partition of a sequence of ``size``; valid once ``result.is_causal`` is set."""
-        return self.strategy.partition(size, self.mesh.size, self.result.is_causal)
+        """Partition of a sequence of ``size``; valid once ``result.is_causal`` is set.
+
+        Raises:
+            UsageError: the strategy gives an index to no rank, or to several.
+        """
+        found = self.strategy.partition(size, self.mesh.size, self.result.is_causal)
+        if found.size != size or found.num_ranks != self.mesh.size or not found.is_exact:
+            raise UsageError(
+                describe(
+                    f"{self.strategy} lays out sequences so that an index has no owner, or several",
+                    found=f"{found} for a sequence of {size} on {self.mesh.size} ranks",
+                    fix="a Partition of that size, each index of one rank",
+                )
+            )
+        return found

@@ -9,10 +9,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from sptransform.diagnostics.errors import VerificationError
+from sptransform.diagnostics.errors import SPTransformError, VerificationError
 from sptransform.engine import verifier
 from sptransform.engine.context import Context
 from sptransform.graph.printer import text
+from sptransform.sharding.sizes import needs_number
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,26 @@ CAPTURED = frozenset({"functional"})
 DISTRIBUTED = frozenset({"functional", "local", "lowered"})
 
 
+def _run(step: Pass, graph: fx.Graph, context: Context) -> None:
+    """Run a pass. Of a user's, errors become a VerificationError, and what it changed is computed again."""
+    if type(step).__module__.split(".")[0] == "sptransform":
+        step.run(graph, context)
+        return
+    before = {node: (node.target, node.args, dict(node.kwargs)) for node in graph.nodes}
+    try:
+        returned = step.run(graph, context)
+    except Exception as error:
+        if isinstance(error, SPTransformError) or needs_number(error):
+            raise
+        raise VerificationError(f"the pass raised {type(error).__name__}: {error}") from error
+    if returned is not None:
+        found = type(returned).__name__
+        raise VerificationError(f"a pass rewrites the graph in place and returns nothing, not a {found}")
+    changed = [node for node in graph.nodes if before.get(node) != (node.target, node.args, dict(node.kwargs))]
+    verifier.check_well_formed(graph)
+    verifier.check_values(changed, before)
+
+
 def run_passes(
     gm: fx.GraphModule, passes: Sequence[Pass], context: Context, holds: frozenset[str] = CAPTURED
 ) -> fx.GraphModule:
@@ -71,7 +92,7 @@ def run_passes(
         ran.append(step.name)
         holds = (holds - step.breaks) | step.ensures
         try:
-            step.run(gm.graph, context)
+            _run(step, gm.graph, context)
             verifier.check_well_formed(gm.graph)
             for invariant in sorted(holds):
                 verifier.INVARIANTS[invariant](gm.graph, context)

@@ -48,22 +48,32 @@ class Pipeline:
                 is_class = isinstance(step, type) and issubclass(step, Pass)
                 fix = f"{step.__name__}()" if is_class else "a subclass of sptransform.Pass"
                 raise UsageError(describe("passes are objects of subclasses of Pass", found=repr(step), fix=fix))
-            _check_names(step, found)
-            found = _inserted(step, found)
+            _check_class(step, found)
+            later = [other.name for other in passes[passes.index(step) + 1 :] if isinstance(other, Pass)]
+            found = _inserted(step, found, later)
         _check_requirements(found, {step.name for step in passes})
         return found
 
 
-def _check_names(step: Pass, pipeline: Pipeline) -> None:
+def _check_class(step: Pass, pipeline: Pipeline) -> None:
+    if type(step).run is Pass.run:
+        raise UsageError(
+            describe(f"{step.name} does nothing", found="no method run", fix="def run(self, graph, context): ..")
+        )
+    for name in ("requires", "ensures", "breaks"):
+        if not isinstance(getattr(step, name), set | frozenset):
+            found = f"{name} = {getattr(step, name)!r}"
+            raise UsageError(describe(f"{step.name} names no set of invariants", found=found, fix="{'functional'}"))
     unknown = sorted((step.requires | step.ensures | step.breaks) - INVARIANTS.keys())
     if unknown:
         what = f"{step.name} names an invariant that does not exist"
         raise UsageError(describe(what, found=", ".join(unknown), fix=f"of {', '.join(INVARIANTS)}"))
-    if step.name in (other.name for other in pipeline):
-        raise UsageError(describe("two passes have one name", found=step.name, fix="another name of the class"))
+    if step.name in (*pipeline.phases, "capture", *(other.name for other in pipeline)):
+        what = "two passes, or a pass and a phase, have one name"
+        raise UsageError(describe(what, found=step.name, fix="another name of the class"))
 
 
-def _inserted(step: Pass, pipeline: Pipeline) -> Pipeline:
+def _inserted(step: Pass, pipeline: Pipeline, later: Sequence[str]) -> Pipeline:
     if step.after == "capture":
         return replace(pipeline, normalize=(step, *pipeline.normalize))
     for phase, steps in pipeline.phases.items():
@@ -71,14 +81,11 @@ def _inserted(step: Pass, pipeline: Pipeline) -> Pipeline:
         if step.after in (phase, *names):
             at = len(steps) if step.after == phase else names.index(step.after) + 1
             return replace(pipeline, **{phase: (*steps[:at], step, *steps[at:])})
-    places = ("capture", *pipeline.phases, *(other.name for other in pipeline))
-    raise UsageError(
-        describe(
-            f"{step.name} is to run at a place that does not exist",
-            found=f"after={step.after!r}",
-            fix=f"one of {', '.join(places)}",
-        )
-    )
+    fix = f"one of {', '.join(('capture', *pipeline.phases, *(other.name for other in pipeline)))}"
+    if step.after in later:
+        fix = f"passes=[{step.after}(..), {step.name}(..)], in this order"
+    what = f"{step.name} is to run at a place that does not exist"
+    raise UsageError(describe(what, found=f"after={step.after!r}", fix=fix))
 
 
 def _check_requirements(pipeline: Pipeline, own: set[str]) -> None:

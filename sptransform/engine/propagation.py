@@ -90,6 +90,15 @@ class Propagation:
 
     def _place_attention(self, node: fx.Node, rule: OpRule) -> Decision:
         decision = self.strategy.place_attention(rule, self.num_ranks, lambda factor: self._partition(node, factor))
+        if not isinstance(decision, Decision) or not decision.fits(rule, self.num_ranks):
+            raise UsageError(
+                describe(
+                    f"{self.strategy} places attention by no decision for {self.num_ranks} ranks",
+                    node=node,
+                    found=f"{decision!r}; sizes of factors: {dict(rule.sizes)}",
+                    fix="Sharded(rule.roles['heads'], partition), of the size of that factor and as many ranks",
+                )
+            )
         if not decision.is_allowed(rule):
             raise UsageError(
                 describe(

@@ -6,15 +6,20 @@ together, and each redistribute has its transpose (see :mod:`sptransform.shardin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from sptransform.diagnostics.errors import VerificationError, describe
 from sptransform.engine.context import Context
 from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import fresh_value
 from sptransform.graph.redistribute import is_redistribute
 from sptransform.sharding.placement import TRANSITIONS, I, Placement, Shard, keeps_own, kind, needs_full_tensor
+
+_EMIT = "sptransform.graph.edit.emit_like"
 
 
 def satisfies(actual: Placement | None, demanded: Placement, differentiable: bool) -> bool:
@@ -25,31 +30,48 @@ def satisfies(actual: Placement | None, demanded: Placement, differentiable: boo
 
 
 def check_well_formed(graph: fx.Graph) -> None:
-    """Nodes are read after they are made, and each has the fake value and the note that passes read.
-
-    Without its note a node would count as one without gradients, and I and R as the same.
-    """
+    """Nodes are read after they are made, call ops, and have the fake values and notes that passes read."""
     try:
         graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"the graph is not well formed: {error}") from error
     owners: dict[int, fx.Node] = {}
     for node in graph.nodes:
-        if not dataflow.returns_tensors(node):
+        if not dataflow.handles_tensors(node) and dataflow.projection(node) is None:
+            if node.op in ("call_method", "call_module"):
+                raise VerificationError(describe("a node calls no op", node=node, found=node.op, fix=_EMIT))
             continue
-        if "val" not in node.meta or not notes.has_note(node):
+        if not (hasattr(node.target, "_schema") or dataflow.projection(node) is not None or is_redistribute(node)):
             raise VerificationError(
-                describe("a node has no fake value, or no note", node=node, fix="sptransform.graph.edit.emit_like")
+                describe("a node calls no op", node=node, found=repr(node.target), fix=f"{_EMIT} of an overload")
             )
+        if dataflow.returns_tensors(node) and "val" not in node.meta:
+            raise VerificationError(describe("a node has no fake value", node=node, fix=_EMIT))
+        if dataflow.values(node) and notes.note(node).differentiable is None:
+            # it would count as one without gradients, for which I and R are the same
+            raise VerificationError(describe("nothing says whether a node is differentiable", node=node, fix=_EMIT))
         other = owners.setdefault(id(notes.note(node)), node)
         if other is not node:
+            found = f"the meta of %{other.name}"
+            raise VerificationError(describe("two nodes share one note", node=node, found=found, fix=_EMIT))
+
+
+def check_values(nodes: Iterable[fx.Node], before: Mapping[fx.Node, tuple[Any, ...]]) -> None:
+    """Changed nodes have the shapes and dtypes that their ops give. ``before``: old nodes -> op and arguments."""
+    for node in nodes:
+        if node.op == "output" and len(tree_leaves(node.args)) != len(tree_leaves(before[node][1])):
+            raise VerificationError(describe("the graph returns another number of results", node=node))
+        if not dataflow.returns_tensors(node) or str(node.target).startswith("sptransform."):
+            continue  # ours may read the rank
+        stated = [(tuple(x.shape), x.dtype) for x in dataflow.values(node)]
+        try:
+            found = [(tuple(x.shape), x.dtype) for x in dataflow.values_of(fresh_value(node))]
+        except Exception as error:
+            what = f"an op does not run on its operands: {type(error).__name__}: {error}"
+            raise VerificationError(describe(what, node=node)) from error
+        if found != stated:
             raise VerificationError(
-                describe(
-                    "two nodes share one note",
-                    node=node,
-                    found=f"the meta of %{other.name}",
-                    fix="sptransform.graph.edit.emit_like",
-                )
+                describe("a fake value is not what the op gives", node=node, found=f"{stated}, {found}", fix=_EMIT)
             )
 
 
@@ -70,7 +92,12 @@ def check_placed(graph: fx.Graph, context: Context) -> None:
             continue
         note = notes.note(node)
         if note.placements is None or len(note.placements) != len(tensors):
-            raise VerificationError(describe("a tensor has no placement", node=node))
+            fix = "add nodes where there are no placements yet: at the end of normalize, or before"
+            raise VerificationError(describe("a tensor has no placement", node=node, fix=fix))
+        if note.decision is None and node.op == "call_function" and not note.transitions and note.mesh is None:
+            raise VerificationError(
+                describe("a placement is not what a decision gives", node=node, found=f"{note.placements}, no decision")
+            )
         if note.decision is not None:
             _check_decision(node)
             given = note.decision.outcomes(note.rule, len(tensors))
@@ -171,7 +198,12 @@ def check_local_types(node: fx.Node) -> None:
     found = tuple(zip(dataflow.shapes(node), (v.dtype for v in dataflow.values(node)), strict=True))
     if stated is not None and found != stated:
         raise VerificationError(
-            describe("a shard is not what its placement says", node=node, found=f"{found}, stated {stated}")
+            describe(
+                "a shard is not what its placement says",
+                node=node,
+                found=f"{found}, stated {stated}",
+                fix="a rule whose factors are those of the op; for arguments that hold sizes, OpEntry(rule, localize)",
+            )
         )
 
 

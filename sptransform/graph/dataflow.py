@@ -19,7 +19,11 @@ def value(node: fx.Node) -> Any:
 
 def values(node: fx.Node) -> tuple[torch.Tensor, ...]:
     """The tensors among the node's outputs, in order."""
-    val = value(node)
+    return values_of(value(node))
+
+
+def values_of(val: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of a value that a node may have."""
     if isinstance(val, torch.Tensor):
         return (val,)
     if isinstance(val, list | tuple):

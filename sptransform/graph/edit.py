@@ -16,6 +16,7 @@ from torch import fx
 # Private: torch's own tracing uses it. Without it some ops of torch 2.11 (linear) need the value of a symbolic size.
 from torch._dispatch.python import enable_python_dispatcher
 
+from sptransform.diagnostics.errors import RuleError
 from sptransform.graph import dataflow, notes
 from sptransform.rules.rule import map_nodes
 from sptransform.sharding.sizes import SymbolicSizeError, lengths_of
@@ -55,13 +56,23 @@ def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return map_nodes((node.args, dict(node.kwargs)), lambda x: dataflow.value(x) if isinstance(x, fx.Node) else x)
 
 
+def fresh_value(node: fx.Node) -> Any:
+    """What the node's op gives on the fake values of its arguments. The caller needs no fake mode."""
+    with dataflow.fake_mode(node.graph), torch.no_grad(), notes.region_of(node).autocast():
+        return _computed(node)
+
+
 def compute_value(node: fx.Node) -> None:
     """Set the node's fake value by running its op on the fake values of its arguments."""
+    node.meta["val"] = _computed(node)
+
+
+def _computed(node: fx.Node) -> Any:
     args, kwargs = fake_arguments(node)
     sizes = (size for x in node.all_input_nodes for value in dataflow.values(x) for size in value.shape)
     is_open = any(isinstance(size, torch.SymInt) for size in sizes)
     with enable_python_dispatcher() if is_open else nullcontext():
-        node.meta["val"] = node.target(*args, **kwargs)
+        return node.target(*args, **kwargs)
 
 
 def emitter(before: fx.Node) -> Callable[..., fx.Node]:
@@ -86,6 +97,8 @@ def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Nod
 
     Arguments may be nodes, and lists of them. The caller needs no fake mode.
     """
+    if not hasattr(target, "_schema") and target is not operator.getitem:
+        raise RuleError(f"a node calls an overload, as torch.ops.aten.silu.default, not {target!r}")
     with dataflow.fake_mode(before.graph), torch.no_grad(), notes.region_of(before).autocast():
         return emitter(before)(target, args, kwargs)
 

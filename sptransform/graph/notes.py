@@ -33,7 +33,7 @@ class Stored:
 class Note:
     """What the passes know about a node. None means "not annotated yet" or "does not apply"."""
 
-    differentiable: bool = False
+    differentiable: bool | None = None
     input_name: str | None = None  # placeholders: the user's name for it
     is_parameter: bool = False  # placeholders
     stored: tuple[Stored, ...] = ()  # placeholders: how it is sharded, outermost mesh dim first
@@ -53,10 +53,6 @@ def note(node: fx.Node) -> Note:
     if found is None:
         found = node.meta[_KEY] = Note()
     return found
-
-
-def has_note(node: fx.Node) -> bool:
-    return _KEY in node.meta
 
 
 def placement(node: fx.Node) -> Placement | None:

@@ -28,7 +28,8 @@ def pointwise(linear: tuple[tuple[int, ...], ...] = ()) -> RuleFn:
     def apply(call: OpCall) -> OpRule:
         operands = ", ".join(["..."] * len(call.operand_shapes))
         results = ", ".join(["..."] * len(call.result_shapes))
-        return rule(f"{operands} -> {results}", linear=linear)(call)
+        possible = tuple(each for each in linear if all(i < len(call.operand_shapes) for i in each))
+        return rule(f"{operands} -> {results}", linear=possible)(call)
 
     return apply
 

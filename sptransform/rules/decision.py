@@ -48,6 +48,10 @@ class Decision(ABC):
         """The partition of a factor; None if it is not cut."""
         return None
 
+    def fits(self, rule: OpRule, num_ranks: int) -> bool:
+        """Whether what is cut is a factor of the rule, of its size, and among so many ranks."""
+        return True
+
     def demands(self, rule: OpRule | None, num_operands: int) -> tuple[Placement | None, ...]:
         """The placements of all operands; None for operands that are not read."""
         unread = frozenset() if rule is None else rule.unread
@@ -122,6 +126,12 @@ class Cut(Decision):
             shards = (_shard_of(rule, cut, side, index, dims) for cut in self.cuts())
             rule.placements[key] = next((shard for shard in shards if shard is not None), None)
         return rule.placements[key]
+
+    def fits(self, rule: OpRule, num_ranks: int) -> bool:
+        return all(
+            cut.outer * cut.partition.size == rule.sizes.get(cut.factor) and cut.partition.num_ranks == num_ranks
+            for cut in self.cuts()
+        )
 
     def partition_of(self, factor: str) -> Partition | None:
         return next((cut.partition for cut in self.cuts() if cut.factor == factor), None)

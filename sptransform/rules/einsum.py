@@ -27,15 +27,31 @@ class EinsumRule:
     heavy: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("reduce", "replicated"):
+            if not isinstance(getattr(self, name), str):
+                raise RuleError(f"{name} has factors separated by spaces, not {getattr(self, name)!r}")
         known = {f for part in self._patterns for tensor in part for dims in tensor for f in dims}
-        unknown = set(f"{self.reduce} {self.replicated}".split()) - known
-        if unknown:
-            raise RuleError(f"{self.text!r} has no factor {', '.join(sorted(unknown))}")
+        summed, replicated = set(self.reduce.split()), set(self.replicated.split())
+        if unknown := sorted((summed | replicated) - known):
+            raise RuleError(f"{self.text!r} has no factor {', '.join(unknown)}; factors are separated by spaces")
+        if both := sorted(summed & replicated):
+            raise RuleError(f"{', '.join(both)} of {self.text!r} is in both reduce and replicated")
+        self._check_linear()
         for part in self._patterns:
             for tensor in part:
                 names = [f for factors in tensor for f in factors]
                 if len(names) != len(set(names)):
                     raise RuleError(f"{self.text!r} names a factor twice in one tensor")
+
+    def _check_linear(self) -> None:
+        num_operands = len(self._patterns[0])
+        sets = self.linear if isinstance(self.linear, tuple) else (self.linear,)
+        for operands in sets:
+            if not isinstance(operands, tuple) or any(i not in range(num_operands) for i in operands):
+                raise RuleError(
+                    f"linear has sets of operands, as ((0,), (1,)), of which {self.text!r} has {num_operands}; "
+                    f"not {self.linear!r}"
+                )
 
     @cached_property
     def _patterns(self) -> tuple[list[list[tuple[str, ...]]], ...]:
@@ -43,6 +59,8 @@ class EinsumRule:
         match = re.fullmatch(r"(.*)->(.*)", self.text)
         if match is None:
             raise RuleError(f"a rule has the form 'operands -> results', not {self.text!r}")
+        if re.search(r"\([^)]*(\(|$)|^[^(]*\)", self.text):
+            raise RuleError(f"the brackets of {self.text!r} do not match")
         return tuple([_parse_tensor(tensor) for tensor in part.split(",")] for part in match.groups())
 
     def __call__(self, call: OpCall) -> OpRule:
@@ -50,15 +68,16 @@ class EinsumRule:
         if len(call.operand_shapes) > len(of_operands):
             raise RuleError(f"{call.target}: rule {self.text!r} has too few operands")
         if len(call.result_shapes) != len(of_results):
-            raise RuleError(f"{call.target}: rule {self.text!r} has another number of results")
+            found = f"{len(call.result_shapes)} results, rule {self.text!r} has {len(of_results)}"
+            raise RuleError(f"{call.target} has {found}")
         operands = tuple(self._expand(p, s, call) for p, s in zip(of_operands, call.operand_shapes, strict=False))
         results = tuple(self._expand(p, s, call) for p, s in zip(of_results, call.result_shapes, strict=True))
         return OpRule(
             operands,
             results,
             self._sizes(operands, results, call),
-            reduce=frozenset(self.reduce.split()),
-            replicated=frozenset(self.replicated.split()),
+            reduce=_with_leading(self.reduce, operands, results),
+            replicated=_with_leading(self.replicated, operands, results),
             linear=tuple(frozenset(s) for s in self.linear if all(i < len(operands) for i in s)),
             heavy=self.heavy,
         )
@@ -101,6 +120,14 @@ class EinsumRule:
         return {f: sizes[f] for f in present}
 
 
+def _with_leading(names: str, operands: tuple[Dims, ...], results: tuple[Dims, ...]) -> frozenset[str]:
+    """The factors called so; ``...`` are all leading dimensions."""
+    found = set(names.split())
+    if "..." in found:
+        found |= {f for dims in (*operands, *results) for factors in dims for f in factors if f.startswith(".")}
+    return frozenset(found - {"..."})
+
+
 def rule(
     text: str, *, reduce: str = "", replicated: str = "", linear: tuple[tuple[int, ...], ...] = (), heavy: bool = False
 ) -> EinsumRule:
@@ -115,9 +142,11 @@ def rule(
 
     Args:
         text: factors of the operands' and the results' dimensions.
-        reduce: factors that the op sums over, separated by spaces: each rank's result is a term of a sum.
-        replicated: factors that no rank can have a part of only.
-        linear: sets of operands in which the op is jointly linear, so that a term of a sum passes through.
+        reduce: factors that the op sums over, separated by spaces: each rank's result is a term of a sum. ``...`` are
+            all leading dimensions.
+        replicated: factors that no rank can have a part of only, likewise.
+        linear: sets of operands in which the op is linear, so that a term of a sum passes through: ``((0,), (1,))``, in
+            each alone, as a product; ``((0, 1),)``, in both together, as a sum.
         heavy: the op is worth sharding even where every rank has its operands (a contraction).
 
     Raises:

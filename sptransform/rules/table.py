@@ -46,13 +46,14 @@ class Sent:
 class Local:
     """What a ``localize`` function may use.
 
-    ``emit(target, args, kwargs)`` runs an op (adds a node, or computes at once in tests); ``operands`` are the local
-    operands; ``result_shapes`` and ``result_dtypes`` are those of the local results. Read ``rank`` for uneven
+    ``emit(target, args, kwargs)`` adds a node that runs an op on ``operands``, the shards, or on such nodes. Nodes are
+    no tensors: ``operand_shapes``, ``result_shapes`` and ``result_dtypes`` say what they are. Read ``rank`` for uneven
     partitions only, so that even ones give every rank the same graph. ``group`` is the process group's name.
     """
 
     emit: Callable[..., Any]
     operands: tuple[Any, ...]
+    operand_shapes: tuple[Shape, ...]
     result_shapes: tuple[Shape, ...]
     result_dtypes: tuple[torch.dtype, ...]
     rule: OpRule
@@ -66,6 +67,9 @@ class Local:
             (call.args, dict(call.kwargs)), lambda x: self.operands[x.index] if isinstance(x, Operand) else x
         )
         args = list(args)
+        names = [argument.name for argument in call.target._schema.arguments]
+        if unknown := sorted(set(changed) - set(names)):
+            raise RuleError(f"{call.target} has no argument {', '.join(unknown)}; it has {', '.join(names)}")
         for position, argument in enumerate(call.target._schema.arguments):
             if argument.name in changed:
                 if position < len(args) and not argument.kwarg_only:
@@ -137,4 +141,6 @@ class RuleTable(Mapping[Any, OpEntry]):
         """The rule applied to a call, checked against its shapes; None if the op has no rule for it."""
         entry = self.get(call.target)
         applied = None if entry is None else entry.rule(call)
+        if not isinstance(applied, OpRule | None):
+            raise RuleError(f"{call.target}: a rule returns an OpRule or None, not {type(applied).__name__}")
         return None if applied is None else applied.check(call)

@@ -37,8 +37,8 @@ class Composed(Strategy):
                 describe(
                     "these strategies do not go together",
                     found=str(self),
-                    fix="one of 'allgather', 'ring', 'ulysses', then 'megatron': the mesh dims in this order; "
-                    "'usp' is ring x ulysses",
+                    fix="one that splits the sequence over one mesh dim ('allgather', 'ring', 'ulysses'), then one "
+                    "that cuts weights ('megatron'); 'usp' is ring x ulysses",
                 )
             )
 

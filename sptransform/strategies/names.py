@@ -25,7 +25,13 @@ def strategy_of(strategy: StrategyLike) -> Strategy:
         UsageError: anything else.
     """
     if isinstance(strategy, Strategy):
+        if {type(strategy).place_attention, type(strategy).stages} == {Strategy.place_attention, Strategy.stages}:
+            fix = "def place_attention(self, rule, num_ranks, divide): .."
+            raise UsageError(describe(f"{strategy} places nothing", found="no method place_attention", fix=fix))
         return strategy
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        what = "a strategy is an object of a subclass of Strategy"
+        raise UsageError(describe(what, found=f"the class {strategy.__name__}", fix=f"{strategy.__name__}(..)"))
     if isinstance(strategy, list | tuple) and len(strategy) == 1:
         return strategy_of(strategy[0])
     if isinstance(strategy, list | tuple):

@@ -54,6 +54,7 @@ class Case:
         tolerance: absolute and relative.
         outer: number of ranks of ``OUTER``, which the op communicates over.
         constant: names of floating-point operands that have no gradient.
+        scaled: whether the absolute tolerance is in units of the largest entry.
     """
 
     target: Any
@@ -64,6 +65,7 @@ class Case:
     tolerance: float = 1e-12
     outer: int = 1
     constant: tuple[str, ...] = ()
+    scaled: bool = False
 
     def __str__(self) -> str:
         def short(x: Any) -> str:
@@ -78,12 +80,6 @@ class Case:
         return f"{name}({','.join((*map(short, self.args), *named))})"
 
 
-def call_of(case: Case) -> tuple[OpCall, Tensors, Tensors]:
-    """The call as :func:`op_call` would make it, with its operands and eager results."""
-    (first, *_) = _lines_of(case)
-    return first.call, first.operands, first.results
-
-
 @dataclass(frozen=True)
 class Line:
     """What one rank of ``OUTER`` has: "one device", for the ranks of ``GROUP`` to share."""
@@ -95,7 +91,7 @@ class Line:
     grads: list[Tensor]
 
 
-def _lines_of(case: Case) -> list[Line]:
+def lines_of(case: Case) -> list[Line]:
     operands: list[Tensor] = []
 
     def operand(x: Any) -> Any:
@@ -131,10 +127,15 @@ def _on_ranks(outer: int, num_ranks: int, run: Callable[[int, int], T], at_once:
     return found
 
 
+def _has_fractions(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
 def _randn(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal entries, in the dtype of ``like`` if that has fractions."""
-    dtype = like.dtype if like.is_floating_point() else torch.float64
-    return torch.randn(like.shape, dtype=torch.float64, generator=generator).to(dtype)
+    wide = torch.complex128 if like.is_complex() else torch.float64
+    entries = torch.randn(like.shape, dtype=wide, generator=generator)
+    return entries.to(like.device, like.dtype if _has_fractions(like) else wide)
 
 
 def _leaves(case: Case, call: OpCall, xs: Sequence[Tensor]) -> Tensors:
@@ -142,12 +143,23 @@ def _leaves(case: Case, call: OpCall, xs: Sequence[Tensor]) -> Tensors:
     named = [call.argument(name) for name in case.constant]
     constant = {x.index for x in pytree.tree_leaves(named) if isinstance(x, Operand)}
     copies = (x.detach().clone() for x in xs)
-    return tuple(x.requires_grad_(x.is_floating_point() and i not in constant) for i, x in enumerate(copies))
+    return tuple(x.requires_grad_(_has_fractions(x) and i not in constant) for i, x in enumerate(copies))
 
 
-def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class _Held:
+    """A tensor as ``localize`` functions see it: in the compiler it would be a node, which has no shape."""
+
+    tensor: Any
+
+
+def _released(x: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.tensor if isinstance(leaf, _Held) else leaf, x)
+
+
+def _emit_held(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Held:
     """What ``Local.emit`` does in a graph, done at once."""
-    return target(*args, **kwargs)
+    return _Held(target(*_released(args), **_released(kwargs)))
 
 
 def run_call(call: OpCall, operands: Tensors) -> Tensors:
@@ -158,7 +170,10 @@ def run_call(call: OpCall, operands: Tensors) -> Tensors:
 
 
 def _as_tuple(results: Any) -> Tensors:
-    return (results,) if isinstance(results, Tensor) else tuple(results)
+    """The tensors among an op's results."""
+    found = tuple(x for x in pytree.tree_leaves(results) if isinstance(x, Tensor))
+    assert found, f"the op returns no tensor but {results!r}"
+    return found
 
 
 def present_factors(rule: OpRule) -> list[str]:
@@ -212,7 +227,7 @@ def check_case(case: Case, rules: RuleTable) -> list[str]:
     Raises:
         AssertionError: they do not hold.
     """
-    lines = _lines_of(case)
+    lines = lines_of(case)
     call = lines[0].call
     rule = rules.rule_of(call)
     assert rule is not None, f"no rule for {case}"
@@ -221,12 +236,12 @@ def check_case(case: Case, rules: RuleTable) -> list[str]:
     shardable = [f for f in present if f not in rule.replicated]
     wanted = shardable if case.factors is None else case.factors.split()
     assert sorted(wanted) == sorted(shardable), f"{case}: can shard {shardable}, expected {wanted}"
-    for factor in shardable:
+    for factor in [*shardable, *sorted(rule.self_reduced & set(present))]:
         for num_ranks in (2, 3):
             for decision in decisions(rule, factor, num_ranks):
                 _check_decision(case, entry, rule, decision, lines)
     for linear in rule.linear:
-        if all(lines[0].operands[i].is_floating_point() for i in linear):  # nothing else is ever pending
+        if all(lines[0].operands[i].dtype != torch.bool for i in linear):  # they are never pending
             _check_linear(case, linear, lines)
     return shardable
 
@@ -258,14 +273,23 @@ def _check_decision(
 
     def run(outer: int, rank: int) -> tuple[Tensors, list[Tensor]]:
         line = lines[outer]
-        parts = _leaves(case, call, [_part(x, p, rank) for x, p in zip(line.operands, asked, strict=True)])
+        read = [_other(x) if i in rule.unread else x for i, x in enumerate(line.operands)]
+        parts = _leaves(case, call, [_part(x, p, rank) for x, p in zip(read, asked, strict=True)])
         shapes = tuple(local_shape(p, tuple(x.shape), rank) for x, p in zip(results, given, strict=True))
-        local = Local(emit, parts, shapes, tuple(x.dtype for x in results), rule, decision, rank, GROUP)
+        part_shapes = tuple(tuple(x.shape) for x in parts)
+        dtypes = tuple(x.dtype for x in results)
+        local = Local(_emit_held, tuple(map(_Held, parts)), part_shapes, shapes, dtypes, rule, decision, rank, GROUP)
         try:
-            got = _as_tuple(local.run(call) if entry.localize is None else entry.localize(call, local))
+            found = local.run(call) if entry.localize is None else entry.localize(call, local)
+            got = _as_tuple(_released(found))
         except Exception as error:
-            given_shapes = ", ".join(str(tuple(x.shape)) for x in parts)
-            raise AssertionError(f"{what}: rank {rank} fails on operands of shape {given_shapes}: {error}") from error
+            given_shapes = ", ".join(map(str, part_shapes))
+            hint = "; does an argument hold a size, so that the op needs a form for shards (OpEntry)?"
+            raise AssertionError(
+                f"{what}: rank {rank} fails on operands of shape {given_shapes}: {type(error).__name__}: {error}"
+                + ("" if entry.localize else hint)
+                + (" This rank has nothing." if any(0 in shape for shape in part_shapes) else "")
+            ) from error
         assert tuple(tuple(y.shape) for y in got) == shapes, (
             f"{what}: rank {rank} has {[tuple(y.shape) for y in got]}, its placements say {shapes}"
         )
@@ -273,13 +297,15 @@ def _check_decision(
         cotangents = tuple(_summand(g, p, rank) for g, p in zip(line.cotangents, given, strict=True))
         return tuple(y.detach() for y in got), _gradients(got, parts, cotangents)
 
-    found = _on_ranks(case.outer, num_ranks, run, at_once=isinstance(decision, RingDecision))
+    found = _on_ranks(case.outer, num_ranks, run, at_once=decision.communicates(rule))
     for outer, line in enumerate(lines):
         own = found[outer * num_ranks : (outer + 1) * num_ranks]
         if case.same_values:
             for index, (y, placement) in enumerate(zip(line.results, given, strict=True)):
                 parts = [ys[index] for ys, _ in own]
                 if not isinstance(placement, Shard):
+                    is_sum = placement == P and y.dtype == torch.bool
+                    assert not is_sum, f"{what}: result {index} is no sum: it is boolean"
                     _assert_close(case, together(parts, placement), y, f"{what}: result {index}")
                     continue
                 for rank, part in enumerate(parts):
@@ -301,7 +327,7 @@ def _check_decision_for(
 ) -> None:
     """The way back: asked for the placement a decision gives, the rule finds a decision that gives it."""
     resized = any(name == decision.factor for _, _, name in rule.resize)
-    if not isinstance(placement, Shard) or resized:
+    if not isinstance(placement, Shard) or resized or decision.factor in rule.replicated:
         return
     found = decision_for(rule, dims, placement)
     assert found is not None, f"{what}: no decision gives {placement.spec}"
@@ -344,7 +370,14 @@ def _summands(x: Tensor, num: int, generator: torch.Generator) -> list[Tensor]:
     """Random tensors whose sum is ``x``."""
     x = x.detach()
     others = [_randn(x, generator) for _ in range(num - 1)]
+    if not _has_fractions(x):
+        others = [(4 * other).to(x.dtype) for other in others]
     return [*others, x - sum(others)]
+
+
+def _other(x: Tensor) -> Tensor:
+    """Other entries: of an operand that is not read they must not matter."""
+    return ~x if x.dtype == torch.bool else torch.full_like(x, float("nan") if _has_fractions(x) else 7)
 
 
 def _part(x: Tensor, placement: Placement, rank: int) -> Tensor:
@@ -368,10 +401,11 @@ def together(parts: list[Tensor], placement: Placement) -> Tensor:
 
 
 def _assert_close(case: Case, got: Tensor, expected: Tensor, what: str) -> None:
+    largest = float(expected.detach().abs().max()) if case.scaled and expected.numel() else 0.0
     torch.testing.assert_close(
         got.detach(),
         expected.detach(),
-        atol=case.tolerance,
+        atol=case.tolerance * max(largest, 1.0),
         rtol=case.tolerance,
         equal_nan=True,
         msg=lambda found: f"{what}\n{found}",

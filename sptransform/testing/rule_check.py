@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from sptransform.compiler.custom import checked_rules
 from sptransform.compiler.rewrite import arguments_of
+from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.rules.rule import RuleFn
 from sptransform.rules.table import OpEntry, RuleTable, overload_of
 from sptransform.testing.brute_force import Case, check_case
@@ -30,16 +32,22 @@ def check_rule(
         rule: as in ``parallelize(.., rules={op: rule})``.
         inputs: positional arguments (a tuple) or keyword arguments (a mapping) of the call, with random values. Take
             float64 where the op has it, and different sizes of 4 and more: no two dims then pass for each other.
-        tolerance: absolute and relative. Default: by the least precise dtype; 1.8e-12 for float64.
+        tolerance: relative to an entry, and to the largest one. Default: by the least precise dtype; 1.8e-12 for
+            float64.
 
     Raises:
         AssertionError: the rule is wrong: which factor, cut how, on which rank, and what differs.
-        RuleError: the rule does not fit the call, or ``op`` is no op.
+        RuleError: the rule does not fit the call.
+        UsageError: ``op`` is no op, ``rule`` no rule, or ``inputs`` no arguments.
     """
+    if not isinstance(inputs, Mapping | tuple):
+        raise UsageError(
+            describe("inputs are the arguments of a call", found=type(inputs).__name__, fix="(x,), or {'x': x}")
+        )
+    table = RuleTable(list(checked_rules({op: rule}).items()))
     args, kwargs = arguments_of(inputs)
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    precisions = [torch.finfo(x.dtype).eps for x in tensors if x.is_floating_point()]
+    precisions = [torch.finfo(x.dtype).eps for x in tensors if x.is_floating_point() or x.is_complex()]
     tolerance = max(precisions, default=0.0) ** 0.75 if tolerance is None else tolerance
-    overload = overload_of(op)
-    case = Case(overload, args, kwargs, tolerance=tolerance)
-    return tuple(check_case(case, RuleTable([(overload, rule)])))
+    case = Case(overload_of(op), args, kwargs, tolerance=tolerance, scaled=True)
+    return tuple(check_case(case, table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -80,6 +81,10 @@ REFUSED: dict[str, Callable[[], list[Any]]] = {
     "place": lambda: [named("Mine", "Nowhere")],
     "invariant": lambda: [named("Mine", "normalize", ensures=frozenset({"placd"}))],
     "name": lambda: [named("Localize", "normalize")],
+    "phase": lambda: [named("finish", "normalize")],
+    "text": lambda: [named("Mine", "normalize", requires="functional")],
+    "nothing": lambda: [type("Mine", (Pass,), {})()],
+    "order": lambda: [named("Mine", "Other"), named("Other", "normalize")],
     "twice": lambda: [named("Mine", "normalize"), named("Mine", "finish")],
     "requires": lambda: [named("Mine", "normalize", requires=frozenset({"typed"}))],
     "breaks": lambda: [named("Mine", "InsertRedistributes", breaks=frozenset({"typed"}))],
@@ -170,6 +175,50 @@ def add_without_a_placement(graph: fx.Graph) -> None:
     emit_like(linear, aten.relu.default, linear.args[0])
 
 
+def add_before_another(graph: fx.Graph) -> None:
+    linear = linear_of(graph)
+    with graph.inserting_after(linear):
+        new = graph.call_function(aten.neg.default, (linear,))
+    new.meta["val"] = linear.meta["val"]
+    again = emit_like(new.next, aten.neg.default, new)
+    linear.replace_all_uses_with(again, delete_user_cb=lambda user: user is not new)
+
+
+def call_a_function(graph: fx.Graph) -> None:
+    linear = linear_of(graph)
+    with graph.inserting_after(linear):
+        new = graph.call_function(operator.neg, (linear,))
+    new.meta["val"] = linear.meta["val"]
+    linear.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def call_a_method(graph: fx.Graph) -> None:
+    linear = linear_of(graph)
+    with graph.inserting_after(linear):
+        graph.call_method("neg", (linear,))
+
+
+def transpose_unsaid(graph: fx.Graph) -> None:
+    node = first(graph, lambda node: node.target == aten.permute.default)
+    node.args = (node.args[0], [0, 1, 2, 3, 4])
+
+
+def multiply_by_another_shape(graph: fx.Graph) -> None:
+    linear = linear_of(graph)
+    linear.args = (linear.args[0], linear.args[0], linear.args[2])
+
+
+def drop_a_result(graph: fx.Graph) -> None:
+    graph.output_node().args = ((),)
+
+
+def place_without_a_decision(graph: fx.Graph) -> None:
+    linear = linear_of(graph)
+    new = emit_like(linear.next, aten.neg.default, linear)
+    notes.set_placement(new, *notes.note(linear).placements)
+    linear.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
 def state_another_placement(graph: fx.Graph) -> None:
     notes.set_placement(linear_of(graph), R)
 
@@ -192,7 +241,16 @@ WRONG: dict[str, tuple[str, Callable[[fx.Graph], None], str]] = {
     "forgets a redistribute": ("InsertRedistributes", read_the_shard, "not placed as its consumer demands"),
     "states another placement": ("AssignPlacements", state_another_placement, "not what the decision gives"),
     "states another decision": ("AssignPlacements", decide_otherwise, "not what the decision gives"),
-    "adds a node without a note": ("normalize", add_without_a_note, "no fake value, or no note"),
+    "adds a node without a note": ("normalize", add_without_a_note, "nothing says whether a node is differentiable"),
+    "adds a node that another was made of": ("normalize", add_before_another, "nothing says whether a node is diff"),
+    "calls a function": ("normalize", call_a_function, r"a node calls no op(.|\n)*built-in function neg"),
+    "calls a method": ("normalize", call_a_method, "a node calls no op"),
+    "leaves an old value": ("normalize", transpose_unsaid, "a fake value is not what the op gives"),
+    "does not fit": ("normalize", multiply_by_another_shape, "an op does not run on its operands"),
+    "drops a result": ("normalize", drop_a_result, "another number of results"),
+    "places without a decision": ("AssignPlacements", place_without_a_decision, "not what a decision gives"),
+    "raises": ("SplitMeans", lambda graph: [][1], "the pass raised IndexError: list index out of range"),
+    "returns a graph": ("finish", lambda graph: graph, "returns nothing, not a Graph"),
     "shares a note": ("normalize", add_with_the_note_of_another, "two nodes share one note"),
     "adds a node that is not placed": ("AssignPlacements", add_without_a_placement, "has no placement"),
     "reads a later node": ("normalize", read_a_later_node, "not well formed"),
@@ -203,6 +261,10 @@ WRONG: dict[str, tuple[str, Callable[[fx.Graph], None], str]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_pass_is_caught_by_name(what: str) -> None:
     place, change, message = WRONG[what]
-    wrong = named("Wrong", place, run=lambda self, graph, context: change(graph))
+    def run(self: Pass, graph: fx.Graph, context: Context) -> Any:
+        made = change(graph)
+        return made if what == "returns a graph" else None
+
+    wrong = named("Wrong", place, run=run)
     with pytest.raises(VerificationError, match=rf"^after capture > (\w+ > )*Wrong:\n(.|\n)*{message}"):
         sptransform.rewrite(attention_with_loss(), "ulysses", token_inputs(), world_size=2, passes=[wrong])

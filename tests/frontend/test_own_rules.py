@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +109,24 @@ def test_an_op_that_communicates_says_how(form: Any, message: str) -> None:
         rewritten_model("llama", "megatron", 2, layers=1, rules=rules)
 
 
+def test_an_op_that_does_not_run_on_shards_is_named() -> None:
+    with pytest.raises(RuleError, match=r"does not run on shards: (.|\n)*at: %view(.|\n)*fix: OpEntry"):
+        rewritten(attention_with_loss(), rules={torch.ops.aten.view.default: rule("b s (three heads d) -> b s three heads d")})
+
+
+def test_a_local_form_returns_a_node() -> None:
+    for form in (lambda call, local: None, lambda call, local: [local.run(call, length=8)]):
+        with pytest.raises(RuleError, match=r"no result on a shard(.|\n)*return local\.run"):
+            rewritten(made(Doubled), rules={doubled: OpEntry(DOUBLED.rule, form)})
+
+
+def test_a_local_form_may_return_what_it_was_given() -> None:
+    """The operand keeps its own note."""
+    once = {doubled: OpEntry(DOUBLED.rule, lambda call, local: local.operands[0])}
+    text = rewritten(made(Doubled), rules=once).text()
+    assert "aten.alias" in text and "doubled" not in text.split("return")[0].replace("%doubled", "")
+
+
 # --- what ranks compare, and caches are keyed by ----------------------------------------------------------------
 
 
@@ -138,6 +162,64 @@ def test_a_use_does_not_change_the_text() -> None:
     before = identified(one)
     rewritten(made(Normed), rules={rms_norm: one})
     assert identified(one) == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(sptransform.Pass):
+    names: frozenset[str] = frozenset({"alpha", "beta", "gamma", "delta"})
+    ops: tuple[Any, ...] = (torch.ops.aten.linear.default,)
+
+    def run(self, graph: Any, context: Any) -> None:
+        log.info("ran on %s", self.names)
+
+
+log = logging.getLogger(__name__)
+
+
+def in_another_process() -> str:
+    """What `Named` is called under another seed of hashes, where nothing has run and the log is set up otherwise."""
+    script = (
+        "import logging; logging.basicConfig(level=logging.DEBUG); from tests.frontend.test_own_rules import *; "
+        "print(identified(Named()), identified(DOUBLED), identified(factor_of('h')))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=100)
+    return run.stdout.strip()
+
+
+def test_a_text_is_the_same_in_every_process() -> None:
+    rewritten(attention_with_loss(), passes=[Named()])
+    assert f"{identified(Named())} {identified(DOUBLED)} {identified(factor_of('h'))}" == in_another_process()
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: str) -> None:
+        self.factor = factor
+
+    def __call__(self, call: Any) -> Any:
+        return factor_of(self.factor)(call)
+
+
+def test_unlike_objects_have_unlike_texts() -> None:
+    def over(value: Any) -> Any:
+        return lambda call: value
+
+    one, other = factor_of("h"), factor_of("k")
+    for left, right in (
+        (Slotted("h"), Slotted("k")),
+        (over((one, other, one)), over((one, other, other))),
+        (over(torch.zeros(2)), over(torch.ones(2))),
+        (functools.wraps(torch.sin)(one), functools.wraps(torch.sin)(other)),
+    ):
+        assert identified(left) != identified(right)
+
+
+def test_what_contains_itself_has_a_text() -> None:
+    around: list[Any] = []
+    around.append(around)
+    assert identified(lambda call, kept=around: kept)
 
 
 def test_rules_are_part_of_cache_keys() -> None:

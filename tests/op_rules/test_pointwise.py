@@ -154,7 +154,8 @@ def test_dropout_draws_a_mask_for_each_rank_and_keeps_generators_in_step() -> No
     for rank in range(3):
         torch.manual_seed(3)
         part = local_slice_for(x.detach(), Shard(0, decision.partition), rank)
-        local = Local(emit, (part,), (tuple(part.shape),), (part.dtype,), rule, decision, rank, GROUP)
+        shapes = (tuple(part.shape),)
+        local = Local(emit, (part,), shapes, shapes, (part.dtype,), rule, decision, rank, GROUP)
         with pretend(GROUP, rank):
             dropped = DEFAULT_RULES[call.target].localize(call, local)
         kept = dropped != 0

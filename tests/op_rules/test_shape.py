@@ -141,7 +141,7 @@ def test_a_fused_projection_is_cut_in_every_piece() -> None:
     for rank in range(2):
         decision = Sharded("i1", shared)
         part = local_slice_for(x, Shard(1, shared), rank)
-        local = Local(emit, (part,), (), (), rule, decision, rank, "group")
+        local = Local(emit, (part,), (), (), (), rule, decision, rank, "group")
         for piece, whole, placement in zip(
             _split_local(call, local), x.split([16, 4, 4], 1), decision.outcomes(rule, 3), strict=True
         ):

@@ -47,7 +47,7 @@ def on_rank(
         shard = Shard(dim % x.ndim, partition)
         own = local_slice_for(x, shard, rank).requires_grad_()
         group = dist.group.WORLD.group_name
-        local = Local(emit, (own,), ((),), (whole.dtype,), rule, Sharded(factor, partition), rank, group)
+        local = Local(emit, (own,), ((),), ((),), (whole.dtype,), rule, Sharded(factor, partition), rank, group)
         y = DEFAULT_RULES[call.target].localize(call, local)
         (of_x,) = torch.autograd.grad(y, own, local_slice_for(grad, shard, rank))
         found.append((y.detach(), of_x))

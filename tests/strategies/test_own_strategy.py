@@ -13,6 +13,7 @@ from sptransform.compiler.backend import settings
 from sptransform.compiler.options import Options
 from sptransform.engine.strategy import Divide
 from sptransform.sharding.mesh import Mesh
+from sptransform.sharding.sizes import Size
 from tests.support.equality import assert_equal_to_one_device, run_one_device
 from tests.support.golden import Golden
 from tests.support.rewritten import Asked, on_pretended_ranks
@@ -87,6 +88,44 @@ def test_a_decision_that_the_op_cannot_run_is_named(golden: Golden) -> None:
     with pytest.raises(UsageError) as error:
         sptransform.rewrite(attention_with_loss(), ForgetsMasks(), token_inputs(), world_size=2)
     golden.check("own_strategy_cannot_run", message=str(error.value))
+
+
+class Overlapping(QueriesStay):
+    def partition(self, size: Size, num_ranks: int, is_causal: bool) -> Partition:
+        return Partition.of(size, [[(0, size)]] * num_ranks)
+
+
+class OneTooMany(QueriesStay):
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
+        queries = rule.roles["queries"]
+        return Sharded(queries, Partition.contiguous(rule.sizes[queries], num_ranks + 1))
+
+
+class ByRole(QueriesStay):
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
+        return Sharded("queries", divide(rule.roles["queries"]))
+
+
+class OnlyAPartition(QueriesStay):
+    def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
+        return divide(rule.roles["queries"])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (Overlapping(), "an index has no owner, or several"),
+        (OneTooMany(), "by no decision for 2 ranks"),
+        (ByRole(), "by no decision for 2 ranks"),
+        (OnlyAPartition(), "by no decision for 2 ranks"),
+        (QueriesStay, r"fix: QueriesStay\(\.\.\)"),
+        (Strategy(), "no method place_attention"),
+    ],
+    ids=str,
+)
+def test_what_is_no_strategy_is_refused(strategy: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sptransform.rewrite(attention_with_loss(), strategy, token_inputs(), world_size=2)
 
 
 class TwoDims(QueriesStay):

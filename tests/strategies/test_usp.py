@@ -10,6 +10,7 @@ import torch
 
 from sptransform import USP, Ring, Ulysses, UsageError
 from sptransform.agreement.program import placement_lines
+from sptransform.engine.strategy import Stage
 from sptransform.sharding.mesh import Mesh
 from sptransform.testing.lockstep import in_lockstep
 from tests.end_to_end.test_counts_rings import D, H, Packed
@@ -80,11 +81,11 @@ def test_explicit_degrees(strategy: USP, degrees: tuple[int, int]) -> None:
 def test_stages() -> None:
     """A degree of one is no mesh dim: what is left is the other strategy on the ranks as they are."""
     mesh = Mesh.pretended(8, 5)
-    assert USP(1, 8).stages(mesh, [(8, 8)]) == [(Ring(), mesh)]
-    assert USP(8, 1).stages(mesh, [(8, 8)]) == [(Ulysses(), mesh)]
-    assert USP(layout="contiguous").stages(mesh, [(8, 1)]) == [(Ring("contiguous"), mesh)]
+    assert USP(1, 8).stages(mesh, [(8, 8)]) == [Stage(Ring(), mesh)]
+    assert USP(8, 1).stages(mesh, [(8, 8)]) == [Stage(Ulysses(), mesh)]
+    assert USP(layout="contiguous").stages(mesh, [(8, 1)]) == [Stage(Ring("contiguous"), mesh)]
     outer, inner = mesh.split(4, 2)
-    assert USP(2, 4, "contiguous").stages(mesh, [(8, 8)]) == [(Ring("contiguous"), outer), (Ulysses(), inner)]
+    assert USP(2, 4, "contiguous").stages(mesh, [(8, 8)]) == [Stage(Ring("contiguous"), outer), Stage(Ulysses(), inner)]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import sptransform.ops  # noqa: F401 - registers the ops named here
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.rules.rule import OpCall, OpRule
 from sptransform.testing import brute_force
-from sptransform.testing.brute_force import GROUP, OUTER, Case, call_of, emit, partitions, together
+from sptransform.testing.brute_force import GROUP, OUTER, Case, lines_of, partitions, together
 from tests.support.gloo_pool import current_test
 
-__all__ = ["GROUP", "OUTER", "Case", "call_of", "emit", "partitions", "together"]
+__all__ = ["GROUP", "OUTER", "Case", "partitions", "together"]
 
 # Operands that have no gradient.
 CONSTANT_OPERANDS: dict[Any, tuple[str, ...]] = {
@@ -35,6 +35,17 @@ def case(target: Any, *args: Any, factors: str | None = None, **kwargs: Any) -> 
 def check_case(checked: Case) -> None:
     """Raise AssertionError where the rule of the case's op, its decisions or its linearity does not hold."""
     brute_force.check_case(checked, DEFAULT_RULES)
+
+
+def emit(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``Local.emit`` does in a graph, done at once."""
+    return target(*args, **kwargs)
+
+
+def call_of(checked: Case) -> tuple[OpCall, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The call as `op_call` would make it, with its operands and eager results."""
+    (first, *_) = lines_of(checked)
+    return first.call, first.operands, first.results
 
 
 def rule_for(checked: Case) -> tuple[OpCall, OpRule | None]:
