@@ -110,8 +110,9 @@ def test_an_op_that_communicates_says_how(form: Any, message: str) -> None:
 
 
 def test_an_op_that_does_not_run_on_shards_is_named() -> None:
+    rules = {torch.ops.aten.view.default: rule("b s (three heads d) -> b s three heads d")}
     with pytest.raises(RuleError, match=r"does not run on shards: (.|\n)*at: %view(.|\n)*fix: OpEntry"):
-        rewritten(attention_with_loss(), rules={torch.ops.aten.view.default: rule("b s (three heads d) -> b s three heads d")})
+        rewritten(attention_with_loss(), rules=rules)
 
 
 def test_a_local_form_returns_a_node() -> None:
