@@ -15,6 +15,7 @@ import torch
 
 from sptransform.diagnostics.errors import RuleError, UsageError, describe
 from sptransform.engine.pass_manager import Pass
+from sptransform.graph.dataflow import is_op
 from sptransform.rules.rule import RuleFn
 from sptransform.rules.table import OpEntry, overload_of
 
@@ -117,7 +118,7 @@ class _Code:
         if is_dataclass(x):
             kept = [field.name for field in fields(x)]
         elif _package_of(kind) in _VERSIONED:
-            return kind.__qualname__, str(x) if hasattr(x, "_schema") or hasattr(x, "overloads") else ""
+            return kind.__qualname__, str(x) if is_op(x) or hasattr(x, "overloads") else ""
         else:
             slots = [name for base in kind.__mro__ for name in getattr(base, "__slots__", ())]
             kept = [name for name in (*getattr(x, "__dict__", ()), *slots) if not _is_cache(kind, name)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import fx
-from torch.utils._pytree import tree_leaves
+from torch.utils import _pytree as pytree
 
 from sptransform.diagnostics.errors import VerificationError, describe
 from sptransform.engine.context import Context
@@ -41,7 +41,7 @@ def check_well_formed(graph: fx.Graph) -> None:
             if node.op in ("call_method", "call_module"):
                 raise VerificationError(describe("a node calls no op", node=node, found=node.op, fix=_EMIT))
             continue
-        if not (hasattr(node.target, "_schema") or dataflow.projection(node) is not None or is_redistribute(node)):
+        if not (dataflow.is_op(node.target) or dataflow.projection(node) is not None or is_redistribute(node)):
             raise VerificationError(
                 describe("a node calls no op", node=node, found=repr(node.target), fix=f"{_EMIT} of an overload")
             )
@@ -59,7 +59,7 @@ def check_well_formed(graph: fx.Graph) -> None:
 def check_values(nodes: Iterable[fx.Node], before: Mapping[fx.Node, tuple[Any, ...]]) -> None:
     """Changed nodes have the shapes and dtypes that their ops give. ``before``: old nodes -> op and arguments."""
     for node in nodes:
-        if node.op == "output" and len(tree_leaves(node.args)) != len(tree_leaves(before[node][1])):
+        if node.op == "output" and len(pytree.tree_leaves(node.args)) != len(pytree.tree_leaves(before[node][1])):
             raise VerificationError(describe("the graph returns another number of results", node=node))
         if not dataflow.returns_tensors(node) or str(node.target).startswith("sptransform."):
             continue  # ours may read the rank

@@ -45,6 +45,11 @@ def fake_mode(graph: fx.Graph) -> Any:
     return next(value.fake_mode for node in graph.nodes for value in values(node))
 
 
+def is_op(target: Any) -> bool:
+    """Whether ``target`` is an overload of an op."""
+    return hasattr(target, "_schema")
+
+
 def handles_tensors(node: fx.Node) -> bool:
     """Whether the node is a call that reads or makes tensors. A getitem that picks an output does not count."""
     return node.op == "call_function" and projection(node) is None and bool(values(node) or operands(node))

@@ -97,7 +97,7 @@ def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Nod
 
     Arguments may be nodes, and lists of them. The caller needs no fake mode.
     """
-    if not hasattr(target, "_schema") and target is not operator.getitem:
+    if not dataflow.is_op(target) and target is not operator.getitem:
         raise RuleError(f"a node calls an overload, as torch.ops.aten.silu.default, not {target!r}")
     with dataflow.fake_mode(before.graph), torch.no_grad(), notes.region_of(before).autocast():
         return emitter(before)(target, args, kwargs)
