@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -65,6 +66,29 @@ def _(x: Tensor) -> Tensor:
 
 
 mixed_back.register_autograd(lambda ctx, grad: grad - grad.mean(0, keepdim=True))
+
+
+@functools.cache
+def made_for_the_page() -> None:
+    """The ops that docs/extending.md speaks of."""
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight).clone()
+
+    def unflattened(x: Tensor, batch: int, tokens: int) -> Tensor:
+        return x.reshape(batch, tokens, x.shape[-1]).clone()
+
+    library = torch.library.Library("mylib", "DEF")
+    for schema, function in (
+        ("rms_norm(Tensor x, Tensor weight) -> Tensor", normed),
+        ("unflattened(Tensor x, SymInt batch, SymInt tokens) -> Tensor", unflattened),
+    ):
+        library.define(schema)
+        library.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # an op is gone with its library
 
 
 class Normed(AttentionWithLoss):
