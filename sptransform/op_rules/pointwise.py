@@ -100,4 +100,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.to.dtype_layout, pointwise()),
     (aten.to.other, converted),
     (aten.type_as.default, converted),
+    (aten.where.Scalar, pointwise()),
+    (aten.where.ScalarOther, pointwise()),
+    (aten.where.ScalarSelf, pointwise()),
 ]

@@ -93,8 +93,10 @@ def _permuted(order_of: Callable[[OpCall, int], list[int]]) -> RuleFn:
 
 def _swap(call: OpCall, ndim: int) -> list[int]:
     order = list(range(ndim))
-    if call.target is aten.t.default:
+    if call.target in (aten.t.default, aten.numpy_T.default):
         return order[::-1]
+    if call.target is aten.mT.default:
+        return [*order[:-2], order[-1], order[-2]]
     a, b = call.argument("dim0") % ndim, call.argument("dim1") % ndim
     order[a], order[b] = order[b], order[a]
     return order
@@ -325,6 +327,8 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.constant_pad_nd.default, OpEntry(pad, _pad_local)),
     (aten.expand.default, OpEntry(expand, _expand_local)),
     (aten.flatten.using_ints, _RESHAPE),
+    (aten.mT.default, _SWAP),
+    (aten.numpy_T.default, _SWAP),
     (aten.pad.default, OpEntry(pad, _pad_local)),
     (aten.permute.default, OpEntry(_permuted(lambda call, ndim: [d % ndim for d in call.argument("dims")]))),
     (aten.repeat.default, OpEntry(repeat, _repeat_local)),

@@ -84,6 +84,8 @@ CASES = [
     case(aten.stack.default, [randn(4, 6), randn(4, 6)], 1),
     case(aten.stack.default, [randn(4, 6)], -1),
     case(aten.stack.default, [randn(4), randn(4), randn(4)], factors="i1"),
+    case(aten.mT.default, randn(3, 4, 6), factors="i0 i1 i2"),
+    case(aten.numpy_T.default, randn(4, 6), factors="i0 i1"),
     case(aten.t.default, randn(4, 6)),
     case(aten.t.default, randn(6)),
     case(aten.transpose.int, randn(2, 4, 6), 1, -1),
