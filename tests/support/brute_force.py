@@ -13,7 +13,8 @@ import sptransform.ops  # noqa: F401 - registers the ops named here
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.rules.rule import OpCall, OpRule
 from sptransform.testing import brute_force
-from sptransform.testing.brute_force import GROUP, OUTER, Case, lines_of, partitions, together
+from sptransform.testing.brute_force import GROUP, OUTER, Case, lines_of, together
+from sptransform.testing.cuts import partitions
 from tests.support.gloo_pool import current_test
 
 __all__ = ["GROUP", "OUTER", "Case", "partitions", "together"]
