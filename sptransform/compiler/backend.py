@@ -16,7 +16,7 @@ from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.program import Line, Program, captured_lines, lengths_at, placement_lines, schedule_lines
 from sptransform.compiler.caches import custom_code, package_version, recompute_tags
 from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, check_parameters
-from sptransform.compiler.custom import identified, identified_passes, identified_rules
+from sptransform.compiler.custom import identified
 from sptransform.compiler.dtensor_boundary import local_input, of_local_parts, with_dtensors
 from sptransform.compiler.options import Options, check_torch_version
 from sptransform.compiler.rewrite import rewrite_graph
@@ -69,7 +69,7 @@ def _compile(
     program = Program((*settings(options, mesh, package_version()), *lines))
     # with uneven shares, graphs may be equal and local sizes not: the cache key names the rank
     share = "" if all(part.result.is_even for part in context.result.mesh_dims) else f"-{mesh.rank}/{mesh.size}"
-    tags = share, recompute_tags(rewritten.graph), custom_code(options.rules, options.passes)
+    tags = share, recompute_tags(rewritten.graph), custom_code(options)
     tag = f"sptransform-{package_version()}{''.join(tags)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         compiled = lookup_backend(options.backend)(rewritten, [local_input(x, rewritten) for x in inputs])
@@ -102,7 +102,6 @@ def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
         "outputs": options.outputs,
         "grad_sync": options.grad_sync,
         "sequence_dims": dict(sorted(options.sequence_dims.items())),
-        "rules": identified_rules(options.rules),
-        "passes": identified_passes(options.passes),
+        **options.custom,
     }
     return [Line(f"{name}: {value}") for name, value in found.items()]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from sptransform.compiler.custom import identified_passes, identified_rules
-from sptransform.engine.pass_manager import Pass
-from sptransform.rules.rule import RuleFn
-from sptransform.rules.table import OpEntry
+from sptransform.compiler.custom import short_hash
+from sptransform.compiler.options import Options
 
 
 def recompute_tags(graph: fx.Graph) -> str:
@@ -25,16 +22,12 @@ def recompute_tags(graph: fx.Graph) -> str:
         for index, node in enumerate(graph.nodes)
         if "recompute" in node.meta
     ]
-    return f"-{_hash(repr(tags))}" if tags else ""
+    return f"-{short_hash(repr(tags))}" if tags else ""
 
 
-def custom_code(rules: Mapping[Any, OpEntry | RuleFn], passes: Sequence[Pass]) -> str:
+def custom_code(options: Options) -> str:
     """Hash of the user's rules and passes; "" if there are none."""
-    return f"-{_hash(identified_rules(rules) + identified_passes(passes))}" if rules or passes else ""
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"-{short_hash(repr(options.custom))}" if options.rules or options.passes else ""
 
 
 @cache

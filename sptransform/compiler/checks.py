@@ -80,7 +80,7 @@ def check_parameters(inputs: Sequence[Any], options: Options, mesh: Mesh) -> Non
 
 
 def check_sequence_dims(graph: fx.Graph, sequence_dims: Mapping[str, int], full_model: bool) -> None:
-    """Check names and dims against the inputs. Unless ``whole``, another part of the model may have missing names."""
+    """Check names and dims against the inputs. Unless ``full_model``, another part may have missing names."""
     nodes = [node for node in graph.nodes if node.op == "placeholder" and dataflow.is_tensor(node)]
     dims_of = {notes.note(node).input_name: len(dataflow.shape(node)) for node in nodes}
     for name, dim in sequence_dims.items():

@@ -65,7 +65,11 @@ def identified(x: Any) -> str:
     if not code.is_users:
         return _without_address(repr(x))
     name = getattr(x, "__qualname__", type(x).__qualname__)
-    return f"{name} {hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+    return f"{name} {short_hash(repr(content))}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Code:

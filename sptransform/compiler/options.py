@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch._dynamo.backends.registry import list_backends
 from torch.distributed.device_mesh import DeviceMesh
 
-from sptransform.compiler.custom import checked_rules
+from sptransform.compiler.custom import checked_rules, identified_passes, identified_rules
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.pass_manager import Pass
 from sptransform.engine.pipeline import Pipeline
@@ -91,6 +91,11 @@ class Options:
     def pipeline(self) -> Pipeline:
         """Our passes, and between them the user's."""
         return PIPELINE.with_passes(self.passes)
+
+    @cached_property
+    def custom(self) -> dict[str, str]:
+        """The user's rules and passes as texts, equal in all processes that have the same."""
+        return {"rules": identified_rules(self.rules), "passes": identified_passes(self.passes)}
 
     @property
     def keeps_parts(self) -> bool:

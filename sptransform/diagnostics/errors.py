@@ -57,6 +57,11 @@ class ScheduleMismatchError(RankError):
     """Ranks were about to run different programs."""
 
 
+def shown(x: object) -> str:
+    """``x`` as its class and attributes: ``Halves(at=3)``."""
+    return f"{type(x).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(x).items())})"
+
+
 def describe(
     what: str,
     *,

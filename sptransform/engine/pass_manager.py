@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from sptransform.diagnostics.errors import SPTransformError, VerificationError
+from sptransform.diagnostics.errors import SPTransformError, VerificationError, shown
 from sptransform.engine import verifier
 from sptransform.engine.context import Context
 from sptransform.graph.printer import text
@@ -42,7 +42,7 @@ class Pass:
         return type(self).__name__
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        return shown(self)
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         """Rewrite ``graph`` in place."""
@@ -54,11 +54,8 @@ CAPTURED = frozenset({"functional"})
 DISTRIBUTED = frozenset({"functional", "local", "lowered"})
 
 
-def _run(step: Pass, graph: fx.Graph, context: Context) -> None:
-    """Run a pass. Of a user's, errors become a VerificationError, and what it changed is computed again."""
-    if type(step).__module__.split(".")[0] == "sptransform":
-        step.run(graph, context)
-        return
+def _run_users(step: Pass, graph: fx.Graph, context: Context) -> None:
+    """Run a user's pass; its errors become a VerificationError, and what it changed is computed again."""
     before = {node: (node.target, node.args, dict(node.kwargs)) for node in graph.nodes}
     try:
         returned = step.run(graph, context)
@@ -69,9 +66,8 @@ def _run(step: Pass, graph: fx.Graph, context: Context) -> None:
     if returned is not None:
         found = type(returned).__name__
         raise VerificationError(f"a pass rewrites the graph in place and returns nothing, not a {found}")
-    changed = [node for node in graph.nodes if before.get(node) != (node.target, node.args, dict(node.kwargs))]
     verifier.check_well_formed(graph)
-    verifier.check_values(changed, before)
+    verifier.check_changed(graph, before)
 
 
 def run_passes(
@@ -92,8 +88,11 @@ def run_passes(
         ran.append(step.name)
         holds = (holds - step.breaks) | step.ensures
         try:
-            _run(step, gm.graph, context)
-            verifier.check_well_formed(gm.graph)
+            if type(step).__module__.split(".")[0] == "sptransform":
+                step.run(gm.graph, context)
+                verifier.check_well_formed(gm.graph)
+            else:
+                _run_users(step, gm.graph, context)
             for invariant in sorted(holds):
                 verifier.INVARIANTS[invariant](gm.graph, context)
         except VerificationError as error:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.diagnostics.errors import UsageError, describe, shown
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.parameters.parts import first_dim
@@ -50,7 +50,7 @@ class Strategy:
     shards_weights: ClassVar[bool] = False
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        return shown(self)
 
     def mesh_of(self, device_mesh: DeviceMesh | None) -> Mesh:
         """The ranks of a DeviceMesh; by default all ranks of the default group.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
@@ -56,9 +56,16 @@ def fake_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return map_nodes((node.args, dict(node.kwargs)), lambda x: dataflow.value(x) if isinstance(x, fx.Node) else x)
 
 
+@contextmanager
+def _as_at(node: fx.Node) -> Iterator[None]:
+    """Run ops on fakes, without gradients, in the autocast region of ``node``."""
+    with dataflow.fake_mode(node.graph), torch.no_grad(), notes.region_of(node).autocast():
+        yield
+
+
 def fresh_value(node: fx.Node) -> Any:
     """What the node's op gives on the fake values of its arguments. The caller needs no fake mode."""
-    with dataflow.fake_mode(node.graph), torch.no_grad(), notes.region_of(node).autocast():
+    with _as_at(node):
         return _computed(node)
 
 
@@ -99,7 +106,7 @@ def emit_like(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Nod
     """
     if not dataflow.is_op(target) and target is not operator.getitem:
         raise RuleError(f"a node calls an overload, as torch.ops.aten.silu.default, not {target!r}")
-    with dataflow.fake_mode(before.graph), torch.no_grad(), notes.region_of(before).autocast():
+    with _as_at(before):
         return emitter(before)(target, args, kwargs)
 
 

@@ -224,5 +224,5 @@ def test_what_contains_itself_has_a_text() -> None:
 
 
 def test_rules_are_part_of_cache_keys() -> None:
-    tags = [custom_code(Options(rules=each).rules, ()) for each in ({}, {rms_norm: NORM}, {rms_norm: factor_of("h")})]
+    tags = [custom_code(Options(rules=each)) for each in ({}, {rms_norm: NORM}, {rms_norm: factor_of("h")})]
     assert tags[0] == "" and len(set(tags)) == 3
