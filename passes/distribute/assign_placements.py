@@ -23,6 +23,7 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.engine.propagation import Propagation, light_nodes
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import rule_at
+from sptransform.op_rules.mask_ops import SOFTMAX
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, Placement, R, Shard
 
@@ -109,7 +110,10 @@ class AssignPlacements(Pass):
 
 
 def _of_another_form(graph: fx.Graph, context: Context) -> str:
-    """The first op that has a rule for other calls only."""
+    """The first softmax, which is not read as attention; or the first op that has a rule for other calls only."""
+    softmax = next((node for node in graph.nodes if node.target in SOFTMAX), None)
+    if softmax is not None:
+        return f"; %{softmax.name} = {softmax.target} is not between two products in a way that is read as attention"
     known = (node for node in graph.nodes if dataflow.handles_tensors(node) and node.target in context.rules)
     unruled = next((node for node in known if notes.note(node).rule is None), None)
     return "" if unruled is None else f"; %{unruled.name} = {unruled.target} is of a form that has no rule"

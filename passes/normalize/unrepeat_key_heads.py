@@ -27,7 +27,7 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, succeed
-from sptransform.op_rules.attention import mask_of
+from sptransform.op_rules.attention import ATTENTION, mask_of
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.sizes import number
@@ -42,9 +42,10 @@ class UnrepeatKeyHeads(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in list(graph.nodes):
-            if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+            if node.target not in ATTENTION:
                 continue
             call = op_call(node)
+            is_ours = node.target is torch.ops.sptransform.attention.default
             query, key, value = node.args[:3]
             if len(call.operand_shapes[0]) != 4 or dataflow.shape(query)[_HEADS] != dataflow.shape(key)[_HEADS]:
                 continue
@@ -63,6 +64,7 @@ class UnrepeatKeyHeads(Pass):
                 call.argument("is_causal"),
                 scale=call.argument("scale"),
                 key_head_of=[i // group for i in range(number(dataflow.shape(query)[_HEADS]))],
+                explicit=is_ours and call.argument("explicit"),
             )
             succeed(node, new)
         graph.eliminate_dead_code()

@@ -111,6 +111,7 @@ def _is_regular(heads: list[int]) -> bool:
 def _attention_local(call: OpCall, local: Local) -> Any:
     heads = _key_head_of(call, local)
     repeated = call.target is sp.attention.default
+    explicit = repeated and call.argument("explicit")
     dropout_p = call.argument("dropout_p")
     is_empty = 0 in local.result_shapes[0]
     if _is_regular(heads) and not repeated and dropout_p == 0.0 and not is_empty:
@@ -121,6 +122,7 @@ def _attention_local(call: OpCall, local: Local) -> Any:
         "scale": call.argument("scale"),
         "key_head_of": [] if heads == list(range(len(heads))) else heads,
         "group_name": local.group if dropout_p else "",
+        "explicit": explicit,
     }
     return local.emit(sp.attention.default, arguments, named)
 

@@ -92,3 +92,28 @@ CHOICES: dict[Any, tuple[int, int, int]] = {
     aten.where.ScalarSelf: (0, 1, 2),
     aten.where.self: (0, 1, 2),
 }
+
+# Ops between the two contractions of attention that is spelled out. What a number as second argument multiplies by:
+SCALES: dict[Any, Callable[[float], float]] = {
+    aten.div.Scalar: lambda number: 1.0 / number,
+    aten.div.Tensor: lambda number: 1.0 / number,
+    aten.mul.Scalar: lambda number: number,
+    aten.mul.Tensor: lambda number: number,
+}
+
+# The sign of the second operand
+SIGNS: dict[Any, float] = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
+
+# Of RETYPED, those through which no gradient passes
+DETACHING = frozenset({aten.detach.default})
+
+MAXIMA = frozenset({aten.amax.default, aten.max.dim})
+
+SOFTMAX = frozenset({aten._softmax.default, aten.softmax.int})
+
+DROPOUT: dict[Any, Callable[[OpCall], float]] = {
+    aten.dropout.default: lambda call: call.argument("p") if call.argument("train") else 0.0,
+}
+
+# Contractions of their last two operands, added to the first: ``beta * first + alpha * product``
+BIASED = frozenset({aten.baddbmm.default})

@@ -13,7 +13,7 @@ from sptransform.ops.library import composite
 
 @composite(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, *, "
-    "float? scale=None, int[] key_head_of=[], str group_name='') -> Tensor"
+    "float? scale=None, int[] key_head_of=[], str group_name='', bool explicit=False) -> Tensor"
 )
 def attention(
     query: Tensor,
@@ -26,18 +26,20 @@ def attention(
     scale: float | None = None,
     key_head_of: list[int] = (),
     group_name: str = "",
+    explicit: bool = False,
 ) -> Tensor:
     """``scaled_dot_product_attention`` that repeats key heads locally, so that they are sent un-repeated.
 
     Query head i reads key head ``key_head_of[i]`` (head i if the list is empty). With ``group_name``, dropout draws
     this rank's own mask. Fused kernels would draw the same mask on ranks with the same seed, so the probabilities are
-    then computed explicitly. A rank without heads runs no kernel: some kernels end the process on empty input.
+    then computed explicitly; so they are with ``explicit``. A rank without heads runs no kernel: some kernels end the
+    process on empty input.
     """
     if key_head_of:
         key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
     if 0 in query.shape:
         return query @ key.transpose(-2, -1) @ value
-    if dropout_p == 0.0 or not group_name:
+    if not explicit and (dropout_p == 0.0 or not group_name):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
@@ -48,6 +50,8 @@ def attention(
         scores = scores + attn_mask
     # a fully masked row gives zeros, as in torch's op
     probabilities = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout_p == 0.0 or not group_name:
+        return functional.dropout(probabilities, dropout_p) @ value
     mask = torch.ops.sptransform.dropout_mask(probabilities, dropout_p, group_name)
     return (probabilities * mask / (1 - dropout_p)) @ value
 
