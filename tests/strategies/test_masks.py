@@ -1,4 +1,4 @@
-"""Masks through strategies that cut queries, heads or the batch: outputs and gradients are one device's, whatever a mask says."""
+"""Masks through strategies that cut queries, heads or batch: outputs and gradients are one device's for every mask."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from sptransform.strategies.ulysses import Ulysses
 from tests.passes.masks import BANDS, LENGTH, PASSES, PROGRAMS, RING, SDPA, WHOLE, attend, heads, of_size
 from tests.support.graphs import a_context, nodes_of, run_once
 
-# what is found at an open length where it is not what is found at a known one: bounds beyond the sequence are kept, and
+# found at an open length, where it differs from what is found at a known one: bounds beyond the sequence are kept, and
 # only sums and signs of whole numbers are formulas
 ELSE: dict[str, tuple[tuple[int | None, int | None], bool]] = {
     "always within": ((0, 99), False),
