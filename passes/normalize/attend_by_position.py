@@ -96,6 +96,7 @@ def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
         farthest=band.farthest,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
+        **({"explicit": True} if read.is_added and node.kwargs.get("explicit") else {}),
     )
     rename(new, "ring_attention")
     succeed(node, emit_like(node, operator.getitem, new, 0))
@@ -121,12 +122,16 @@ def _num_entries(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """A mask as arguments of the op. ``is_square``: an operand has the dimensions of the scores."""
+    """A mask as arguments of the op.
+
+    ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
+    """
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
     columns: list[fx.Node] = field(default_factory=list)
     band: Band = field(default_factory=Band)
+    is_added: bool = False
     is_square: bool = False
 
 
@@ -163,8 +168,9 @@ class _Reader:
             else:
                 program, rows, columns = program_of(visible.rest)
                 operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
+                is_added = visible.rest.dtype != torch.bool
                 is_square = any(leaf.has(KEYS) for leaf in rows)
-                self.done[identity] = _Read(str(program), *operands, visible.band, is_square)
+                self.done[identity] = _Read(str(program), *operands, visible.band, is_added, is_square)
         return self.done[identity]
 
     def _bands(self, num_queries: Size, num_keys: Size) -> Bands:
