@@ -162,7 +162,8 @@ class _Reader:
             expression = self.regions.expression(mask)
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
-            visible = Visibility(self.constants, self._bands(query[_LENGTH], key[_LENGTH])).of(expression)
+            sizes = query[_LENGTH], key[_LENGTH]
+            visible = Visibility(self.constants, self._bands(*sizes), sizes[0] == sizes[1]).of(expression)
             if visible.rest is None:
                 self.done[identity] = _Read(band=visible.band)
             else:
