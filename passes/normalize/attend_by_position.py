@@ -14,6 +14,7 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
     %out = getitem(%ring_attention, 0)
 
 1. Only if the strategy asks for it (``reads_masks``): queries are cut, and each rank sees all keys of its own queries.
+   Attention with a softcap or sinks always, unless its mask has a gradient: fused attention of torch has neither.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
    read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand.
@@ -41,7 +42,7 @@ from sptransform.masks.emit import broadcast_view
 from sptransform.masks.expressions import Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Band, Visibility
-from sptransform.op_rules.attention import ATTENTION, mask_of
+from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 from sptransform.op_rules.mask_ops import CONVERT
 from sptransform.sharding.sizes import SymbolicSizeError
 
@@ -54,9 +55,8 @@ class AttendByPosition(Pass):
     ensures = frozenset({"functional"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if not context.strategy.reads_masks:
-            return
-        nodes = [node for node in graph.nodes if node.target in ATTENTION and _has_rule(node, context)]
+        nodes = [node for node in graph.nodes if node.target in ATTENTION and _is_asked_for(node, context)]
+        nodes = [node for node in nodes if _has_rule(node, context)]
         # constants up to the size of one layer's queries are cheap to compute once
         largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
         reader = _Reader(Regions(context.rules), Constants(largest))
@@ -76,10 +76,20 @@ class AttendByPosition(Pass):
                 farthest=band.farthest,
                 dropout_p=call.argument("dropout_p"),
                 scale=call.argument("scale"),
+                sinks=sinks_of(node),
+                softcap=softcap_of(node),
             )
             rename(new, "ring_attention")
             succeed(node, emit_like(node, operator.getitem, new, 0))
         graph.eliminate_dead_code()
+
+
+def _is_asked_for(node: fx.Node, context: Context) -> bool:
+    if context.strategy.reads_masks:
+        return True
+    mask = mask_of(node)
+    is_learned = mask is not None and notes.note(mask).differentiable
+    return not is_learned and (softcap_of(node) != 0 or sinks_of(node) is not None)
 
 
 def _has_rule(node: fx.Node, context: Context) -> bool:

@@ -9,8 +9,8 @@ backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of 
 - causal: only without bias and for s == t.
 - softcap, for kernels that serve it: a keyword argument, given if there is one. The scaled scores are
   ``softcap * tanh(score / softcap)`` before the bias.
-- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)`` are
-  the factors of rows from ``start`` on, the same at every call.
+- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)``
+  are the factors of rows from ``start`` on, the same at every call.
 - lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing, ``out`` is any finite
   number and ``lse`` any number.
 - backward takes ``out`` and ``lse`` over all keys, also those of other blocks: the probabilities are
