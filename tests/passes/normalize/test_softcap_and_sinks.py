@@ -11,11 +11,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import sptransform
+from sptransform.compiler.options import Options
+from sptransform.compiler.rewrite import rewrite_graph
 from sptransform.engine.pass_manager import run_passes
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
+from sptransform.sharding.mesh import Mesh
 from tests.passes.masks import PASSES, RING, traced
 from tests.support.equality import assert_equal_to_one_device, run_one_device
-from tests.support.graphs import a_context, nodes_of, run_once
+from tests.support.graphs import a_context, nodes_of, run_once, while_captured
 from tests.support.models import FLOAT64
 from tests.support.rewritten import Asked, on_pretended_ranks
 from tests.support.tiers import tiered
@@ -193,6 +196,22 @@ def test_a_rank_without_queries_has_gradients() -> None:
     out = sp.attention(q[:0], k[:0], v[:0], None, 0.0, False, s, softcap=1.2)
     grads = torch.autograd.grad(out.sum(), [q, k, v, s])
     assert out.shape == (0, HEADS, LENGTH, WIDTH) and all(grad.count_nonzero() == 0 for grad in grads)
+
+
+def open_length(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    scores = torch.tanh(torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.5) * 2.0
+    sinks = s.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def test_lengths_stay_open() -> None:
+    def rewritten(gm: fx.GraphModule, found: list[object]) -> fx.GraphModule:
+        return rewrite_graph(gm, found, Options(), Mesh.pretended(2))[0]
+
+    x = inputs()["x"]
+    torch._dynamo.mark_dynamic(x, 1)
+    (attention,) = nodes_of(while_captured(Model(open_length), rewritten, x), RING)
+    assert isinstance(attention.args[0].meta["val"].shape[2], torch.SymInt)
 
 
 # --- on ranks -----------------------------------------------------------------------------------------------------
