@@ -37,6 +37,9 @@ RETYPED = frozenset(
     }
 )
 
+# The result is a part of the operand, or all of it
+PIECES = frozenset({aten.slice.Tensor})
+
 # All entries of the result are this number
 FILLED: dict[Any, Callable[[OpCall], Any]] = {
     aten.full.default: lambda call: call.argument("fill_value"),

@@ -228,13 +228,15 @@ def band_mask(like: Tensor, queries: list[int], keys: list[int], nearest: int | 
 
     ``queries`` and ``keys`` are bounds of intervals of positions, ``lo, hi, lo, hi ..``.
     """
-    distance = positions(queries, like.device)[:, None] - positions(keys, like.device)
-    if nearest is None and farthest is None:
-        return torch.ones_like(distance, dtype=torch.bool)
-    visible = None if nearest is None else distance >= nearest
-    if farthest is None:
-        return visible
-    return distance <= farthest if visible is None else visible & (distance <= farthest)
+    of_queries, of_keys = positions(queries, like.device)[:, None], positions(keys, like.device)
+    # compared without a matrix of distances, which would take 8 bytes an entry
+    visible = None if nearest is None else of_keys <= of_queries - nearest
+    if farthest is not None:
+        within = of_keys >= of_queries - farthest
+        visible = within if visible is None else visible & within
+    if visible is None:
+        return torch.ones(len(of_queries), len(of_keys), dtype=torch.bool, device=like.device)
+    return visible
 
 
 def positions(bounds: list[int], device: torch.device) -> Tensor:
