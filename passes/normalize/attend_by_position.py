@@ -14,7 +14,8 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
     %out = getitem(%ring_attention, 0)
 
 1. A strategy that cuts queries or keys (``reads_masks``) needs this of every attention. Others keep attention without a
-   mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it.
+   mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it. Attention with a
+   softcap or sinks is no kernel's there: it becomes this always.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
    read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand; where queries
@@ -46,7 +47,7 @@ from sptransform.masks.emit import broadcast_view
 from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Visibility
-from sptransform.op_rules.attention import ATTENTION, mask_of
+from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 from sptransform.op_rules.mask_ops import CONVERT
 from sptransform.sharding.sizes import Size
 
@@ -66,10 +67,11 @@ class AttendByPosition(Pass):
         reader = _Reader(Regions(context.rules), Constants(largest, forms), forms)
         for node in nodes:
             mask = mask_of(node)
-            if context.strategy.reads_masks:
+            is_learned = mask is not None and notes.note(mask).differentiable
+            if context.strategy.reads_masks or (_is_extended(node) and not is_learned):
                 read = _Read() if mask is None else reader.read(node, mask)
                 _by_position(node, read, _band(node, read))
-            elif mask is not None and not notes.note(mask).differentiable:
+            elif mask is not None and not is_learned:
                 read = reader.read(node, mask)
                 band = _band(node, read)
                 if not read.program and band in (Band(), Band(nearest=0)):
@@ -77,6 +79,11 @@ class AttendByPosition(Pass):
                 elif not read.is_square:
                     _by_position(node, read, band)
         graph.eliminate_dead_code()
+
+
+def _is_extended(node: fx.Node) -> bool:
+    """Whether the node is attention that fused kernels of torch have not."""
+    return softcap_of(node) != 0 or sinks_of(node) is not None
 
 
 def _band(node: fx.Node, read: _Read) -> Band:
@@ -96,7 +103,9 @@ def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
         farthest=band.farthest,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
-        **({"explicit": True} if read.is_added and node.kwargs.get("explicit") else {}),
+        sinks=sinks_of(node),
+        softcap=softcap_of(node),
+        explicit=read.is_added and node.kwargs.get("explicit", False) and sinks_of(node) is None,
     )
     rename(new, "ring_attention")
     succeed(node, emit_like(node, operator.getitem, new, 0))

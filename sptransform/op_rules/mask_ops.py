@@ -112,6 +112,14 @@ DETACHING = frozenset({aten.detach.default})
 
 MAXIMA = frozenset({aten.amax.default, aten.max.dim})
 
+# Of these, ``cap * f(score / cap)`` bounds the scores: a softcap
+BOUNDED = frozenset({aten.tanh.default})
+
+# One operand after the other along a dimension, and a part of one along a dimension: sinks are joined to scores, and
+# their probabilities left out
+JOINED = frozenset({aten.cat.default})
+TAKEN = frozenset({aten.slice.Tensor})
+
 SOFTMAX = frozenset({aten._softmax.default, aten.softmax.int})
 
 DROPOUT: dict[Any, Callable[[OpCall], float]] = {

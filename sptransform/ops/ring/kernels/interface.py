@@ -9,8 +9,8 @@ backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of 
 - causal: only without bias and for s == t.
 - softcap, for kernels that serve it: a keyword argument, given if there is one. The scaled scores are
   ``softcap * tanh(score / softcap)`` before the bias.
-- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)`` are
-  the factors of rows from ``start`` on, the same at every call.
+- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)``
+  are the factors of rows from ``start`` on, the same at every call.
 - explicit, for kernels that serve it: a keyword argument of backward, given if the keys are all that the queries see.
   The probabilities are then the softmax of the scores, and lse is not read.
 - lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing, ``out`` is any finite
