@@ -91,7 +91,7 @@ def _band(node: fx.Node, read: _Read) -> Band:
 
 
 def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
-    call = op_call(node)
+    call, sinks = op_call(node), sinks_of(node)
     new = emit_like(
         node,
         torch.ops.sptransform.ring_attention.default,
@@ -103,8 +103,10 @@ def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
         farthest=band.farthest,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
-        sinks=sinks_of(node),
+        sinks=sinks,
         softcap=softcap_of(node),
+        # beside a sink keys that are masked by a large number vanish
+        explicit=read.is_added and sinks is None and node.kwargs.get("explicit", False),
     )
     rename(new, "ring_attention")
     succeed(node, emit_like(node, operator.getitem, new, 0))
@@ -130,12 +132,16 @@ def _num_entries(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """A mask as arguments of the op. ``is_square``: an operand has the dimensions of the scores."""
+    """A mask as arguments of the op.
+
+    ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
+    """
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
     columns: list[fx.Node] = field(default_factory=list)
     band: Band = field(default_factory=Band)
+    is_added: bool = False
     is_square: bool = False
 
 
@@ -166,14 +172,16 @@ class _Reader:
             expression = self.regions.expression(mask)
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
-            visible = Visibility(self.constants, self._bands(query[_LENGTH], key[_LENGTH])).of(expression)
+            sizes = query[_LENGTH], key[_LENGTH]
+            visible = Visibility(self.constants, self._bands(*sizes), sizes[0] == sizes[1]).of(expression)
             if visible.rest is None:
                 self.done[identity] = _Read(band=visible.band)
             else:
                 program, rows, columns = program_of(visible.rest)
                 operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
+                is_added = visible.rest.dtype != torch.bool
                 is_square = any(leaf.has(KEYS) for leaf in rows)
-                self.done[identity] = _Read(str(program), *operands, visible.band, is_square)
+                self.done[identity] = _Read(str(program), *operands, visible.band, is_added, is_square)
         return self.done[identity]
 
     def _bands(self, num_queries: Size, num_keys: Size) -> Bands:

@@ -34,6 +34,11 @@ class Band:
         farthest = [x for x in (self.farthest, other.farthest) if x is not None]
         return Band(max(nearest, default=None), min(farthest, default=None))
 
+    def holds(self, distance: int) -> bool:
+        return (self.nearest is None or self.nearest <= distance) and (
+            self.farthest is None or distance <= self.farthest
+        )
+
 
 class Bands(Protocol):
     def of(self, condition: Condition) -> Band | None:

@@ -22,6 +22,7 @@ from sptransform.masks.expressions import Apply, Expression, Leaf
 from sptransform.op_rules.mask_ops import AND, CHOICES, CONVERT, HIDE, NOT, SUMS
 
 _MAX_INPUTS = 4  # of a truth table
+_ABSORBING = -1e30  # any score added to it, in 64 bits or fewer, is lost to rounding
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class Visible:
 
 
 class Visibility:
-    """Splits masks; ``bands`` tells the conditions that bound the distance from the others."""
+    """Splits masks.
 
-    def __init__(self, constants: Constants, bands: Bands) -> None:
+    Args:
+        bands: tells the conditions that bound the distance from the others.
+        is_aligned: every query has a key at its own position.
+    """
+
+    def __init__(self, constants: Constants, bands: Bands, is_aligned: bool) -> None:
         self._constants = constants
         self._bands = bands
+        self._is_aligned = is_aligned
 
     def of(self, mask: Expression) -> Visible:
         """Split ``mask``. In a boolean mask True is visible. Any other mask is added to the scores: a term that is
@@ -45,7 +52,8 @@ class Visibility:
         if mask.dtype == torch.bool:
             conditions, bias = self._conditions(mask, True), None
         else:
-            conditions, bias = self._terms(mask)
+            found = self._hidden_by_the_lowest(mask)
+            conditions, bias = self._terms(mask) if found is None else (found, None)
         band, kept = Band(), []
         for condition in conditions:
             found = self._bands.of(condition)
@@ -54,6 +62,19 @@ class Visibility:
             else:
                 band = band & found
         return Visible(band, _joined(kept, bias))
+
+    def _hidden_by_the_lowest(self, mask: Expression) -> list[Condition] | None:
+        """Conditions that hide keys where they fail, if the mask is the lowest number there and 0 elsewhere.
+
+        Where a query sees a key, the lowest number is as good as -inf: it absorbs any score, and its exponential is 0.
+        Where it sees none, all keys count alike; so every query has to see the key at its own position.
+        """
+        lowest = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else 0.0
+        if not self._is_aligned or lowest > _ABSORBING:
+            return None
+        found = self._conjunction(mask, 0, lowest)
+        bands = [self._bands.of(condition) for condition in found or ()]
+        return found if all(band is not None and band.holds(0) for band in bands) else None
 
     def _conditions(self, part: Expression, wanted: bool) -> list[Condition]:
         """Conditions whose conjunction is ``part == wanted``."""
