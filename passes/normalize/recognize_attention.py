@@ -124,7 +124,7 @@ def _join(spelling: Spelling) -> None:
     else:
         # in a row of which all keys are masked by a large number, kernels that keep a logsumexp lose its digits
         op = torch.ops.sptransform.attention.default
-        named = {"softcap": read.softcap, "explicit": True}
+        named = {"softcap": read.softcap, "explicit": added is not None}
         if read.sinks is not None:
             named["sinks"] = _sinks(spelling)
         new = emit_like(old, op, *arguments, scale=read.scale, **named)

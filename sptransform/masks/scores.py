@@ -175,7 +175,7 @@ class _Reading:
             elif dataflow.shape(node) != dataflow.shape(before):
                 return None
             places[node] = dims
-        return places if start is None else None
+        return places  # of a row that keeps its sinks, the other contraction is of another size
 
     def _leaves_out(self, before: fx.Node, node: fx.Node, start: int) -> bool:
         """Whether ``node`` has all entries of ``before`` along the softmax's dimension but one, from ``start`` on."""
