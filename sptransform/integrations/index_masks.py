@@ -249,7 +249,7 @@ def _apply(op: str, left: Term, right: Any) -> Term:
 
 def _distance(left: Position, right: Position) -> Distance | None:
     """``left - right``; None if they are not of one source, or begin at what is known only when it runs."""
-    if left.side == right.side or not (left.source is right.source):
+    if left.side == right.side or left.source is not right.source:
         return None
     if not isinstance(left.shift, int) or not isinstance(right.shift, int):
         return None

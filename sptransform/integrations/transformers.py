@@ -1,7 +1,7 @@
 """``attn_implementation="sptransform"`` for models of Hugging Face Transformers; importing this module registers it.
 
-Attention is then ``torch.ops.sptransform.ring_attention``, which is given its mask as bounds, operands and a program. So
-no tensor of queries x keys exists, on one device neither, and whoever shards the op reads the mask from its arguments.
+Attention is then ``torch.ops.sptransform.ring_attention``, which gets its mask as bounds, operands and a program. So no
+tensor of queries x keys exists, not on one device either, and what shards the op finds the mask among its arguments.
 
 1. A mask is what Transformers' own function of it says (:mod:`index_masks`): causal, windows, chunks, blocks, padding,
    documents. Functions that a model brings itself are refused. A tensor of 4 dimensions is taken as it is.
@@ -25,7 +25,7 @@ import sptransform.ops  # noqa: F401 - registers ring_attention
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.integrations import index_masks
 from sptransform.integrations.documents import documents_of_lengths, documents_of_positions
-from sptransform.integrations.index_masks import Band, UnreadableMaskError, Values, compares_queries, conjuncts
+from sptransform.integrations.index_masks import Band, UnreadableMaskError, compares_queries, conjuncts
 from sptransform.integrations.position_mask import PositionMask
 
 try:
@@ -166,7 +166,7 @@ def _mask_arguments(
         found = f"a mask of {mask.num_queries} x {mask.num_keys} for {num_queries} queries and {num_keys} keys"
         raise UsageError(_refused(found))
     elif not packed and _tells_documents(position_ids, num_queries, num_keys):
-        if not any([compares_queries(term) for term in mask.terms]):
+        if not any(compares_queries(term) for term in mask.terms):
             documents = documents_of_positions(position_ids)
             if documents is not None:
                 mask = mask.also(index_masks.same(documents, documents))
