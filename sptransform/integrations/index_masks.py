@@ -135,7 +135,7 @@ class Position(Values):
     def __sub__(self, other: Any) -> Term:
         if isinstance(other, int):
             return self._moved(-other)
-        distance = _distance(self, other)
+        distance = _distance(self, other) if isinstance(other, Position) else None
         return _apply("sub", self, other) if distance is None else distance
 
     def _moved(self, by: int) -> Position:

@@ -40,7 +40,7 @@ class PositionMask:
         return PositionMask(self.num_queries, self.num_keys, self.device, [*self.terms, term])
 
     def arguments(self) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
-        """``rows``, ``columns``, and ``mask``, ``nearest`` and ``farthest`` by name, as ``ring_attention`` takes them."""
+        """``rows``, ``columns``, and by name ``mask``, ``nearest`` and ``farthest`` of ``ring_attention``."""
         nearest: int | None = None
         farthest: int | None = None
         others: list[Term] = []
