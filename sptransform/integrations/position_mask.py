@@ -25,6 +25,8 @@ _OVERLOADS = {
 class PositionMask:
     """Which keys each query sees: where all ``terms`` are true. ``device`` is that of the tensors among them."""
 
+    ndim = 4  # a mask that is ready, as one of four dimensions: it is handed on as it is
+
     def __init__(self, num_queries: int, num_keys: int, device: torch.device, terms: list[Term]) -> None:
         self.num_queries, self.num_keys, self.device, self.terms = num_queries, num_keys, device, terms
 

@@ -46,7 +46,7 @@ def position_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | PositionMask | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -57,7 +57,8 @@ def position_mask(
         batch_size, q_length, kv_length: the sizes of the mask.
         q_offset, kv_offset: the index of the first query and key.
         mask_function: (batch, head, query, key) -> visible.
-        attention_mask: boolean [batch_size, keys], False for padding; missing keys at the end are padding.
+        attention_mask: boolean [batch_size, keys], False for padding; missing keys at the end are padding. Or a mask
+            that was made before, as generation with a static cache does.
         use_vmap: whether ``mask_function`` is in part the model's own.
         device: that of the mask.
         kwargs: what other forms of masks need.
@@ -65,12 +66,14 @@ def position_mask(
     Raises:
         UsageError: the function is the model's own.
     """
+    if isinstance(attention_mask, PositionMask):
+        return attention_mask
     if use_vmap or mask_function is None:
         raise UsageError(_refused("a mask function of the model's own (or_mask_function, and_mask_function)"))
     try:
         visible = index_masks.read(mask_function, q_length, kv_length, q_offset, kv_offset, device)
         terms = conjuncts(visible)
-        if attention_mask is not None and not _is_whole(attention_mask, q_offset):
+        if attention_mask is not None and not _is_whole(attention_mask):
             missing = kv_length + kv_offset - attention_mask.shape[-1]
             if isinstance(missing, int) and missing > 0:
                 attention_mask = nn.functional.pad(attention_mask, (0, missing))
@@ -230,7 +233,7 @@ def _only_keys(visible: Tensor) -> Callable[..., Any]:
     return lambda batch, head, query, key: visible[batch, key]
 
 
-def _is_whole(attention_mask: Tensor, q_offset: int | Tensor) -> bool:
+def _is_whole(attention_mask: Tensor) -> bool:
     """Whether it is known that nothing is padding; while a graph is captured it is not."""
     return not torch.compiler.is_compiling() and bool(attention_mask.all())
 
