@@ -35,6 +35,7 @@ def expected(model: str, inputs: str, implementation: str = "dense") -> Result:
     return run_one_device(build(model, implementation), INPUTS[inputs]())
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("inputs", ["plain", "one_row", "left", "right", "both_sides", "packed", "packed_rows"])
 @pytest.mark.parametrize("model", [model for model in MODELS if model not in WITHOUT_SDPA])
 def test_one_device_is_sdpa(model: str, inputs: str) -> None:
@@ -42,6 +43,7 @@ def test_one_device_is_sdpa(model: str, inputs: str) -> None:
     assert_equal_to_one_device(expected(model, inputs, "sdpa"), got, FLOAT64)
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_one_device(model: str, inputs: str) -> None:
@@ -62,12 +64,15 @@ QUICK = [
     ("mistral", "packed_odd", "ulysses"),
 ]
 
+# ops of a model that have nothing to do with attention
+WITHOUT_RULE = {"aten.slice_scatter.default", "aten.scatter.value"}
+
 
 @pytest.mark.parametrize(("model", "inputs", "strategy"), tiered(CASES, quick=QUICK))
 def test_on_ranks(model: str, inputs: str, strategy: str) -> None:
     (ranks,) = on_pretended_ranks(build(model, OURS), INPUTS[inputs](), [Asked(4, strategy)]).values()
     calls = [node for node in ranks.graphs[0].graph_module.graph.nodes if node.target is ATTENTION]
-    assert len(calls) == 2 and not ranks.context.result.fallbacks
+    assert len(calls) == 2 and {str(x.op) for x in ranks.context.result.fallbacks} <= WITHOUT_RULE
     for result in ranks.results():
         assert_equal_to_one_device(expected(model, inputs), result, FLOAT32_PARTS)
 
@@ -208,20 +213,22 @@ def packed_tokens() -> Inputs:
 
 
 def largest_of(model: nn.Module) -> int:
+    if any("experts" in name for name, _ in model.named_modules()):
+        model.set_experts_implementation("eager")  # others have weights for each token
     with Sizes() as sizes:
         model(**packed_tokens()).loss.backward()
     return sizes.largest
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("model", ["llama", "mistral", "deepseek_v3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("model", tiered(MODELS, quick=["mistral", "deepseek_v3", "gemma2", "gpt_oss"]))
 def test_no_square_on_one_device(model: str) -> None:
     assert largest_of(build(model, OURS, layers=1)) < TOKENS**2
     assert largest_of(build(model, "dense", layers=1)) >= TOKENS**2
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", tiered(STRATEGIES, quick=["ulysses", "ring"]))
 def test_no_square_on_ranks(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
 
@@ -244,7 +251,14 @@ def test_no_square_on_ranks(strategy: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     for name, steps in COMMUNICATING.items():
         monkeypatch.setitem(COMMUNICATING, name, watched(steps))
-    (ranks,) = on_pretended_ranks(build("mistral", OURS, layers=1), packed_tokens(), [Asked(2, strategy)]).values()
+    found += sizes_on_ranks(OURS, strategy)
+    assert len(found) > 2 or strategy in ("ulysses", "megatron")  # whose ranks need nothing from others in attention
+    assert 0 < max(found) < TOKENS**2
+
+
+def sizes_on_ranks(implementation: str, strategy: str) -> list[int]:
+    model = build("mistral", implementation, layers=1)
+    (ranks,) = on_pretended_ranks(model, packed_tokens(), [Asked(2, strategy)]).values()
 
     def run(graph: Any) -> int:
         with Sizes() as sizes:
@@ -252,16 +266,20 @@ def test_no_square_on_ranks(strategy: str, monkeypatch: pytest.MonkeyPatch) -> N
             loss.backward()
         return sizes.largest
 
-    found += ranks.run(run)
-    assert len(found) > 2 or strategy in ("ulysses", "megatron")
-    assert 0 < max(found) < TOKENS**2
+    return ranks.run(run)
+
+
+def test_a_square_on_ranks_is_seen() -> None:
+    assert max(sizes_on_ranks("sdpa", "ulysses")) >= TOKENS**2
 
 
 # ---- generation ----
 
 
-@pytest.mark.parametrize("cache_kind", [None, "static"])
-@pytest.mark.parametrize("model", ["llama", "mistral"])
+GENERATION = [("llama", None), ("llama", "static"), ("mistral", None), ("mistral", "static")]
+
+
+@pytest.mark.parametrize(("model", "cache_kind"), tiered(GENERATION, quick=GENERATION[3:]))
 def test_generation(model: str, cache_kind: str | None) -> None:
     """Prompts longer than the window, one of them padded at its left."""
     ids = INPUTS["plain"]()["input_ids"][:, : 2 * 16]
@@ -381,14 +399,9 @@ def test_a_model_that_computes_with_its_mask_is_told() -> None:
 
 
 def test_without_transformers_nothing_happens() -> None:
+    """Nor does the library import it, which is slow, by itself."""
     code = (
-        "import sys; sys.modules['transformers'] = None; import sptransform; "
+        "import sys, sptransform; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None; "
         "import sptransform.integrations.transformers as ours; assert ours.AttentionInterface is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_library_does_not_import_transformers() -> None:
-    subprocess.run(
-        [sys.executable, "-c", "import sptransform, sys; assert 'transformers' not in sys.modules"], check=True
-    )
