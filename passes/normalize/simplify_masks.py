@@ -12,6 +12,8 @@ after, causal attention needs no mask, and its kernels are faster::
 
 1. Conditions that hold everywhere are dropped; those of distances become bounds (``masks/visibility.py``).
 2. A mask whose operands all depend on inputs is left as it is, whatever the length.
+3. Other masks of symbolic lengths are an error, so that the length is fixed, if the strategy asks for masks to be read
+   (``reads_masks``), and are left as they are if not.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ class SimplifyMasks(Pass):
                 continue
             query, key = (dataflow.shape(x) for x in node.args[:2])
             if not isinstance(query[_LENGTH], int) or not isinstance(key[_LENGTH], int):
+                if not context.strategy.reads_masks:
+                    continue
                 raise SymbolicSizeError(f"the positions that the mask of %{node.name} compares are those of one length")
             leaves = [Leaf(x, from_the_right(len(dataflow.shape(x))), node) for x in (*rows, *columns)]
             constants = Constants(max(query[_LENGTH], key[_LENGTH]) * query[0])

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
 import sptransform.integrations.transformers  # noqa: F401 - registers it
@@ -22,6 +23,7 @@ from sptransform.ops.ring.kernels import reference
 from tests.integrations import dense
 from tests.integrations.cases import DOCUMENTS, ENDS, INPUTS, LENGTH, MODELS, WITHOUT_SDPA, build, positions
 from tests.support.equality import Result, assert_equal_to_one_device, run_one_device, worst_error
+from tests.support.gloo_pool import get_pool
 from tests.support.models import FLOAT32_PARTS, FLOAT64, Inputs
 from tests.support.rewritten import Asked, on_pretended_ranks
 from tests.support.tiers import tiered
@@ -349,6 +351,53 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is(dtype: torch.dtype) -> None
     torch.testing.assert_close(got, wanted, rtol=0, atol=FLOAT64)
 
 
+@pytest.mark.parametrize("num_queries", [1, 5, 8])
+@pytest.mark.parametrize("of_module", [True, False, None])
+@pytest.mark.parametrize("argument", [True, False, None])
+def test_without_a_mask(argument: bool | None, of_module: bool | None, num_queries: int) -> None:
+    """The argument counts, then the module, else it is causal; one query sees all. Keys may be more than queries."""
+    module = nn.Module()
+    if of_module is not None:
+        module.is_causal = of_module
+    query = torch.randn(2, 4, num_queries, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 8, 8, dtype=torch.float64)
+    module.num_key_value_groups = 2
+    wanted, _ = sdpa_attention_forward(module, query, key, value, None, is_causal=argument, scaling=0.3)
+    got, _ = attention(module, query, key, value, None, is_causal=argument, scaling=0.3)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=FLOAT64)
+
+
+def test_a_window_without_a_mask() -> None:
+    query, key, value = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64)
+    mask = position_mask(2, 8, 8, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 3))
+    by_mask, _ = attention(nn.Module(), query, key, value, mask)
+    by_argument, _ = attention(nn.Module(), query, key, value, None, sliding_window=3)
+    torch.testing.assert_close(by_argument, by_mask, rtol=0, atol=0)
+    assert not torch.allclose(by_argument, attention(nn.Module(), query, key, value, None, sliding_window=4)[0])
+
+
+def test_lengths_of_queries_and_keys() -> None:
+    """Cross attention of documents: each pair of lengths is a document."""
+    query, key, value = torch.randn(3, 1, 4, 12, 8, dtype=torch.float64)
+    ends = torch.tensor([0, 4, 8]), torch.tensor([0, 3, 12])
+    options = {"is_causal": False, "cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1]}
+    got, _ = attention(nn.Module(), query[:, :, :8], key, value, None, **options)
+    for queries, keys in ((slice(0, 4), slice(0, 3)), (slice(4, 8), slice(3, 12))):
+        parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        wanted = nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+        torch.testing.assert_close(got[:, queries], wanted, rtol=0, atol=FLOAT64)
+    with refused("causal attention of queries to another number of keys"):
+        attention(nn.Module(), query[:, :, :8], key, value, None, **options | {"is_causal": True})
+
+
+def test_dropout_is_passed_on() -> None:
+    query, key, value = torch.randn(3, 2, 4, 64, 8)
+    whole, _ = attention(nn.Module(), query, key, value, None)
+    assert attention(nn.Module(), query, key, value, None, dropout=1.0)[0].abs().max() == 0
+    drawn = torch.stack([attention(nn.Module(), query, key, value, None, dropout=0.2)[0] for _ in range(300)])
+    assert not torch.allclose(drawn[0], whole, atol=0.1) and torch.allclose(drawn.mean(0), whole, atol=0.5)
+
+
 # ---- what is refused ----
 
 
@@ -405,3 +454,45 @@ def test_without_transformers_nothing_happens() -> None:
         "import sptransform.integrations.transformers as ours; assert ours.AttentionInterface is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- real processes ----
+
+
+def run_lengths(rank: int, world_size: int, strategy: str, kind: str, lengths: list[int]) -> tuple[list[Result], int]:
+    """A parallelized model called with every length; its results, and how often it was compiled."""
+    from torch._dynamo.utils import counters
+
+    import sptransform
+
+    counters.clear()
+    model = sptransform.parallelize(build("llama", OURS, layers=1), strategy, backend="aot_eager")
+    results = []
+    for length in lengths:
+        model.zero_grad()
+        results.append(run_one_device(model, inputs_of_length(kind, length)))
+    return results, counters["stats"]["unique_graphs"]
+
+
+def inputs_of_length(kind: str, length: int) -> Inputs:
+    ids = torch.arange(2 * length).view(2, length) % 89
+    inputs = {"input_ids": ids, "labels": ids}
+    if kind == "packed":
+        return inputs | {"position_ids": positions([length // 3, length - length // 3])}
+    mask = (torch.arange(length) >= torch.tensor([[0], [length // 2]])).long()
+    return inputs | {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)} if kind == "padded" else inputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ulysses", "ring"])
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+def test_lengths_on_real_ranks(kind: str, strategy: str) -> None:
+    lengths = [32, 64, 48, 96]
+    for results, num_compiles in get_pool(2).run(run_lengths, strategy, kind, lengths, timeout=200):
+        # a ring's masks are read, so its length is fixed, unless the mask is all of the user's making
+        assert num_compiles <= (2 if strategy == "ulysses" or kind == "packed" else len(lengths))
+        for length, result in zip(lengths, results, strict=True):
+            model = build("llama", "dense", layers=1)
+            reference = run_one_device(model, inputs_of_length(kind, length))
+            assert_equal_to_one_device(reference, result, FLOAT32_PARTS)
