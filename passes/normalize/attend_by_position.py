@@ -13,11 +13,15 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
                                                  mask='%2 = eq.Tensor(%0, %1)', nearest=0)
     %out = getitem(%ring_attention, 0)
 
-1. Only if the strategy asks for it (``reads_masks``): queries are cut, and each rank sees all keys of its own queries.
+1. A strategy that cuts queries or keys (``reads_masks``) needs this of every attention. Others keep attention without a
+   mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it. Attention with a
+   softcap or sinks is no kernel's there: it becomes this always.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
-   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand.
-4. A mask that requires a gradient is refused: that gradient would have queries x keys entries.
+   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand; where queries
+   and keys are not cut it stays the mask that it is.
+4. A mask that requires a gradient is refused, or left where queries and keys are not cut: that gradient would have
+   queries x keys entries.
 5. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
@@ -36,14 +40,16 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
+from sptransform.masks.bands import Band, Bands, DerivedBands, MeasuredBands
+from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
 from sptransform.masks.emit import broadcast_view
-from sptransform.masks.expressions import Apply, Leaf, Places, program_of
+from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
-from sptransform.masks.visibility import Band, Visibility
-from sptransform.op_rules.attention import ATTENTION, mask_of
+from sptransform.masks.visibility import Visibility
+from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 from sptransform.op_rules.mask_ops import CONVERT
-from sptransform.sharding.sizes import SymbolicSizeError
+from sptransform.sharding.sizes import Size
 
 _LENGTH = 2
 
@@ -54,32 +60,61 @@ class AttendByPosition(Pass):
     ensures = frozenset({"functional"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if not context.strategy.reads_masks:
-            return
         nodes = [node for node in graph.nodes if node.target in ATTENTION and _has_rule(node, context)]
         # constants up to the size of one layer's queries are cheap to compute once
         largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
-        reader = _Reader(Regions(context.rules), Constants(largest))
+        forms = ClosedForms(context.rules)
+        reader = _Reader(Regions(context.rules), Constants(largest, forms), forms)
         for node in nodes:
-            call = op_call(node)
             mask = mask_of(node)
-            read = _Read() if mask is None else reader.read(node, mask)
-            band = read.band & Band(nearest=0) if call.argument("is_causal") else read.band
-            new = emit_like(
-                node,
-                torch.ops.sptransform.ring_attention.default,
-                *node.args[:3],
-                read.rows,
-                read.columns,
-                mask=read.program,
-                nearest=band.nearest,
-                farthest=band.farthest,
-                dropout_p=call.argument("dropout_p"),
-                scale=call.argument("scale"),
-            )
-            rename(new, "ring_attention")
-            succeed(node, emit_like(node, operator.getitem, new, 0))
+            is_learned = mask is not None and notes.note(mask).differentiable
+            if context.strategy.reads_masks or (_is_extended(node) and not is_learned):
+                read = _Read() if mask is None else reader.read(node, mask)
+                _by_position(node, read, _band(node, read))
+            elif mask is not None and not is_learned:
+                read = reader.read(node, mask)
+                band = _band(node, read)
+                if not read.program and band in (Band(), Band(nearest=0)):
+                    _without_mask(node, is_causal=band.nearest is not None)
+                elif not read.is_square:
+                    _by_position(node, read, band)
         graph.eliminate_dead_code()
+
+
+def _is_extended(node: fx.Node) -> bool:
+    """Whether the node is attention that fused kernels of torch have not."""
+    return softcap_of(node) != 0 or sinks_of(node) is not None
+
+
+def _band(node: fx.Node, read: _Read) -> Band:
+    return read.band & Band(nearest=0) if op_call(node).argument("is_causal") else read.band
+
+
+def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
+    call = op_call(node)
+    new = emit_like(
+        node,
+        torch.ops.sptransform.ring_attention.default,
+        *node.args[:3],
+        read.rows,
+        read.columns,
+        mask=read.program,
+        nearest=band.nearest,
+        farthest=band.farthest,
+        dropout_p=call.argument("dropout_p"),
+        scale=call.argument("scale"),
+        sinks=sinks_of(node),
+        softcap=softcap_of(node),
+        explicit=read.is_added and node.kwargs.get("explicit", False) and sinks_of(node) is None,
+    )
+    rename(new, "ring_attention")
+    succeed(node, emit_like(node, operator.getitem, new, 0))
+
+
+def _without_mask(node: fx.Node, is_causal: bool) -> None:
+    dropout_p = op_call(node).argument("dropout_p")
+    named = {key: x for key, x in node.kwargs.items() if key not in ("attn_mask", "dropout_p", "is_causal", "explicit")}
+    succeed(node, emit_like(node, node.target, *node.args[:3], None, dropout_p, is_causal, **named))
 
 
 def _has_rule(node: fx.Node, context: Context) -> bool:
@@ -96,12 +131,17 @@ def _num_entries(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """A mask as arguments of the op."""
+    """A mask as arguments of the op.
+
+    ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
+    """
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
     columns: list[fx.Node] = field(default_factory=list)
     band: Band = field(default_factory=Band)
+    is_added: bool = False
+    is_square: bool = False
 
 
 @dataclass
@@ -110,6 +150,7 @@ class _Reader:
 
     regions: Regions
     constants: Constants
+    forms: ClosedForms
     done: dict[object, _Read] = field(default_factory=dict)
     views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
 
@@ -124,22 +165,28 @@ class _Reader:
                 )
             )
         query, key = (dataflow.shape(x) for x in attention.args[:2])
-        if not all(isinstance(size, int) for size in (query[_LENGTH], key[_LENGTH], *dataflow.shape(mask))):
-            raise SymbolicSizeError(f"the positions that %{mask.name} compares are those of one length")
         cast = _cast_of(attention, mask)
         identity = (mask, query[_LENGTH], key[_LENGTH], cast)
         if identity not in self.done:
             expression = self.regions.expression(mask)
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
-            visible = Visibility(query[_LENGTH], key[_LENGTH], self.constants).of(expression)
+            sizes = query[_LENGTH], key[_LENGTH]
+            visible = Visibility(self.constants, self._bands(*sizes), sizes[0] == sizes[1]).of(expression)
             if visible.rest is None:
                 self.done[identity] = _Read(band=visible.band)
             else:
                 program, rows, columns = program_of(visible.rest)
                 operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
-                self.done[identity] = _Read(str(program), *operands, visible.band)
+                is_added = visible.rest.dtype != torch.bool
+                is_square = any(leaf.has(KEYS) for leaf in rows)
+                self.done[identity] = _Read(str(program), *operands, visible.band, is_added, is_square)
         return self.done[identity]
+
+    def _bands(self, num_queries: Size, num_keys: Size) -> Bands:
+        if isinstance(num_queries, int) and isinstance(num_keys, int):
+            return MeasuredBands(num_queries, num_keys, self.constants)
+        return DerivedBands(self.forms)
 
     def _view(self, leaf: Leaf) -> fx.Node:
         """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
