@@ -11,15 +11,14 @@ after, causal attention needs no mask, and its kernels are faster::
     %out = sptransform.ring_attention(%q, %k, %v, [], [], nearest=0)
 
 1. Conditions that hold everywhere are dropped; those of distances become bounds (``masks/visibility.py``).
-2. A mask whose operands all depend on inputs is left as it is, whatever the length.
-3. Other masks of symbolic lengths are an error, so that the length is fixed, if the strategy asks for masks to be read
-   (``reads_masks``), and are left as they are if not.
+2. What depends on an input stays, and the program is about it alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -30,12 +29,13 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call
 from sptransform.graph.edit import emit_like, succeed
+from sptransform.masks.bands import Band, bands_between
+from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
-from sptransform.masks.expressions import Apply, Expression, Leaf, from_the_right, program_of
-from sptransform.masks.visibility import Band, Visibility
+from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, from_the_right, program_of
+from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.attention import RING_ATTENTION
 from sptransform.ops.mask_program import MaskProgram, Ref, parse
-from sptransform.sharding.sizes import SymbolicSizeError
 
 _LENGTH = 2
 
@@ -46,21 +46,14 @@ class SimplifyMasks(Pass):
     ensures = frozenset({"functional"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        inputs = _depending_on_inputs(graph)
+        forms = ClosedForms(context.rules)
         nodes = [node for node in graph.nodes if node.target is RING_ATTENTION and node.kwargs.get("mask")]
         for node in nodes:
-            rows, columns = node.args[3:5]
-            if inputs.issuperset([*rows, *columns]):
-                continue
-            query, key = (dataflow.shape(x) for x in node.args[:2])
-            if not isinstance(query[_LENGTH], int) or not isinstance(key[_LENGTH], int):
-                if not context.strategy.reads_masks:
-                    continue
-                raise SymbolicSizeError(f"the positions that the mask of %{node.name} compares are those of one length")
-            leaves = [Leaf(x, from_the_right(len(dataflow.shape(x))), node) for x in (*rows, *columns)]
-            constants = Constants(max(query[_LENGTH], key[_LENGTH]) * query[0])
-            mask = _expression(parse(node.kwargs["mask"]), leaves)
-            visible = Visibility(query[_LENGTH], key[_LENGTH], constants).of(mask)
+            leaves = [Leaf(x, from_the_right(len(dataflow.shape(x))), node) for x in (*node.args[3], *node.args[4])]
+            query, key = (dataflow.shape(x)[_LENGTH] for x in node.args[:2])
+            constants = Constants(max(_num_entries(leaf) for leaf in leaves), forms)
+            visibility = Visibility(constants, bands_between(query, key, constants, forms), query == key)
+            visible = visibility.of(_expression(parse(node.kwargs["mask"]), leaves))
             program, rows, columns = ("", [], []) if visible.rest is None else program_of(visible.rest)
             call = op_call(node)
             band = Band(call.argument("nearest"), call.argument("farthest")) & visible.band
@@ -77,14 +70,11 @@ class SimplifyMasks(Pass):
         graph.eliminate_dead_code()
 
 
-def _depending_on_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes computed from what an input holds; that its sizes are read does not count."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tensor = bool(dataflow.values(node))
-        if is_tensor and (node.op == "placeholder" or any(x in found for x in dataflow.operands(node))):
-            found.add(node)
-    return found
+def _num_entries(leaf: Leaf) -> int:
+    """0 of a tensor that is no vector of queries or keys, or whose size is not known."""
+    shape = dataflow.shape(leaf.node)
+    is_known = all(isinstance(size, int) for size in shape)
+    return prod(shape) if is_known and not (leaf.has(QUERIES) and leaf.has(KEYS)) else 0
 
 
 def _expression(program: MaskProgram, operands: Sequence[Leaf]) -> Expression:

@@ -490,8 +490,7 @@ def inputs_of_length(kind: str, length: int) -> Inputs:
 def test_lengths_on_real_ranks(kind: str, strategy: str) -> None:
     lengths = [32, 64, 48, 96]
     for results, num_compiles in get_pool(2).run(run_lengths, strategy, kind, lengths, timeout=200):
-        # a ring's masks are read, so its length is fixed, unless the mask is all of the user's making
-        assert num_compiles <= (2 if strategy == "ulysses" or kind == "packed" else len(lengths))
+        assert num_compiles <= 2  # torch makes the length symbolic at its second value
         for length, result in zip(lengths, results, strict=True):
             model = build("llama", "dense", layers=1)
             reference = run_one_device(model, inputs_of_length(kind, length))

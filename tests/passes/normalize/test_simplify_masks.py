@@ -1,4 +1,4 @@
-"""What is known of a mask before it runs leaves the program of ring attention; the rest stays as the caller wrote it."""
+"""What is known of a mask before it runs leaves the program of ring attention; the rest stays as it was written."""
 
 from __future__ import annotations
 
