@@ -97,10 +97,13 @@ class Apply(Term):
 
 
 class Band(Term):
-    """True where ``nearest <= i - j <= farthest`` for the i-th query and the j-th key; None is no bound."""
+    """True where ``nearest <= i - j <= farthest`` for the i-th query and the j-th key; None is no bound.
 
-    def __init__(self, nearest: int | None = None, farthest: int | None = None) -> None:
-        self.nearest, self.farthest = nearest, farthest
+    ``in_documents``: so it is for tokens of one document, the only ones that the mask lets see each other.
+    """
+
+    def __init__(self, nearest: int | None = None, farthest: int | None = None, in_documents: bool = False) -> None:
+        self.nearest, self.farthest, self.in_documents = nearest, farthest, in_documents
 
 
 class Values(Term):
@@ -113,8 +116,7 @@ class Values(Term):
 class Position(Values):
     """The position of every query or key: ``shift`` + its index, or + what ``source`` [B, S] has at its index.
 
-    Only positions of one source are compared: where a source numbers the tokens of each document, their distance is
-    that of the indices. So it is for any two tokens that a mask of documents lets see each other.
+    A source numbers the tokens of each document, so within one the distance of positions is that of indices.
     """
 
     def __init__(self, tensor: Tensor, side: str, shift: int | Tensor, source: Tensor | None = None) -> None:
@@ -145,11 +147,11 @@ class Position(Values):
 class Distance(Term):
     """``sign * (i - j) + shift`` for the i-th query and the j-th key, or its absolute value."""
 
-    def __init__(self, sign: int, shift: int, absolute: bool = False) -> None:
-        self.sign, self.shift, self.absolute = sign, shift, absolute
+    def __init__(self, sign: int, shift: int, in_documents: bool, absolute: bool = False) -> None:
+        self.sign, self.shift, self.in_documents, self.absolute = sign, shift, in_documents, absolute
 
     def __abs__(self) -> Distance:
-        return Distance(self.sign, self.shift, True)
+        return Distance(self.sign, self.shift, self.in_documents, True)
 
 
 class Batch:
@@ -185,7 +187,16 @@ def read(
     query = Position(queries[None, None, :, None], QUERY, first_query)
     key = Position(keys[None, None, None, :], KEY, first_key)
     with Lookups():
-        return mask(Batch(), None, query, key)
+        visible = mask(Batch(), None, query, key)
+    if _measures_documents(visible) and not any(compares_queries(x) for x in conjuncts(visible)):
+        raise UnreadableMaskError  # what is compared are not positions in documents
+    return visible
+
+
+def _measures_documents(term: Term) -> bool:
+    if isinstance(term, All | Either):
+        return any(_measures_documents(part) for part in term.parts)
+    return isinstance(term, Band) and term.in_documents
 
 
 def same(of_queries: Tensor, of_keys: Tensor) -> Term:
@@ -253,7 +264,7 @@ def _distance(left: Position, right: Position) -> Distance | None:
         return None
     if not isinstance(left.shift, int) or not isinstance(right.shift, int):
         return None
-    return Distance(1 if left.side == QUERY else -1, left.shift - right.shift)
+    return Distance(1 if left.side == QUERY else -1, left.shift - right.shift, left.source is not None)
 
 
 def _bounded(op: str, distance: Distance, limit: int) -> Band:
@@ -264,9 +275,9 @@ def _bounded(op: str, distance: Distance, limit: int) -> Band:
         if distance.shift != 0 or op not in ("le", "lt"):
             raise UnreadableMaskError
         reach = limit if op == "le" else limit - 1
-        return Band(-reach, reach)
+        return Band(-reach, reach, distance.in_documents)
     limit = (limit - distance.shift) * distance.sign
     op = op if distance.sign > 0 else _REVERSED[op]
     if op in ("ge", "gt"):
-        return Band(nearest=limit + (op == "gt"))
-    return Band(farthest=limit - (op == "lt"))
+        return Band(limit + (op == "gt"), None, distance.in_documents)
+    return Band(None, limit - (op == "lt"), distance.in_documents)
