@@ -1,4 +1,5 @@
-"""Runs Dynamo's graph for tracing: inlines checkpointed regions, and refuses ops that a trace would lose."""
+"""Runs Dynamo's graph for tracing: inlines checkpointed regions and calls of attention kernels, and refuses ops that a
+trace would lose."""
 
 from __future__ import annotations
 
@@ -13,15 +14,16 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sptransform.capture.kernel_functions import KernelFunction, is_kernel_function
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.parameters.parts import full_tensor
 
 _regions = itertools.count(1)
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 # functorch transforms enter and leave a level of their own; the graph does not see what runs there
-_TRANSFORMS = {
-    getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")
-} | {fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")}
+_TRANSFORMS = {getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")} | {
+    fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")
+}
 
 
 class Inliner(fx.Interpreter):
@@ -53,6 +55,8 @@ class Inliner(fx.Interpreter):
             if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
                 self._policies[region] = _policy_of(contexts)
             return Inliner(body, self._policies).run(*operands)
+        if target is torch.ops.higher_order.autograd_function_apply and is_kernel_function(*args[:2]):
+            return KernelFunction(args[0]).run_function(*args[2:])
         if target is full_tensor:
             return args[0].tensor
         # torch's tracer would record these two calls but not run them; torch.autocast is recorded and also takes effect

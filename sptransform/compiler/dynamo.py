@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
+from sptransform.compiler.distinct_tensors import distinct_tensors
 from sptransform.diagnostics.errors import SPTransformError, UsageError, describe
 
 
@@ -89,7 +90,8 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             _is_capturing = before
 
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(
+        # one tensor as two arguments of a custom autograd.Function, as of flash-attn, is no reason to refuse it
+        with distinct_tensors(), torch._dynamo.config.patch(
             # a call of a logger would break the graph, and is no part of what the model computes
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
