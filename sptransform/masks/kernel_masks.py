@@ -57,7 +57,7 @@ def visible_in(call: KernelCall, num_queries: Size, num_keys: Size, node: fx.Nod
 
 def _ahead(num_queries: Size, num_keys: Size, ends: tuple[fx.Node, ...] | None) -> Size:
     """The position among keys of the first query; documents that are the same begin together."""
-    return num_keys - num_queries if ends is None else 0
+    return 0 if ends is not None or num_keys == num_queries else num_keys - num_queries
 
 
 def _slanted(slopes: fx.Node, distance: Expression, node: fx.Node) -> Expression:

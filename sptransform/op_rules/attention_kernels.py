@@ -147,7 +147,7 @@ def read_call(node: fx.Node) -> KernelCall:
     )
 
 
-# Functions and methods that, around a kernel in a custom autograd.Function, only move, pad or allocate entries
+# Functions and methods that, around a kernel in a custom autograd.Function, only move, pad, count or allocate entries
 AROUND_KERNELS = frozenset(
     {
         operator.getitem,
@@ -158,6 +158,7 @@ AROUND_KERNELS = frozenset(
         torch._C._set_grad_enabled,
         "contiguous",
         "detach",
+        "size",
         "split",
         "unbind",
     }
