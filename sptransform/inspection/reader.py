@@ -69,7 +69,11 @@ def _ring(node: fx.Node, sending: Sending) -> RingPass:
         layer=provenance.module_path(node),
         source_line=provenance.source_line(node),
         kernel=kernel_name(
-            query, value, masked=bool(node.kwargs.get("mask")), dropout_p=node.kwargs.get("dropout_p", 0.0)
+            query,
+            value,
+            masked=bool(node.kwargs.get("mask")),
+            dropout_p=node.kwargs.get("dropout_p", 0.0),
+            softcap=node.kwargs.get("softcap", 0.0),
         ),
         forward=sending.forward,
         backward=sending.backward,

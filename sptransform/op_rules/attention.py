@@ -11,7 +11,7 @@ from torch import Tensor, fx
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.rules.factors import dims_of
-from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn
+from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry, Sent
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import number
@@ -20,7 +20,8 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | None:
-    """Queries, heads and batch are independent; keys and the contracted head size stay whole.
+    """Queries, heads and batch are independent; keys and the contracted head size stay whole. Sinks, which come last,
+    are one a query head: where queries or the batch are cut, every rank has a summand of their gradient.
 
     With fewer key heads than query heads, query head ``i`` reads key head ``i // group``: the key heads a rank needs
     are the quotient of its query heads. None for layouts without a head dimension, for query heads that read key heads
@@ -32,6 +33,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     group = query[1] // key[1]
     if query[1] != key[1] * group or key[1] != value[1] or query[0] != call.result_shapes[0][0]:
         return None
+    sinks = _given(call, "sinks")
     if call.target is not aten.scaled_dot_product_attention.default:
         key_head_of = list(call.argument("key_head_of"))
         if key_head_of and key_head_of != [i // group for i in range(number(query[1]))]:
@@ -49,7 +51,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     roles = {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
     replicated = {"t", "m", "d", *more.pop("replicated", "")}
     return OpRule(
-        (*operands, *masks),
+        (*operands, *masks, *([] if sinks is None else [dims_of(call.operand_shapes[sinks], "h")])),
         tuple(dims_of(shape, text) for text, shape in zip(("bhse", "bhs", ""), call.result_shapes, strict=False)),
         sizes,
         replicated=frozenset(replicated & set(sizes)),
@@ -60,9 +62,19 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     )
 
 
+def _given(call: OpCall, name: str) -> int | None:
+    """Index of the operand called ``name``; None if the op has none, or was given none."""
+    return call.operand(name) if any(x.name == name for x in call.target._schema.arguments) else None
+
+
+def _mask_shapes(call: OpCall) -> tuple[Shape, ...]:
+    """Shapes of the mask, or of the operands of its program."""
+    return call.operand_shapes[3 : _given(call, "sinks")]
+
+
 def attention(call: OpCall) -> OpRule | None:
     """Attention with a mask that broadcasts to the scores. ``is_causal`` depends on positions: queries stay whole."""
-    masks = tuple(dims_of(shape, "bhst"[4 - len(shape) :]) for shape in call.operand_shapes[3:])
+    masks = tuple(dims_of(shape, "bhst"[4 - len(shape) :]) for shape in _mask_shapes(call))
     is_causal = call.argument("is_causal")
     return _attention(call, masks, replicated="s" if is_causal else "", is_causal=is_causal)
 
@@ -73,7 +85,7 @@ def ring_attention(call: OpCall) -> OpRule | None:
     The op applies masks by position and sends keys around the ring itself. Once it has a process group, its queries and
     keys are cut no further.
     """
-    shapes = call.operand_shapes[3:]
+    shapes = _mask_shapes(call)
     masks = tuple(dims_of(shape, "bhsm"[4 - len(shape) :]) for shape in shapes)
     # masks cover all keys, even if the op already has one rank's part of the keys
     lengths = [shape[-1] for shape in shapes if shape and shape[-1] != 1]
@@ -111,20 +123,19 @@ def _is_regular(heads: list[int]) -> bool:
 def _attention_local(call: OpCall, local: Local) -> Any:
     heads = _key_head_of(call, local)
     repeated = call.target is sp.attention.default
-    explicit = repeated and call.argument("explicit")
     dropout_p = call.argument("dropout_p")
     is_empty = 0 in local.result_shapes[0]
     if _is_regular(heads) and not repeated and dropout_p == 0.0 and not is_empty:
         return local.run(call)
-    query, key, value, *mask = local.operands
-    arguments = (query, key, value, mask[0] if mask else None, dropout_p, call.argument("is_causal"))
-    named = {
-        "scale": call.argument("scale"),
+    changed = {
         "key_head_of": [] if heads == list(range(len(heads))) else heads,
         "group_name": local.group if dropout_p else "",
-        "explicit": explicit,
     }
-    return local.emit(sp.attention.default, arguments, named)
+    if repeated:
+        return local.run(call, **changed)
+    mask = local.operands[3] if len(local.operands) > 3 else None
+    arguments = (*local.operands[:3], mask, dropout_p, call.argument("is_causal"))
+    return local.emit(sp.attention.default, arguments, {"scale": call.argument("scale"), **changed})
 
 
 def _ring_attention_local(call: OpCall, local: Local) -> Any:
@@ -158,6 +169,16 @@ ATTENTION = (aten.scaled_dot_product_attention.default, sp.attention.default)
 def mask_of(node: fx.Node) -> fx.Node | None:
     """The mask argument of a node whose target is in ``ATTENTION``."""
     return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def sinks_of(node: fx.Node) -> fx.Node | None:
+    """The sinks of a node whose target is in ``ATTENTION``."""
+    return node.args[6] if len(node.args) > 6 else node.kwargs.get("sinks")
+
+
+def softcap_of(node: fx.Node) -> float:
+    """The softcap of a node whose target is in ``ATTENTION``."""
+    return node.kwargs.get("softcap", 0.0)
 
 
 _ATTENTION = OpEntry(attention, _attention_local)

@@ -12,8 +12,8 @@ from sptransform.ops.library import composite
 
 
 @composite(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, *, "
-    "float? scale=None, int[] key_head_of=[], str group_name='', bool explicit=False) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
+    "Tensor? sinks=None, *, float? scale=None, float softcap=0.0, int[] key_head_of=[], str group_name='', bool explicit=False) -> Tensor"
 )
 def attention(
     query: Tensor,
@@ -22,8 +22,10 @@ def attention(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    sinks: Tensor | None = None,
     *,
     scale: float | None = None,
+    softcap: float = 0.0,
     key_head_of: list[int] = (),
     group_name: str = "",
     explicit: bool = False,
@@ -34,22 +36,33 @@ def attention(
     this rank's own mask. Fused kernels would draw the same mask on ranks with the same seed, so the probabilities are
     then computed explicitly; so they are with ``explicit``. A rank without heads runs no kernel: some kernels end the
     process on empty input.
+
+    With ``softcap``, scores are ``softcap * tanh(score / softcap)`` before the mask. ``sinks`` [H] are one more logit
+    for every query of a head, with no value. Fused kernels have neither. This is the definition of both, kept as the
+    form that passes match; ``AttendByPosition`` puts ``ring_attention`` in its place under every strategy where it can,
+    which is as exact and makes no tensor of queries x keys.
     """
     if key_head_of:
         key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
     if 0 in query.shape:
         return query @ key.transpose(-2, -1) @ value
+    explicit = explicit or softcap != 0.0 or sinks is not None
     if not explicit and (dropout_p == 0.0 or not group_name):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
+    if sinks is not None:
+        columns = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, columns], -1)
     # a fully masked row gives zeros, as in torch's op
-    probabilities = torch.ops.aten._safe_softmax(scores, -1)
+    probabilities = torch.ops.aten._safe_softmax(scores, -1)[..., : key.shape[2]]
     if dropout_p == 0.0 or not group_name:
         return functional.dropout(probabilities, dropout_p) @ value
     mask = torch.ops.sptransform.dropout_mask(probabilities, dropout_p, group_name)

@@ -60,6 +60,11 @@ CASES = [
     case(attention, *qkv(1, 9, 3, 2, 3), None, 0.0, False, key_head_of=[0, 0, 0, 1, 1, 1, 2, 2, 2]),
     case(attention, *qkv(2, 4, 1, 4, 5), randn(4, 5), 0.0, False, key_head_of=[0, 0, 0, 0]),
     case(attention, *qkv(2, 3, 3, 4, 5), None, 0.0, False, factors="b h s e"),
+    case(attention, *qkv(2, 4, 2, 5, 5), None, 0.0, True, randn(4), softcap=0.8, key_head_of=[0, 0, 1, 1]),
+    case(attention, *qkv(2, 6, 2, 4, 5), mask(4, 5), 0.0, False, randn(6), key_head_of=[0, 0, 0, 1, 1, 1]),
+    case(attention, *qkv(2, 3, 3, 4, 5), None, 0.0, False, softcap=0.8, factors="b h s e"),
+    case(attention, *qkv(2, 4, 4, 4, 4), None, _NEVER, False, randn(4), softcap=0.8, factors="b h s e"),
+    case(attention, *qkv(2, 1, 1, 4, 5), mask(2, 1, 4, 5), 0.0, False, randn(1), factors="b s e"),
     # keys that all batches share
     case(sdpa, randn(2, 2, 4, 3), randn(1, 2, 5, 3), randn(1, 2, 5, 3), factors="b h s e"),
     case(ring, *qkv(2, 4, 4, 5, 5), [], [], nearest=0, factors="b h s"),
@@ -84,9 +89,20 @@ CASES = [
     case(ring, *qkv(2, 4, 1, 4, 4), [mask(4, 4)], [booleans(4)], mask="%2 = logical_or(%0, %1)", factors="b h s"),
     case(ring, *qkv(1, 6, 3, 4, 4), [], [], nearest=0, key_head_of=[0, 0, 1, 1, 2, 2], factors="h s"),
     case(ring, *qkv(2, 3, 3, 1, 6), [], [booleans(2, 1, 1, 6)], mask="%0", factors="b h"),
+    case(ring, *qkv(2, 4, 2, 5, 5), [], [], randn(4), nearest=0, softcap=0.8, factors="b h s"),
+    case(ring, *qkv(1, 6, 3, 4, 4), [], [booleans(1, 1, 1, 4)], randn(6), mask="%0", factors="h s"),
+    case(ring, *qkv(2, 1, 1, 4, 5), [], [], sinks=randn(1), farthest=-1, factors="b s"),
+    case(ring, *qkv(2, 4, 4, 5, 5), [mask(2, 1, 5, 1)], [], mask="%0", softcap=0.8, factors="b h s"),
     # cut along queries before, and in a ring of two: along heads and batch only
     replace(
         case(ring, *qkv(2, 4, 2, 4, 8), [], [], nearest=0, queries="8/2z", group_name=OUTER, factors="b h"), outer=2
+    ),
+    replace(
+        case(
+            ring, *qkv(2, 4, 2, 4, 8), [], [], randn(4), nearest=0, softcap=0.8, queries="8/2z", group_name=OUTER,
+            factors="b h",
+        ),
+        outer=2,
     ),
     replace(
         case(

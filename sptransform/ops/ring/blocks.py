@@ -7,6 +7,8 @@ memory layout is ``[B, s, H, D]``, as in the kernels and in the surrounding mode
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,11 @@ from torch import Tensor
 from sptransform.ops.library import primitive
 from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
 from sptransform.ops.ring.kernels.table import choose
-from sptransform.ops.ring.merging import raise_sunk, sink, weigh
+from sptransform.ops.ring.merging import raise_sunk, sink, weigh, with_sinks
 
 _OPTIONS = (
-    "bool causal, *, float? scale=None, float dropout_p=0.0, Tensor? seed=None, int stream=0, int[] key_head_of=[]"
+    "bool causal, *, float? scale=None, float softcap=0.0, float dropout_p=0.0, Tensor? seed=None, int stream=0, "
+    "int[] key_head_of=[]"
 )
 
 
@@ -50,6 +53,7 @@ def attention_block(
     causal: bool,
     *,
     scale: float | None = None,
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
@@ -60,6 +64,7 @@ def attention_block(
     Args:
         mask: boolean (True is visible) or added to the scores; broadcasts to [B, H, s, t].
         causal: the n-th query sees the first n + 1 keys; then s == t, and no mask.
+        softcap: before the mask, scores are ``softcap * tanh(score / softcap)``; 0 is none.
         seed, stream: which random numbers dropout uses.
         key_head_of: query head i reads key head ``key_head_of[i]``; ``i // (H // K)`` where it is empty.
 
@@ -67,13 +72,13 @@ def attention_block(
         out [B, H, s, E]; lse [B, H, s], ``-inf`` where a row sees nothing. Dropout does not enter lse.
     """
     dtype = compute_dtype(query.dtype)
-    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p))
+    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p, softcap=softcap))
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
     bias = None if mask is None else _bias(mask, key.shape[2], dtype)
-    kept = _kept(query, key, dropout_p, seed, stream)
-    out, lse = kernel.forward(query, key, value, bias, causal, _scale(query, scale), *kept)
+    extra = _extra(softcap, dropout_p, seed, stream)
+    out, lse = kernel.forward(query, key, value, bias, causal, _scale(query, scale), **extra)
     if mask is not None:
         if mask.is_floating_point():
             lse = sink(lse, bias)
@@ -112,6 +117,7 @@ def attention_block_backward(
     causal: bool,
     *,
     scale: float | None = None,
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
@@ -123,7 +129,7 @@ def attention_block_backward(
     """
     dtype = compute_dtype(query.dtype)
     num_heads = key.shape[1]
-    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p))
+    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p, softcap=softcap))
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
@@ -133,8 +139,8 @@ def attention_block_backward(
         if mask.is_floating_point():
             grad, lse = raise_sunk(grad, lse, bias)
         lse = lse.masked_fill(lse == -math.inf, 0)  # makes all probabilities exp(-inf - 0) = 0
-    kept = _kept(query, key, dropout_p, seed, stream)
-    grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), *kept)
+    extra = _extra(softcap, dropout_p, seed, stream)
+    grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), **extra)
     grad_query, grad_key, grad_value = (lay_out(x, dtype) for x in grads)
     if heads is not None:
         grad_key, grad_value = (_sum_heads(x, heads, num_heads) for x in (grad_key, grad_value))
@@ -172,14 +178,27 @@ def _sees_nothing(mask: Tensor) -> Tensor:
     return ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
 
 
-def _kept(query: Tensor, key: Tensor, p: float, seed: Tensor | None, stream: int) -> tuple[Tensor, ...]:
-    """Dropout factors for the probabilities, 0 or 1 / (1 - p). Equal seeds and streams give equal factors."""
-    if p == 0:
-        return ()
-    generator = torch.Generator(device=query.device)
-    generator.manual_seed((int(seed.item()) + stream * 0x9E3779B97F4A7C15) % 2**63)
-    drawn = torch.rand((*query.shape[:3], key.shape[2]), device=query.device, generator=generator)
-    return ((drawn >= p).to(compute_dtype(query.dtype)) * (1 / (1 - p) if p < 1 else 0.0),)
+def _extra(softcap: float, p: float, seed: Tensor | None, stream: int) -> dict[str, Any]:
+    """The arguments that only kernels that serve the case have."""
+    extra: dict[str, Any] = {"softcap": softcap} if softcap else {}
+    if p > 0:
+        extra["kept"] = _dropout(p, int(seed.item()) + stream * 0x9E3779B97F4A7C15)
+    return extra
+
+
+def _dropout(p: float, state: int) -> Callable[[Tensor, int], Tensor]:
+    """A function of probabilities and their first row: dropout's factors for them, 0 or 1 / (1 - p).
+
+    Equal states, rows and shapes give equal factors.
+    """
+
+    def kept(probabilities: Tensor, start: int) -> Tensor:
+        generator = torch.Generator(device=probabilities.device)
+        generator.manual_seed((state + start * 0xBF58476D1CE4E5B9) % 2**63)
+        drawn = torch.rand(probabilities.shape, device=probabilities.device, generator=generator)
+        return (drawn >= p).to(probabilities.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+
+    return kept
 
 
 def _fake_seed(like: Tensor) -> Tensor:
@@ -225,26 +244,35 @@ def positions(bounds: list[int], device: torch.device) -> Tensor:
 
 
 @primitive(
-    "merge_block(Tensor out, Tensor lse, Tensor block_out, Tensor block_lse, int start, bool sinks) "
+    "merge_block(Tensor out, Tensor lse, Tensor block_out, Tensor block_lse, int start, bool may_sink) "
     "-> (Tensor, Tensor)",
-    fake=lambda out, lse, block_out, block_lse, start, sinks: (torch.empty_like(out), torch.empty_like(lse)),
+    fake=lambda out, lse, block_out, block_lse, start, may_sink: (torch.empty_like(out), torch.empty_like(lse)),
 )
 def merge_block(
-    out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, sinks: bool
+    out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, may_sink: bool
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` with a block merged into the rows from ``start`` on; see :mod:`merging`."""
     out, lse = out.clone(), lse.clone()
-    merge_block_(out, lse, block_out, block_lse, start, sinks)
+    merge_block_(out, lse, block_out, block_lse, start, may_sink)
     return out, lse
 
 
-def merge_block_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, sinks: bool) -> None:
+def merge_block_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, start: int, may_sink: bool) -> None:
     """:func:`merge_block` in place."""
     size = block_lse.shape[2]
     out, lse = out.narrow(2, start, size), lse.narrow(2, start, size)
-    weight, total = weigh(lse, block_lse, sinks)
+    weight, total = weigh(lse, block_lse, may_sink)
     out.lerp_(block_out, weight)
     lse.copy_(total)
+
+
+@primitive(
+    "merge_sinks(Tensor out, Tensor lse, Tensor sinks) -> (Tensor, Tensor)",
+    fake=lambda out, lse, sinks: (torch.empty_like(out), torch.empty_like(lse)),
+)
+def merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` over all keys with ``sinks`` [H] merged; see :mod:`merging`."""
+    return with_sinks(out, lse, sinks)
 
 
 @primitive(

@@ -39,12 +39,34 @@ def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     return grad * share[..., None].to(grad.dtype), torch.where(sunk, bias.amax(-1), lse)
 
 
-def weigh(lse: Tensor, block_lse: Tensor, sinks: bool) -> tuple[Tensor, Tensor]:
-    """The weight [B, H, s, 1] of a block in the merged result, and the lse over the keys of both."""
+def weigh(lse: Tensor, block_lse: Tensor, may_sink: bool) -> tuple[Tensor, Tensor]:
+    """The weight [B, H, s, 1] of a block in the merged result, and the lse over the keys of both.
+
+    ``may_sink``: the mask may leave sunk rows.
+    """
     weight = torch.sigmoid(block_lse - lse)
     total = torch.logaddexp(lse, block_lse)
-    if sinks:
+    if may_sink:
         both, added = is_sunk(lse) & is_sunk(block_lse), lse + block_lse
         weight, total = torch.where(both, block_lse / added, weight), torch.where(both, added, total)
     # NaN comes from -inf - -inf, where neither has seen a key
     return weight.nan_to_num(0.0).unsqueeze(-1), total
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` [B, H, s, E] and ``lse`` [B, H, s] over all keys, with one more logit a head, ``sinks`` [H], that has no
+    value.
+    """
+    sinks = sinks.to(lse.dtype)[:, None]
+    weight = torch.sigmoid(lse - sinks).nan_to_num(0.0)  # NaN as above
+    return out * weight.unsqueeze(-1), torch.logaddexp(lse, sinks)
+
+
+def grad_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """The gradient [H] of ``sinks``: ``grad`` and ``out`` [B, H, s, E] and ``lse`` [B, H, s] are those with sinks.
+
+    It holds with dropout, which is in ``out`` as it is in what the probabilities are multiplied by.
+    """
+    probabilities = (sinks.to(lse.dtype)[:, None] - lse).exp().nan_to_num(0.0)
+    grad_lse = (grad.to(lse.dtype) * out).sum(-1)
+    return -(probabilities * grad_lse).sum((0, 2)).to(sinks.dtype)

@@ -46,6 +46,7 @@ class RankView:
         farthest: int | None = None,
         dropout_p: float = 0.0,
         scale: float | None = None,
+        softcap: float = 0.0,
         key_head_of: Sequence[int] = (),
         queries: str = "",
         keys: str = "",
@@ -58,7 +59,7 @@ class RankView:
         self.rank, self.key, self.value = rank, key, value
         self.rows, self.columns, self.program = rows, columns, mask
         self.limits = nearest, farthest
-        self.options = {"scale": scale, "key_head_of": list(key_head_of)}
+        self.options = {"scale": scale, "softcap": softcap, "key_head_of": list(key_head_of)}
         if dropout_p > 0:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
         self.partition = _partition_of(keys, key)

@@ -35,6 +35,7 @@ def forward_steps(
     value: Tensor,
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
+    sinks: Tensor | None = None,
     *,
     sums: Sums = IN_PLACE,
     **options: Any,
@@ -53,6 +54,8 @@ def forward_steps(
         if not is_last:
             held = yield Wait(coming)
     out, lse = result or _nothing(query, value)
+    if sinks is not None:
+        out, lse = _sp.merge_sinks(out, lse, sinks)
     return lay_out(out, query.dtype), lse, seed
 
 
@@ -71,7 +74,10 @@ def backward_steps(
     sums: Sums = IN_PLACE,
     **options: Any,
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
-    """The steps of ``ring_attention_backward``: gradients of query, key and value."""
+    """The steps of ``ring_attention_backward``: gradients of query, key and value.
+
+    It knows nothing of sinks: they are in ``out`` and ``lse``, as the keys of other ranks are.
+    """
     view = RankView(rank, query, key, value, rows, columns, seed, **options)
     whole = (grad, out, lse)
     grad_query = returning = None
@@ -101,14 +107,14 @@ def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: 
     """Merge this step's block into ``result``, the (out, lse) of earlier steps or None."""
     key, value = _keys_at(view, step, held)
     for call, mask, options in view.calls(view.block_at(step)):
-        sinks = mask is not None and mask.is_floating_point()
+        may_sink = mask is not None and mask.is_floating_point()
         query = _part(view.query, call.q_start, call.q_stop)
         keys = [_part(x, call.k_start, call.k_stop) for x in (key, value)]
         found = _sp.attention_block(query, *keys, mask, call.kind == "causal", **options)
         if result is None and query.shape[2] == view.query.shape[2]:
             result = found
         else:
-            result = sums.merge(*(result or _nothing(view.query, value)), *found, call.q_start, sinks)
+            result = sums.merge(*(result or _nothing(view.query, value)), *found, call.q_start, may_sink)
     return result
 
 

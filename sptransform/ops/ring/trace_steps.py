@@ -28,7 +28,7 @@ def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, A
     Returns:
         A graph without in-place ops. Inputs are the call's tensors, in order; sizes and ranks are those of ``rank``.
     """
-    tensors, spec = pytree.tree_flatten(args)
+    tensors, spec = pytree.tree_flatten(tuple(x for x in args if x is not None))  # None, the last one: no sinks
     mode = detect_fake_mode(tensors) or FakeTensorMode()
     group = kwargs.get("group_name", "")
     c10d = torch.ops._c10d_functional

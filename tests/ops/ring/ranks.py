@@ -86,6 +86,7 @@ class Ring:
     columns: tuple[Tensor, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     circulates: bool = True
+    sinks: Tensor | None = None
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -103,7 +104,9 @@ class Ring:
     def forward(self, problem: Problem) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         steps = COMMUNICATING["ring_attention"]
         ranks = range(self.queries.num_ranks)
-        return perform_together({rank: steps(rank, *self.own(problem, rank), **self.keywords) for rank in ranks})
+        return perform_together(
+            {rank: steps(rank, *self.own(problem, rank), self.sinks, **self.keywords) for rank in ranks}
+        )
 
     def backward(self, problem: Problem, results: dict[int, tuple[Tensor, ...]]) -> dict[int, tuple[Tensor, ...]]:
         steps = COMMUNICATING["ring_attention_backward"]

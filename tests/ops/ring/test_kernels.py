@@ -143,6 +143,7 @@ def test_merge_of_nothing() -> None:
         (Case("cpu", torch.bfloat16, 80, 80, False, False), "CPU flash"),
         (Case("cpu", torch.float32, 8, 4, False, False), "PyTorch reference"),
         (Case("cpu", torch.float32, 8, 8, False, True), "PyTorch reference"),
+        (Case("cpu", torch.float32, 8, 8, False, False, softcap=True), "PyTorch reference"),
         (Case("cuda", torch.bfloat16, 64, 64, False, False), "CUDA flash"),
         (Case("cuda", torch.bfloat16, 192, 128, False, False), "cuDNN"),
         (Case("cuda", torch.bfloat16, 64, 64, True, False), "CUDA memory-efficient"),
@@ -150,6 +151,9 @@ def test_merge_of_nothing() -> None:
         (Case("cuda", torch.float64, 64, 64, False, False), "PyTorch reference"),
         (Case("cuda", torch.bfloat16, 12, 12, False, False), "PyTorch reference"),
         (Case("cuda", torch.bfloat16, 64, 64, False, True), "PyTorch reference"),
+        (Case("cuda", torch.bfloat16, 64, 64, False, False, softcap=True), "PyTorch reference"),
+        (Case("cuda", torch.float32, 64, 64, True, False, softcap=True), "PyTorch reference"),
+        (Case("cuda", torch.bfloat16, 192, 128, False, False, softcap=True), "PyTorch reference"),
     ],
     ids=str,
 )
@@ -163,6 +167,7 @@ def test_flash_attn_comes_first_where_installed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda, "has_flash_attn", lambda: True)
     monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "flash-attn"
+    assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False, softcap=True)).name == "flash-attn"
     monkeypatch.setattr(cuda, "_capability", lambda: (8, 0))
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "flash-attn"
     monkeypatch.setattr(cuda, "_capability", lambda: (7, 5))
@@ -187,9 +192,9 @@ class FlashAttnStandIn:
         return_softmax: bool,
     ) -> tuple[Tensor, Tensor, None, None]:
         assert (dropout_p, window_size_left, window_size_right) == (0.0, -1, 0 if causal else -1)
-        assert (softcap, alibi_slopes, return_softmax) == (0.0, None, False)
+        assert (alibi_slopes, return_softmax) == (None, False)
         assert all(x.stride(-1) == 1 for x in (q, k, v))
-        out, lse = OPEN.forward(*(x.transpose(1, 2) for x in (q, k, v)), None, causal, softmax_scale)
+        out, lse = OPEN.forward(*(x.transpose(1, 2) for x in (q, k, v)), None, causal, softmax_scale, softcap)
         return out.transpose(1, 2), lse, None, None
 
     @staticmethod
@@ -213,24 +218,27 @@ class FlashAttnStandIn:
         deterministic: bool,
     ) -> None:
         assert (dropout_p, window_size_left, window_size_right) == (0.0, -1, 0 if causal else -1)
-        assert (softcap, alibi_slopes, deterministic) == (0.0, None, False)
+        assert (alibi_slopes, deterministic) == (None, False)
         assert softmax_lse.is_contiguous() and all(x.stride(-1) == 1 for x in (dout, q, k, v, out))
         heads_first = (x.transpose(1, 2) for x in (dout, q, k, v))
-        grads = OPEN.backward(*heads_first, None, out.transpose(1, 2), softmax_lse, causal, softmax_scale)
+        grads = OPEN.backward(*heads_first, None, out.transpose(1, 2), softmax_lse, causal, softmax_scale, softcap)
         for x, grad in zip((dq, dk, dv), grads, strict=True):
             x.copy_(grad.transpose(1, 2))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_flash_attn_is_called_as_it_is_defined(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("causal", "softcap"), [(False, 0.0), (True, 0.0), (True, 0.7)])
+def test_flash_attn_is_called_as_it_is_defined(
+    causal: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", FlashAttnStandIn)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", FlashAttnStandIn)
     kernel = next(kernel for kernel in TABLE if kernel.name == "flash-attn")
     grad, query, key, value = (torch.randn(2, 4, 8, 6, dtype=torch.float64).mT for _ in range(4))
-    expected = OPEN.forward(query, key, value, None, causal, 0.3)
-    out, lse = kernel.forward(query, key, value, None, causal, 0.3)
-    grads = kernel.backward(grad, query, key, value, None, out, lse.mT.contiguous().mT, causal, 0.3)
-    true_grads = OPEN.backward(grad, query, key, value, None, *expected, causal, 0.3)
+    extra = {"softcap": softcap} if softcap else {}
+    expected = OPEN.forward(query, key, value, None, causal, 0.3, **extra)
+    out, lse = kernel.forward(query, key, value, None, causal, 0.3, **extra)
+    grads = kernel.backward(grad, query, key, value, None, out, lse.mT.contiguous().mT, causal, 0.3, **extra)
+    true_grads = OPEN.backward(grad, query, key, value, None, *expected, causal, 0.3, **extra)
     for x, y in zip((out, lse, *grads), (*expected, *true_grads), strict=True):
         torch.testing.assert_close(x, y)
 
@@ -238,6 +246,7 @@ def test_flash_attn_is_called_as_it_is_defined(causal: bool, monkeypatch: pytest
 def test_kernel_name() -> None:
     query, value = torch.empty(1, 2, 3, 8), torch.empty(1, 2, 3, 8)
     assert kernel_name(query, value, masked=True) == "CPU flash"
+    assert kernel_name(query, value, softcap=0.5) == OPEN.name
     assert kernel_name(query, value, dropout_p=0.5) == OPEN.name == TABLE[-1].name
 
 

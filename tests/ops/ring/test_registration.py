@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"nearest": 0, "farthest": 2},
     "mask": {"mask": "%2 = eq.Tensor(%0, %1)", "scale": 0.4},
     "heads": {"key_head_of": [1, 0, 0, 1]},
+    "softcap": {"nearest": 0, "softcap": 0.8},
 }
 
 
@@ -57,6 +58,21 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(sp.ring_attention_backward.default, arguments, options, **tolerances)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sinks_are_an_operand(dtype: torch.dtype) -> None:
+    """Their gradient comes in their own dtype."""
+    xs, sinks = inputs(4, batch=1, dim=2, dtype=dtype), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda *xs: sp.ring_attention(*xs[:3], [], [], xs[3], nearest=0)[0], [*xs, sinks])
+    tolerances = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(sp.ring_attention.default, (*xs, [], [], sinks), {"nearest": 0}, **tolerances)
+    out, *_ = sp.ring_attention(*xs, [], [], sinks=sinks)
+    (grad,) = torch.autograd.grad(out.sum(), [sinks], retain_graph=True)
+    assert grad.dtype == torch.float64 and grad.count_nonzero() == 4
+    out, *_ = sp.ring_attention(*xs, [], [], sinks.detach())
+    assert len(torch.autograd.grad(out.sum(), xs)) == 3
+
+
 def test_opcheck_of_the_parts() -> None:
     query, key, value = (x.detach() for x in inputs())
     mask = visible(6, 6, 0, 3)
@@ -68,6 +84,7 @@ def test_opcheck_of_the_parts() -> None:
         "attention_block_backward": [(out, query, key, value, mask, out, lse, False)],
         "band_mask": [(query, [0, 2, 5, 9], [3, 8], 0, 4), (query, [0, 6], [3, 8], None, None)],
         "merge_block": [(out, lse, out[:, :, :3], lse[:, :, :3], 2, True)],
+        "merge_sinks": [(out, lse, lse[0, :, 0])],
         "add_block": [(grads[0], grads[0][:, :, :2], 4)],
         "pack_block": [(key, value)],
         "add_to_message": [(message, grads[1][:, :, :3], grads[2][:, :, :3], 1)],

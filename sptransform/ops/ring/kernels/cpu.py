@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sptransform.ops.ring.kernels.interface import Grads, compute_dtype, rows_in_memory
+from sptransform.ops.ring.kernels.interface import Case, Grads, compute_dtype, rows_in_memory
 
 aten = torch.ops.aten
+
+
+def is_for_cpu(case: Case) -> bool:
+    return case.device == "cpu" and case.head_dim == case.value_dim and not case.dropout and not case.softcap
 
 
 def flash(

@@ -22,7 +22,7 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def is_plain(case: Case) -> bool:
-    """What the flash kernels and cuDNN require: a 16-bit dtype, head sizes in multiples of 16 bytes, no mask."""
+    """What the flash kernels and cuDNN require, softcap apart: a 16-bit dtype, head sizes in multiples of 16 bytes, no mask."""
     sizes = (case.head_dim, case.value_dim)
     fits = case.dtype in _SIXTEEN_BITS and all(size % 8 == 0 and 0 < size <= 256 for size in sizes)
     return case.device == "cuda" and fits and not case.masked and not case.dropout and _capability() >= (8, 0)
@@ -31,7 +31,7 @@ def is_plain(case: Case) -> bool:
 def is_efficient(case: Case) -> bool:
     unit = 16 // case.dtype.itemsize
     fits = case.dtype in (*_SIXTEEN_BITS, torch.float32) and case.head_dim % unit == 0 == case.value_dim % unit
-    return case.device == "cuda" and fits and not case.dropout
+    return case.device == "cuda" and fits and not case.dropout and not case.softcap
 
 
 @cache
@@ -51,7 +51,7 @@ def has_flash_attn() -> bool:
 
 
 def flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The package's tensors are [B, s, H, D]."""
     from flash_attn.flash_attn_interface import _flash_attn_forward
@@ -66,7 +66,7 @@ def flash_attn(
         causal=causal,
         window_size_left=-1,
         window_size_right=0 if causal else -1,
-        softcap=0.0,
+        softcap=softcap,
         alibi_slopes=None,
         return_softmax=False,
     )
@@ -83,6 +83,7 @@ def flash_attn_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    softcap: float = 0.0,
 ) -> Grads:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
@@ -101,7 +102,7 @@ def flash_attn_backward(
         causal=causal,
         window_size_left=-1,
         window_size_right=0 if causal else -1,
-        softcap=0.0,
+        softcap=softcap,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )

@@ -7,6 +7,10 @@ backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of 
   query head i reads key head ``i // (H // K)``.
 - bias: None, or a tensor added to the scores, ``-inf`` where a key is hidden; 4 dimensions that broadcast.
 - causal: only without bias and for s == t.
+- softcap, for kernels that serve it: a keyword argument, given if there is one. The scaled scores are
+  ``softcap * tanh(score / softcap)`` before the bias.
+- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)`` are
+  the factors of rows from ``start`` on, the same at every call.
 - lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing, ``out`` is any finite
   number and ``lse`` any number.
 - backward takes ``out`` and ``lse`` over all keys, also those of other blocks: the probabilities are
@@ -39,10 +43,12 @@ class Case:
     value_dim: int
     masked: bool
     dropout: bool
+    softcap: bool = False
 
     @staticmethod
-    def of(query: Tensor, value: Tensor, *, masked: bool, dropout_p: float) -> Case:
-        return Case(query.device.type, query.dtype, query.shape[-1], value.shape[-1], masked, dropout_p > 0)
+    def of(query: Tensor, value: Tensor, *, masked: bool, dropout_p: float, softcap: float) -> Case:
+        sizes = query.shape[-1], value.shape[-1]
+        return Case(query.device.type, query.dtype, *sizes, masked, dropout_p > 0, softcap != 0)
 
 
 @dataclass(frozen=True)

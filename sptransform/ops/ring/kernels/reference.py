@@ -1,25 +1,48 @@
-"""Block attention computed by its definition, which serves every case."""
+"""Block attention computed by its definition, which serves every case.
+
+It computes tiles of rows, so that no tensor has all queries and all keys.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from sptransform.ops.ring.kernels.interface import Grads, Kernel, compute_dtype
+from sptransform.ops.ring.plan import TILE
 
 aten = torch.ops.aten
 
+Kept = Callable[[Tensor, int], Tensor]
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """[B, H, s, t]."""
-    scores = grouped_rows(query, key) @ key.transpose(-2, -1) * scale
-    scores = scores.view(*query.shape[:3], key.shape[2])
+
+def _tiles(query: Tensor, key: Tensor, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """(first row, end of rows, end of the keys that they see)."""
+    for start in range(0, query.shape[2], TILE):
+        stop = min(start + TILE, query.shape[2])
+        yield start, stop, stop if causal else key.shape[2]
+
+
+def _capped(query: Tensor, key: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """The scores [B, H, s, t] before any mask, and what a softcap multiplies their gradient by."""
+    scores = (grouped_rows(query, key) @ key.transpose(-2, -1) * scale).view(*query.shape[:3], key.shape[2])
+    if not softcap:
+        return scores, None
+    bounded = torch.tanh(scores / softcap)
+    return bounded * softcap, 1 - bounded.square()
+
+
+def _masked(scores: Tensor, bias: Tensor | None, causal: bool, start: int) -> Tensor:
+    """``scores`` of the rows from ``start`` on."""
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(start + 1)
         scores = scores.masked_fill(hidden, -math.inf)
-    return scores if bias is None else scores + bias
+    if bias is None:
+        return scores
+    return scores + (bias if bias.shape[2] == 1 else bias.narrow(2, start, scores.shape[2]))
 
 
 def grouped_rows(x: Tensor, key: Tensor) -> Tensor:
@@ -34,15 +57,22 @@ def _open(
     bias: Tensor | None,
     causal: bool,
     scale: float,
-    kept: Tensor | None = None,
+    softcap: float = 0.0,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. ``kept`` is dropout: a factor for each probability."""
+    """The definition."""
     query, key, value = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
-    scores = _scores(query, key, bias, causal, scale)
-    probabilities = aten._safe_softmax(scores, -1)  # zeros where a row sees nothing
-    if kept is not None:
-        probabilities = probabilities * kept
-    return (grouped_rows(probabilities, key) @ value).view(*query.shape[:3], -1), scores.logsumexp(-1)
+    outs, lses = [], []
+    for start, stop, end in _tiles(query, key, causal):
+        seen, values = key[:, :, :end], value[:, :, :end]
+        scores, _ = _capped(query[:, :, start:stop], seen, scale, softcap)
+        scores = _masked(scores, bias, causal, start)
+        probabilities = aten._safe_softmax(scores, -1)  # zeros where a row sees nothing
+        if kept is not None:
+            probabilities = probabilities * kept(probabilities, start)
+        outs.append((grouped_rows(probabilities, key) @ values).view(*scores.shape[:3], -1))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 def _open_backward(
@@ -55,22 +85,31 @@ def _open_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-    kept: Tensor | None = None,
+    softcap: float = 0.0,
+    kept: Kept | None = None,
 ) -> Grads:
     grad, query, key, value, out = (x.to(compute_dtype(x.dtype)) for x in (grad, query, key, value, out))
-    probabilities = (_scores(query, key, bias, causal, scale) - lse[..., None]).exp()
-    grad_rows = grouped_rows(grad, key)
-    grad_probabilities = (grad_rows @ value.transpose(-2, -1)).view_as(probabilities)
-    dropped = probabilities
-    if kept is not None:
-        dropped, grad_probabilities = probabilities * kept, grad_probabilities * kept
     # sum_j p_ij dp_ij over all keys of the row, also those of other blocks (FlashAttention, equation 4)
     whole = (grad * out).sum(-1, keepdim=True)
-    grad_scores = grouped_rows(probabilities * (grad_probabilities - whole) * scale, key)
-    grad_query = (grad_scores @ key).view_as(query)
-    grad_key = grad_scores.transpose(-2, -1) @ grouped_rows(query, key)
-    grad_value = grouped_rows(dropped, key).transpose(-2, -1) @ grad_rows
-    return grad_query, grad_key, grad_value
+    grads_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
+    for start, stop, end in _tiles(query, key, causal):
+        queries, seen, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
+        scores, slope = _capped(queries, seen, scale, softcap)
+        probabilities = (_masked(scores, bias, causal, start) - lse[:, :, start:stop, None]).exp()
+        grad_rows = grouped_rows(grad[:, :, start:stop], key)
+        grad_probabilities = (grad_rows @ values.transpose(-2, -1)).view_as(probabilities)
+        dropped = probabilities
+        if kept is not None:
+            factors = kept(probabilities, start)
+            dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
+        grad_scores = probabilities * (grad_probabilities - whole[:, :, start:stop]) * scale
+        if slope is not None:
+            grad_scores = grad_scores * slope
+        grad_scores = grouped_rows(grad_scores, key)
+        grads_query.append((grad_scores @ seen).view_as(queries))
+        grad_key[:, :, :end] += grad_scores.transpose(-2, -1) @ grouped_rows(queries, key)
+        grad_value[:, :, :end] += grouped_rows(dropped, key).transpose(-2, -1) @ grad_rows
+    return torch.cat(grads_query, 2), grad_key, grad_value
 
 
 OPEN = Kernel("PyTorch reference", lambda case: True, _open, _open_backward)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from sptransform.ops.ring.kernels import cuda
-from sptransform.ops.ring.kernels.cpu import flash, flash_backward
+from sptransform.ops.ring.kernels.cpu import flash, flash_backward, is_for_cpu
 from sptransform.ops.ring.kernels.interface import Case, Kernel
 from sptransform.ops.ring.kernels.reference import OPEN
 
 TABLE = (
     Kernel(
         "CPU flash",
-        lambda case: case.device == "cpu" and case.head_dim == case.value_dim and not case.dropout,
+        is_for_cpu,
         flash,
         flash_backward,
     ),
@@ -24,13 +24,13 @@ TABLE = (
     ),
     Kernel(
         "CUDA flash",
-        lambda case: cuda.is_plain(case) and case.head_dim == case.value_dim,
+        lambda case: cuda.is_plain(case) and case.head_dim == case.value_dim and not case.softcap,
         cuda.flash,
         cuda.flash_backward,
     ),
     Kernel(
         "cuDNN",
-        lambda case: cuda.is_plain(case) and case.head_dim <= 192 and case.value_dim <= 128,
+        lambda case: cuda.is_plain(case) and case.head_dim <= 192 and case.value_dim <= 128 and not case.softcap,
         cuda.cudnn,
         cuda.cudnn_backward,
         grouped=False,
@@ -50,9 +50,9 @@ def choose(case: Case) -> Kernel:
     return next(kernel for kernel in TABLE if kernel.serves(case))
 
 
-def kernel_name(query: Tensor, value: Tensor, *, masked: bool = False, dropout_p: float = 0.0) -> str:
+def kernel_name(query: Tensor, value: Tensor, *, masked: bool = False, dropout_p: float = 0.0, softcap: float = 0.0) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
     ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window.
     """
-    return choose(Case.of(query, value, masked=masked, dropout_p=dropout_p)).name
+    return choose(Case.of(query, value, masked=masked, dropout_p=dropout_p, softcap=softcap)).name
