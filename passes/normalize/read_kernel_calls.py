@@ -14,9 +14,9 @@ after, with tensors that have one number a token::
 
 1. ``op_rules/attention_kernels.py`` says which ops are kernels, and what their arguments mean.
 2. Without a mask, or with a causal one over as many queries as keys, it is ``scaled_dot_product_attention``.
-3. Any other mask becomes bounds and a program, see ``masks/kernel_masks.py``, under every strategy.
+3. A cap on the scores is an argument. Any other mask becomes bounds and a program, see ``masks/kernel_masks.py``, under every strategy.
 4. A call is refused if something reads more of it than the attended values, or if it asks for what attention here does
-   not know: paged or quantized keys, soft capping.
+   not know: paged or quantized keys.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _attended(call: KernelCall, node: fx.Node, documents: Documents) -> fx.Node:
     is_packed = call.documents is not None
     query, key, value = (_heads_first(x, is_packed, node) for x in (call.query, call.key, call.value))
     num_queries, num_keys = dataflow.shape(query)[2], dataflow.shape(key)[2]
-    is_plain = not is_packed and call.slopes is None and call.before is None
+    is_plain = not is_packed and call.slopes is None and call.before is None and not call.softcap
     is_square = call.after is None or (call.after == 0 and num_queries == num_keys)
     if is_plain and is_square:
         is_grouped = dataflow.shape(query)[1] != dataflow.shape(key)[1]
@@ -108,6 +108,7 @@ def _attended_by_position(call: KernelCall, tensors: tuple[fx.Node, ...], visibl
         farthest=visible.band.farthest,
         dropout_p=call.dropout_p,
         scale=call.scale,
+        softcap=call.softcap,
     )
     rename(new, "ring_attention")
     return emit_like(node, operator.getitem, new, 0)
@@ -132,9 +133,6 @@ def _check(call: KernelCall, node: fx.Node) -> None:
     for name, given in call.refused.items():
         _refuse(node, "an attention kernel is asked for what attention over shards does not know",
                 f"{name}={given}", f"the call without {name}")  # fmt: skip
-    if call.softcap:
-        _refuse(node, "an attention kernel caps its scores, which attention over shards does not know",
-                f"softcap={call.softcap}", "softcap=0.0")  # fmt: skip
     slopes = () if call.slopes is None else dataflow.shape(call.slopes)
     if call.documents is not None and len(slopes) > 1:
         _refuse(node, "documents packed into one sequence have slopes of their own",

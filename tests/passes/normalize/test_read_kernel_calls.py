@@ -5,6 +5,7 @@ The kernels are stand-ins, see `tests/support/flash_attn_stand_in.py`: the same 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+import sptransform
+from sptransform import UsageError
+from sptransform.diagnostics.errors import CaptureError
 from sptransform.graph.printer import text
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
 from tests.support.equality import Result, assert_equal_to_one_device, run_one_device, worst_error
@@ -26,6 +30,7 @@ from tests.support.golden import Golden
 from tests.support.graphs import after, nodes_of
 from tests.support.models import FLOAT64
 from tests.support.rewritten import Asked, on_pretended_ranks
+from tests.support.tiers import tiered
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 BATCH, LENGTH, OTHER_LENGTH, HEADS, KEY_HEADS, WIDTH = 2, 12, 18, 4, 2, 3
@@ -104,14 +109,24 @@ def slanted_by_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v, window_size=(5, 5), alibi_slopes=slopes)
 
 
-DENSE: list[Attend] = [full, causal, window, earlier, later, slanted, slanted_by_sequence]
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flash_attn_func(q, k, v, softcap=0.5)
 
 
-@pytest.mark.parametrize("attend", DENSE, ids=lambda attend: attend.__name__)
+def all_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = torch.tensor([0.5, 0.25, 0.125, 1.0])
+    return flash_attn_func(q, k, v, causal=True, window_size=(6, -1), softcap=0.5, alibi_slopes=slopes)
+
+
+DENSE: list[Attend] = [full, causal, window, earlier, later, slanted, slanted_by_sequence, capped, all_at_once]
+
+
+@pytest.mark.parametrize("attend", tiered(DENSE, quick=[causal, all_at_once]), ids=lambda attend: attend.__name__)
 def test_a_call_is_exact(attend: Attend) -> None:
     assert_exact(Model(attend), {"x": tokens()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", DENSE, ids=lambda attend: attend.__name__)
 @pytest.mark.parametrize("lengths", [(LENGTH, OTHER_LENGTH), (OTHER_LENGTH, LENGTH)])
 def test_masks_are_aligned_at_the_last_token(attend: Attend, lengths: tuple[int, int]) -> None:
@@ -173,10 +188,12 @@ PACKED: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"window_size": (2, 1)},
     "earlier": {"causal": True, "window_size": (2, 0), "softmax_scale": 0.7},
+    "capped": {"causal": True, "softcap": 0.5},
     "slanted": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0])},
 }
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("mask", PACKED)
 @pytest.mark.parametrize("name", ENDS)
 def test_documents_are_exact(name: str, mask: str) -> None:
@@ -188,6 +205,7 @@ def test_documents_are_exact(name: str, mask: str) -> None:
 OTHER_ENDS = {"inside": [0, 7, 9, 18], "empty": [0, 2, 6, 6, 13], "rest": [0, 9, 11]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", PACKED)
 @pytest.mark.parametrize("name", OTHER_ENDS)
 def test_documents_of_queries_and_of_keys_are_exact(name: str, mask: str) -> None:
@@ -212,6 +230,7 @@ def test_the_comparison_sees_a_document() -> None:
     assert worst_error(reference, ranks.results()[0])[1] > 1e-3
 
 
+@pytest.mark.covering(ways=1)
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("name", ["inside", "rest"])
 def test_torchs_own_function_is_exact(name: str, window: tuple[int, int]) -> None:
@@ -242,3 +261,80 @@ def test_two_layers_share_their_documents(golden: Golden) -> None:
     nodes = list(gm.graph.nodes)
     (first, _) = nodes_of(gm, sp.ring_attention.default)
     golden.check("read_kernel_calls", after=text(nodes[nodes.index(first) - 15 : nodes.index(first) + 4]))
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out, logsumexp, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    return out * logsumexp.transpose(1, 2).unsqueeze(-1)
+
+
+def probabilities_unread(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[0]
+
+
+def paged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    pages = torch.zeros(2, 1, dtype=torch.int32)
+    return flash_attn_varlen_func(q, k, v, ends, ends, LENGTH, LENGTH, block_table=pages)
+
+
+def slopes_of_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    return flash_attn_varlen_func(q, k, v, ends, ends, LENGTH, LENGTH, alibi_slopes=torch.rand(2, HEADS))
+
+
+class WithoutKeyGradients(torch.autograd.Function):
+    """flash-attn's kernels in a function whose gradient is not that of attention."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse, _, state = torch.ops.flash_attn._flash_attn_forward(
+            q, k, v, 0.0, 1.0, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            return_softmax=False,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse, state)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, state = ctx.saved_tensors
+        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
+        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
+        return results[0], None, results[2]
+
+
+class WithScaledGradients(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, state = ctx.saved_tensors
+        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
+        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
+        return results[0], results[1] * 0.5, results[2]
+
+
+@pytest.mark.parametrize("attend", [probabilities, paged, slopes_of_documents], ids=lambda attend: attend.__name__)
+def test_refused_by_name(golden: Golden, attend: Attend) -> None:
+    model = Model(attend, is_packed=attend is not probabilities)
+    with pytest.raises(UsageError) as caught:
+        sptransform.rewrite(model, "ulysses", {"x": tokens(batch=1)}, world_size=2)
+    golden.check(f"kernel_calls_{attend.__name__}", message=without_lines(str(caught.value)))
+
+
+def test_what_is_returned_and_not_read_is_no_matter() -> None:
+    assert_exact(Model(probabilities_unread), {"x": tokens()})
+
+
+@pytest.mark.parametrize("function", [WithoutKeyGradients, WithScaledGradients])
+def test_another_gradient_is_refused(function: type[torch.autograd.Function]) -> None:
+    with pytest.raises(CaptureError, match="the graph cannot show what this does to gradients"):
+        sptransform.rewrite(Model(function.apply), "ulysses", {"x": tokens()}, world_size=2)
+
+
+def without_lines(message: str) -> str:
+    """The message without where in this checkout the user's line is."""
+    return re.sub(r"  in: .*?/tests/(\S+?):\d+:", r"  in: tests/\1:", message)
