@@ -19,6 +19,7 @@ from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
+from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
 from sptransform.passes.normalize.split_biases import SplitBiases
 from sptransform.passes.normalize.split_cross_entropy import SplitCrossEntropy
@@ -29,6 +30,7 @@ from sptransform.passes.normalize.unrepeat_key_heads import UnrepeatKeyHeads
 NORMALIZE: tuple[Pass, ...] = (
     DropEmptyPieces(),
     ReadKernelCalls(),  # before the passes that match the model's own attention op
+    ReadScoreMasks(),
     RecognizeAttention(),  # before the passes that match the model's own attention op
     UnrepeatKeyHeads(),  # before placing: attention must not demand repeated heads
     CastAttentionInputs(),  # after UnrepeatKeyHeads, to cast the unrepeated keys

@@ -24,26 +24,22 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import fx
 
-from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph import dataflow, notes
+from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.constants import Constants
-from sptransform.masks.emit import broadcast_view
-from sptransform.masks.expressions import Apply, Leaf, Places, program_of
+from sptransform.masks.reader import MaskRead, MaskReader, cast_of
 from sptransform.masks.region import Regions
-from sptransform.masks.visibility import Band, Visibility
+from sptransform.masks.visibility import Band
 from sptransform.op_rules.attention import ATTENTION, mask_of
-from sptransform.op_rules.mask_ops import CONVERT
-from sptransform.sharding.sizes import SymbolicSizeError
 
 _LENGTH = 2
 
@@ -59,11 +55,11 @@ class AttendByPosition(Pass):
         nodes = [node for node in graph.nodes if node.target in ATTENTION and _has_rule(node, context)]
         # constants up to the size of one layer's queries are cheap to compute once
         largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
-        reader = _Reader(Regions(context.rules), Constants(largest))
+        reader = MaskReader(Regions(context.rules), Constants(largest))
         for node in nodes:
             call = op_call(node)
             mask = mask_of(node)
-            read = _Read() if mask is None else reader.read(node, mask)
+            read = MaskRead() if mask is None else reader.read(node, mask, cast_of(node, mask))
             band = read.band & Band(nearest=0) if call.argument("is_causal") else read.band
             new = emit_like(
                 node,
@@ -92,74 +88,3 @@ def _has_rule(node: fx.Node, context: Context) -> bool:
 
 def _num_entries(node: fx.Node) -> int:
     return prod(size for size in dataflow.shape(node) if isinstance(size, int))
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A mask as arguments of the op."""
-
-    program: str = ""
-    rows: list[fx.Node] = field(default_factory=list)
-    columns: list[fx.Node] = field(default_factory=list)
-    band: Band = field(default_factory=Band)
-
-
-@dataclass
-class _Reader:
-    """Reads each mask once, even if all layers use it."""
-
-    regions: Regions
-    constants: Constants
-    done: dict[object, _Read] = field(default_factory=dict)
-    views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
-
-    def read(self, attention: fx.Node, mask: fx.Node) -> _Read:
-        if notes.note(mask).differentiable:
-            raise UsageError(
-                describe(
-                    "attention masks computed block by block have no gradient",
-                    node=attention,
-                    found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
-                    fix="strategy='ulysses', or a mask without gradients: mask.detach()",
-                )
-            )
-        query, key = (dataflow.shape(x) for x in attention.args[:2])
-        if not all(isinstance(size, int) for size in (query[_LENGTH], key[_LENGTH], *dataflow.shape(mask))):
-            raise SymbolicSizeError(f"the positions that %{mask.name} compares are those of one length")
-        cast = _cast_of(attention, mask)
-        identity = (mask, query[_LENGTH], key[_LENGTH], cast)
-        if identity not in self.done:
-            expression = self.regions.expression(mask)
-            if cast is not None:
-                expression = Apply(CONVERT, (expression, cast), {}, cast)
-            visible = Visibility(query[_LENGTH], key[_LENGTH], self.constants).of(expression)
-            if visible.rest is None:
-                self.done[identity] = _Read(band=visible.band)
-            else:
-                program, rows, columns = program_of(visible.rest)
-                operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
-                self.done[identity] = _Read(str(program), *operands, visible.band)
-        return self.done[identity]
-
-    def _view(self, leaf: Leaf) -> fx.Node:
-        """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
-        key = (leaf.node, leaf.places)
-        if key not in self.views:
-            view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
-            if notes.note(view).differentiable:  # the mask itself is not: it compares, or was detached later
-                view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
-                notes.note(view).differentiable = False
-            self.views[key] = view
-        return self.views[key]
-
-
-def _cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
-    """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
-    value = dataflow.value(mask)
-    if not value.dtype.is_floating_point or value.dtype == torch.float64:
-        return None
-    with notes.region_of(attention).autocast():
-        if not torch.is_autocast_enabled(value.device.type):
-            return None
-        dtype = torch.get_autocast_dtype(value.device.type)
-    return dtype if dtype != value.dtype else None

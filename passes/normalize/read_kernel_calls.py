@@ -14,7 +14,8 @@ after, with tensors that have one number a token::
 
 1. ``op_rules/attention_kernels.py`` says which ops are kernels, and what their arguments mean.
 2. Without a mask, or with a causal one over as many queries as keys, it is ``scaled_dot_product_attention``.
-3. A cap on the scores is an argument. Any other mask becomes bounds and a program, see ``masks/kernel_masks.py``, under every strategy.
+3. A cap on the scores is an argument. Any other mask becomes bounds and a program, see ``masks/kernel_masks.py``, under
+   every strategy.
 4. A call is refused if something reads more of it than the attended values, or if it asks for what attention here does
    not know: paged or quantized keys.
 """

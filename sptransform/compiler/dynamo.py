@@ -72,7 +72,8 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
         global _is_capturing
         before, _is_capturing = _is_capturing, True
         try:
-            return in_configuration(*args, **kwargs)
+            with distinct_tensors():
+                return in_configuration(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
@@ -90,8 +91,7 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             _is_capturing = before
 
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
-        # one tensor as two arguments of a custom autograd.Function, as of flash-attn, is no reason to refuse it
-        with distinct_tensors(), torch._dynamo.config.patch(
+        with torch._dynamo.config.patch(
             # a call of a logger would break the graph, and is no part of what the model computes
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sptransform.ops.mask_program import is_elementwise
 from sptransform.rules.rule import OpCall
 
 aten = torch.ops.aten
@@ -117,3 +118,13 @@ DROPOUT: dict[Any, Callable[[OpCall], float]] = {
 
 # Contractions of their last two operands, added to the first: ``beta * first + alpha * product``
 BIASED = frozenset({aten.baddbmm.default})
+
+
+def is_pointwise_function(name: str) -> bool:
+    """Whether a function or method of this name computes each entry of its result from its operands' entries there.
+
+    Those that read only shapes, as ``new_ones``, count where they make a scalar.
+    """
+    packet = getattr(aten, name, None)
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return any(is_elementwise(overload) or overload in LIKE or overload in RETYPED for overload in overloads)

@@ -1,0 +1,97 @@
+"""Reads a mask of attention as bounds on distances and a program, the arguments of ring attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import emit_like
+from sptransform.masks.constants import Constants
+from sptransform.masks.emit import broadcast_view
+from sptransform.masks.expressions import Apply, Leaf, Places, program_of
+from sptransform.masks.region import Regions
+from sptransform.masks.visibility import Band, Visibility
+from sptransform.op_rules.mask_ops import CONVERT
+from sptransform.sharding.sizes import SymbolicSizeError
+
+_LENGTH = 2
+
+
+@dataclass(frozen=True)
+class MaskRead:
+    """A mask as arguments of the op."""
+
+    program: str = ""
+    rows: list[fx.Node] = field(default_factory=list)
+    columns: list[fx.Node] = field(default_factory=list)
+    band: Band = field(default_factory=Band)
+
+
+@dataclass
+class MaskReader:
+    """Reads each mask once, even if all layers use it."""
+
+    regions: Regions
+    constants: Constants
+    done: dict[object, MaskRead] = field(default_factory=dict)
+    views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
+
+    def read(self, attention: fx.Node, mask: fx.Node, cast: torch.dtype | None = None) -> MaskRead:
+        """The mask of ``attention``, whose op casts it to ``cast``.
+
+        Raises:
+            UsageError: the mask has a gradient.
+            SymbolicSizeError: the lengths of the attention are open.
+        """
+        if notes.note(mask).differentiable:
+            raise UsageError(
+                describe(
+                    "attention masks computed block by block have no gradient",
+                    node=attention,
+                    found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
+                    fix="strategy='ulysses', or a mask without gradients: mask.detach()",
+                )
+            )
+        query, key = (dataflow.shape(x) for x in attention.args[:2])
+        if not all(isinstance(size, int) for size in (query[_LENGTH], key[_LENGTH], *dataflow.shape(mask))):
+            raise SymbolicSizeError(f"the positions that %{mask.name} compares are those of one length")
+        identity = (mask, query[_LENGTH], key[_LENGTH], cast)
+        if identity not in self.done:
+            expression = self.regions.expression(mask)
+            if cast is not None:
+                expression = Apply(CONVERT, (expression, cast), {}, cast)
+            visible = Visibility(query[_LENGTH], key[_LENGTH], self.constants).of(expression)
+            if visible.rest is None:
+                self.done[identity] = MaskRead(band=visible.band)
+            else:
+                program, rows, columns = program_of(visible.rest)
+                operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
+                self.done[identity] = MaskRead(str(program), *operands, visible.band)
+        return self.done[identity]
+
+    def _view(self, leaf: Leaf) -> fx.Node:
+        """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
+        key = (leaf.node, leaf.places)
+        if key not in self.views:
+            view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
+            if notes.note(view).differentiable:  # the mask itself is not: it compares, or was detached later
+                view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
+                notes.note(view).differentiable = False
+            self.views[key] = view
+        return self.views[key]
+
+
+def cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
+    """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
+    value = dataflow.value(mask)
+    if not value.dtype.is_floating_point or value.dtype == torch.float64:
+        return None
+    with notes.region_of(attention).autocast():
+        if not torch.is_autocast_enabled(value.device.type):
+            return None
+        dtype = torch.get_autocast_dtype(value.device.type)
+    return dtype if dtype != value.dtype else None
