@@ -19,6 +19,7 @@ after::
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx
@@ -32,8 +33,6 @@ from sptransform.masks.reader import MaskReader
 from sptransform.masks.region import Regions
 from sptransform.sharding.sizes import number
 
-_LENGTH = 2
-
 
 @dataclass(frozen=True)
 class ReadScoreMasks(Pass):
@@ -43,8 +42,8 @@ class ReadScoreMasks(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         ring_attention = torch.ops.sptransform.ring_attention.default
         nodes = [node for node in graph.nodes if node.target is ring_attention and node.kwargs.get("mask") == "%0"]
-        # indices of batch, heads, queries and keys are this large
-        largest = max((number(max(dataflow.shape(node.args[3][0]))) for node in nodes), default=0)
+        # constants up to the size of one layer's queries are cheap to compute once
+        largest = max((prod(map(number, dataflow.shape(node.args[0]))) for node in nodes), default=0)
         reader = MaskReader(Regions(context.rules), Constants(largest))
         for node in nodes:
             query, key, value, (mask,), _, *others = node.args

@@ -50,9 +50,9 @@ def attended(node: fx.Node, args: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor
     if _hides_nothing(blocks[-1]):
         _check_blocks(node, blocks, sizes)
     else:
-        seen = ScalarFunction(blocks[-1], node).of(indices, mask_captured)
+        seen = ScalarFunction(blocks[-1]).of(indices, mask_captured)
         seen = seen if seen.dim() else seen.view(1, 1, 1, 1)
-    scores = ScalarFunction(score_mod, node).of([Scores(), *indices], score_captured)
+    scores = ScalarFunction(score_mod).of([Scores(), *indices], score_captured)
     if not isinstance(scores, Scores):
         _refuse(node, "flex_attention calls a score_mod that forgets the score", "what it returns is computed without")
     mask = _mask(node, seen, scores)
@@ -110,7 +110,16 @@ def _check_results(node: fx.Node) -> None:
 
 
 def _is_read(node: fx.Node) -> bool:
-    return node.op == "output" or any(map(_is_read, node.users))
+    """Whether something that the graph returns is computed from it."""
+    done, stack = set(), [node]
+    while stack:
+        reader = stack.pop()
+        if reader.op == "output":
+            return True
+        if reader not in done:
+            done.add(reader)
+            stack.extend(reader.users)
+    return False
 
 
 def _check_blocks(node: fx.Node, blocks: Sequence[Any], sizes: Sequence[Any]) -> None:

@@ -77,11 +77,7 @@ class Scores:
 
 
 class ScalarFunction(fx.Interpreter):
-    """Runs a graph of scalars with broadcasting indices; ``call`` is the node of the attention that it belongs to."""
-
-    def __init__(self, gm: fx.GraphModule, call: fx.Node) -> None:
-        super().__init__(gm)
-        self._call = call
+    """Runs a graph of scalars with indices that broadcast."""
 
     def of(self, scalars: Sequence[Any], captured: Sequence[Any]) -> Any:
         """The function of ``scalars``, the indices and perhaps :class:`Scores`, and of tensors that it captured.
@@ -118,9 +114,9 @@ class ScalarFunction(fx.Interpreter):
         name = getattr(node.target, "__name__", node.target)
         raise CaptureError(
             describe(
-                "flex_attention calls a function of scores or indices that cannot be read for all of them at once",
-                node=self._call,
-                found=f"%{node.name} = {name}, which is more than attention knows",
+                "flex_attention calls a function of one score that cannot be read for all of them at once",
+                node=node,
+                found=f"{name} of {', '.join(f'%{x.name}' for x in node.all_input_nodes)}",
                 fix=_FIX,
             )
         )

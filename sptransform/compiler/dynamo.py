@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -92,7 +93,7 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
 
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(
-            # a call of a logger would break the graph, and is no part of what the model computes
+            # a warning or a call of a logger would break the graph, and is no part of what the model computes
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
             optimize_ddp=False,
@@ -107,10 +108,10 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _logging_functions() -> set[Any]:
-    """Every logging function of ``logging.Logger``, including those that libraries added (``warning_once``)."""
+    """Warnings, and every logging function of ``logging.Logger``, those that libraries added too (``warning_once``)."""
     quiet = {"debug", "info", "warning", "error", "critical", "exception", "log", "warn"}
     added = set(vars(logging.Logger)) - set(_STANDARD)
-    return {getattr(logging.Logger, name) for name in (quiet & set(vars(logging.Logger))) | added}
+    return {warnings.warn} | {getattr(logging.Logger, name) for name in (quiet & set(vars(logging.Logger))) | added}
 
 
 _STANDARD = frozenset(
