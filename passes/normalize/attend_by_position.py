@@ -13,11 +13,15 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
                                                  mask='%2 = eq.Tensor(%0, %1)', nearest=0)
     %out = getitem(%ring_attention, 0)
 
-1. Only if the strategy asks for it (``reads_masks``): queries are cut, and each rank sees all keys of its own queries.
+1. A strategy that cuts queries or keys (``reads_masks``) needs this of every attention. Others keep attention without a
+   mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it. Attention with a
+   softcap or sinks is no kernel's there: it becomes this always.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
-   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand.
-4. A mask that requires a gradient is refused: that gradient would have queries x keys entries.
+   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand; where queries
+   and keys are not cut it stays the mask that it is.
+4. A mask that requires a gradient is refused, or left where queries and keys are not cut: that gradient would have
+   queries x keys entries.
 5. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
@@ -25,21 +29,18 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import fx
 
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph import dataflow
+from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
-from sptransform.masks.constants import Constants
+from sptransform.masks.bands import Band
 from sptransform.masks.reader import MaskRead, MaskReader, cast_of
-from sptransform.masks.region import Regions
-from sptransform.masks.visibility import Band
-from sptransform.op_rules.attention import ATTENTION, mask_of
+from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 
 _LENGTH = 2
 
@@ -50,32 +51,58 @@ class AttendByPosition(Pass):
     ensures = frozenset({"functional"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if not context.strategy.reads_masks:
-            return
         nodes = [node for node in graph.nodes if node.target in ATTENTION and _has_rule(node, context)]
-        # constants up to the size of one layer's queries are cheap to compute once
-        largest = max((_num_entries(node.args[0]) for node in nodes), default=0)
-        reader = MaskReader(Regions(context.rules), Constants(largest))
+        reader = MaskReader.of(nodes, context.rules)
         for node in nodes:
-            call = op_call(node)
             mask = mask_of(node)
-            read = MaskRead() if mask is None else reader.read(node, mask, cast_of(node, mask))
-            band = read.band & Band(nearest=0) if call.argument("is_causal") else read.band
-            new = emit_like(
-                node,
-                torch.ops.sptransform.ring_attention.default,
-                *node.args[:3],
-                read.rows,
-                read.columns,
-                mask=read.program,
-                nearest=band.nearest,
-                farthest=band.farthest,
-                dropout_p=call.argument("dropout_p"),
-                scale=call.argument("scale"),
-            )
-            rename(new, "ring_attention")
-            succeed(node, emit_like(node, operator.getitem, new, 0))
+            is_learned = mask is not None and notes.note(mask).differentiable
+            if context.strategy.reads_masks or (_is_extended(node) and not is_learned):
+                read = MaskRead() if mask is None else reader.read(node, mask, cast_of(node, mask))
+                _by_position(node, read, _band(node, read))
+            elif mask is not None and not is_learned:
+                read = reader.read(node, mask, cast_of(node, mask))
+                band = _band(node, read)
+                if not read.program and band in (Band(), Band(nearest=0)):
+                    _without_mask(node, is_causal=band.nearest is not None)
+                elif not read.is_square:
+                    _by_position(node, read, band)
         graph.eliminate_dead_code()
+
+
+def _is_extended(node: fx.Node) -> bool:
+    """Whether the node is attention that fused kernels of torch have not."""
+    return softcap_of(node) != 0 or sinks_of(node) is not None
+
+
+def _band(node: fx.Node, read: MaskRead) -> Band:
+    return read.band & Band(nearest=0) if op_call(node).argument("is_causal") else read.band
+
+
+def _by_position(node: fx.Node, read: MaskRead, band: Band) -> None:
+    call = op_call(node)
+    new = emit_like(
+        node,
+        torch.ops.sptransform.ring_attention.default,
+        *node.args[:3],
+        read.rows,
+        read.columns,
+        mask=read.program,
+        nearest=band.nearest,
+        farthest=band.farthest,
+        dropout_p=call.argument("dropout_p"),
+        scale=call.argument("scale"),
+        sinks=sinks_of(node),
+        softcap=softcap_of(node),
+        explicit=read.is_added and node.kwargs.get("explicit", False) and sinks_of(node) is None,
+    )
+    rename(new, "ring_attention")
+    succeed(node, emit_like(node, operator.getitem, new, 0))
+
+
+def _without_mask(node: fx.Node, is_causal: bool) -> None:
+    dropout_p = op_call(node).argument("dropout_p")
+    named = {key: x for key, x in node.kwargs.items() if key not in ("attn_mask", "dropout_p", "is_causal", "explicit")}
+    succeed(node, emit_like(node, node.target, *node.args[:3], None, dropout_p, is_causal, **named))
 
 
 def _has_rule(node: fx.Node, context: Context) -> bool:
@@ -84,7 +111,3 @@ def _has_rule(node: fx.Node, context: Context) -> bool:
     query, key, value = (dataflow.shape(x) for x in node.args[:3])
     same_batch = query[0] == key[0] == value[0] and key[_LENGTH] == value[_LENGTH]
     return rule is not None and rule.has_sequence and same_batch
-
-
-def _num_entries(node: fx.Node) -> int:
-    return prod(size for size in dataflow.shape(node) if isinstance(size, int))

@@ -19,19 +19,14 @@ after::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import fx
 
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph import dataflow
 from sptransform.graph.edit import emit_like, succeed
-from sptransform.masks.constants import Constants
 from sptransform.masks.reader import MaskReader
-from sptransform.masks.region import Regions
-from sptransform.sharding.sizes import number
 
 
 @dataclass(frozen=True)
@@ -42,9 +37,7 @@ class ReadScoreMasks(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         ring_attention = torch.ops.sptransform.ring_attention.default
         nodes = [node for node in graph.nodes if node.target is ring_attention and node.kwargs.get("mask") == "%0"]
-        # constants up to the size of one layer's queries are cheap to compute once
-        largest = max((prod(map(number, dataflow.shape(node.args[0]))) for node in nodes), default=0)
-        reader = MaskReader(Regions(context.rules), Constants(largest))
+        reader = MaskReader.of(nodes, context.rules)
         for node in nodes:
             query, key, value, (mask,), _, *others = node.args
             read = reader.read(node, mask)

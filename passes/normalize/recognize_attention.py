@@ -15,10 +15,11 @@ after::
 
 1. Which dimensions are queries, keys, heads and batch is read from the rules of the two contractions. Whatever their
    layout, reshapes and permutes put them in order.
-2. What stands between the contractions is read by ``masks/scores.py``. Where it is something else, attention is left as
-   it is; so it is where something else reads the probabilities.
+2. What stands between the contractions is read by ``masks/between.py``. Where it is something else, attention is left
+   as it is; so it is where something else reads the probabilities.
 3. A batch of heads, ``[batch * heads, ..]``, is taken apart where the graph shows how it was made.
 4. Keys or values that are parameters are no keys or values: that is a table read by weights.
+5. Under a softcap, with sinks or with a mask that is added it is ``sptransform.attention``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import emit_like, succeed
-from sptransform.masks.scores import Spelling, Term, spelled_at
+from sptransform.masks.between import Term
+from sptransform.masks.scores import Spelling, spelled_at
 from sptransform.op_rules.mask_ops import SOFTMAX
 from sptransform.sharding.sizes import Size
 
@@ -79,30 +81,34 @@ def _join(spelling: Spelling) -> None:
     if everywhere is not None:
         # filled with one number, all scores of a row are equal and have no gradient: as those of a query of zeros
         query = emit_like(old, aten.where.ScalarSelf, everywhere, 0.0, query)
-    for op, factor in spelling.factors:
+    read = spelling.scores
+    for op, factor in read.factors:
         query = emit_like(old, op, query, factor)
     mask = added
     if hidden is not None:
         seen = aten.logical_not.default, hidden
         mask = emit_like(old, *(seen if added is None else (aten.where.ScalarSelf, hidden, float("-inf"), added)))
     arguments = query, key, value, mask, spelling.dropout_p, False
-    if added is None:
-        new = emit_like(old, aten.scaled_dot_product_attention.default, *arguments, scale=spelling.scale)
+    if added is None and read.softcap == 0 and read.sinks is None:
+        new = emit_like(old, aten.scaled_dot_product_attention.default, *arguments, scale=read.scale)
     else:
         # in a row of which all keys are masked by a large number, kernels that keep a logsumexp lose its digits
         op = torch.ops.sptransform.attention.default
-        new = emit_like(old, op, *arguments, scale=spelling.scale, explicit=True)
+        named = {"softcap": read.softcap, "explicit": True}
+        if read.sinks is not None:
+            named["sinks"] = _sinks(spelling)
+        new = emit_like(old, op, *arguments, scale=read.scale, **named)
     made = [*groups, spelling.queries, spelling.width]
     new = _ordered(new, made, [resolve(atoms) for atoms in spelling.out_dims], old)
     succeed(old, _cast(new, dataflow.value(old).dtype, old))
-    for node in reversed(spelling.between):  # dropout would be kept: it draws random numbers
+    for node in reversed(spelling.path):  # dropout would be kept: it draws random numbers
         if not node.users:
             node.graph.erase_node(node)
 
 
 def _has_trained_mask(spelling: Spelling) -> bool:
     """Whether a mask has a gradient: where masks are read by position, that has none."""
-    return any(notes.note(term.tensor).differentiable for term in spelling.terms)
+    return any(notes.note(term.tensor).differentiable for term in spelling.scores.terms)
 
 
 def _ordered(x: fx.Node, dims: Sequence[Group], groups: Sequence[Group], before: fx.Node) -> fx.Node:
@@ -126,7 +132,7 @@ def _cast(x: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
 def _added(spelling: Spelling, dtype: torch.dtype) -> fx.Node | None:
     """The sum of all that is added to the scores, in their dtype."""
     before, added = spelling.out, None
-    for term in spelling.terms:
+    for term in spelling.scores.terms:
         if term.fill is None:
             own = _cast(_broadcast(term, spelling), dtype, before)
             if term.times != 1.0:
@@ -138,18 +144,30 @@ def _added(spelling: Spelling, dtype: torch.dtype) -> fx.Node | None:
 def _hidden(spelling: Spelling) -> tuple[fx.Node | None, fx.Node | None]:
     """Where scores become -inf; and the rows of which every key is hidden, if that is by the lowest number.
 
-    In such a row a softmax makes all keys equal: none is hidden there.
+    In such a row a softmax makes all keys equal: none is hidden there, unless it has a sink, beside which they vanish.
     """
     before = spelling.out
-    fills = [(_condition(term, spelling), term.fill) for term in spelling.terms if term.fill is not None]
+    fills = [(_condition(term, spelling), term.fill) for term in spelling.scores.terms if term.fill is not None]
     hidden = None
     for condition, _ in fills:
         hidden = condition if hidden is None else emit_like(before, aten.logical_or.default, hidden, condition)
-    if all(fill == float("-inf") for _, fill in fills):
+    if spelling.scores.sinks is not None or all(fill == float("-inf") for _, fill in fills):
         return hidden, None
     everywhere = emit_like(before, aten.all.dim, hidden, -1, True)
     elsewhere = emit_like(before, aten.logical_not.default, everywhere)
     return emit_like(before, aten.logical_and.default, hidden, elsewhere), everywhere
+
+
+def _sinks(spelling: Spelling) -> fx.Node:
+    """The sinks of all heads, in one dimension."""
+    before, sinks, heads = spelling.out, spelling.scores.sinks, spelling.groups[1]
+    own = {atom for atoms in sinks.dims for atom in resolve(atoms)}
+    x = _ordered(sinks.tensor, sinks.dims, [[atom] for atom in heads if atom in own], before)
+    if len(own) < len(heads):
+        x = _reshaped(x, [atom.size if atom in own else 1 for atom in heads], before)
+        x = emit_like(before, aten.expand.default, x, [atom.size for atom in heads])
+    x = _reshaped(x, [prod(atom.size for atom in heads)], before)
+    return x if sinks.times == 1.0 else emit_like(before, aten.mul.Scalar, x, sinks.times)
 
 
 def _condition(term: Term, spelling: Spelling) -> fx.Node:

@@ -27,7 +27,7 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, succeed
-from sptransform.op_rules.attention import ATTENTION, mask_of
+from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.sizes import number
@@ -63,6 +63,8 @@ class UnrepeatKeyHeads(Pass):
                 call.argument("dropout_p"),
                 call.argument("is_causal"),
                 scale=call.argument("scale"),
+                sinks=sinks_of(node),
+                softcap=softcap_of(node),
                 key_head_of=[i // group for i in range(number(dataflow.shape(query)[_HEADS]))],
                 explicit=is_ours and call.argument("explicit"),
             )

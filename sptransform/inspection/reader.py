@@ -72,7 +72,7 @@ def _ring(node: fx.Node, sending: Sending) -> RingPass:
             query,
             value,
             masked=bool(node.kwargs.get("mask")),
-            dropout_p=node.kwargs.get("dropout_p", 0.0),
+            explicit=node.kwargs.get("dropout_p", 0.0) > 0 or node.kwargs.get("explicit", False),
             softcap=node.kwargs.get("softcap", 0.0),
         ),
         forward=sending.forward,

@@ -26,7 +26,7 @@ def _expanded(node: fx.Node) -> ExpandedRing:
     rank = notes.note(node).mesh.rank
     out, lse, seed = dataflow.value(node)
     forward = trace_steps("ring_attention", rank, args, kwargs)
-    # sinks, if any, are the last of the arguments, and the backward reads none
+    kwargs.pop("sinks", None)  # which the backward does not read
     backward = trace_steps("ring_attention_backward", rank, (out, *args[:5], out, lse, seed), kwargs)
     return ExpandedRing(node.name, provenance.module_path(node), _steps(forward), _steps(backward))
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from sptransform.graph import dataflow
-from sptransform.masks.expressions import KEYS, QUERIES, Leaf
+from sptransform.masks.closed_forms import ClosedForms, constant_of
+from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, parts_of
 from sptransform.op_rules.mask_ops import LIKE
 from sptransform.rules.rule import map_nodes
 
@@ -39,10 +40,12 @@ class Constants:
 
     Args:
         max_entries: tensors with more entries are not computed.
+        forms: of tensors of an open length, which have no value.
     """
 
-    def __init__(self, max_entries: int) -> None:
+    def __init__(self, max_entries: int, forms: ClosedForms) -> None:
         self._max_entries = max_entries
+        self._forms = forms
         self._values: dict[fx.Node, Any] = {}
         self._leaves: dict[Leaf, Uniform | Position | None] = {}
 
@@ -51,8 +54,38 @@ class Constants:
         if leaf not in self._leaves:
             is_whole = leaf.has(QUERIES) and leaf.has(KEYS)
             value = None if is_whole else self.value(leaf.node)
-            self._leaves[leaf] = None if value is None else _recognized(leaf, value)
+            self._leaves[leaf] = self._formula(leaf) if value is None else _recognized(leaf, value)
         return self._leaves[leaf]
+
+    def _formula(self, leaf: Leaf) -> Uniform | None:
+        number = constant_of(self._forms.of(leaf.node))
+        if number is None:
+            return None
+        return Uniform(torch.tensor([number] if leaf.places else number, dtype=leaf.dtype))
+
+    def cover(self, part: Expression) -> bool:
+        """Whether all leaves of the part are uniform."""
+        leaves = (x for x in parts_of(part) if isinstance(x, Leaf))
+        return all(isinstance(self.of_leaf(leaf), Uniform) for leaf in leaves)
+
+    def computed(self, part: Expression, given: dict[Expression, Tensor]) -> Tensor:
+        """The value of ``part``; ``given`` holds the values of its parts that are not uniform."""
+        values: dict[Expression, Tensor] = dict(given)
+
+        def put(x: Any) -> Any:
+            return values[x] if isinstance(x, Leaf | Apply) else x
+
+        for current in parts_of(part):
+            if current in values:
+                continue
+            if isinstance(current, Leaf):
+                constant = self.of_leaf(current)
+                if isinstance(constant, Uniform):
+                    values[current] = constant.value
+            elif all(x in values for x in current.operands):
+                kwargs = {key: put(x) for key, x in current.kwargs.items()}
+                values[current] = current.target(*map(put, current.args), **kwargs)
+        return values[part]
 
     def value(self, node: fx.Node) -> Any:
         """The node's value on the CPU; None if it depends on an input or on random numbers, or is too large."""

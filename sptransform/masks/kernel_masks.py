@@ -15,9 +15,10 @@ from torch import fx
 
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import emit_like
+from sptransform.masks.bands import Band
 from sptransform.masks.documents import Documents, source_of
 from sptransform.masks.expressions import Apply, Expression, Leaf, from_the_right
-from sptransform.masks.visibility import Band, Visible, joined
+from sptransform.masks.visibility import Visible, joined
 from sptransform.op_rules.attention_kernels import KernelCall
 from sptransform.sharding.sizes import Size, number
 

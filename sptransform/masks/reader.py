@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import fx
@@ -10,25 +12,33 @@ from torch import fx
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import emit_like
+from sptransform.masks.bands import Band, Bands, DerivedBands, MeasuredBands
+from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
 from sptransform.masks.emit import broadcast_view
-from sptransform.masks.expressions import Apply, Leaf, Places, program_of
+from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
-from sptransform.masks.visibility import Band, Visibility
+from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.mask_ops import CONVERT
-from sptransform.sharding.sizes import SymbolicSizeError
+from sptransform.rules.table import RuleTable
+from sptransform.sharding.sizes import Size
 
 _LENGTH = 2
 
 
 @dataclass(frozen=True)
 class MaskRead:
-    """A mask as arguments of the op."""
+    """A mask as arguments of the op.
+
+    ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
+    """
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
     columns: list[fx.Node] = field(default_factory=list)
     band: Band = field(default_factory=Band)
+    is_added: bool = False
+    is_square: bool = False
 
 
 @dataclass
@@ -37,16 +47,20 @@ class MaskReader:
 
     regions: Regions
     constants: Constants
+    forms: ClosedForms
     done: dict[object, MaskRead] = field(default_factory=dict)
     views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
 
-    def read(self, attention: fx.Node, mask: fx.Node, cast: torch.dtype | None = None) -> MaskRead:
-        """The mask of ``attention``, whose op casts it to ``cast``.
+    @classmethod
+    def of(cls, attention: Sequence[fx.Node], rules: RuleTable) -> MaskReader:
+        """A reader of the masks of these nodes."""
+        # constants up to the size of one layer's queries are cheap to compute once
+        largest = max((_num_entries(node.args[0]) for node in attention), default=0)
+        forms = ClosedForms(rules)
+        return cls(Regions(rules), Constants(largest, forms), forms)
 
-        Raises:
-            UsageError: the mask has a gradient.
-            SymbolicSizeError: the lengths of the attention are open.
-        """
+    def read(self, attention: fx.Node, mask: fx.Node, cast: torch.dtype | None = None) -> MaskRead:
+        """The mask of ``attention``, whose op casts it to ``cast``. Raises UsageError if it has a gradient."""
         if notes.note(mask).differentiable:
             raise UsageError(
                 describe(
@@ -57,21 +71,27 @@ class MaskReader:
                 )
             )
         query, key = (dataflow.shape(x) for x in attention.args[:2])
-        if not all(isinstance(size, int) for size in (query[_LENGTH], key[_LENGTH], *dataflow.shape(mask))):
-            raise SymbolicSizeError(f"the positions that %{mask.name} compares are those of one length")
         identity = (mask, query[_LENGTH], key[_LENGTH], cast)
         if identity not in self.done:
             expression = self.regions.expression(mask)
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
-            visible = Visibility(query[_LENGTH], key[_LENGTH], self.constants).of(expression)
+            sizes = query[_LENGTH], key[_LENGTH]
+            visible = Visibility(self.constants, self._bands(*sizes), sizes[0] == sizes[1]).of(expression)
             if visible.rest is None:
                 self.done[identity] = MaskRead(band=visible.band)
             else:
                 program, rows, columns = program_of(visible.rest)
                 operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
-                self.done[identity] = MaskRead(str(program), *operands, visible.band)
+                is_added = visible.rest.dtype != torch.bool
+                is_square = any(leaf.has(KEYS) for leaf in rows)
+                self.done[identity] = MaskRead(str(program), *operands, visible.band, is_added, is_square)
         return self.done[identity]
+
+    def _bands(self, num_queries: Size, num_keys: Size) -> Bands:
+        if isinstance(num_queries, int) and isinstance(num_keys, int):
+            return MeasuredBands(num_queries, num_keys, self.constants)
+        return DerivedBands(self.forms)
 
     def _view(self, leaf: Leaf) -> fx.Node:
         """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
@@ -95,3 +115,7 @@ def cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
             return None
         dtype = torch.get_autocast_dtype(value.device.type)
     return dtype if dtype != value.dtype else None
+
+
+def _num_entries(node: fx.Node) -> int:
+    return prod(size for size in dataflow.shape(node) if isinstance(size, int))

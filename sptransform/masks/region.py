@@ -3,8 +3,8 @@
 The walk goes back from the mask through ops whose result has both dimensions:
 
 1. Pointwise ops become part of the expression.
-2. Rearranging ops (expand, unsqueeze, a view with another number of dimensions) are left out: their operand gets
-   another place in the shape of the scores. So the program contains no sizes.
+2. Rearranging ops (expand, unsqueeze, a view with another number of dimensions, a slice of everything) are left out:
+   their operand gets another place in the shape of the scores. So the program contains no sizes.
 3. Of a conversion only the dtype is kept.
 4. A tensor of equal entries becomes a scalar; ``tril`` and ``triu`` become pointwise ops over positions.
 5. Anything else becomes a leaf with both dimensions: exact, but materialised.
@@ -21,7 +21,7 @@ from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.masks.emit import OPENED, filled
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, Places, from_the_right, has
-from sptransform.op_rules.mask_ops import CONVERT, FILLED, RETYPED
+from sptransform.op_rules.mask_ops import CONVERT, FILLED, PIECES, RETYPED
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.ops.mask_program import is_elementwise
 from sptransform.rules.rule import map_nodes
@@ -58,7 +58,7 @@ class Regions:
             return self._expression(OPENED[node.target](node), places, node)
         if node.target in RETYPED:
             return self._retyped(node, operands[0], places)
-        if node.target in REARRANGEMENTS:
+        if node.target in REARRANGEMENTS or node.target in PIECES:
             return self._rearranged(node, places)
         if is_elementwise(node.target):
             return self._applied(node, places)
@@ -73,7 +73,7 @@ class Regions:
 
     def _rearranged(self, node: fx.Node, places: Places) -> Expression | None:
         rule = rule_at(node, self._rules)
-        if rule is None:
+        if rule is None or rule.resize:
             return None
         place_of: dict[tuple[str, ...], int | None] = dict(zip(rule.results[0], places, strict=True))
         if any(factors and factors not in place_of for factors in rule.operands[0]):

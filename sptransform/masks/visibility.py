@@ -3,8 +3,7 @@
 A mask is a conjunction: a key is visible where all conditions hold. A condition that depends only on the distance
 between query and key, and holds for one interval of distances, becomes bounds of the distance. A condition that always
 holds is dropped. The others stay a program. Conditions are evaluated, not matched by op patterns: the truth table of a
-boolean expression shows whether it is a conjunction, and a condition is computed at every distance to see where it
-holds.
+boolean expression shows whether it is a conjunction; ``masks/bands.py`` finds where a condition holds.
 """
 
 from __future__ import annotations
@@ -16,29 +15,14 @@ from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sptransform.masks.constants import Constants, Position, Uniform, position
-from sptransform.masks.expressions import QUERIES, Apply, Expression, Leaf, parts_of
-from sptransform.op_rules.mask_ops import AND, CHOICES, CONVERT, HIDE, NOT, OF_DISTANCE, SUMS
+from sptransform.masks.bands import Band, Bands, Condition
+from sptransform.masks.constants import Constants
+from sptransform.masks.expressions import Apply, Expression, Leaf
+from sptransform.op_rules.mask_ops import AND, CHOICES, CONVERT, HIDE, NOT, SUMS
 
 _MAX_INPUTS = 4  # of a truth table
-
-# A boolean expression, and the value it must have for a key to be visible
-Condition = tuple[Expression, bool]
-
-
-@dataclass(frozen=True)
-class Band:
-    """Query i sees key j only if ``nearest <= i - j <= farthest``; None is no bound."""
-
-    nearest: int | None = None
-    farthest: int | None = None
-
-    def __and__(self, other: Band) -> Band:
-        nearest = [x for x in (self.nearest, other.nearest) if x is not None]
-        farthest = [x for x in (self.farthest, other.farthest) if x is not None]
-        return Band(max(nearest, default=None), min(farthest, default=None))
+_ABSORBING = -1e30  # any score added to it, in 64 bits or fewer, is lost to rounding
 
 
 @dataclass(frozen=True)
@@ -50,15 +34,17 @@ class Visible:
 
 
 class Visibility:
-    """Splits masks of ``num_queries`` x ``num_keys``."""
+    """Splits masks.
 
-    def __init__(self, num_queries: int, num_keys: int, constants: Constants) -> None:
-        distances = torch.arange(1 - num_keys, num_queries)
-        self._distances = distances
-        # for every distance, the indices of one query (True) and one key (False) that far apart
-        self._indices = {True: distances.clamp(min=0), False: (-distances).clamp(min=0)}
+    Args:
+        bands: tells the conditions that bound the distance from the others.
+        is_aligned: every query has a key at its own position.
+    """
+
+    def __init__(self, constants: Constants, bands: Bands, is_aligned: bool) -> None:
         self._constants = constants
-        self._of_distance: dict[Expression, bool] = {}
+        self._bands = bands
+        self._is_aligned = is_aligned
 
     def of(self, mask: Expression) -> Visible:
         """Split ``mask``. In a boolean mask True is visible. Any other mask is added to the scores: a term that is
@@ -66,15 +52,29 @@ class Visibility:
         if mask.dtype == torch.bool:
             conditions, bias = self._conditions(mask, True), None
         else:
-            conditions, bias = self._terms(mask)
+            found = self._hidden_by_the_lowest(mask)
+            conditions, bias = self._terms(mask) if found is None else (found, None)
         band, kept = Band(), []
         for condition in conditions:
-            found = self._band(condition)
+            found = self._bands.of(condition)
             if found is None:
                 kept.append(condition)
             else:
                 band = band & found
         return Visible(band, joined(kept, bias))
+
+    def _hidden_by_the_lowest(self, mask: Expression) -> list[Condition] | None:
+        """Conditions that hide keys where they fail, if the mask is the lowest number there and 0 elsewhere.
+
+        Where a query sees a key, the lowest number is as good as -inf: it absorbs any score, and its exponential is 0.
+        Where it sees none, all keys count alike; so every query has to see the key at its own position.
+        """
+        lowest = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else 0.0
+        if not self._is_aligned or lowest > _ABSORBING:
+            return None
+        found = self._conjunction(mask, 0, lowest)
+        bands = [self._bands.of(condition) for condition in found or ()]
+        return found if all(band is not None and band.holds(0) for band in bands) else None
 
     def _conditions(self, part: Expression, wanted: bool) -> list[Condition]:
         """Conditions whose conjunction is ``part == wanted``."""
@@ -115,7 +115,7 @@ class Visibility:
 
     def _is_minus_infinity(self, x: Any) -> bool:
         if isinstance(x, Leaf | Apply):
-            return self._is_constant(x) and bool((self._computed(x, {}) == -inf).all())
+            return self._constants.cover(x) and bool((self._constants.computed(x, {}) == -inf).all())
         return x == -inf
 
     def _conjunction(self, part: Expression, visible: Any, hidden: Any) -> list[Condition] | None:
@@ -129,7 +129,7 @@ class Visibility:
             return None
         bits = 2 ** torch.arange(len(inputs))
         cases = torch.arange(2 ** len(inputs))[:, None] & bits != 0
-        results = self._computed(part, dict(zip(inputs, cases.unbind(1), strict=True))).expand(len(cases))
+        results = self._constants.computed(part, dict(zip(inputs, cases.unbind(1), strict=True))).expand(len(cases))
         sees = results == visible
         if not bool((sees | (results == hidden)).all()):
             return None
@@ -147,7 +147,7 @@ class Visibility:
         stack = [part]
         while stack:
             current = stack.pop()
-            if current in done or self._is_constant(current):
+            if current in done or self._constants.cover(current):
                 continue
             done.add(current)
             if current is not part and current.dtype == torch.bool:
@@ -157,76 +157,6 @@ class Visibility:
             else:
                 stack.extend(reversed(current.operands))
         return list(found)
-
-    def _band(self, condition: Condition) -> Band | None:
-        """The distances at which the condition holds; None if they are no interval, or it reads more than distances."""
-        part, wanted = condition
-        if not self._is_of_distance(part):
-            return None
-        given = {leaf: x.values[self._indices[x.place == QUERIES]] for leaf, x in self._positions(part).items()}
-        holds = self._distances[(self._computed(part, given) == wanted).expand(len(self._distances))]
-        if not len(holds) or int(holds[-1] - holds[0]) != len(holds) - 1:
-            return None
-        first, last = int(holds[0]), int(holds[-1])
-        return Band(
-            None if first == self._distances[0] else first,
-            None if last == self._distances[-1] else last,
-        )
-
-    def _is_constant(self, part: Expression) -> bool:
-        leaves = (x for x in parts_of(part) if isinstance(x, Leaf))
-        return all(isinstance(self._constants.of_leaf(leaf), Uniform) for leaf in leaves)
-
-    def _is_of_distance(self, part: Expression) -> bool:
-        """Whether the part is computed only from constants and query-key distances."""
-        if part not in self._of_distance:
-            self._of_distance[part] = isinstance(part, Apply) and (
-                self._is_distance(part) or all(self._is_constant(x) or self._is_of_distance(x) for x in part.operands)
-            )
-        return self._of_distance[part]
-
-    def _is_distance(self, part: Apply) -> bool:
-        if part.target not in OF_DISTANCE or len(part.operands) != 2 or part.kwargs.get("alpha", 1) != 1:
-            return False
-        a, b = map(self._position, part.operands)
-        return a is not None and b is not None and a.place != b.place and a.slope * b.slope == OF_DISTANCE[part.target]
-
-    def _position(self, part: Expression) -> Position | None:
-        """The part as a position, if it is computed from constants and from positions of queries or of keys."""
-        given = self._positions(part)
-        places = {found.place for found in given.values()}
-        if isinstance(part, Leaf) or len(places) != 1 or not self._reads_constants(part):
-            return given.get(part)
-        values = self._computed(part, {leaf: found.values for leaf, found in given.items()})
-        return position(places.pop(), values)
-
-    def _positions(self, part: Expression) -> dict[Expression, Position]:
-        """The leaves of ``part`` that are positions."""
-        found = {leaf: self._constants.of_leaf(leaf) for leaf in parts_of(part) if isinstance(leaf, Leaf)}
-        return {leaf: known for leaf, known in found.items() if isinstance(known, Position)}
-
-    def _reads_constants(self, part: Expression) -> bool:
-        return all(self._constants.of_leaf(leaf) is not None for leaf in parts_of(part) if isinstance(leaf, Leaf))
-
-    def _computed(self, part: Expression, given: dict[Expression, Tensor]) -> Tensor:
-        """The value of ``part``; ``given`` holds the values of its non-constant parts."""
-        values: dict[Expression, Tensor] = dict(given)
-
-        def put(x: Any) -> Any:
-            return values[x] if isinstance(x, Leaf | Apply) else x
-
-        for current in parts_of(part):
-            if current in values:
-                continue
-            if isinstance(current, Leaf):
-                constant = self._constants.of_leaf(current)
-                if isinstance(constant, Uniform):
-                    values[current] = constant.value
-            elif all(x in values for x in current.operands):
-                kwargs = {key: put(x) for key, x in current.kwargs.items()}
-                values[current] = current.target(*map(put, current.args), **kwargs)
-        return values[part]
-
 
 def joined(conditions: Sequence[Condition], bias: Expression | None) -> Expression | None:
     """One mask that hides keys where a condition fails, and adds ``bias`` elsewhere."""

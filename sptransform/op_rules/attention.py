@@ -33,7 +33,7 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     group = query[1] // key[1]
     if query[1] != key[1] * group or key[1] != value[1] or query[0] != call.result_shapes[0][0]:
         return None
-    sinks = _given(call, "sinks")
+    sinks = _sinks(call)
     if call.target is not aten.scaled_dot_product_attention.default:
         key_head_of = list(call.argument("key_head_of"))
         if key_head_of and key_head_of != [i // group for i in range(number(query[1]))]:
@@ -62,14 +62,14 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
     )
 
 
-def _given(call: OpCall, name: str) -> int | None:
-    """Index of the operand called ``name``; None if the op has none, or was given none."""
-    return call.operand(name) if any(x.name == name for x in call.target._schema.arguments) else None
+def _sinks(call: OpCall) -> int | None:
+    """Index of the operand that is sinks; None if there are none."""
+    return None if call.target is aten.scaled_dot_product_attention.default else call.operand("sinks")
 
 
 def _mask_shapes(call: OpCall) -> tuple[Shape, ...]:
     """Shapes of the mask, or of the operands of its program."""
-    return call.operand_shapes[3 : _given(call, "sinks")]
+    return call.operand_shapes[3 : _sinks(call)]
 
 
 def attention(call: OpCall) -> OpRule | None:

@@ -38,6 +38,9 @@ RETYPED = frozenset(
     }
 )
 
+# The result is a part of the operand, or all of it
+PIECES = frozenset({aten.slice.Tensor})
+
 # All entries of the result are this number
 FILLED: dict[Any, Callable[[OpCall], Any]] = {
     aten.full.default: lambda call: call.argument("fill_value"),
@@ -109,6 +112,14 @@ SIGNS: dict[Any, float] = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
 DETACHING = frozenset({aten.detach.default})
 
 MAXIMA = frozenset({aten.amax.default, aten.max.dim})
+
+# Of these, ``cap * f(score / cap)`` bounds the scores: a softcap
+BOUNDED = frozenset({aten.tanh.default})
+
+# One operand after the other along a dimension, and a part of one along a dimension: sinks are joined to scores, and
+# their probabilities left out
+JOINED = frozenset({aten.cat.default})
+TAKEN = frozenset({aten.slice.Tensor})
 
 SOFTMAX = frozenset({aten._softmax.default, aten.softmax.int})
 

@@ -13,7 +13,8 @@ from sptransform.ops.library import composite
 
 @composite(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
-    "Tensor? sinks=None, *, float? scale=None, float softcap=0.0, int[] key_head_of=[], str group_name='', bool explicit=False) -> Tensor"
+    "Tensor? sinks=None, *, float? scale=None, float softcap=0.0, int[] key_head_of=[], str group_name='', "
+    "bool explicit=False) -> Tensor"
 )
 def attention(
     query: Tensor,
@@ -44,9 +45,9 @@ def attention(
     """
     if key_head_of:
         key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
-    if 0 in query.shape:
-        return query @ key.transpose(-2, -1) @ value
     explicit = explicit or softcap != 0.0 or sinks is not None
+    if 0 in query.shape and sinks is None:  # every operand must have a gradient: other ranks wait for it
+        return query @ key.transpose(-2, -1) @ value
     if not explicit and (dropout_p == 0.0 or not group_name):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)

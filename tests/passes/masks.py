@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,10 @@ class Read:
         if kwargs["mask"]:
             found = added(block_mask(kwargs["mask"], args[3], args[4], 0, LENGTH, slice(0, LENGTH)))
         found = found.expand(BATCH, HEADS, LENGTH, LENGTH).masked_fill(hidden, -math.inf)
-        torch.testing.assert_close(found, added(runs[0].found[0][3]).expand_as(found), rtol=0.0, atol=0.0)
+        stated = added(runs[0].found[0][3]).expand_as(found)
+        # where a query sees a key, the lowest number hides as -inf does
+        stated = stated.masked_fill((stated == LOWEST) & (stated == 0).any(-1, keepdim=True) & hidden, -math.inf)
+        torch.testing.assert_close(found, stated, rtol=0.0, atol=0.0)
 
     def assert_same_attention(self) -> None:
         # not fused: the backward of torch's CPU kernel is wrong for a row of scores that are all the lowest number
@@ -125,12 +129,30 @@ def read(mask: Mask | None, *inputs: Tensor, **options: Any) -> Read:
     return Read(traced(model, all_inputs), gm, all_inputs)
 
 
+_size: list[Any] = [LENGTH]
+
+
+def size() -> Any:
+    """The number of queries and keys; a SymInt where it is open."""
+    return _size[-1]
+
+
+@contextmanager
+def of_size(new: Any) -> Iterator[None]:
+    """Masks of another size."""
+    _size.append(new)
+    try:
+        yield
+    finally:
+        _size.pop()
+
+
 def queries() -> Tensor:
-    return torch.arange(LENGTH)[:, None]
+    return torch.arange(size())[:, None]
 
 
 def keys() -> Tensor:
-    return torch.arange(LENGTH)[None]
+    return torch.arange(size())[None]
 
 
 def causal() -> Tensor:
@@ -138,11 +160,11 @@ def causal() -> Tensor:
 
 
 def ones(dtype: torch.dtype = torch.bool) -> Tensor:
-    return torch.ones(LENGTH, LENGTH, dtype=dtype)
+    return torch.ones(size(), size(), dtype=dtype)
 
 
 def zeros() -> Tensor:
-    return torch.zeros(LENGTH, LENGTH, dtype=torch.float64)
+    return torch.zeros(size(), size(), dtype=torch.float64)
 
 
 def hide(visible: Tensor) -> Tensor:
@@ -151,8 +173,8 @@ def hide(visible: Tensor) -> Tensor:
 
 def of_counted_tokens() -> Tensor:
     """Positions as a module makes them from what the user passes, of whose shape only they depend."""
-    positions = torch.ones_like(torch.zeros(BATCH, LENGTH, dtype=torch.long)).cumsum(-1) - 1
-    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, :LENGTH]
+    positions = torch.ones_like(torch.zeros(BATCH, size(), dtype=torch.long)).cumsum(-1) - 1
+    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, :size()]
 
 
 BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {
@@ -169,10 +191,10 @@ BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {
     "from the end": (lambda: -keys() >= -queries(), (0, None)),
     "sum": (lambda: queries() + (5 - keys()) > 5, (1, None)),
     "floating point": (lambda: queries().float() - keys().double() > -0.5, (0, None)),
-    "expanded before": (lambda: queries().expand(6, 6) - 2 < keys().expand(1, 6, 6), (None, 1)),
+    "expanded before": (lambda: queries().expand(size(), size()) - 2 < keys().expand(1, size(), size()), (None, 1)),
     "tril": (lambda: ones().tril(), (0, None)),
     "tril of numbers": (lambda: ones(torch.float32).tril(1).bool(), (-1, None)),
-    "triu of -inf": (lambda: torch.full((6, 6), -math.inf, dtype=torch.float64).triu(1), (0, None)),
+    "triu of -inf": (lambda: torch.full((size(), size()), -math.inf, dtype=torch.float64).triu(1), (0, None)),
     "tril and triu": (lambda: ones().tril(1) & ones().triu(-2), (-1, 2)),
     "not tril": (lambda: ~ones().tril(-1), (None, 0)),
     "where": (lambda: hide(causal()), (0, None)),
@@ -184,13 +206,14 @@ BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {
     "nested": (lambda: causal() & ~(~(queries() - keys() < 4) | (queries() - keys() > 2)), (0, 2)),
     "exclusive or": (lambda: (keys() > queries()) ^ torch.tensor(True), (0, None)),
     "numbers": (lambda: (causal().int() * (queries() - keys() < 3).int()) == 1, (0, 2)),
-    "all": (lambda: ones() & torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool), (None, None)),
-    "no padding": (lambda: causal() & torch.ones(BATCH, LENGTH)[:, None, None].bool(), (0, None)),
+    "all": (lambda: ones() & torch.ones(BATCH, 1, 1, size(), dtype=torch.bool), (None, None)),
+    "no padding": (lambda: causal() & torch.ones(BATCH, size())[:, None, None].bool(), (0, None)),
     "always within": (lambda: causal() & (queries() - keys() < 100), (0, None)),
-    "batch and heads": (lambda: causal()[None, None].expand(BATCH, HEADS, LENGTH, LENGTH).contiguous(), (0, None)),
+    "batch and heads": (lambda: causal()[None, None].expand(BATCH, HEADS, size(), size()).contiguous(), (0, None)),
     "counted tokens": (of_counted_tokens, (0, None)),
     "transposed": (lambda: (queries() <= keys()).transpose(0, 1), (0, None)),
-    "viewed": (lambda: causal().view(1, 1, LENGTH, LENGTH).clone(), (0, None)),
+    "viewed": (lambda: causal().view(1, 1, size(), size()).clone(), (0, None)),
+    "lowest number where": (lambda: torch.where(causal(), zeros(), LOWEST), (0, None)),
     "a rounded zero": (lambda: -hide(causal()) * -1.0, (0, None)),
 }
 
@@ -217,7 +240,7 @@ def unmasked(padding: Tensor) -> Tensor:
 
 def old_style(padding: Tensor) -> Tensor:
     """Added to scores, with a number that hides no key from a query that sees nothing else."""
-    upper = torch.full((LENGTH, LENGTH), LOWEST, dtype=torch.float64).triu(1)
+    upper = torch.full((size(), size()), LOWEST, dtype=torch.float64).triu(1)
     return upper[None, None].expand(BATCH, 1, -1, -1).masked_fill(padding[:, None, None] == 0, LOWEST)
 
 
@@ -247,7 +270,7 @@ PROGRAMS: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tup
         (1, 1),
     ),
     "transposed": (
-        lambda x: (x[:, None] <= x[:, :, None]).transpose(1, 2).view(BATCH, 1, LENGTH, LENGTH),
+        lambda x: (x[:, None] <= x[:, :, None]).transpose(1, 2).view(BATCH, 1, size(), size()),
         [DOCUMENTS],
         (None, None),
         (1, 1),
@@ -299,7 +322,20 @@ PROGRAMS: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tup
         (1, 2),
     ),
     "lowest number": (old_style, [PADDING], (None, None), (1, 3)),
-    "lowest number where": (lambda: torch.where(causal(), zeros(), LOWEST), [], (None, None), (1, 2)),
+    "lowest number where rows see nothing": (
+        lambda: torch.where(keys() < queries(), zeros(), LOWEST),
+        [],
+        (None, None),
+        (1, 2),
+    ),
+    "lowest number twice": (
+        lambda: (
+            torch.where(causal(), zeros(), LOWEST / 2) + torch.where(queries() - keys() > 0, zeros(), LOWEST / 2)
+        ),
+        [],
+        (None, None),
+        (2, 4),
+    ),
 }
 
 # these have an operand with both dimensions: masks that are inputs, or come from ops that are not understood

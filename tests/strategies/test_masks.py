@@ -1,4 +1,4 @@
-"""Masks through strategies that cut queries: outputs and gradients are one device's, whatever a mask says."""
+"""Masks through strategies that cut queries, heads or batch: outputs and gradients are one device's for every mask."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sptransform.ops.ring import blocks
 from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.sharding.partition import Partition
 from sptransform.strategies.ring import AllGatherKV, Ring
+from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
 from tests.passes.masks import BANDS, LENGTH, PROGRAMS, RING, WHOLE, attend, causal, heads
 from tests.passes.normalize.test_attend_by_position import packed, window
@@ -26,7 +27,7 @@ from tests.support.graphs import Run, assert_ranks_equal_one_device, nodes_of, r
 from tests.support.models import MODELS
 from tests.support.rewritten import Asked, function_on_ranks, on_pretended_ranks
 
-STRATEGIES = (Ring(), Ring("contiguous"), AllGatherKV(), USP(2, 2))
+STRATEGIES = (Ring(), Ring("contiguous"), AllGatherKV(), USP(2, 2), Ulysses(), Ulysses("batch"))
 
 
 def runs(function: Callable[..., Tensor], inputs: list[Any], asked: Asked) -> tuple[Run, list[Run]]:

@@ -21,7 +21,7 @@ from sptransform.ops.ring.merging import raise_sunk, sink, weigh, with_sinks
 
 _OPTIONS = (
     "bool causal, *, float? scale=None, float softcap=0.0, float dropout_p=0.0, Tensor? seed=None, int stream=0, "
-    "int[] key_head_of=[]"
+    "int[] key_head_of=[], bool explicit=False"
 )
 
 
@@ -58,6 +58,7 @@ def attention_block(
     seed: Tensor | None = None,
     stream: int = 0,
     key_head_of: list[int] = (),
+    explicit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query [B, H, s, D] over key [B, K, t, D] and value [B, K, t, E], none of them empty.
 
@@ -67,12 +68,15 @@ def attention_block(
         softcap: before the mask, scores are ``softcap * tanh(score / softcap)``; 0 is none.
         seed, stream: which random numbers dropout uses.
         key_head_of: query head i reads key head ``key_head_of[i]``; ``i // (H // K)`` where it is empty.
+        explicit: the keys are all that the queries see, and the backward computes the softmax of their scores again. So
+            it is exact for a row of which every key is masked by a large number, beside which ``lse`` loses its digits.
 
     Returns:
         out [B, H, s, E]; lse [B, H, s], ``-inf`` where a row sees nothing. Dropout does not enter lse.
     """
     dtype = compute_dtype(query.dtype)
-    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p, softcap=softcap))
+    is_explicit = explicit or dropout_p > 0
+    kernel = choose(Case.of(query, value, masked=mask is not None, explicit=is_explicit, softcap=softcap))
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
@@ -122,6 +126,7 @@ def attention_block_backward(
     seed: Tensor | None = None,
     stream: int = 0,
     key_head_of: list[int] = (),
+    explicit: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The contribution of one :func:`attention_block` to the gradients of its query, key and value.
 
@@ -129,17 +134,18 @@ def attention_block_backward(
     """
     dtype = compute_dtype(query.dtype)
     num_heads = key.shape[1]
-    kernel = choose(Case.of(query, value, masked=mask is not None, dropout_p=dropout_p, softcap=softcap))
+    is_explicit = explicit or dropout_p > 0
+    kernel = choose(Case.of(query, value, masked=mask is not None, explicit=is_explicit, softcap=softcap))
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
     bias = None
     if mask is not None:
         bias = _bias(mask, key.shape[2], dtype)
-        if mask.is_floating_point():
+        if mask.is_floating_point() and not explicit:
             grad, lse = raise_sunk(grad, lse, bias)
         lse = lse.masked_fill(lse == -math.inf, 0)  # makes all probabilities exp(-inf - 0) = 0
-    extra = _extra(softcap, dropout_p, seed, stream)
+    extra = _extra(softcap, dropout_p, seed, stream) | ({"explicit": True} if explicit else {})
     grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), **extra)
     grad_query, grad_key, grad_value = (lay_out(x, dtype) for x in grads)
     if heads is not None:
@@ -228,13 +234,15 @@ def band_mask(like: Tensor, queries: list[int], keys: list[int], nearest: int | 
 
     ``queries`` and ``keys`` are bounds of intervals of positions, ``lo, hi, lo, hi ..``.
     """
-    distance = positions(queries, like.device)[:, None] - positions(keys, like.device)
-    if nearest is None and farthest is None:
-        return torch.ones_like(distance, dtype=torch.bool)
-    visible = None if nearest is None else distance >= nearest
-    if farthest is None:
-        return visible
-    return distance <= farthest if visible is None else visible & (distance <= farthest)
+    of_queries, of_keys = positions(queries, like.device)[:, None], positions(keys, like.device)
+    # compared without a matrix of distances, which would take 8 bytes an entry
+    visible = None if nearest is None else of_keys <= of_queries - nearest
+    if farthest is not None:
+        within = of_keys >= of_queries - farthest
+        visible = within if visible is None else visible & within
+    if visible is None:
+        return torch.ones(len(of_queries), len(of_keys), dtype=torch.bool, device=like.device)
+    return visible
 
 
 def positions(bounds: list[int], device: torch.device) -> Tensor:

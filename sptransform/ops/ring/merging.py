@@ -26,7 +26,8 @@ def is_sunk(lse: Tensor) -> Tensor:
 
 def sink(lse: Tensor, bias: Tensor) -> Tensor:
     """A kernel's ``lse`` under ``bias`` [.., s, t], with sunk rows set to ``-UNIT`` times their number of keys."""
-    return torch.where(is_sunk(lse), (bias != -math.inf).sum(-1) * -UNIT, lse)
+    at_most = (bias == bias.amax(-1, keepdim=True)).sum(-1)  # keys that are masked by more have no weight beside them
+    return torch.where(is_sunk(lse), at_most * -UNIT, lse)
 
 
 def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

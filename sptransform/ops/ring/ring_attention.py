@@ -16,7 +16,7 @@ from sptransform.ops.ring.schedule import backward_steps, forward_steps
 
 _OPTIONS = (
     "str mask='', int? nearest=None, int? farthest=None, float dropout_p=0.0, float? scale=None, "
-    "float softcap=0.0, int[] key_head_of=[], str queries='', str keys='', str group_name=''"
+    "float softcap=0.0, int[] key_head_of=[], bool explicit=False, str queries='', str keys='', str group_name=''"
 )
 
 
@@ -34,7 +34,9 @@ def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arg
 # program allows it; rows and columns are the program's operands. ``sinks`` [H] is one more logit for every query of a
 # head, with no value; with ``softcap`` the scores of keys are ``softcap * tanh(scale * q k / softcap)``, before the
 # mask. ``queries`` and ``keys`` are partitions that say which positions this rank's tensors hold, "" meaning all.
-# Partitioned keys circulate. Results are out [B, H, s, E], lse [B, H, s], and the dropout seed (0 without dropout).
+# Partitioned keys circulate. With ``explicit`` keys that are not partitioned are attended as the definition says, exact
+# where every key of a row is masked by a large number; then there are no sinks. Results
+# are out [B, H, s, E], lse [B, H, s], and the dropout seed (0 without dropout).
 ring_attention = communicating(
     "ring_attention(Tensor query, Tensor key, Tensor value, Tensor[] rows, Tensor[] columns, "
     f"Tensor? sinks=None, *, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor seed)",

@@ -55,6 +55,8 @@ def forward_steps(
             held = yield Wait(coming)
     out, lse = result or _nothing(query, value)
     if sinks is not None:
+        if options.get("explicit"):
+            raise ValueError("attention with sinks is not explicit: the backward reads them from lse")
         out, lse = _sp.merge_sinks(out, lse, sinks)
     return lay_out(out, query.dtype), lse, seed
 

@@ -247,7 +247,7 @@ def test_kernel_name() -> None:
     query, value = torch.empty(1, 2, 3, 8), torch.empty(1, 2, 3, 8)
     assert kernel_name(query, value, masked=True) == "CPU flash"
     assert kernel_name(query, value, softcap=0.5) == OPEN.name
-    assert kernel_name(query, value, dropout_p=0.5) == OPEN.name == TABLE[-1].name
+    assert kernel_name(query, value, explicit=True) == OPEN.name == TABLE[-1].name
 
 
 @pytest.mark.parametrize(

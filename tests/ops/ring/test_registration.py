@@ -63,7 +63,9 @@ def test_sinks_are_an_operand(dtype: torch.dtype) -> None:
     """Their gradient comes in their own dtype."""
     xs, sinks = inputs(4, batch=1, dim=2, dtype=dtype), torch.randn(4, dtype=torch.float64, requires_grad=True)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda *xs: sp.ring_attention(*xs[:3], [], [], xs[3], nearest=0)[0], [*xs, sinks])
+        assert torch.autograd.gradcheck(
+            lambda *xs: sp.ring_attention(*xs[:3], [], [], xs[3], nearest=0)[0], [*xs, sinks]
+        )
     tolerances = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
     torch.library.opcheck(sp.ring_attention.default, (*xs, [], [], sinks), {"nearest": 0}, **tolerances)
     out, *_ = sp.ring_attention(*xs, [], [], sinks=sinks)
@@ -112,14 +114,15 @@ def test_fakes_are_laid_out_as_results(dtype: torch.dtype, layout: str) -> None:
         assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
-def _model(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out, *_ = sp.ring_attention(query * 2, key, value, [], [], nearest=0)
+def _model(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Tensor:
+    out, *_ = sp.ring_attention(query * 2, key, value, [], [], *sinks, nearest=0, softcap=0.8 if sinks else 0.0)
     return out.transpose(1, 2).flatten(2).square().sum(-1)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_compiled(backend: str) -> None:
-    xs = inputs(dtype=torch.float32)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_compiled(backend: str, has_sinks: bool) -> None:
+    xs = inputs(dtype=torch.float32) + ([torch.randn(4, requires_grad=True)] if has_sinks else [])
     expected = torch.autograd.grad(_model(*xs).sum(), xs)
     torch._dynamo.reset()
     compiled = torch.compile(_model, backend=backend, fullgraph=True)

@@ -15,13 +15,11 @@ from torch.nn import functional
 from transformers import MistralConfig, MistralForCausalLM
 
 from sptransform.capture.capture import capture
-from sptransform.capture.lengths import fix_sizes
 from sptransform.diagnostics.errors import UsageError
 from sptransform.engine.pass_manager import run_passes
 from sptransform.graph import dataflow
 from sptransform.graph.printer import line, text
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
-from sptransform.sharding.sizes import SymbolicSizeError
 from sptransform.strategies.ring import Ring
 from tests.passes.masks import (
     BANDS,
@@ -35,7 +33,6 @@ from tests.passes.masks import (
     RING,
     SDPA,
     WHOLE,
-    attend,
     causal,
     heads,
     hide,
@@ -185,9 +182,13 @@ def test_what_is_larger_than_the_queries_is_not_computed() -> None:
         assert expected in node.kwargs["mask"] and bool(expected) == bool(node.kwargs["mask"])
 
 
-def test_a_strategy_that_does_not_ask() -> None:
-    gm = run_passes(traced(lambda *x: attend(causal, *x), [heads(), heads(), heads()]), PASSES, a_context())
-    assert not nodes_of(gm, RING)
+def test_a_mask_with_a_gradient_is_left_where_queries_are_not_cut() -> None:
+    def model(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, table[(queries() - keys()).abs()])
+
+    inputs = [heads(), heads(), heads(), torch.zeros(LENGTH, dtype=torch.float64, requires_grad=True)]
+    gm = run_passes(traced(model, inputs), PASSES, a_context())
+    assert nodes_of(gm, SDPA) and not nodes_of(gm, RING)
 
 
 @pytest.mark.parametrize(
@@ -216,28 +217,6 @@ def test_a_mask_with_a_gradient_is_refused(golden: Golden) -> None:
     golden.check("errors_mask_gradient", message=str(caught.value))
     inputs[3].requires_grad_(False)
     after(AttendByPosition, model, *inputs, context=ring_context())
-
-
-@pytest.mark.parametrize("mask", [causal, None], ids=["a mask", "is_causal"])
-def test_masks_are_read_for_one_length(mask: Any) -> None:
-    """A length may stay open where no mask compares positions."""
-
-    def model(x: Tensor) -> Tensor:
-        positions = torch.arange(x.shape[2])
-        given = positions <= positions[:, None] if mask is not None else None
-        return functional.scaled_dot_product_attention(x, x, x, given, is_causal=mask is None)
-
-    def use(gm: fx.GraphModule, inputs: list[Any]) -> bool:
-        fix_sizes(gm, 2)
-        try:
-            run_passes(capture(gm, inputs), PASSES, ring_context())
-        except SymbolicSizeError:
-            return False
-        return True
-
-    x = heads()
-    torch._dynamo.mark_dynamic(x, 2)
-    assert while_captured(model, use, x) == (mask is None)
 
 
 def test_autocast_rounds_what_is_added_to_scores() -> None:

@@ -310,10 +310,6 @@ def test_a_length_among_the_scores_is_no_number() -> None:
 # --- what is none -------------------------------------------------------------------------------------------------
 
 
-def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.tanh(q @ k.mT / 5.0) * 5.0).softmax(-1) @ v
-
-
 def read_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     probabilities = (q @ k.mT).softmax(-1)
     return probabilities @ v + probabilities.sum(-1, keepdim=True)
@@ -369,7 +365,7 @@ def shared_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "attend",
     [detached, detached_probabilities, partly_without_gradients, rounded, lowest_then_nothing, lowest_and_added,
-     shared_keys, capped, read_twice, filled_with_another_number, over_queries, values_of_a_query],
+     shared_keys, read_twice, filled_with_another_number, over_queries, values_of_a_query],
     ids=lambda attend: attend.__name__,
 )  # fmt: skip
 def test_what_is_no_attention_is_left(attend: Attend) -> None:

@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def is_for_cpu(case: Case) -> bool:
-    return case.device == "cpu" and case.head_dim == case.value_dim and not case.dropout and not case.softcap
+    return case.device == "cpu" and case.head_dim == case.value_dim and not case.explicit and not case.softcap
 
 
 def flash(

@@ -9,8 +9,10 @@ backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of 
 - causal: only without bias and for s == t.
 - softcap, for kernels that serve it: a keyword argument, given if there is one. The scaled scores are
   ``softcap * tanh(score / softcap)`` before the bias.
-- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)`` are
-  the factors of rows from ``start`` on, the same at every call.
+- kept, for kernels that serve dropout: a keyword argument, given if there is dropout. ``kept(probabilities, start)``
+  are the factors of rows from ``start`` on, the same at every call.
+- explicit, for kernels that serve it: a keyword argument of backward, given if the keys are all that the queries see.
+  The probabilities are then the softmax of the scores, and lse is not read.
 - lse [B, H, s]: logarithm of the sum of the exponentials of a row. Where a row sees nothing, ``out`` is any finite
   number and ``lse`` any number.
 - backward takes ``out`` and ``lse`` over all keys, also those of other blocks: the probabilities are
@@ -35,20 +37,20 @@ def rows_in_memory(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """What the choice of a kernel depends on."""
+    """What the choice of a kernel depends on. ``explicit``: the probabilities are needed themselves."""
 
     device: str
     dtype: torch.dtype
     head_dim: int
     value_dim: int
     masked: bool
-    dropout: bool
+    explicit: bool
     softcap: bool = False
 
     @staticmethod
-    def of(query: Tensor, value: Tensor, *, masked: bool, dropout_p: float, softcap: float) -> Case:
+    def of(query: Tensor, value: Tensor, *, masked: bool, explicit: bool, softcap: float) -> Case:
         sizes = query.shape[-1], value.shape[-1]
-        return Case(query.device.type, query.dtype, *sizes, masked, dropout_p > 0, softcap != 0)
+        return Case(query.device.type, query.dtype, *sizes, masked, explicit, softcap != 0)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def _open_backward(
     scale: float,
     softcap: float = 0.0,
     kept: Kept | None = None,
+    explicit: bool = False,
 ) -> Grads:
     grad, query, key, value, out = (x.to(compute_dtype(x.dtype)) for x in (grad, query, key, value, out))
     # sum_j p_ij dp_ij over all keys of the row, also those of other blocks (FlashAttention, equation 4)
@@ -95,7 +96,11 @@ def _open_backward(
     for start, stop, end in _tiles(query, key, causal):
         queries, seen, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
         scores, slope = _capped(queries, seen, scale, softcap)
-        probabilities = (_masked(scores, bias, causal, start) - lse[:, :, start:stop, None]).exp()
+        scores = _masked(scores, bias, causal, start)
+        if explicit:
+            probabilities = aten._safe_softmax(scores, -1)
+        else:
+            probabilities = (scores - lse[:, :, start:stop, None]).exp()
         grad_rows = grouped_rows(grad[:, :, start:stop], key)
         grad_probabilities = (grad_rows @ values.transpose(-2, -1)).view_as(probabilities)
         dropped = probabilities

@@ -50,9 +50,11 @@ def choose(case: Case) -> Kernel:
     return next(kernel for kernel in TABLE if kernel.serves(case))
 
 
-def kernel_name(query: Tensor, value: Tensor, *, masked: bool = False, dropout_p: float = 0.0, softcap: float = 0.0) -> str:
+def kernel_name(
+    query: Tensor, value: Tensor, *, masked: bool = False, explicit: bool = False, softcap: float = 0.0
+) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
     ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window.
     """
-    return choose(Case.of(query, value, masked=masked, dropout_p=dropout_p, softcap=softcap)).name
+    return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap)).name

@@ -1,0 +1,79 @@
+"""Atoms of dimensions, carried along the ops of attention that is spelled out, and numbers among their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from sptransform.engine.axes import Atom, atoms_of, unify
+from sptransform.graph import dataflow, notes
+from sptransform.graph.calls import op_call, rule_at
+from sptransform.graph.regions import Region
+from sptransform.op_rules.mask_ops import DETACHING, FILLED, RETYPED
+from sptransform.op_rules.rearrangement import REARRANGEMENTS
+from sptransform.rules.rule import Dims
+from sptransform.rules.table import RuleTable
+
+AtomDims = list[list[Atom]]
+
+
+def dims_in_atoms(dims: Dims, atoms: Mapping[str, list[Atom]]) -> AtomDims:
+    return [[atom for factor in factors for atom in atoms[factor]] for factors in dims]
+
+
+def unified(left: AtomDims, right: AtomDims) -> bool:
+    """Whether the dimensions are the same ones, which makes their atoms the same."""
+    return len(left) == len(right) and all(unify(one, other) for one, other in zip(left, right, strict=True))
+
+
+def rearranged(node: fx.Node, rules: RuleTable) -> tuple[AtomDims, AtomDims] | None:
+    """The dimensions of the operand and of the result of an op of ``REARRANGEMENTS``; None if no rule says."""
+    rule = rule_at(node, rules)
+    if rule is None or rule.resize or len(rule.operands) != 1:
+        return None
+    atoms = {factor: atoms_of(size) for factor, size in rule.sizes.items()}
+    return dims_in_atoms(rule.operands[0], atoms), dims_in_atoms(rule.results[0], atoms)
+
+
+def source_of(
+    x: fx.Node, dims: AtomDims, rules: RuleTable, region: Region | None = None
+) -> tuple[fx.Node, AtomDims] | None:
+    """What ``x``, whose dimensions are ``dims``, was before it was rearranged, repeated and cast, and its dimensions.
+
+    On the way atoms are divided as the rearrangements say. None if they say otherwise than ``dims``. The way ends where
+    ``region``, if given, does: gradients may end there.
+    """
+    while (is_cast(x) or x.target in REARRANGEMENTS) and region in (None, notes.region_of(x)):
+        if not is_cast(x):
+            ends = rearranged(x, rules)
+            if ends is None:
+                break
+            if not unified(dims, ends[1]):
+                return None
+            dims = ends[0]
+        x = dataflow.operands(x)[0]
+    return x, dims
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether the node's result is its operand, perhaps in another precision, and passes gradients."""
+    if node.target not in RETYPED or node.target in DETACHING:
+        return False
+    return all(dataflow.value(x).dtype.is_floating_point for x in (node, node.args[0]))
+
+
+def has_no_dims(x: Any) -> bool:
+    return isinstance(x, fx.Node) and dataflow.is_tensor(x) and dataflow.shape(x) == ()
+
+
+def number_of(x: Any) -> float | None:
+    """The number that ``x`` is, written out or as a tensor of no dimensions filled with it."""
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        return float(x)
+    if isinstance(x, fx.Node) and x.target in RETYPED:
+        return number_of(x.args[0])
+    if has_no_dims(x) and x.target in FILLED:
+        return number_of(FILLED[x.target](op_call(x)))
+    return None

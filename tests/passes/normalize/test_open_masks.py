@@ -1,0 +1,125 @@
+"""Masks of an open length: one graph is read once, and its attention is exact at other lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+# Private: as the library traces with the symbols of Dynamo's sizes.
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatefulSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sptransform.capture.capture import capture
+from sptransform.engine.pass_manager import run_passes
+from sptransform.graph import dataflow
+from sptransform.sharding.sizes import split_length
+from sptransform.strategies.ring import Ring
+from sptransform.strategies.ulysses import Ulysses
+from tests.passes.masks import BANDS, LENGTH, PASSES, PROGRAMS, RING, SDPA, WHOLE, attend, heads, of_size
+from tests.support.graphs import a_context, nodes_of, run_once
+
+# found at an open length, where it differs from what is found at a known one: bounds beyond the sequence are kept, and
+# only sums and signs of whole numbers are formulas
+ELSE: dict[str, tuple[tuple[int | None, int | None], bool]] = {
+    "always within": ((0, 99), False),
+    "floating point": ((None, None), True),
+    "keys ahead only": ((None, None), True),  # clamped
+    "nothing is visible": ((101, None), False),
+}
+
+
+def open_graph(model: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphModule:
+    """The graph of a model in whose inputs every dimension of ``LENGTH`` has one open size; that size comes first."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = TracingContext(mode)
+    for i, x in enumerate(inputs):
+        sizes = [DimDynamic.DUCK if n == LENGTH else DimDynamic.STATIC for n in x.shape]
+        context.tensor_to_context[x] = StatefulSymbolicContext(sizes, tensor_source=ConstantSource(f"x{i}"))
+    symbols = context.tensor_to_context[inputs[0]]
+    length = mode.from_tensor(inputs[0], symbolic_context=symbols, source=symbols.tensor_source).shape[2]
+    split_length(length, 2)
+
+    def sized(length: Any, *inputs: Tensor) -> Tensor:
+        with of_size(length):
+            return model(*inputs)
+
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs) + 1)]
+    graph.output((graph.call_function(sized, tuple(placeholders)),))
+    with tracing(context):
+        gm = capture(fx.GraphModule({}, graph), [length, *inputs])
+    assert not isinstance(dataflow.shape(nodes_of(gm, SDPA)[0])[2], int)  # still open
+    return gm
+
+
+def twice(x: Tensor) -> Tensor:
+    """The input of twice the length."""
+    for dim in range(x.dim()):
+        if x.shape[dim] == LENGTH:
+            x = torch.cat([x, x], dim)
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def assert_exact_at_other_lengths(gm: fx.GraphModule, mask: Any, inputs: list[Tensor]) -> None:
+    for lengthened, length in ((inputs, LENGTH), ([*map(twice, inputs)], 2 * LENGTH)):
+        # not fused: the backward of torch's CPU kernel is wrong for a row of scores that are all the lowest number
+        with of_size(length), sdpa_kernel(SDPBackend.MATH):
+            reference = run_once(lambda *x: attend(mask, *x).pow(2), lengthened)
+        found = run_once(lambda *x, n=length: gm(n, *x)[0], lengthened)
+        torch.testing.assert_close(found.outputs, reference.outputs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.grads, reference.grads, rtol=1e-12, atol=1e-12)
+
+
+def read(mask: Any, *rest: Tensor, strategy: Any) -> tuple[fx.GraphModule, list[Tensor]]:
+    torch.manual_seed(0)
+    inputs = [heads(), heads(), heads(), *rest]
+    gm = open_graph(lambda *x: attend(mask, *x).pow(2), inputs)
+    return run_passes(gm, PASSES, a_context(strategy=strategy)), inputs
+
+
+@pytest.mark.parametrize("name", [*BANDS, *PROGRAMS, *WHOLE])
+def test_one_graph_serves_every_length(name: str) -> None:
+    mask, *rest = {**BANDS, **PROGRAMS, **WHOLE}[name]
+    inputs, band = (rest[0], rest[1]) if len(rest) > 1 else ([], rest[0])
+    band, has_program = ELSE.get(name, (band, len(rest) > 1))
+    gm, inputs = read(mask, *inputs, strategy=Ring())
+    (node,) = nodes_of(gm, RING)
+    assert (node.kwargs["nearest"], node.kwargs["farthest"]) == band
+    assert bool(node.kwargs["mask"]) == has_program
+    assert_exact_at_other_lengths(gm, mask, inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_causal"), [("key <= query", True), ("triu of -inf", True), ("all", False), ("counted tokens", True)]
+)
+def test_kernels_that_know_causal_masks_keep_them(name: str, is_causal: bool) -> None:
+    """Where queries and keys are not cut."""
+    mask, _ = BANDS[name]
+    gm, inputs = read(mask, strategy=Ulysses())
+    (node,) = nodes_of(gm, SDPA)
+    assert node.args[3:] == (None, 0.0, is_causal) and not nodes_of(gm, RING)
+    assert_exact_at_other_lengths(gm, mask, inputs)
+
+
+@pytest.mark.parametrize("name", ["an input", "a bias and causal", "counted"])
+def test_a_mask_that_is_no_program_stays(name: str) -> None:
+    mask, rest, *_ = WHOLE[name]
+    gm, inputs = read(mask, *rest, strategy=Ulysses())
+    (node,) = nodes_of(gm, SDPA)
+    assert node.args[3] is not None and not nodes_of(gm, RING)
+    assert_exact_at_other_lengths(gm, mask, inputs)
+
+
+@pytest.mark.parametrize("name", ["padding", "documents", "window", "bias by distance"])
+def test_programs_where_queries_are_not_cut(name: str) -> None:
+    mask, *rest = {**BANDS, **PROGRAMS}[name]
+    gm, inputs = read(mask, *(rest[0] if len(rest) > 1 else []), strategy=Ulysses())
+    assert nodes_of(gm, RING) and not nodes_of(gm, SDPA)
+    assert_exact_at_other_lengths(gm, mask, inputs)
