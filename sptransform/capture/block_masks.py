@@ -20,10 +20,13 @@ _BLOCKS = 4  # flex_attention's argument
 
 def only_for_blocks(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose results only blocks are made of, and the writes and functorch transforms among them."""
-    made = set(_behind([x for node in graph.nodes if node.target is FLEX for x in _blocks(node)]))
-    if not made:
-        return set()
     transforms = list(_transforms(graph))
+    if not transforms:
+        return set()
+    blocks = [x for node in graph.nodes if node.target is FLEX for x in _blocks(node)]
+    # those of a mask that no layer has end in a conversion that nothing reads
+    blocks += [node for node in graph.nodes if node.target == "to" and not node.users]
+    made = set(_behind(blocks))
     aside = {node for first, *_, last in transforms for node in (first, last)}
     aside |= {node for node in graph.nodes if node.target in _HELPERS and not node.users}
     made -= set(_behind([x for node in graph.nodes if node not in made | aside for x in _read_by(node)]))

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
 from sptransform.compiler.distinct_tensors import distinct_tensors
-from sptransform.diagnostics.errors import SPTransformError, UsageError, describe
+from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
+from sptransform.diagnostics.provenance import innermost_line
 
 
 class WatchedCompiler:
@@ -79,6 +80,18 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
             raise
+        except Unsupported as error:
+            if not str(error).startswith("Data-dependent"):
+                raise
+            raise CaptureError(
+                describe(
+                    "the model decides by what a tensor holds, which no graph can",
+                    source=innermost_line(str(error)),
+                    found=str(error).split("\n")[0],
+                    fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
+                    "attn_implementation='sdpa'",
+                )
+            ) from error
         except FailOnRecompileLimitHit as error:
             raise UsageError(
                 describe(

@@ -14,7 +14,12 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 def source_line(node: fx.Node) -> str | None:
     """``file:line: code`` of the innermost frame of the user's stack outside of torch, if capture recorded one."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    return innermost_line(node.meta.get("stack_trace") or "")
+
+
+def innermost_line(stack: str) -> str | None:
+    """``file:line: code`` of the innermost frame outside of torch of a stack as Python prints it."""
+    frames = list(_FRAME.finditer(stack))
     if not frames:
         return None
     last = next((frame for frame in reversed(frames) if not frame["file"].startswith(_TORCH)), frames[-1])
