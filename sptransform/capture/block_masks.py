@@ -14,7 +14,6 @@ import torch._functorch.predispatch
 from torch import fx
 
 FLEX = torch.ops.higher_order.flex_attention
-_predispatch = torch._functorch.predispatch
 _BLOCKS = 4  # flex_attention's argument
 
 
@@ -38,7 +37,9 @@ def only_for_blocks(graph: fx.Graph) -> set[fx.Node]:
 
 
 # A vmap begins with these; one of an index that its function does not read has no users
-_HELPERS = frozenset({_predispatch.lazy_load_decompositions, _predispatch._add_batch_dim})
+_HELPERS = frozenset(
+    {torch._functorch.predispatch.lazy_load_decompositions, torch._functorch.predispatch._add_batch_dim}
+)
 
 
 def _blocks(node: fx.Node) -> list[fx.Node]:
@@ -76,7 +77,7 @@ def _transforms(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     nodes = list(graph.nodes)
     begun: list[int] = []
     for index, node in enumerate(nodes):
-        if node.target is _predispatch._vmap_increment_nesting:
+        if node.target is torch._functorch.predispatch._vmap_increment_nesting:
             begun.append(index)
-        elif node.target is _predispatch._vmap_decrement_nesting:
+        elif node.target is torch._functorch.predispatch._vmap_decrement_nesting:
             yield nodes[begun.pop() : index + 1]

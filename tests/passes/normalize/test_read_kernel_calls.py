@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention.varlen import varlen_attn
 
 import sptransform
 from sptransform import UsageError
+from sptransform.compiler.options import Options
+from sptransform.compiler.rewrite import rewrite_graph
 from sptransform.diagnostics.errors import CaptureError
 from sptransform.graph.printer import text
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
+from sptransform.sharding.mesh import Mesh
 from tests.passes.kernel_models import (
     HEADS,
     HIDDEN,
@@ -29,6 +32,7 @@ from tests.passes.kernel_models import (
     tokens,
     without_lines,
 )
+from tests.support import flash_attn_3_stand_in as flash_attn_3
 from tests.support.equality import run_one_device, worst_error
 from tests.support.flash_attn_stand_in import (
     attention_of_documents,
@@ -37,7 +41,7 @@ from tests.support.flash_attn_stand_in import (
     flash_attn_varlen_func,
 )
 from tests.support.golden import Golden
-from tests.support.graphs import after, nodes_of
+from tests.support.graphs import after, nodes_of, while_captured
 from tests.support.rewritten import Asked, on_pretended_ranks
 from tests.support.tiers import tiered
 
@@ -216,6 +220,30 @@ def test_torchs_own_function_is_exact(name: str, window: tuple[int, int]) -> Non
     assert_exact(Model(attend, is_packed=True), inputs, reference)
 
 
+@pytest.mark.parametrize(
+    "options", tiered([{"causal": True, "softcap": 0.5}, {"window_size": (2, 1)}], quick=[]), ids=str
+)
+def test_the_third_generation_is_exact(options: dict[str, Any]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        return flash_attn_3.flash_attn_varlen_func(q, k, v, ends, ends, LENGTH, LENGTH, **options)
+
+    assert_exact(Model(attend, is_packed=True), {"x": tokens(batch=1), "ends": ends_of("rest")})
+
+
+def test_lengths_stay_open() -> None:
+    """And the number of documents."""
+
+    def rewritten(gm: fx.GraphModule, found: list[Any]) -> fx.GraphModule:
+        return rewrite_graph(gm, found, Options(strategy="ring"), Mesh.pretended(2))[0]
+
+    x, ends = tokens(batch=1), ends_of("inside")
+    torch._dynamo.mark_dynamic(x, 1)
+    torch._dynamo.mark_dynamic(ends, 0)
+    model = Model(by_flash(causal=True, window_size=(4, 0)), is_packed=True)
+    (attention,) = nodes_of(while_captured(model, rewritten, x=x, ends=ends), sp.ring_attention.default)
+    assert isinstance(attention.meta["val"][0].shape[2], torch.SymInt)
+
+
 def test_two_layers_share_their_documents(golden: Golden) -> None:
     class Layers(nn.Module):
         def __init__(self) -> None:
@@ -242,6 +270,11 @@ def probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def probabilities_unread(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[0]
+
+
+def in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    return flash_attn_3.flash_attn_varlen_func(q, k, v, ends, ends, LENGTH, LENGTH, attention_chunk=4)
 
 
 def paged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -286,7 +319,9 @@ class WithScaledGradients(WithoutKeyGradients):
         return results[0], results[1] * 0.5, results[2]
 
 
-@pytest.mark.parametrize("attend", [probabilities, paged, slopes_of_documents], ids=lambda attend: attend.__name__)
+@pytest.mark.parametrize(
+    "attend", [probabilities, paged, in_chunks, slopes_of_documents], ids=lambda attend: attend.__name__
+)
 def test_refused_by_name(golden: Golden, attend: Attend) -> None:
     model = Model(attend, is_packed=attend is not probabilities)
     with pytest.raises(UsageError) as caught:
