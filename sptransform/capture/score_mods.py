@@ -47,7 +47,7 @@ class Scores:
         if len(others) != 1 or (name != "mul" and first is not self):
             return None
         other = others[0] if first is self else first
-        if name == "sub":
+        if name == "sub" and isinstance(other, Tensor | int | float):
             return self._plus(-other)
         if name in ("mul", "div") and isinstance(other, int | float) and self.bias is None:
             number = other if name == "mul" else 1.0 / other
@@ -70,7 +70,7 @@ class Scores:
     def _filled(self, condition: Any, taken: Any, other: Any) -> Scores | None:
         """``where(condition, taken, other)``."""
         fill = other if taken is self else taken
-        if not isinstance(condition, Tensor) or fill != -inf:
+        if not isinstance(condition, Tensor) or not isinstance(fill, int | float) or fill != -inf:
             return None
         hidden = ~condition if taken is self else condition
         return replace(self, hidden=hidden if self.hidden is None else self.hidden | hidden)
@@ -92,14 +92,16 @@ class ScalarFunction(fx.Interpreter):
         if node.op in ("placeholder", "output", "get_attr"):
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if any(isinstance(x, Scores) for x in (*args, *kwargs.values())):
-            self._scalars.add(node)
-            (scores,) = {id(x): x for x in (*args, *kwargs.values()) if isinstance(x, Scores)}.values()
-            found = None if kwargs else scores.after(_name(node), args)
+        scores = {id(x): x for x in (*args, *kwargs.values()) if isinstance(x, Scores)}
+        if scores:
+            found = None
+            if len(scores) == 1 and not kwargs:
+                (current,) = scores.values()
+                found = current.after(_name(node), args)
             return self._refuse(node) if found is None else found
         if not self._scalars.isdisjoint(node.all_input_nodes):
             self._scalars.add(node)
-            if not self._is_lookup(node, args) and not is_pointwise_function(_name(node)):
+            if not self._is_lookup(node, args) and not is_pointwise_function(_name(node), len(node.all_input_nodes)):
                 self._refuse(node)
         return super().run_node(node)
 
@@ -125,9 +127,14 @@ class ScalarFunction(fx.Interpreter):
 # What functions of Python are called as ops
 _NAMES = {
     "and_": "__and__",
+    "bool": "to",
+    "double": "to",
+    "float": "to",
     "floordiv": "floor_divide",
+    "int": "to",
     "inv": "bitwise_not",
     "invert": "bitwise_not",
+    "long": "to",
     "mod": "remainder",
     "multiply": "mul",
     "or_": "__or__",

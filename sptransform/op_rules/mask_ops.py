@@ -131,11 +131,17 @@ DROPOUT: dict[Any, Callable[[OpCall], float]] = {
 BIASED = frozenset({aten.baddbmm.default})
 
 
-def is_pointwise_function(name: str) -> bool:
+# Functions that, called with one tensor, combine its entries, and with two are pointwise
+_OF_PAIRS = frozenset({"max", "min"})
+
+
+def is_pointwise_function(name: str, num_tensors: int) -> bool:
     """Whether a function or method of this name computes each entry of its result from its operands' entries there.
 
     Those that read only shapes, as ``new_ones``, count where they make a scalar.
     """
     packet = getattr(aten, name, None)
-    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    if packet is None or (name in _OF_PAIRS and num_tensors < 2):
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
     return any(is_elementwise(overload) or overload in LIKE or overload in RETYPED for overload in overloads)

@@ -86,7 +86,7 @@ def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def slanted(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return score - SLOPES[h] * (q - k).abs()
+    return score - SLOPES[h] * (q - k).abs().double()
 
 
 def capped_and_slanted(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -192,6 +192,22 @@ def summed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q.sum() >= k
 
 
+def largest(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q.max() >= k
+
+
+def twice(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return torch.where(q >= k, score, score * 0.5)
+
+
+def filled(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return torch.where(q >= k, score, -1e4)
+
+
+def slanted_then_capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return torch.tanh(score + (q - k))
+
+
 def learned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = q.mean((0, 2, 3))
 
@@ -222,6 +238,14 @@ def test_refused_by_name(golden: Golden, name: str) -> None:
     with pytest.raises(CaptureError) as caught:
         sptransform.rewrite(Model(REFUSED[name]), "ulysses", {"x": tokens()}, world_size=2)
     golden.check(f"flex_attention_{name}", message=without_lines(str(caught.value)))
+
+
+@pytest.mark.parametrize(
+    "call", [Flex(largest), Flex(None, twice), Flex(None, filled), Flex(None, slanted_then_capped)], ids=str
+)
+def test_what_cannot_be_read_is_refused(call: Flex) -> None:
+    with pytest.raises(CaptureError, match="that cannot be read for all of them at once"):
+        sptransform.rewrite(Model(call.attend), "ulysses", {"x": tokens()}, world_size=2)
 
 
 def test_a_logsumexp_that_nothing_reads_is_no_matter() -> None:
