@@ -59,7 +59,7 @@ class Inliner(fx.Interpreter):
                 self._policies[region] = _policy_of(contexts)
             return Inliner(body, self._policies).run(*operands)
         if target is torch.ops.higher_order.autograd_function_apply and is_kernel_function(*args[:2]):
-            return KernelFunction(args[0]).run_function(*args[2:])
+            return KernelFunction(args[0]).at(self._at, args[2:])
         if target is FLEX:
             return flex_attention.attended(self._at, args)
         if target is full_tensor:

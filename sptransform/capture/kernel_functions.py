@@ -13,6 +13,7 @@ op. Any other function stays refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ def _computing(gm: fx.GraphModule) -> list[Any]:
 class KernelFunction(fx.Interpreter):
     """Runs such a forward as if it stood where the function is called: tensors keep their gradients."""
 
-    def run_function(self, *operands: Any) -> Any:
-        """What the function returns, without what it saves for its backward."""
+    def at(self, call: fx.Node, operands: Sequence[Any]) -> Any:
+        """What the function returns where ``call`` calls it, without what it saves for its backward."""
+        for node in self.module.graph.nodes:  # in a checkpointed region, they are of that region
+            node.meta |= {key: call.meta[key] for key in ("recompute", "ac_graph_id") if key in call.meta}
         results, _ = self.run(*operands)
         return results
 

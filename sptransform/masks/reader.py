@@ -108,6 +108,8 @@ class MaskReader:
 def cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
     """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
     value = dataflow.value(mask)
+    if attention.kwargs.get("explicit", False):
+        return None  # it adds the mask itself
     if not value.dtype.is_floating_point or value.dtype == torch.float64:
         return None
     with notes.region_of(attention).autocast():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import sptransform
 from sptransform import UsageError
@@ -242,6 +243,16 @@ def test_lengths_stay_open() -> None:
     model = Model(by_flash(causal=True, window_size=(4, 0)), is_packed=True)
     (attention,) = nodes_of(while_captured(model, rewritten, x=x, ends=ends), sp.ring_attention.default)
     assert isinstance(attention.meta["val"][0].shape[2], torch.SymInt)
+
+
+def test_a_checkpointed_call_is_computed_again() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(lambda *x: flash_attn_func(*x, window_size=(3, 0)), q, k, v, use_reentrant=False)
+
+    gm, _ = after([ReadKernelCalls()], Model(attend), tokens())
+    (attention,) = nodes_of(gm, sp.ring_attention.default)
+    assert attention.meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE and "ac_graph_id" in attention.meta
+    assert_exact(Model(attend), {"x": tokens()})
 
 
 def test_two_layers_share_their_documents(golden: Golden) -> None:

@@ -66,6 +66,13 @@ def scaled_after_the_cap(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return scores.masked_fill(hidden_keys(), -math.inf).softmax(-1) @ v
 
 
+def capped_under_low_numbers(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """A row of which all keys are masked by a number that swallows the scores is a mean."""
+    mask = added_mask(-1e30)
+    mask[3] = -1e30
+    return (torch.tanh(q @ k.mT) * 1.5 + mask).softmax(-1) @ v
+
+
 def of_a_negative_scale(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return torch.tanh(q @ k.mT * -0.7).softmax(-1) @ v
 
@@ -126,6 +133,7 @@ def key_heads_repeated(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
 SPELLINGS: dict[Attend, tuple[float, float, bool]] = {
     capped: (0.8, 1.0, False),
     capped_and_masked: (1.5, 0.4, False),
+    capped_under_low_numbers: (1.5, 1.5, False),
     scaled_after_the_cap: (2.0, 2.0, False),
     of_a_negative_scale: (1.0, -0.7, False),
     tempered_inside: (2.0, 2.0, False),
@@ -308,6 +316,12 @@ def filled_before_the_cap(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return torch.tanh((q @ k.mT).masked_fill(hidden_keys(), -math.inf)).softmax(-1) @ v
 
 
+def biased_before_the_cap(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.baddbmm(added_mask(-1.0).expand(BATCH * HEADS, -1, -1), q, k.mT)
+    return torch.tanh(scores).softmax(-1) @ v
+
+
 def shifted_before_the_cap(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return torch.tanh(q @ k.mT + 1.0).softmax(-1) @ v
 
@@ -397,10 +411,10 @@ def sinks_without_gradients(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tenso
 
 
 LEFT: list[Attend] = [
-    masked_before_the_cap, filled_before_the_cap, shifted_before_the_cap, less_its_maximum_before_the_cap,
-    capped_twice, capped_by_less_than_nothing, capped_by_a_tensor, bounded_otherwise, shifted_before_the_sinks,
-    less_its_maximum_before_the_sinks, sinks_of_queries, sinks_of_sequences, two_sinks, two_columns,
-    another_column_is_left_out, no_column_is_left_out, a_key_is_left_out, joined_along_queries,
+    masked_before_the_cap, biased_before_the_cap, filled_before_the_cap, shifted_before_the_cap,
+    less_its_maximum_before_the_cap, capped_twice, capped_by_less_than_nothing, capped_by_a_tensor, bounded_otherwise,
+    shifted_before_the_sinks, less_its_maximum_before_the_sinks, sinks_of_queries, sinks_of_sequences, two_sinks,
+    two_columns, another_column_is_left_out, no_column_is_left_out, a_key_is_left_out, joined_along_queries,
     masked_after_the_sinks, capped_after_the_sinks, tempered_after_the_sinks, sinks_without_gradients,
 ]  # fmt: skip
 
