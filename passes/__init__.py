@@ -18,6 +18,8 @@ from sptransform.passes.finish.restore_output_order import RestoreOutputOrder
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
+from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
+from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
 from sptransform.passes.normalize.simplify_masks import SimplifyMasks
 from sptransform.passes.normalize.split_biases import SplitBiases
@@ -28,6 +30,8 @@ from sptransform.passes.normalize.unrepeat_key_heads import UnrepeatKeyHeads
 # rewrites of the single-device graph, into forms that rules shard best
 NORMALIZE: tuple[Pass, ...] = (
     DropEmptyPieces(),
+    ReadKernelCalls(),  # before the passes that match the model's own attention op
+    ReadScoreMasks(),
     RecognizeAttention(),  # before the passes that match the model's own attention op
     UnrepeatKeyHeads(),  # before placing: attention must not demand repeated heads
     CastAttentionInputs(),  # after UnrepeatKeyHeads, to cast the unrepeated keys

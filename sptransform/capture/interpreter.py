@@ -1,4 +1,5 @@
-"""Runs Dynamo's graph for tracing: inlines checkpointed regions, and refuses ops that a trace would lose."""
+"""Runs Dynamo's graph for tracing: inlines checkpointed regions and calls of attention kernels, and refuses ops that a
+trace would lose."""
 
 from __future__ import annotations
 
@@ -13,15 +14,18 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sptransform.capture import flex_attention
+from sptransform.capture.block_masks import FLEX, only_for_blocks
+from sptransform.capture.kernel_functions import KernelFunction, is_kernel_function
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.parameters.parts import full_tensor
 
 _regions = itertools.count(1)
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 # functorch transforms enter and leave a level of their own; the graph does not see what runs there
-_TRANSFORMS = {
-    getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")
-} | {fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")}
+_TRANSFORMS = {getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")} | {
+    fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")
+}
 
 
 class Inliner(fx.Interpreter):
@@ -34,6 +38,7 @@ class Inliner(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, policies: dict[int, Any]) -> None:
         super().__init__(gm)
         self._policies = policies
+        self._unread = only_for_blocks(gm.graph)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._autocasts: list[torch.autocast] = []
@@ -53,6 +58,10 @@ class Inliner(fx.Interpreter):
             if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
                 self._policies[region] = _policy_of(contexts)
             return Inliner(body, self._policies).run(*operands)
+        if target is torch.ops.higher_order.autograd_function_apply and is_kernel_function(*args[:2]):
+            return KernelFunction(args[0]).at(self._at, args[2:])
+        if target is FLEX:
+            return flex_attention.attended(self._at, args)
         if target is full_tensor:
             return args[0].tensor
         # torch's tracer would record these two calls but not run them; torch.autocast is recorded and also takes effect
@@ -85,6 +94,8 @@ class Inliner(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self._unread:
+            return None
         self._at = n
         if n.op != "placeholder" and n.target not in (full_tensor, torch.ops.higher_order.tag_activation_checkpoint):
             for operand in n.all_input_nodes:

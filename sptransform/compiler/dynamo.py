@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
-from sptransform.diagnostics.errors import SPTransformError, UsageError, describe
+from sptransform.compiler.distinct_tensors import distinct_tensors
+from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
+from sptransform.diagnostics.provenance import innermost_line
 
 
 class WatchedCompiler:
@@ -71,11 +74,24 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
         global _is_capturing
         before, _is_capturing = _is_capturing, True
         try:
-            return in_configuration(*args, **kwargs)
+            with distinct_tensors():
+                return in_configuration(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
             raise
+        except Unsupported as error:
+            if not str(error).startswith("Data-dependent"):
+                raise
+            raise CaptureError(
+                describe(
+                    "the model decides by what a tensor holds, which no graph can",
+                    source=innermost_line(str(error)),
+                    found=str(error).split("\n")[0],
+                    fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
+                    "attn_implementation='sdpa'",
+                )
+            ) from error
         except FailOnRecompileLimitHit as error:
             raise UsageError(
                 describe(
@@ -90,7 +106,7 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
 
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(
-            # a call of a logger would break the graph, and is no part of what the model computes
+            # a warning or a call of a logger would break the graph, and is no part of what the model computes
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
             optimize_ddp=False,
@@ -105,10 +121,10 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _logging_functions() -> set[Any]:
-    """Every logging function of ``logging.Logger``, including those that libraries added (``warning_once``)."""
+    """Warnings, and every logging function of ``logging.Logger``, those that libraries added too (``warning_once``)."""
     quiet = {"debug", "info", "warning", "error", "critical", "exception", "log", "warn"}
     added = set(vars(logging.Logger)) - set(_STANDARD)
-    return {getattr(logging.Logger, name) for name in (quiet & set(vars(logging.Logger))) | added}
+    return {warnings.warn} | {getattr(logging.Logger, name) for name in (quiet & set(vars(logging.Logger))) | added}
 
 
 _STANDARD = frozenset(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import torch
 from torch import fx
 
+_TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>.*)')
 
 
 def source_line(node: fx.Node) -> str | None:
-    """``file:line: code`` of the innermost frame of the user's stack, if capture recorded one."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    """``file:line: code`` of the innermost frame of the user's stack outside of torch, if capture recorded one."""
+    return innermost_line(node.meta.get("stack_trace") or "")
+
+
+def innermost_line(stack: str) -> str | None:
+    """``file:line: code`` of the innermost frame outside of torch of a stack as Python prints it."""
+    frames = list(_FRAME.finditer(stack))
     if not frames:
         return None
-    last = frames[-1]
+    last = next((frame for frame in reversed(frames) if not frame["file"].startswith(_TORCH)), frames[-1])
     return f"{last['file']}:{last['line']}: {last['code'].strip()}"
 
 

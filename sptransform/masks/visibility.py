@@ -61,7 +61,7 @@ class Visibility:
                 kept.append(condition)
             else:
                 band = band & found
-        return Visible(band, _joined(kept, bias))
+        return Visible(band, joined(kept, bias))
 
     def _hidden_by_the_lowest(self, mask: Expression) -> list[Condition] | None:
         """Conditions that hide keys where they fail, if the mask is the lowest number there and 0 elsewhere.
@@ -158,12 +158,12 @@ class Visibility:
                 stack.extend(reversed(current.operands))
         return list(found)
 
-def _joined(conditions: Sequence[Condition], bias: Expression | None) -> Expression | None:
+def joined(conditions: Sequence[Condition], bias: Expression | None) -> Expression | None:
     """One mask that hides keys where a condition fails, and adds ``bias`` elsewhere."""
     wanted = [part if value else Apply(NOT, (part,), {}, torch.bool) for part, value in conditions]
     if bias is None:
         return reduce(lambda a, b: Apply(AND, (a, b), {}, torch.bool), wanted) if wanted else None
     if not wanted:
         return bias
-    hidden = Apply(NOT, (_joined(conditions, None),), {}, torch.bool)
+    hidden = Apply(NOT, (joined(conditions, None),), {}, torch.bool)
     return Apply(HIDE, (bias, hidden, -inf), {}, bias.dtype)

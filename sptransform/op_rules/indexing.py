@@ -1,4 +1,4 @@
-"""Embedding, gather and advanced indexing: index dimensions pass to the result, indexed ones must be whole.
+"""Embedding, gather, advanced indexing, searchsorted: index dimensions pass to the result, indexed ones must be whole.
 
 The exception is an embedding table that is cut along its rows: a lookup is a contraction with a one-hot vector, so
 each rank computes one term of a pending sum.
@@ -107,10 +107,18 @@ def index(call: OpCall) -> OpRule | None:
     return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes | spread_sizes, replicated=replicated)
 
 
+def searchsorted(call: OpCall) -> OpRule | None:
+    """Where each value belongs in one sorted sequence, which must be whole. None for a sequence for each row."""
+    if len(call.operand_shapes) != 2 or len(call.operand_shapes[0]) != 1:
+        return None
+    return rule("n, ... -> ...", replicated="n")(call)
+
+
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.bucketize.Tensor, rule("..., n -> ...", replicated="n")),
     (aten.embedding.default, OpEntry(embedding, _embedding_local)),
     (aten.gather.default, gather),
     (aten.index.Tensor, index),
     (aten.index_select.default, index_select),
+    (aten.searchsorted.Tensor, searchsorted),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sptransform.ops.mask_program import is_elementwise
 from sptransform.rules.rule import OpCall
 
 aten = torch.ops.aten
@@ -125,3 +126,19 @@ DROPOUT: dict[Any, Callable[[OpCall], float]] = {
 
 # Contractions of their last two operands, added to the first: ``beta * first + alpha * product``
 BIASED = frozenset({aten.baddbmm.default})
+
+
+# Functions that, called with one tensor, combine its entries, and with two are pointwise
+_OF_PAIRS = frozenset({"max", "min"})
+
+
+def is_pointwise_function(name: str, num_tensors: int) -> bool:
+    """Whether a function or method of this name computes each entry of its result from its operands' entries there.
+
+    Those that read only shapes, as ``new_ones``, count where they make a scalar.
+    """
+    packet = getattr(aten, name, None)
+    if packet is None or (name in _OF_PAIRS and num_tensors < 2):
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return any(is_elementwise(overload) or overload in LIKE or overload in RETYPED for overload in overloads)

@@ -35,6 +35,8 @@ CASES = [
     case(aten.index_select.default, randn(4, 6), 0, integers(4, 5), factors="n i1"),
     case(aten.index_select.default, randn(4, 6), -1, integers(6, 1), factors="i0"),
     case(aten.index_select.default, randn(4, 6), 1, integers(6)),
+    case(aten.searchsorted.Tensor, torch.tensor([0, 2, 5]), integers(7, 6), factors=".1"),
+    case(aten.searchsorted.Tensor, torch.tensor([0, 2, 5]), integers(7, 4, 6), right=True, factors=".1 .2"),
 ]
 
 
@@ -45,6 +47,8 @@ def test_rule(case: Case) -> None:
 
 NO_RULE = [
     case(aten.index.Tensor, randn(4, 6), [booleans(4, 6)]),
+    case(aten.searchsorted.Tensor, torch.tensor([[0, 2], [1, 5]]), integers(7, 2, 6)),
+    case(aten.searchsorted.Tensor, torch.tensor([2, 0]), integers(7, 6), sorter=torch.tensor([1, 0])),
     case(aten.index.Tensor, randn(4, 6), [torch.tensor([True, False, True, False])]),
     # counts of an index over the whole batch scale its gradient
     case(aten.embedding.default, randn(7, 5), integers(7, 6), -1, True),

@@ -1,0 +1,47 @@
+"""Take masks of queries x keys, which capture makes of flex_attention, apart into bounds and programs.
+
+Before, with a mask computed from indices, for queries that see earlier keys of their own document::
+
+    %ge : b8[1,1,8,8] = aten.ge.Tensor(%q_idx, %kv_idx)
+    %eq : b8[2,1,8,8] = aten.eq.Tensor(%document_of_query, %document_of_key)
+    %and : b8[2,1,8,8] = aten.__and__.Tensor(%ge, %eq)
+    %attended = sptransform.ring_attention(%q, %k, %v, [%and], [], mask='%0')
+
+after::
+
+    %attended = sptransform.ring_attention(%q, %k, %v, [%document_of_query], [%document_of_key],
+                                           mask='%2 = eq.Tensor(%0, %1)', nearest=0)
+
+1. Under every strategy: flex_attention is called to have no tensor of queries x keys.
+2. What is read, and how, is as in AttendByPosition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sptransform.engine.context import Context
+from sptransform.engine.pass_manager import Pass
+from sptransform.graph.edit import emit_like, succeed
+from sptransform.masks.reader import MaskReader
+
+
+@dataclass(frozen=True)
+class ReadScoreMasks(Pass):
+    requires = frozenset({"functional"})
+    ensures = frozenset({"functional"})
+
+    def run(self, graph: fx.Graph, context: Context) -> None:
+        ring_attention = torch.ops.sptransform.ring_attention.default
+        nodes = [node for node in graph.nodes if node.target is ring_attention and node.kwargs.get("mask") == "%0"]
+        reader = MaskReader.of(nodes, context.rules)
+        for node in nodes:
+            query, key, value, (mask,), _, *others = node.args
+            read = reader.read(node, mask)
+            bounds = {"mask": read.program, "nearest": read.band.nearest, "farthest": read.band.farthest}
+            operands = query, key, value, read.rows, read.columns, *others
+            succeed(node, emit_like(node, ring_attention, *operands, **dict(node.kwargs) | bounds))
+        graph.eliminate_dead_code()

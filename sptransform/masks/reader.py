@@ -1,0 +1,118 @@
+"""Reads a mask of attention as bounds on distances and a program, the arguments of ring attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import fx
+
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import emit_like
+from sptransform.masks.bands import Band, bands_between
+from sptransform.masks.closed_forms import ClosedForms
+from sptransform.masks.constants import Constants
+from sptransform.masks.emit import broadcast_view
+from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
+from sptransform.masks.region import Regions
+from sptransform.masks.visibility import Visibility
+from sptransform.op_rules.mask_ops import CONVERT
+from sptransform.rules.table import RuleTable
+
+_LENGTH = 2
+
+
+@dataclass(frozen=True)
+class MaskRead:
+    """A mask as arguments of the op.
+
+    ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
+    """
+
+    program: str = ""
+    rows: list[fx.Node] = field(default_factory=list)
+    columns: list[fx.Node] = field(default_factory=list)
+    band: Band = field(default_factory=Band)
+    is_added: bool = False
+    is_square: bool = False
+
+
+@dataclass
+class MaskReader:
+    """Reads each mask once, even if all layers use it."""
+
+    regions: Regions
+    constants: Constants
+    forms: ClosedForms
+    done: dict[object, MaskRead] = field(default_factory=dict)
+    views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, attention: Sequence[fx.Node], rules: RuleTable) -> MaskReader:
+        """A reader of the masks of these nodes."""
+        # constants up to the size of one layer's queries are cheap to compute once
+        largest = max((_num_entries(node.args[0]) for node in attention), default=0)
+        forms = ClosedForms(rules)
+        return cls(Regions(rules), Constants(largest, forms), forms)
+
+    def read(self, attention: fx.Node, mask: fx.Node, cast: torch.dtype | None = None) -> MaskRead:
+        """The mask of ``attention``, whose op casts it to ``cast``. Raises UsageError if it has a gradient."""
+        if notes.note(mask).differentiable:
+            raise UsageError(
+                describe(
+                    "attention masks computed block by block have no gradient",
+                    node=attention,
+                    found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
+                    fix="strategy='ulysses', or a mask without gradients: mask.detach()",
+                )
+            )
+        query, key = (dataflow.shape(x) for x in attention.args[:2])
+        identity = (mask, query[_LENGTH], key[_LENGTH], cast)
+        if identity not in self.done:
+            expression = self.regions.expression(mask)
+            if cast is not None:
+                expression = Apply(CONVERT, (expression, cast), {}, cast)
+            sizes = query[_LENGTH], key[_LENGTH]
+            bands = bands_between(*sizes, self.constants, self.forms)
+            visible = Visibility(self.constants, bands, sizes[0] == sizes[1]).of(expression)
+            if visible.rest is None:
+                self.done[identity] = MaskRead(band=visible.band)
+            else:
+                program, rows, columns = program_of(visible.rest)
+                operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
+                is_added = visible.rest.dtype != torch.bool
+                is_square = any(leaf.has(KEYS) for leaf in rows)
+                self.done[identity] = MaskRead(str(program), *operands, visible.band, is_added, is_square)
+        return self.done[identity]
+
+    def _view(self, leaf: Leaf) -> fx.Node:
+        """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
+        key = (leaf.node, leaf.places)
+        if key not in self.views:
+            view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
+            if notes.note(view).differentiable:  # the mask itself is not: it compares, or was detached later
+                view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
+                notes.note(view).differentiable = False
+            self.views[key] = view
+        return self.views[key]
+
+
+def cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
+    """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
+    value = dataflow.value(mask)
+    if attention.kwargs.get("explicit", False):
+        return None  # it adds the mask itself
+    if not value.dtype.is_floating_point or value.dtype == torch.float64:
+        return None
+    with notes.region_of(attention).autocast():
+        if not torch.is_autocast_enabled(value.device.type):
+            return None
+        dtype = torch.get_autocast_dtype(value.device.type)
+    return dtype if dtype != value.dtype else None
+
+
+def _num_entries(node: fx.Node) -> int:
+    return prod(size for size in dataflow.shape(node) if isinstance(size, int))
