@@ -113,6 +113,13 @@ def sunk_heads_in_groups(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return (torch.cat([q @ k.mT, sinks], -1).softmax(-1)[..., :-1] @ v + inner).flatten(1, 2)
 
 
+def sunk_flat_heads(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """Heads and batch as one dimension."""
+    q, k, v = (x.reshape(BATCH * HEADS, LENGTH, WIDTH) for x in (q, k, v))
+    scores = torch.cat([torch.bmm(q, k.mT), column(s).reshape(BATCH * HEADS, LENGTH, 1)], -1)
+    return torch.bmm(scores.softmax(-1)[..., :-1], v).view(BATCH, HEADS, LENGTH, WIDTH)
+
+
 def sunk_before_queries(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     """Keys before queries in every tensor, and softmax over them."""
     sinks = s[:, None].expand(BATCH, HEADS, LENGTH)[:, :, None]
@@ -142,6 +149,7 @@ SPELLINGS: dict[Attend, tuple[float, float, bool]] = {
     sunk_and_scaled: (0.0, 0.3, True),
     one_sink_for_all: (0.0, 1.0, True),
     sunk_before_queries: (0.0, 1.0, True),
+    sunk_flat_heads: (0.0, 1.0, True),
     capped_and_sunk: (1.2, 0.5, True),
     key_heads_repeated: (1.0, 1.0, True),
 }
@@ -413,8 +421,8 @@ def sinks_without_gradients(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tenso
 LEFT: list[Attend] = [
     masked_before_the_cap, biased_before_the_cap, filled_before_the_cap, shifted_before_the_cap,
     less_its_maximum_before_the_cap, capped_twice, capped_by_less_than_nothing, capped_by_a_tensor, bounded_otherwise,
-    shifted_before_the_sinks, less_its_maximum_before_the_sinks, sinks_of_queries, sinks_of_sequences, two_sinks, two_columns,
-    another_column_is_left_out, no_column_is_left_out, a_key_is_left_out, joined_along_queries,
+    shifted_before_the_sinks, less_its_maximum_before_the_sinks, sinks_of_queries, sinks_of_sequences, two_sinks,
+    two_columns, another_column_is_left_out, no_column_is_left_out, a_key_is_left_out, joined_along_queries,
     masked_after_the_sinks, capped_after_the_sinks, tempered_after_the_sinks, sinks_without_gradients,
 ]  # fmt: skip
 
