@@ -4,6 +4,7 @@ Before, queries, keys and values each move on their own; after, one redistribute
 
 1. Redistributes are packed if they have the same dtype and kind and stand right before the same node. The kinds are
    S(i) -> S(j) with i != j, and S -> R, except of parameters, which have their own buckets.
+2. What has no gradient is not packed with what has: all parts of a message have a gradient.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ class FuseRedistributes(Pass):
     ensures = frozenset({"functional", "placed", "typed"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        waiting: dict[tuple[torch.dtype, str], list[fx.Node]] = {}
+        waiting: dict[tuple[torch.dtype, str, bool], list[fx.Node]] = {}
         for node in list(graph.nodes):
             if is_redistribute(node):
                 if (packable := _packable(node)) is not None:
-                    waiting.setdefault((dataflow.values(node)[0].dtype, packable), []).append(node)
+                    has_gradient = bool(notes.note(node).differentiable)
+                    waiting.setdefault((dataflow.values(node)[0].dtype, packable, has_gradient), []).append(node)
             elif dataflow.projection(node) is None or not is_redistribute(dataflow.projection(node)[0]):
                 for group in waiting.values():
                     if len(group) > 1:

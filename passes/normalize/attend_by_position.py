@@ -91,7 +91,7 @@ def _band(node: fx.Node, read: _Read) -> Band:
 
 
 def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
-    call, sinks = op_call(node), sinks_of(node)
+    call = op_call(node)
     new = emit_like(
         node,
         torch.ops.sptransform.ring_attention.default,
@@ -103,10 +103,9 @@ def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
         farthest=band.farthest,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
-        sinks=sinks,
+        sinks=sinks_of(node),
         softcap=softcap_of(node),
-        # beside a sink keys that are masked by a large number vanish
-        explicit=read.is_added and sinks is None and node.kwargs.get("explicit", False),
+        explicit=read.is_added and node.kwargs.get("explicit", False) and sinks_of(node) is None,
     )
     rename(new, "ring_attention")
     succeed(node, emit_like(node, operator.getitem, new, 0))
@@ -204,6 +203,8 @@ class _Reader:
 def _cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
     """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
     value = dataflow.value(mask)
+    if attention.kwargs.get("explicit", False):
+        return None  # it adds the mask itself
     if not value.dtype.is_floating_point or value.dtype == torch.float64:
         return None
     with notes.region_of(attention).autocast():

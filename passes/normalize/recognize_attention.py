@@ -18,8 +18,9 @@ after::
 2. What stands between the contractions is read by ``masks/between.py``. Where it is something else, attention is left
    as it is; so it is where something else reads the probabilities.
 3. A batch of heads, ``[batch * heads, ..]``, is taken apart where the graph shows how it was made.
-4. Keys or values that are parameters are no keys or values: that is a table read by weights.
-5. Under a softcap, with sinks or with a mask that is added it is ``sptransform.attention``.
+4. Where other attention shows what the sequences are, only attention among the tokens of a sequence is read.
+5. Keys or values that are parameters are no keys or values: that is a table read by weights.
+6. Under a softcap, with sinks or with a mask that is added it is ``sptransform.attention``.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from math import prod
 import torch
 from torch import fx
 
-from sptransform.engine.axes import Atom, resolve
+from sptransform.engine.axes import Atom, Axes, resolve
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
+from sptransform.graph.calls import rule_at
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.masks.between import Term
 from sptransform.masks.scores import Spelling, spelled_at
@@ -54,12 +56,40 @@ class RecognizeAttention(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         graph.eliminate_dead_code()  # a reader of the probabilities that nobody reads
-        for node in list(graph.nodes):
-            if node.target in SOFTMAX:
-                spelling = spelled_at(node, context.rules)
-                if spelling is not None and not (context.strategy.reads_masks and _has_trained_mask(spelling)):
-                    _join(spelling)
+        for node in _of_sequences(graph, context):
+            spelling = spelled_at(node, context.rules)
+            if spelling is not None and not (context.strategy.reads_masks and _has_trained_mask(spelling)):
+                _join(spelling)
         graph.eliminate_dead_code()
+
+
+def _of_sequences(graph: fx.Graph, context: Context) -> list[fx.Node]:
+    """The softmaxes that may be attention among tokens.
+
+    If there is attention that is not spelled out, it tells what the sequences are, and attention over another axis (the
+    tokens of a block, the heads of a token, channels) is like any other op.
+    """
+    softmaxes = [node for node in graph.nodes if node.target in SOFTMAX]
+    rules = {node: rule_at(node, context.rules) for node in graph.nodes if dataflow.handles_tensors(node)}
+    if not softmaxes or not any(rule is not None and rule.has_sequence for rule in rules.values()):
+        return softmaxes
+    for node, rule in rules.items():
+        notes.note(node).rule = rule
+    axes = Axes(graph, context.divide, context.sequence_dims)
+    for node in rules:
+        notes.note(node).rule = None  # to be given once no pass changes the graph any more
+    return [node for node in softmaxes if _is_among_tokens(spelled_at(node, context.rules), axes)]
+
+
+def _is_among_tokens(spelling: Spelling | None, axes: Axes) -> bool:
+    if spelling is None:
+        return False
+    ends = (spelling.query, spelling.query_dims, spelling.queries), (spelling.key, spelling.key_dims, spelling.keys)
+    for node, dims, own in ends:
+        found = [axes.dims(node)[i] for i, atoms in enumerate(dims) if resolve(atoms) == resolve(own)]
+        if not any(map(axes.is_whole_sequence, found)):
+            return False
+    return True
 
 
 def _join(spelling: Spelling) -> None:
@@ -74,10 +104,10 @@ def _join(spelling: Spelling) -> None:
         )
     )
     dtypes = [dataflow.value(x).dtype for x in (query, key, value)]
-    dtype = functools.reduce(torch.promote_types, dtypes)
+    dtype = functools.reduce(torch.promote_types, [*dtypes, *_wider_than_float32(spelling)])
     query, key, value = (_cast(x, dtype, old) for x in (query, key, value))
     hidden, everywhere = _hidden(spelling)
-    added = _added(spelling, dtype)
+    added = _added(spelling)
     if everywhere is not None:
         # filled with one number, all scores of a row are equal and have no gradient: as those of a query of zeros
         query = emit_like(old, aten.where.ScalarSelf, everywhere, 0.0, query)
@@ -129,12 +159,17 @@ def _cast(x: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
     return x if dataflow.value(x).dtype == dtype else emit_like(before, aten.to.dtype, x, dtype)
 
 
-def _added(spelling: Spelling, dtype: torch.dtype) -> fx.Node | None:
-    """The sum of all that is added to the scores, in their dtype."""
+def _wider_than_float32(spelling: Spelling) -> list[torch.dtype]:
+    """Dtypes in which something is added to the scores, if attention of 32 bits or fewer would not compute in them."""
+    return [term.dtype for term in spelling.scores.terms if term.dtype == torch.float64]
+
+
+def _added(spelling: Spelling) -> fx.Node | None:
+    """The sum of all that is added to the scores, each in the dtype that the scores have there."""
     before, added = spelling.out, None
     for term in spelling.scores.terms:
         if term.fill is None:
-            own = _cast(_broadcast(term, spelling), dtype, before)
+            own = _cast(_broadcast(term, spelling), term.dtype, before)
             if term.times != 1.0:
                 own = emit_like(before, aten.mul.Scalar, own, term.times)
             added = own if added is None else emit_like(before, aten.add.Tensor, added, own)

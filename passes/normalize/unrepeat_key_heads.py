@@ -24,7 +24,7 @@ from torch import fx
 from sptransform.engine.axes import Atom, atoms_of, resolve, unify
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph import dataflow
+from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
@@ -76,7 +76,10 @@ def unrepeated(x: fx.Node, dim: int, rules: RuleTable) -> tuple[fx.Node, int] | 
     """(source, times) where ``x`` is ``source`` with every index of ``dim`` repeated ``times`` in a row; else None."""
     dims = list(map(atoms_of, dataflow.shape(x)))
     current, want = x, dims
-    while current.target in REARRANGEMENTS and len(dataflow.operands(current)) == 1:
+    # not through a region without gradients: what is read instead would have some
+    while (
+        current.target in REARRANGEMENTS and len(dataflow.operands(current)) == 1 and notes.passes_gradients(current)
+    ):
         rule = rule_at(current, rules)
         if rule is None:
             return None

@@ -172,6 +172,12 @@ class Axes:
     def is_sequence(self, atom: Atom) -> bool:
         return atom in self._family
 
+    def is_whole_sequence(self, atoms: list[Atom]) -> bool:
+        """Whether ``atoms`` are all of a sequence, and not a block of one."""
+        wholes = [resolve([atom]) for atom in self._sequences]
+        in_parts = {atom for whole in wholes if len(whole) > 1 for atom in whole}
+        return atoms in wholes or (len(atoms) == 1 and atoms[0] in self._family - in_parts)
+
     def dims(self, node: fx.Node, index: int = 0) -> list[list[Atom]]:
         """Atoms of each dimension of a node's output."""
         return [resolve(atoms) for atoms in self._dims[node, index]]

@@ -130,6 +130,15 @@ def derive_differentiable(node: fx.Node) -> None:
     note(node).differentiable = any(note(x).differentiable for x in node.all_input_nodes)
 
 
+def passes_gradients(node: fx.Node) -> bool:
+    """Whether gradients of the node's readers reach its inputs: it does not detach them, nor stand in ``no_grad``."""
+    if not any(note(x).differentiable for x in node.all_input_nodes):
+        return True
+    if not any(region_of(reader).grad_enabled for reader in node.users):
+        return True  # they have none
+    return bool(note(node).differentiable) and region_of(node).grad_enabled
+
+
 def is_even(graph: fx.Graph) -> bool:
     """Whether every shard in the graph is even: all ranks have equal shares."""
     every = [note(node) for node in graph.nodes]

@@ -1,6 +1,6 @@
 """Reads what stands between the product and the softmax of attention that is spelled out, from the last op on.
 
-1. A product with a number is part of the scale; with a tensor of no dimensions, a factor.
+1. A product with a number is part of the scale; with a tensor of one entry, a factor.
 2. A tensor that is added, or says where a number is filled in, is a term of the mask.
 3. What is added to a whole row, the softmax cancels: a number, or a maximum of the row.
 4. A product with a number, ``tanh``, a product: a softcap. Nothing but products may come before it.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from sptransform.graph import dataflow, notes
+from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call
-from sptransform.masks.carried import AtomDims, has_no_dims, number_of, source_of
+from sptransform.masks.carried import AtomDims, has_one_entry, number_of, source_of
 from sptransform.op_rules.mask_ops import BOUNDED, CHOICES, JOINED, MAXIMA, RETYPED, SCALES, SIGNS
 from sptransform.rules.table import RuleTable
 
@@ -30,11 +30,12 @@ from sptransform.rules.table import RuleTable
 class Term:
     """Added to the scores ``times`` over; or, with ``fill``, where it is true the scores become this number.
 
-    ``dims`` are those of the scores that ``tensor`` broadcasts to; ``negated``: where it is false.
+    ``dims`` and ``dtype`` are those of the scores, to which ``tensor`` broadcasts; ``negated``: where it is false.
     """
 
     tensor: fx.Node
     dims: AtomDims
+    dtype: torch.dtype
     times: float = 1.0
     fill: float | None = None
     negated: bool = False
@@ -55,7 +56,7 @@ class Between:
 
     Attributes:
         scale: number that the product is multiplied by.
-        factors: ops, and their second operands, tensors of no dimensions: the product is multiplied by them too.
+        factors: ops, and their second operands, tensors of one entry: the product is multiplied by them too.
         softcap: then the scores are ``softcap * tanh(score / softcap)``; 0 is none.
         terms: what is done to the scores then, in order.
         sinks: one more entry of every row.
@@ -114,7 +115,7 @@ class _Reader:
 
     def _scale(self, node: fx.Node) -> bool:
         factor = number_of(node.args[1])
-        if factor == 0 or (factor is None and not has_no_dims(node.args[1])):
+        if factor == 0 or (factor is None and not has_one_entry(node.args[1])):
             return False
         if factor is None:
             self.found.factors.append((node.target, node.args[1]))
@@ -135,7 +136,7 @@ class _Reader:
             return False
         dims = list(self.places[node])
         dims[self.dim] = []
-        source = source_of(column, dims, self.rules, notes.region_of(node))
+        source = source_of(column, dims, self.rules)
         if source is None:
             return False
         self.found.sinks = Sinks(*source, self.found.scale)
@@ -154,7 +155,7 @@ class _Reader:
             return is_cancelled and _is_maximum(other, self.nodes)  # else its gradient may be zero, and not none
         if self._is_settled or self.found.factors:
             return False
-        self.found.terms.append(Term(other, self.places[node], self.found.scale * SIGNS[node.target]))
+        self.found.terms.append(self._term(other, node, times=self.found.scale * SIGNS[node.target]))
         return True
 
     def _fill(self, carrier: fx.Node, node: fx.Node) -> bool:
@@ -165,18 +166,21 @@ class _Reader:
             return False
         if fill != -math.inf and (times != 1.0 or self.found.factors or fill > lowest):
             return False
-        self.found.terms.append(Term(condition, self.places[node], fill=fill, negated=chosen is carrier))
+        self.found.terms.append(self._term(condition, node, fill=fill, negated=chosen is carrier))
         return True
 
-    def bias(self, product: fx.Node, bias: fx.Node, dims: AtomDims) -> bool:
+    def bias(self, product: fx.Node, bias: fx.Node) -> bool:
         """Read what the product is added to, ``beta * bias + alpha * product``."""
         alpha, beta = (float(op_call(product).argument(name)) for name in ("alpha", "beta"))
         if beta != 0:  # of 0 the bias is not read, whatever it is
             if self._is_settled or self.found.factors or not self._varies(bias):
                 return False
-            self.found.terms.append(Term(bias, dims, self.found.scale * beta))
+            self.found.terms.append(self._term(bias, product, times=self.found.scale * beta))
         self.found.scale *= alpha
         return True
+
+    def _term(self, tensor: fx.Node, node: fx.Node, **how: Any) -> Term:
+        return Term(tensor, self.places[node], dataflow.value(node).dtype, **how)
 
     def _varies(self, x: fx.Node) -> bool:
         """Whether ``x``, which broadcasts to the scores, has their keys."""
@@ -204,7 +208,7 @@ def between(
     reader = _Reader(nodes, places, dim, rules, is_joined=any(node.target in JOINED for node in following))
     if not all(reader.read(carrier, node) for carrier, node in reversed(list(pairwise(nodes)))):
         return None
-    if bias is not None and not reader.bias(product, bias, places[product]):
+    if bias is not None and not reader.bias(product, bias):
         return None
     found = reader.found
     found.terms.reverse()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from sptransform.engine.axes import Atom, atoms_of, unify
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call, rule_at
-from sptransform.graph.regions import Region
-from sptransform.op_rules.mask_ops import DETACHING, FILLED, RETYPED
+from sptransform.op_rules.mask_ops import FILLED, RETYPED
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.rules.rule import Dims
 from sptransform.rules.table import RuleTable
@@ -37,15 +37,13 @@ def rearranged(node: fx.Node, rules: RuleTable) -> tuple[AtomDims, AtomDims] | N
     return dims_in_atoms(rule.operands[0], atoms), dims_in_atoms(rule.results[0], atoms)
 
 
-def source_of(
-    x: fx.Node, dims: AtomDims, rules: RuleTable, region: Region | None = None
-) -> tuple[fx.Node, AtomDims] | None:
+def source_of(x: fx.Node, dims: AtomDims, rules: RuleTable) -> tuple[fx.Node, AtomDims] | None:
     """What ``x``, whose dimensions are ``dims``, was before it was rearranged, repeated and cast, and its dimensions.
 
     On the way atoms are divided as the rearrangements say. None if they say otherwise than ``dims``. The way ends where
-    ``region``, if given, does: gradients may end there.
+    gradients end.
     """
-    while (is_cast(x) or x.target in REARRANGEMENTS) and region in (None, notes.region_of(x)):
+    while is_cast(x) or (x.target in REARRANGEMENTS and notes.passes_gradients(x)):
         if not is_cast(x):
             ends = rearranged(x, rules)
             if ends is None:
@@ -59,21 +57,25 @@ def source_of(
 
 def is_cast(node: fx.Node) -> bool:
     """Whether the node's result is its operand, perhaps in another precision, and passes gradients."""
-    if node.target not in RETYPED or node.target in DETACHING:
+    if node.target not in RETYPED or not notes.passes_gradients(node):
         return False
     return all(dataflow.value(x).dtype.is_floating_point for x in (node, node.args[0]))
 
 
-def has_no_dims(x: Any) -> bool:
-    return isinstance(x, fx.Node) and dataflow.is_tensor(x) and dataflow.shape(x) == ()
+def has_one_entry(x: Any) -> bool:
+    """Whether ``x`` is a tensor of one entry that broadcasts to anything."""
+    return isinstance(x, fx.Node) and dataflow.is_tensor(x) and dataflow.shape(x) in ((), (1,))
 
 
 def number_of(x: Any) -> float | None:
-    """The number that ``x`` is, written out or as a tensor of no dimensions filled with it."""
+    """The number that ``x`` is, written out or as a tensor filled with it."""
     if isinstance(x, int | float) and not isinstance(x, bool):
         return float(x)
-    if isinstance(x, fx.Node) and x.target in RETYPED:
+    if not isinstance(x, fx.Node):
+        return None
+    if x.op == "get_attr":
+        constant = getattr(x.graph.owning_module, x.target)
+        return float(constant) if isinstance(constant, torch.Tensor) and has_one_entry(x) else None
+    if x.target in RETYPED:
         return number_of(x.args[0])
-    if has_no_dims(x) and x.target in FILLED:
-        return number_of(FILLED[x.target](op_call(x)))
-    return None
+    return number_of(FILLED[x.target](op_call(x))) if x.target in FILLED else None

@@ -209,11 +209,11 @@ class _Reading:
             return None
         if any(_is_parameter(x) for x, _ in tensors):
             return None
-        batch = self._batch(scores, keys, which)
+        batch = self._batch(scores, which)
         if len(batch) == 1:  # of heads perhaps: what made the tensors may show it
             for x, own in tensors:
                 source_of(x, own, self.rules)
-            batch = self._batch(scores, keys, which)
+            batch = self._batch(scores, which)
         queries = scores.own(1 - which)
         if not batch or len(queries) != 1 or len(resolve(keys)) != 1:
             return None  # of several dims of queries, any may be the sequence
@@ -226,9 +226,10 @@ class _Reading:
         )  # fmt: skip
         return found if found.is_complete else None
 
-    def _batch(self, scores: _Contraction, keys: list[Atom], which: int) -> list[Atom]:
-        others = {*resolve(keys), *scores.own(1 - which)}
-        return [atom for atoms in scores.out_dims for atom in resolve(atoms) if atom not in others]
+    def _batch(self, scores: _Contraction, which: int) -> list[Atom]:
+        others = {*resolve(scores.contracted), *scores.own(1 - which)}
+        # in the order of the queries' dimensions: the batch comes before heads there, whatever becomes of the scores
+        return [atom for atoms in scores.dims[1 - which] for atom in resolve(atoms) if atom not in others]
 
 
 def spelled_at(softmax: fx.Node, rules: RuleTable) -> Spelling | None:

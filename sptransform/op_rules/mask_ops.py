@@ -107,9 +107,6 @@ SCALES: dict[Any, Callable[[float], float]] = {
 # The sign of the second operand
 SIGNS: dict[Any, float] = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
 
-# Of RETYPED, those through which no gradient passes
-DETACHING = frozenset({aten.detach.default})
-
 MAXIMA = frozenset({aten.amax.default, aten.max.dim})
 
 # Of these, ``cap * f(score / cap)`` bounds the scores: a softcap

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sptransform.ops.library import composite
+from sptransform.ops.ring.kernels.interface import compute_dtype
 
 
 @composite(
@@ -46,10 +47,16 @@ def attention(
     if key_head_of:
         key, value = _repeat(key, key_head_of), _repeat(value, key_head_of)
     explicit = explicit or softcap != 0.0 or sinks is not None
-    if 0 in query.shape and sinks is None:  # every operand must have a gradient: other ranks wait for it
+    is_empty = 0 in query.shape
+    is_learned = sinks is not None or (attn_mask is not None and attn_mask.requires_grad)
+    if is_empty and not is_learned:
         return query @ key.transpose(-2, -1) @ value
+    explicit = explicit or is_empty  # every learned operand must have a gradient: other ranks wait for it
     if not explicit and (dropout_p == 0.0 or not group_name):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    # kernels sum up in float32 too: scores may be beyond the range of 16 bits, and masks need more digits
+    dtype, output_dtype = compute_dtype(query.dtype), query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
@@ -65,9 +72,9 @@ def attention(
     # a fully masked row gives zeros, as in torch's op
     probabilities = torch.ops.aten._safe_softmax(scores, -1)[..., : key.shape[2]]
     if dropout_p == 0.0 or not group_name:
-        return functional.dropout(probabilities, dropout_p) @ value
+        return (functional.dropout(probabilities, dropout_p) @ value).to(output_dtype)
     mask = torch.ops.sptransform.dropout_mask(probabilities, dropout_p, group_name)
-    return (probabilities * mask / (1 - dropout_p)) @ value
+    return ((probabilities * mask / (1 - dropout_p)) @ value).to(output_dtype)
 
 
 def _repeat(x: Tensor, head_of: list[int]) -> Tensor:

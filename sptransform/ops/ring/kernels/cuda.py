@@ -22,7 +22,10 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def is_plain(case: Case) -> bool:
-    """What flash kernels and cuDNN require, softcap apart: 16 bits, head sizes in multiples of 16 bytes, no mask."""
+    """What the flash kernels and cuDNN require: a 16-bit dtype, head sizes in multiples of 16 bytes, no mask.
+
+    Softcap apart, which flash-attn has and the others have not.
+    """
     sizes = (case.head_dim, case.value_dim)
     fits = case.dtype in _SIXTEEN_BITS and all(size % 8 == 0 and 0 < size <= 256 for size in sizes)
     return case.device == "cuda" and fits and not case.masked and not case.explicit and _capability() >= (8, 0)
