@@ -91,7 +91,7 @@ def _band(node: fx.Node, read: _Read) -> Band:
 
 
 def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
-    call = op_call(node)
+    call, sinks = op_call(node), sinks_of(node)
     new = emit_like(
         node,
         torch.ops.sptransform.ring_attention.default,
@@ -103,9 +103,10 @@ def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
         farthest=band.farthest,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
-        sinks=sinks_of(node),
+        sinks=sinks,
         softcap=softcap_of(node),
-        explicit=read.is_added and node.kwargs.get("explicit", False) and sinks_of(node) is None,
+        # beside a sink keys that are masked by a large number vanish
+        explicit=read.is_added and sinks is None and node.kwargs.get("explicit", False),
     )
     rename(new, "ring_attention")
     succeed(node, emit_like(node, operator.getitem, new, 0))

@@ -37,8 +37,8 @@ class Strategy:
     instance of it. The other methods and attributes have defaults for a strategy that splits the sequence.
 
     Attributes:
-        reads_masks: whether attention takes masks as programs over positions, not as tensors of the scores' shape. A
-            strategy that cuts queries or keys needs it.
+        reads_masks: whether every attention is one that knows positions, with masks as programs over them. A strategy
+            that cuts queries or keys needs it; under others only masks that are computed from positions are read.
         max_mesh_dims: maximum number of mesh dims.
         regather: whether tensors gathered for attention or a linear are gathered again in the backward.
         shards_weights: whether linears are cut along their inner axes, and their weights with them.

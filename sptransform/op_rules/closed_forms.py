@@ -107,9 +107,7 @@ def _filled(call: OpCall, forms: Sequence[Form | None]) -> Form | None:
     return as_number(int(value) if isinstance(value, float) else value) if is_whole else None
 
 
-def _counted(call: OpCall, forms: Sequence[Form | None]) -> Form | None:
-    named = {argument.name for argument in call.target._schema.arguments}
-    start, step = (call.argument(x) if x in named else default for x, default in (("start", 0), ("step", 1)))
+def _counted(start: Any = 0, step: Any = 1) -> Form | None:
     is_known = isinstance(start, int | sympy.Expr) and isinstance(step, int)
     return as_number(start) + step * index(0) if is_known else None
 
@@ -182,9 +180,9 @@ def _as_number_or_none(form: Form | None) -> Form | None:
 # Other ops, of the call and the forms of its operands
 FORMS: dict[Any, Callable[[OpCall, Sequence[Form | None]], Form | None]] = {
     **dict.fromkeys(FILLED, _filled),
-    aten.arange.default: _counted,
-    aten.arange.start: _counted,
-    aten.arange.start_step: _counted,
+    aten.arange.default: lambda call, forms: _counted(),
+    aten.arange.start: lambda call, forms: _counted(call.argument("start")),
+    aten.arange.start_step: lambda call, forms: _counted(call.argument("start"), call.argument("step")),
     aten.cat.default: _concatenated,
     aten.cumsum.default: _accumulated,
     aten.diff.default: _differences,

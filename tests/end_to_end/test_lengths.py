@@ -15,7 +15,9 @@ from tests.support.tiny import attention
 pytestmark = pytest.mark.timeout(300)
 
 
-def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tuple[list[Result], int]:
+def run_lengths(
+    rank: int, world_size: int, name: str, lengths: list[int], strategy: str = "ulysses"
+) -> tuple[list[Result], int]:
     """One parallelized model called with every length; its results, and how often it was compiled."""
     from torch._dynamo.utils import counters
 
@@ -23,7 +25,7 @@ def run_lengths(rank: int, world_size: int, name: str, lengths: list[int]) -> tu
 
     counters.clear()
     model, _ = build(name, layers=1)
-    sptransform.parallelize(model, "ulysses", backend="aot_eager")
+    sptransform.parallelize(model, strategy, backend="aot_eager")
     results = []
     for length in lengths:
         _, inputs = build(name, seq_len=length)
@@ -56,8 +58,10 @@ def is_dtensor_and_whole(logits: Any) -> tuple[bool, torch.Tensor]:
     return isinstance(logits, DTensor), logits.full_tensor().detach()
 
 
-def assert_lengths_equal(name: str, num_ranks: int, lengths: list[int], most_compiles: int) -> None:
-    for results, num_compiles in get_pool(num_ranks).run(run_lengths, name, lengths, timeout=200):
+def assert_lengths_equal(
+    name: str, num_ranks: int, lengths: list[int], most_compiles: int, strategy: str = "ulysses"
+) -> None:
+    for results, num_compiles in get_pool(num_ranks).run(run_lengths, name, lengths, strategy, timeout=200):
         assert num_compiles <= most_compiles
         for length, result in zip(lengths, results, strict=True):
             model, inputs = build(name, seq_len=length, layers=1)
@@ -71,6 +75,15 @@ def test_five_lengths_compile_at_most_twice(name: str, num_ranks: int) -> None:
     """Torch makes the length symbolic at its second value, and the graph of it serves all the others."""
     lengths = random.Random(num_ranks).sample(range(2 * num_ranks, 129, num_ranks), 5)
     assert_lengths_equal(name, num_ranks, lengths, most_compiles=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "usp", "megatron", "ulysses"])
+@pytest.mark.parametrize("name", ["llama_nocache", "llama_padded"])
+def test_a_dozen_lengths_of_a_masked_model_compile_at_most_twice(name: str, strategy: str) -> None:
+    """Masks are read for any length, so the recompile limit of eight is never met."""
+    lengths = random.Random(7).sample(range(8, 129, 4), 12)
+    assert_lengths_equal(name, 2, lengths, most_compiles=2, strategy=strategy)
 
 
 @pytest.mark.slow

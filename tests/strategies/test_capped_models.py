@@ -16,9 +16,15 @@ from tests.support.models import FLOAT32_PARTS, HEADS, HIDDEN, VOCAB, Inputs
 from tests.support.rewritten import Asked, Ranks, on_pretended_ranks
 
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 1,
-    "num_attention_heads": HEADS, "num_key_value_heads": 4, "head_dim": 8, "sliding_window": 16,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "sliding_window": 16,
+}
 LENGTH = 64
 
 
