@@ -19,6 +19,7 @@ from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
+from sptransform.passes.normalize.simplify_masks import SimplifyMasks
 from sptransform.passes.normalize.split_biases import SplitBiases
 from sptransform.passes.normalize.split_cross_entropy import SplitCrossEntropy
 from sptransform.passes.normalize.split_means import SplitMeans
@@ -31,6 +32,7 @@ NORMALIZE: tuple[Pass, ...] = (
     UnrepeatKeyHeads(),  # before placing: attention must not demand repeated heads
     CastAttentionInputs(),  # after UnrepeatKeyHeads, to cast the unrepeated keys
     AttendByPosition(),  # after the passes that match the model's own attention op
+    SimplifyMasks(),
     SplitMeans(),
     SplitCrossEntropy(),  # after SplitMeans, as it handles no means
     SplitBiases(),

@@ -40,7 +40,7 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
-from sptransform.masks.bands import Band, Bands, DerivedBands, MeasuredBands
+from sptransform.masks.bands import Band, bands_between
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
 from sptransform.masks.emit import broadcast_view
@@ -49,7 +49,6 @@ from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 from sptransform.op_rules.mask_ops import CONVERT
-from sptransform.sharding.sizes import Size
 
 _LENGTH = 2
 
@@ -173,7 +172,8 @@ class _Reader:
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
             sizes = query[_LENGTH], key[_LENGTH]
-            visible = Visibility(self.constants, self._bands(*sizes), sizes[0] == sizes[1]).of(expression)
+            bands = bands_between(*sizes, self.constants, self.forms)
+            visible = Visibility(self.constants, bands, sizes[0] == sizes[1]).of(expression)
             if visible.rest is None:
                 self.done[identity] = _Read(band=visible.band)
             else:
@@ -183,11 +183,6 @@ class _Reader:
                 is_square = any(leaf.has(KEYS) for leaf in rows)
                 self.done[identity] = _Read(str(program), *operands, visible.band, is_added, is_square)
         return self.done[identity]
-
-    def _bands(self, num_queries: Size, num_keys: Size) -> Bands:
-        if isinstance(num_queries, int) and isinstance(num_keys, int):
-            return MeasuredBands(num_queries, num_keys, self.constants)
-        return DerivedBands(self.forms)
 
     def _view(self, leaf: Leaf) -> fx.Node:
         """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""

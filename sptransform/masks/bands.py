@@ -17,6 +17,7 @@ from sptransform.masks.constants import Constants, Position, position
 from sptransform.masks.expressions import QUERIES, Apply, Expression, Leaf, parts_of
 from sptransform.op_rules.closed_forms import RELATIONS, as_number
 from sptransform.op_rules.mask_ops import OF_DISTANCE
+from sptransform.sharding.sizes import Size
 
 # A boolean expression, and the value it must have for a key to be visible
 Condition = tuple[Expression, bool]
@@ -101,6 +102,13 @@ class MeasuredBands:
 
     def _reads_constants(self, part: Expression) -> bool:
         return all(self._constants.of_leaf(leaf) is not None for leaf in parts_of(part) if isinstance(leaf, Leaf))
+
+
+def bands_between(num_queries: Size, num_keys: Size, constants: Constants, forms: ClosedForms) -> Bands:
+    """For lengths that may be open."""
+    if isinstance(num_queries, int) and isinstance(num_keys, int):
+        return MeasuredBands(num_queries, num_keys, constants)
+    return DerivedBands(forms)
 
 
 _DISTANCE = sympy.Symbol("distance", real=True)

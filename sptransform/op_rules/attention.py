@@ -162,6 +162,8 @@ def _ring_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Se
     return Sent("send_recv", hops, ahead), Sent("send_recv", 2 * hops, ahead + home)
 
 
+RING_ATTENTION = sp.ring_attention.default
+
 # attention as models write it, or as UnrepeatKeyHeads leaves it
 ATTENTION = (aten.scaled_dot_product_attention.default, sp.attention.default)
 
@@ -185,5 +187,5 @@ _ATTENTION = OpEntry(attention, _attention_local)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     *((op, _ATTENTION) for op in ATTENTION),
-    (sp.ring_attention.default, OpEntry(ring_attention, _ring_attention_local, _ring_sends)),
+    (RING_ATTENTION, OpEntry(ring_attention, _ring_attention_local, _ring_sends)),
 ]

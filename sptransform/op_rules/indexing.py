@@ -108,6 +108,7 @@ def index(call: OpCall) -> OpRule | None:
 
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
+    (aten.bucketize.Tensor, rule("..., n -> ...", replicated="n")),
     (aten.embedding.default, OpEntry(embedding, _embedding_local)),
     (aten.gather.default, gather),
     (aten.index.Tensor, index),

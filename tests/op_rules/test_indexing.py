@@ -11,6 +11,8 @@ from tests.support.brute_force import Case, booleans, call_of, case, check_case,
 aten = torch.ops.aten
 
 CASES = [
+    case(aten.bucketize.Tensor, integers(7, 4, 3), torch.tensor([0, 2, 2, 5]), factors=".1 .2"),
+    case(aten.bucketize.Tensor, integers(7, 4), torch.tensor([0, 2, 2, 5]), right=True, factors=".1"),
     case(aten.embedding.default, randn(7, 5), integers(7, 2, 6), factors=".1 .2 h v"),
     case(aten.embedding.default, randn(7, 5), integers(7, 1, 6), 3, factors=".1 h v"),
     case(aten.embedding.default, randn(7, 5), integers(7)),

@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+# Private: as the library traces with the symbols of Dynamo's sizes.
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatefulSymbolicContext
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,6 +25,7 @@ from sptransform.graph import dataflow
 from sptransform.ops.mask_program import block_mask
 from sptransform.passes import PIPELINE
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
+from sptransform.sharding.sizes import split_length
 from sptransform.strategies.ring import Ring
 from tests.support.graphs import a_context, nodes_of, run_once
 
@@ -175,6 +182,28 @@ def of_counted_tokens() -> Tensor:
     """Positions as a module makes them from what the user passes, of whose shape only they depend."""
     positions = torch.ones_like(torch.zeros(BATCH, size(), dtype=torch.long)).cumsum(-1) - 1
     return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, :size()]
+
+
+def open_graph(model: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphModule:
+    """The graph of a model in whose inputs every dimension of ``LENGTH`` has one open size; that size comes first."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = TracingContext(mode)
+    for i, x in enumerate(inputs):
+        sizes = [DimDynamic.DUCK if n == LENGTH else DimDynamic.STATIC for n in x.shape]
+        context.tensor_to_context[x] = StatefulSymbolicContext(sizes, tensor_source=ConstantSource(f"x{i}"))
+    symbols = context.tensor_to_context[inputs[0]]
+    length = mode.from_tensor(inputs[0], symbolic_context=symbols, source=symbols.tensor_source).shape[2]
+    split_length(length, 2)
+
+    def sized(length: Any, *inputs: Tensor) -> Tensor:
+        with of_size(length):
+            return model(*inputs)
+
+    graph = fx.Graph()
+    placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs) + 1)]
+    graph.output((graph.call_function(sized, tuple(placeholders)),))
+    with tracing(context):
+        return capture(fx.GraphModule({}, graph), [length, *inputs])
 
 
 BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
-
-# Private: as the library traces with the symbols of Dynamo's sizes.
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatefulSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sptransform.capture.capture import capture
 from sptransform.engine.pass_manager import run_passes
 from sptransform.graph import dataflow
-from sptransform.sharding.sizes import split_length
 from sptransform.strategies.ring import Ring
 from sptransform.strategies.ulysses import Ulysses
-from tests.passes.masks import BANDS, LENGTH, PASSES, PROGRAMS, RING, SDPA, WHOLE, attend, heads, of_size
+from tests.passes.masks import BANDS, LENGTH, PASSES, PROGRAMS, RING, SDPA, WHOLE, attend, heads, of_size, open_graph
 from tests.support.graphs import a_context, nodes_of, run_once
 
 # found at an open length, where it differs from what is found at a known one: bounds beyond the sequence are kept, and
@@ -33,30 +24,6 @@ ELSE: dict[str, tuple[tuple[int | None, int | None], bool]] = {
     "keys ahead only": ((None, None), True),  # clamped
     "nothing is visible": ((101, None), False),
 }
-
-
-def open_graph(model: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphModule:
-    """The graph of a model in whose inputs every dimension of ``LENGTH`` has one open size; that size comes first."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    context = TracingContext(mode)
-    for i, x in enumerate(inputs):
-        sizes = [DimDynamic.DUCK if n == LENGTH else DimDynamic.STATIC for n in x.shape]
-        context.tensor_to_context[x] = StatefulSymbolicContext(sizes, tensor_source=ConstantSource(f"x{i}"))
-    symbols = context.tensor_to_context[inputs[0]]
-    length = mode.from_tensor(inputs[0], symbolic_context=symbols, source=symbols.tensor_source).shape[2]
-    split_length(length, 2)
-
-    def sized(length: Any, *inputs: Tensor) -> Tensor:
-        with of_size(length):
-            return model(*inputs)
-
-    graph = fx.Graph()
-    placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs) + 1)]
-    graph.output((graph.call_function(sized, tuple(placeholders)),))
-    with tracing(context):
-        gm = capture(fx.GraphModule({}, graph), [length, *inputs])
-    assert not isinstance(dataflow.shape(nodes_of(gm, SDPA)[0])[2], int)  # still open
-    return gm
 
 
 def twice(x: Tensor) -> Tensor:
@@ -81,6 +48,7 @@ def read(mask: Any, *rest: Tensor, strategy: Any) -> tuple[fx.GraphModule, list[
     torch.manual_seed(0)
     inputs = [heads(), heads(), heads(), *rest]
     gm = open_graph(lambda *x: attend(mask, *x).pow(2), inputs)
+    assert not isinstance(dataflow.shape(nodes_of(gm, SDPA)[0])[2], int)  # still open
     return run_passes(gm, PASSES, a_context(strategy=strategy)), inputs
 
 

@@ -1,0 +1,1 @@
+"""What other libraries need to use ours; each is a module that its users import, and that nothing else imports."""
