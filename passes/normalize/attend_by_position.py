@@ -19,8 +19,8 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
 3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
    read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand; where queries
    and keys are not cut it stays the mask that it is.
-4. A mask that requires a gradient is refused, or left where queries and keys are not cut: that gradient would have
-   queries x keys entries.
+4. A program's operands have gradients (``ops/mask_gradients.py``), a learned table of a bias by distance for one. An op
+   on their way that passes none is refused, or the mask is left where queries and keys are not cut.
 5. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,12 +43,13 @@ from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.bands import Band, Bands, DerivedBands, MeasuredBands
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
-from sptransform.masks.emit import broadcast_view
+from sptransform.masks.emit import broadcast_view, table_view
 from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.attention import ATTENTION, mask_of
 from sptransform.op_rules.mask_ops import CONVERT
+from sptransform.ops.mask_gradients import without_gradient
 from sptransform.sharding.sizes import Size
 
 _LENGTH = 2
@@ -68,13 +70,14 @@ class AttendByPosition(Pass):
             mask = mask_of(node)
             if context.strategy.reads_masks:
                 read = _Read() if mask is None else reader.read(node, mask)
+                _check_gradient(node, mask, read)
                 _by_position(node, read, _band(node, read))
-            elif mask is not None and not notes.note(mask).differentiable:
+            elif mask is not None:
                 read = reader.read(node, mask)
                 band = _band(node, read)
                 if not read.program and band in (Band(), Band(nearest=0)):
                     _without_mask(node, is_causal=band.nearest is not None)
-                elif not read.is_square:
+                elif not read.is_square and read.blocking is None:
                     _by_position(node, read, band)
         graph.eliminate_dead_code()
 
@@ -83,14 +86,28 @@ def _band(node: fx.Node, read: _Read) -> Band:
     return read.band & Band(nearest=0) if op_call(node).argument("is_causal") else read.band
 
 
+def _check_gradient(node: fx.Node, mask: fx.Node | None, read: _Read) -> None:
+    if read.blocking is not None:
+        raise UsageError(
+            describe(
+                f"an attention mask computed block by block has no gradient through {read.blocking}",
+                node=node,
+                found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
+                fix="strategy='ulysses', a mask without gradients: mask.detach(), or another op in its place",
+            )
+        )
+
+
 def _by_position(node: fx.Node, read: _Read, band: Band) -> None:
     call = op_call(node)
+    tables = [None, read.tables] if read.tables else []  # after the sinks
     new = emit_like(
         node,
         torch.ops.sptransform.ring_attention.default,
         *node.args[:3],
         read.rows,
         read.columns,
+        *tables,
         mask=read.program,
         nearest=band.nearest,
         farthest=band.farthest,
@@ -121,13 +138,19 @@ def _num_entries(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """A mask as arguments of the op. ``is_square``: an operand has the dimensions of the scores."""
+    """A mask as arguments of the op.
+
+    ``is_square``: an operand has the dimensions of the scores. ``blocking``: the op through which the gradient of an
+    operand does not pass.
+    """
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
     columns: list[fx.Node] = field(default_factory=list)
+    tables: list[fx.Node] = field(default_factory=list)
     band: Band = field(default_factory=Band)
     is_square: bool = False
+    blocking: Any = None
 
 
 @dataclass
@@ -138,18 +161,9 @@ class _Reader:
     constants: Constants
     forms: ClosedForms
     done: dict[object, _Read] = field(default_factory=dict)
-    views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
+    views: dict[tuple[fx.Node, Places, bool], fx.Node] = field(default_factory=dict)
 
     def read(self, attention: fx.Node, mask: fx.Node) -> _Read:
-        if notes.note(mask).differentiable:
-            raise UsageError(
-                describe(
-                    "attention masks computed block by block have no gradient",
-                    node=attention,
-                    found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
-                    fix="strategy='ulysses', or a mask without gradients: mask.detach()",
-                )
-            )
         query, key = (dataflow.shape(x) for x in attention.args[:2])
         cast = _cast_of(attention, mask)
         identity = (mask, query[_LENGTH], key[_LENGTH], cast)
@@ -161,10 +175,11 @@ class _Reader:
             if visible.rest is None:
                 self.done[identity] = _Read(band=visible.band)
             else:
-                program, rows, columns = program_of(visible.rest)
-                operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
-                is_square = any(leaf.has(KEYS) for leaf in rows)
-                self.done[identity] = _Read(str(program), *operands, visible.band, is_square)
+                program = program_of(visible.rest)
+                operands = [[*map(self._view, leaves)] for leaves in (program.rows, program.columns, program.tables)]
+                is_square = any(leaf.has(KEYS) for leaf in program.rows)
+                blocking = without_gradient(program.text, program.trained)
+                self.done[identity] = _Read(str(program.text), *operands, visible.band, is_square, blocking)
         return self.done[identity]
 
     def _bands(self, num_queries: Size, num_keys: Size) -> Bands:
@@ -173,11 +188,15 @@ class _Reader:
         return DerivedBands(self.forms)
 
     def _view(self, leaf: Leaf) -> fx.Node:
-        """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
-        key = (leaf.node, leaf.places)
+        """The leaf's tensor, viewed to broadcast to scores, or as a table. The view stands where the leaf is first read."""
+        key = (leaf.node, leaf.places, leaf.detached)
         if key not in self.views:
-            view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
-            if notes.note(view).differentiable:  # the mask itself is not: it compares, or was detached later
+            view = leaf.node
+            if leaf.is_table:
+                view = table_view(view, leaf.places, leaf.reader)
+            elif not leaf.broadcasts:
+                view = broadcast_view(view, leaf.places, leaf.reader)
+            if leaf.detached:
                 view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
                 notes.note(view).differentiable = False
             self.views[key] = view

@@ -34,7 +34,7 @@ from torch import fx
 from sptransform.engine.axes import Atom, resolve
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph import dataflow, notes
+from sptransform.graph import dataflow
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.masks.scores import Spelling, Term, spelled_at
 from sptransform.op_rules.mask_ops import SOFTMAX
@@ -55,7 +55,7 @@ class RecognizeAttention(Pass):
         for node in list(graph.nodes):
             if node.target in SOFTMAX:
                 spelling = spelled_at(node, context.rules)
-                if spelling is not None and not (context.strategy.reads_masks and _has_trained_mask(spelling)):
+                if spelling is not None:
                     _join(spelling)
         graph.eliminate_dead_code()
 
@@ -98,11 +98,6 @@ def _join(spelling: Spelling) -> None:
     for node in reversed(spelling.between):  # dropout would be kept: it draws random numbers
         if not node.users:
             node.graph.erase_node(node)
-
-
-def _has_trained_mask(spelling: Spelling) -> bool:
-    """Whether a mask has a gradient: where masks are read by position, that has none."""
-    return any(notes.note(term.tensor).differentiable for term in spelling.terms)
 
 
 def _ordered(x: fx.Node, dims: Sequence[Group], groups: Sequence[Group], before: fx.Node) -> fx.Node:

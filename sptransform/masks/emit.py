@@ -11,6 +11,7 @@ from torch import fx
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call
 from sptransform.graph.edit import emit_like
+from sptransform.masks.expressions import ENTRIES, HEADS, Places
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ OPENED: dict[Any, Callable[[fx.Node], fx.Node]] = {
 }
 
 
-def broadcast_view(node: fx.Node, places: tuple[int | None, ...], before: fx.Node) -> fx.Node:
+def broadcast_view(node: fx.Node, places: Places, before: fx.Node) -> fx.Node:
     """View ``node`` with each dimension at its place, size 1 between; size-1 dimensions without a place are dropped."""
     dropped = [dim for dim, place in enumerate(places) if place is None]
     kept = [place for place in places if place is not None]
@@ -53,3 +54,10 @@ def broadcast_view(node: fx.Node, places: tuple[int | None, ...], before: fx.Nod
         if place not in kept:
             node = emit_like(before, aten.unsqueeze.default, node, place - first)
     return node
+
+
+def table_view(node: fx.Node, places: Places, before: fx.Node) -> fx.Node:
+    """View a table as [heads or 1, entries]."""
+    place_of = {HEADS: -2, ENTRIES: -1, None: None}
+    view = broadcast_view(node, tuple(place_of[place] for place in places), before)
+    return view if len(dataflow.shape(view)) == 2 else emit_like(before, aten.unsqueeze.default, view, 0)

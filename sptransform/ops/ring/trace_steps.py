@@ -28,7 +28,8 @@ def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, A
     Returns:
         A graph without in-place ops. Inputs are the call's tensors, in order; sizes and ranks are those of ``rank``.
     """
-    tensors, spec = pytree.tree_flatten(tuple(x for x in args if x is not None))  # None, the last one: no sinks
+    leaves, spec = pytree.tree_flatten(args)
+    tensors = [x for x in leaves if x is not None]  # there may be no sinks
     mode = detect_fake_mode(tensors) or FakeTensorMode()
     group = kwargs.get("group_name", "")
     c10d = torch.ops._c10d_functional
@@ -37,7 +38,9 @@ def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, A
         return c10d.all_to_all_single(asked.x, asked.received, asked.sent, group)
 
     def run(*tensors: Tensor) -> Any:
-        steps = _STEPS[name](rank, *pytree.tree_unflatten(tensors, spec), sums=AS_NODES, **kwargs)
+        given = iter(tensors)
+        arguments = pytree.tree_unflatten([None if x is None else next(given) for x in leaves], spec)
+        steps = _STEPS[name](rank, *arguments, sums=AS_NODES, **kwargs)
         return drive(steps, start, c10d.wait_tensor)
 
     with mode, torch.no_grad():
