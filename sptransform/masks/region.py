@@ -7,7 +7,8 @@ The walk goes back from the mask through ops whose result has both dimensions:
    their operand gets another place in the shape of the scores. So the program contains no sizes.
 3. Of a conversion only the dtype is kept.
 4. A tensor of equal entries becomes a scalar; ``tril`` and ``triu`` become pointwise ops over positions.
-5. A lookup by whole numbers in a table, of which each head may have its own, becomes a lookup by an expression.
+5. A lookup by whole numbers in a table, of which each head may have its own, becomes a lookup by an expression, also
+   where the index was flattened for it.
 6. Anything else becomes a leaf with both dimensions: exact, but materialised.
 
 What is read through a node without a gradient (a comparison, ``detach``, ``no_grad``) gets none.
@@ -22,7 +23,7 @@ from torch import fx
 
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call, rule_at
-from sptransform.masks.emit import OPENED, filled
+from sptransform.masks.emit import OPENED, filled, unflattened
 from sptransform.masks.expressions import (
     ENTRIES,
     HEADS,
@@ -36,7 +37,7 @@ from sptransform.masks.expressions import (
     has,
 )
 from sptransform.op_rules.mask_ops import CONVERT, FILLED, LOOKUP, LOOKUPS, PIECES, RETYPED
-from sptransform.op_rules.rearrangement import REARRANGEMENTS
+from sptransform.op_rules.rearrangement import REARRANGEMENTS, RESHAPES
 from sptransform.ops.mask_program import is_elementwise
 from sptransform.rules.rule import map_nodes
 from sptransform.rules.table import RuleTable
@@ -92,13 +93,17 @@ class Regions:
         return inside if new.dtype == old.dtype else Apply(CONVERT, (inside, new.dtype), {}, new.dtype)
 
     def _rearranged(self, node: fx.Node, places: Places, is_trained: bool) -> Expression | None:
+        (operand,) = dataflow.operands(node)
+        if node.target in RESHAPES and operand.target in LOOKUPS:
+            opened = unflattened(node, LOOKUPS[operand.target](op_call(operand)))
+            if opened is not None:
+                return self._expression(opened, places, node, is_trained)
         rule = rule_at(node, self._rules)
         if rule is None or rule.resize:
             return None
         place_of: dict[tuple[str, ...], int | None] = dict(zip(rule.results[0], places, strict=True))
         if any(factors and factors not in place_of for factors in rule.operands[0]):
             return None  # a dimension is split, joined or repeated
-        (operand,) = dataflow.operands(node)
         own = tuple(place_of[factors] if factors else None for factors in rule.operands[0])
         # dimensions of size 1 have no factor; they keep their place if all others line up
         if len(own) <= len(places) and all(a is None or a == b for a, b in zip(own, places[-len(own) :], strict=True)):
