@@ -188,7 +188,7 @@ class _Reader:
         return DerivedBands(self.forms)
 
     def _view(self, leaf: Leaf) -> fx.Node:
-        """The leaf's tensor, viewed to broadcast to scores, or as a table. The view stands where the leaf is first read."""
+        """The leaf's tensor, viewed to broadcast to scores, or as a table, where it is first read."""
         key = (leaf.node, leaf.places, leaf.detached)
         if key not in self.views:
             view = leaf.node

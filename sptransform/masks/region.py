@@ -124,14 +124,14 @@ class Regions:
         if dataflow.value(index).dtype not in (torch.int32, torch.int64) or not is_on_one_device:
             return None
         # the dimensions of the index stand where the table had the one in which is looked up
-        end = dim + len(dataflow.shape(index))
-        of_table = [*places[:dim], ENTRIES, *places[end:]]
-        sizes = dataflow.shape(table)
-        of_table = [None if size == 1 and place != ENTRIES else place for place, size in zip(of_table, sizes, strict=True)]
-        if not {*of_table} <= {HEADS, ENTRIES, None}:
+        end, shape = dim + len(dataflow.shape(index)), dataflow.shape(table)
+        others = zip([*places[:dim], *places[end:]], [*shape[:dim], *shape[dim + 1 :]], strict=True)
+        of_others = [place if size != 1 else None for place, size in others]
+        if not {*of_others} <= {HEADS, None}:
             return None
+        of_table = (*of_others[:dim], ENTRIES, *of_others[dim:])
         operands = (
-            self._expression(table, tuple(of_table), node, is_trained),
+            self._expression(table, of_table, node, is_trained),
             self._expression(index, places[dim:end], node, is_trained),
         )
         return Apply(LOOKUP, operands, {}, dataflow.value(node).dtype)

@@ -26,54 +26,57 @@ def _same(grad: Tensor, *_: Any, **__: Any) -> Tensor:
     return grad
 
 
-def _negated(grad: Tensor, *_: Any, **__: Any) -> Tensor:
-    return -grad
+def _times(sign: int) -> Pullback:
+    return lambda grad, out, a, b=None, alpha=1: grad * (sign * alpha)
 
 
-def _times_alpha(sign: int) -> Pullback:
-    return lambda grad, out, a, b, alpha=1: grad * (sign * alpha)
+def _where(index: int, holds: bool) -> Pullback:
+    """Of what is taken where a condition ``holds``, or where it does not; ``index`` is that of the condition."""
+
+    def pullback(grad: Tensor, out: Tensor, *arguments: Any) -> Tensor:
+        return torch.where(arguments[index], *((grad, 0.0) if holds else (0.0, grad)))
+
+    return pullback
 
 
-def _elsewhere(grad: Tensor, out: Tensor, x: Any, condition: Tensor, value: Any) -> Tensor:
-    return torch.where(condition, 0.0, grad)
+def _unchanged(grad: Tensor, out: Tensor, x: Tensor, *_: Any) -> Tensor:
+    """Where the op leaves its argument as it is."""
+    return torch.where(out == x, grad, 0.0)
 
 
-def _divisor(grad: Tensor, out: Tensor, a: Any, b: Tensor) -> Tensor:
-    return -grad * out / b
-
-
-def _clamped(grad: Tensor, out: Tensor, x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    return torch.where((x >= (-torch.inf if low is None else low)) & (x <= (torch.inf if high is None else high)), grad, 0.0)
-
-
-_SUM = {0: _same, 1: _times_alpha(1)}
-_DIFFERENCE = {0: _same, 1: _times_alpha(-1)}
+_SUM = {0: _same, 1: _times(1)}
+_DIFFERENCE = {0: _same, 1: _times(-1)}
 _PRODUCT: dict[int, Pullback] = {0: lambda grad, out, a, b: grad * b, 1: lambda grad, out, a, b: grad * a}
-_QUOTIENT: dict[int, Pullback] = {0: lambda grad, out, a, b: grad / b, 1: _divisor}
+_QUOTIENT: dict[int, Pullback] = {
+    0: lambda grad, out, a, b: grad / b,
+    1: lambda grad, out, a, b: -grad * out / b,
+}
+_FILLED = {0: _where(1, False), 2: _where(1, True)}
+_CHOSEN = {1: _where(0, True), 2: _where(0, False)}
 
 # op -> the argument's index -> its gradient
 PULLBACKS: dict[Any, dict[int, Pullback]] = {
     aten.abs.default: {0: lambda grad, out, x: grad * x.sign()},
     aten.add.Scalar: {0: _same},
     aten.add.Tensor: _SUM,
-    aten.clamp.default: {0: _clamped},
-    aten.clamp_max.default: {0: lambda grad, out, x, high: _clamped(grad, out, x, None, high)},
-    aten.clamp_min.default: {0: _clamped},
+    aten.clamp.default: {0: _unchanged},
+    aten.clamp_max.default: {0: _unchanged},
+    aten.clamp_min.default: {0: _unchanged},
     aten.div.Scalar: {0: _QUOTIENT[0]},
     aten.div.Tensor: _QUOTIENT,
     aten.exp.default: {0: lambda grad, out, x: grad * out},
     aten.log.default: {0: lambda grad, out, x: grad / x},
-    aten.masked_fill.Scalar: {0: _elsewhere},
-    aten.masked_fill.Tensor: {0: _elsewhere, 2: lambda grad, out, x, condition, value: torch.where(condition, grad, 0.0)},
+    aten.masked_fill.Scalar: {0: _FILLED[0]},
+    aten.masked_fill.Tensor: _FILLED,
     aten.mul.Scalar: {0: _PRODUCT[0]},
     aten.mul.Tensor: _PRODUCT,
     aten.multiply.Tensor: _PRODUCT,
-    aten.neg.default: {0: _negated},
-    aten.negative.default: {0: _negated},
+    aten.neg.default: {0: _times(-1)},
+    aten.negative.default: {0: _times(-1)},
     aten.pow.Tensor_Scalar: {0: lambda grad, out, x, n: grad * n * x.pow(n - 1) if n else grad * 0},
     aten.relu.default: {0: lambda grad, out, x: torch.where(out > 0, grad, 0.0)},
-    aten.rsub.Scalar: {0: _times_alpha(-1)},
-    aten.rsub.Tensor: {0: _times_alpha(-1), 1: _same},
+    aten.rsub.Scalar: {0: _times(-1)},
+    aten.rsub.Tensor: {0: _times(-1), 1: _same},
     aten.sigmoid.default: {0: lambda grad, out, x: grad * out * (1 - out)},
     aten.sqrt.default: {0: lambda grad, out, x: grad / (2 * out)},
     aten.square.default: {0: lambda grad, out, x: grad * 2 * x},
@@ -82,12 +85,9 @@ PULLBACKS: dict[Any, dict[int, Pullback]] = {
     aten.subtract.Tensor: _DIFFERENCE,
     aten.tanh.default: {0: lambda grad, out, x: grad * (1 - out.square())},
     aten.to.dtype: {0: _same},
-    aten.where.ScalarOther: {1: lambda grad, out, condition, a, b: torch.where(condition, grad, 0.0)},
-    aten.where.ScalarSelf: {2: lambda grad, out, condition, a, b: torch.where(condition, 0.0, grad)},
-    aten.where.self: {
-        1: lambda grad, out, condition, a, b: torch.where(condition, grad, 0.0),
-        2: lambda grad, out, condition, a, b: torch.where(condition, 0.0, grad),
-    },
+    aten.where.ScalarOther: {1: _CHOSEN[1]},
+    aten.where.ScalarSelf: {2: _CHOSEN[2]},
+    aten.where.self: _CHOSEN,
     torch.ops.sptransform.lookup.default: {0: lambda grad, out, table, index: grad_of_table(grad, table, index)},
 }
 

@@ -48,7 +48,7 @@ PROGRAMS: dict[str, tuple[str, list[Tensor]]] = {
     "masked_fill.Scalar": ("%3 = sub.Tensor(%0, %1); %4 = masked_fill.Scalar(%3, %2, 0.5)", [ROW, COLUMN, HIDDEN]),
     "masked_fill.Tensor": ("%3 = masked_fill.Tensor(%0, %2, %1)", [ROW, numbers(), HIDDEN]),
     "mul.Scalar": ("%1 = mul.Scalar(%0, 3)", [COLUMN]),
-    "mul.Tensor": ("%3 = mul.Tensor(%0, %1); %4 = mul.Tensor(%3, %2); %5 = mul.Tensor(%4, 0.5)", [ROW, COLUMN, OF_HEADS]),
+    "mul.Tensor": ("%3 = mul.Tensor(%0, %1); %4 = mul.Tensor(%3, %2); %5 = mul.Tensor(%4, 2)", [ROW, COLUMN, OF_HEADS]),
     "mul.Tensor by whole numbers": ("%2 = mul.Tensor(%1, %0)", [torch.arange(QUERIES)[:, None], OF_HEADS]),
     "multiply.Tensor": ("%2 = multiply.Tensor(%0, %1)", [ROW, OF_HEADS]),
     "neg": ("%1 = neg(%0)", [ROW]),

@@ -176,7 +176,7 @@ def hide(visible: Tensor) -> Tensor:
 def of_counted_tokens() -> Tensor:
     """Positions as a module makes them from what the user passes, of whose shape only they depend."""
     positions = torch.ones_like(torch.zeros(BATCH, size(), dtype=torch.long)).cumsum(-1) - 1
-    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, :size()]
+    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, : size()]
 
 
 BANDS: dict[str, tuple[Mask, tuple[int | None, int | None]]] = {
@@ -374,7 +374,13 @@ LEARNED: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tupl
         "%16 = to.dtype(%15, int64); %17 = min.other(%16, %2); %18 = where.self(%9, %8, %17); "
         "%19 = add.Tensor(%7, %18); %20 = lookup(%3, %19)",
     ),
-    "heads last": (lambda w: w[by_distance() + 3].permute(2, 0, 1), [learned(7, HEADS)], (None, None), (1, 1, 1), _LOOKED_UP),
+    "heads last": (
+        lambda w: w[by_distance() + 3].permute(2, 0, 1),
+        [learned(7, HEADS)],
+        (None, None),
+        (1, 1, 1),
+        _LOOKED_UP,
+    ),
     "heads first": (lambda w: w[:, by_distance() + 3], [learned(HEADS, 7)], (None, None), (1, 1, 1), _LOOKED_UP),
     "a flat index": (
         lambda w: w[(by_distance() + 3).view(-1)].view(size(), size(), -1).permute(2, 0, 1).contiguous().unsqueeze(0),

@@ -15,7 +15,7 @@ from sptransform.ops.library import primitive
     fake=lambda total, part, start, columns: total.new_empty(total.shape),
 )
 def add_to_operand(total: Tensor, part: Tensor, start: int, columns: list[int]) -> Tensor:
-    """``total`` with ``part`` added to its rows from ``start`` on, in the intervals ``lo, hi, lo, hi ..`` of columns."""
+    """``total`` with ``part`` added to its rows from ``start`` on, in the intervals ``lo, hi, ..`` of columns."""
     total = total.clone()
     add_to_operand_(total, part, start, columns)
     return total

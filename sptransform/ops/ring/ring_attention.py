@@ -50,17 +50,18 @@ def _fake_backward(
 
 # Query [B, H, s, D] at position i sees key [B, K, t, D] at position j iff nearest <= i - j <= farthest and the mask
 # program allows it; rows, columns and tables are the program's operands. ``sinks`` [H] is one more logit for every
-# query of a head, with no value; with ``softcap`` the scores of keys are ``softcap * tanh(scale * q k / softcap)``, before the
-# mask. ``queries`` and ``keys`` are partitions that say which positions this rank's tensors hold, "" meaning all.
-# Partitioned keys circulate. Results are out [B, H, s, E], lse [B, H, s], and the dropout seed (0 without dropout).
+# query of a head, with no value; with ``softcap`` the scores of keys are ``softcap * tanh(scale * q k / softcap)``,
+# before the mask. ``queries`` and ``keys`` are partitions that say which positions this rank's tensors hold, "" meaning
+# all. Partitioned keys circulate. Results are out [B, H, s, E], lse [B, H, s], and the seed of dropout, 0 without.
 ring_attention = communicating(
     "ring_attention(Tensor query, Tensor key, Tensor value, Tensor[] rows, Tensor[] columns, "
     f"Tensor? sinks=None, Tensor[]? tables=None, *, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor seed)",
     fake=_fake,
 )(forward_steps)
 
-# The gradients of query, key and value, then those of the program's operands whose indices are in ``trained``: what this
-# rank's queries add to them. Only then blocks are computed by the reference kernel, which has the gradient of scores.
+# The gradients of query, key and value, then those of the program's operands whose indices are in ``trained``: what
+# this rank's queries add to them. Only then blocks are computed by the reference kernel, which has the gradient of
+# scores.
 ring_attention_backward = communicating(
     "ring_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor[] rows, Tensor[] columns, "
     f"Tensor out, Tensor lse, Tensor seed, Tensor[]? tables=None, *, {_OPTIONS}, int[] trained=[]) -> Tensor[]",

@@ -49,6 +49,4 @@ def _add_to_operand(total: Tensor, part: Tensor, start: int, columns: list[int])
 
 
 IN_PLACE = Sums(_merge, _add, _add_to_message, _add_to_operand)
-AS_NODES = Sums(
-    _sp.merge_block.default, _sp.add_block.default, _sp.add_to_message.default, _sp.add_to_operand.default
-)
+AS_NODES = Sums(_sp.merge_block.default, _sp.add_block.default, _sp.add_to_message.default, _sp.add_to_operand.default)

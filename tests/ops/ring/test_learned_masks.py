@@ -207,9 +207,7 @@ def test_the_op_has_the_gradients_of_its_definition(name: str, with_sinks: bool)
         own = learned.of(operands)
         # a sink that changes nothing
         sinks = torch.full([HEADS], -math.inf, dtype=torch.float64, requires_grad=True) if with_sinks else None
-        out, *_ = sp.ring_attention(
-            *xs, [*own.rows], [*own.columns], sinks, [*own.tables], mask=own.program, nearest=0
-        )
+        out, *_ = sp.ring_attention(*xs, [*own.rows], [*own.columns], sinks, [*own.tables], mask=own.program, nearest=0)
         wanted = [*xs, *(operands[i] for i in trained)]
         grads = torch.autograd.grad(out, [*wanted, *([sinks] if with_sinks else [])], problem.grad)
         at = [4 + learned.trained.index(i) for i in trained]
@@ -225,7 +223,14 @@ def test_opcheck() -> None:
         torch.library.opcheck(sp.ring_attention.default, arguments, {"mask": own.program, "nearest": 0})
         plain = [x.detach() for x in xs]
         result = sp.ring_attention(*plain, *arguments[3:5], None, arguments[6], mask=own.program)
-        backward = (result[0], *plain, [*learned.rows], [*learned.columns], *(x.detach() for x in result), [*learned.tables])
+        backward = (
+            result[0],
+            *plain,
+            [*learned.rows],
+            [*learned.columns],
+            *(x.detach() for x in result),
+            [*learned.tables],
+        )
         options = {"mask": own.program, "trained": list(learned.trained)}
         torch.library.opcheck(sp.ring_attention_backward.default, tuple(
             x.detach() if isinstance(x, Tensor) else x for x in backward
@@ -246,7 +251,9 @@ def test_gradients_come_in_the_dtype_of_their_operands(dtype: torch.dtype) -> No
     own = problem.to(dtype)
     xs = [x.requires_grad_() for x in (own.query, own.key, own.value)]
     table = learned.tables[0].to(dtype).requires_grad_()
-    out, *_ = sp.ring_attention(*xs, [*learned.rows], [*learned.columns], None, [table], mask=learned.program, nearest=0)
+    out, *_ = sp.ring_attention(
+        *xs, [*learned.rows], [*learned.columns], None, [table], mask=learned.program, nearest=0
+    )
     (grad,) = torch.autograd.grad(out, [table], own.grad)
     assert grad.dtype == dtype
     assert float((grad.double() - exact[4]).norm() / exact[4].norm()) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
