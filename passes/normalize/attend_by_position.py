@@ -16,11 +16,11 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
 1. A strategy that cuts queries or keys (``reads_masks``) needs this of every attention. Others keep attention without a
    mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
-3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
-   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand; where queries
-   and keys are not cut it stays the mask that it is.
+3. The rest is a program over the tensors that have the query or the key dimension, and tables in which it looks up (see
+   ``masks/region.py`` for what is read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read
+   stays an operand; where queries and keys are not cut it stays the mask that it is.
 4. A program's operands have gradients (``ops/mask_gradients.py``), a learned table of a bias by distance for one. An op
-   on their way that passes none is refused, or the mask is left where queries and keys are not cut.
+   on their way that passes none is refused; where queries and keys are not cut, the mask is left.
 5. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
