@@ -17,11 +17,11 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
    mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it. Attention with a
    softcap or sinks is no kernel's there: it becomes this always.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
-3. The rest is a program over the tensors that have the query or the key dimension (see ``masks/region.py`` for what is
-   read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read stays an operand; where queries
-   and keys are not cut it stays the mask that it is.
-4. A mask that requires a gradient is refused, or left where queries and keys are not cut: that gradient would have
-   queries x keys entries.
+3. The rest is a program over the tensors that have the query or the key dimension, and tables in which it looks up (see
+   ``masks/region.py`` for what is read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read
+   stays an operand; where queries and keys are not cut it stays the mask that it is.
+4. A program's operands have gradients (``ops/mask_gradients.py``), a learned table of a bias by distance for one. An op
+   on their way that passes none is refused; where queries and keys are not cut, the mask is left.
 5. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
@@ -33,9 +33,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph import dataflow, notes
+from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.bands import Band
@@ -55,16 +56,17 @@ class AttendByPosition(Pass):
         reader = MaskReader.of(nodes, context.rules)
         for node in nodes:
             mask = mask_of(node)
-            is_learned = mask is not None and notes.note(mask).differentiable
-            if context.strategy.reads_masks or (_is_extended(node) and not is_learned):
+            if context.strategy.reads_masks or _is_extended(node):
                 read = MaskRead() if mask is None else reader.read(node, mask, cast_of(node, mask))
-                _by_position(node, read, _band(node, read))
-            elif mask is not None and not is_learned:
+                if read.blocking is None or context.strategy.reads_masks:
+                    _check_gradient(node, mask, read)
+                    _by_position(node, read, _band(node, read))
+            elif mask is not None:
                 read = reader.read(node, mask, cast_of(node, mask))
                 band = _band(node, read)
                 if not read.program and band in (Band(), Band(nearest=0)):
                     _without_mask(node, is_causal=band.nearest is not None)
-                elif not read.is_square:
+                elif not read.is_square and read.blocking is None:
                     _by_position(node, read, band)
         graph.eliminate_dead_code()
 
@@ -78,20 +80,33 @@ def _band(node: fx.Node, read: MaskRead) -> Band:
     return read.band & Band(nearest=0) if op_call(node).argument("is_causal") else read.band
 
 
+def _check_gradient(node: fx.Node, mask: fx.Node | None, read: MaskRead) -> None:
+    if read.blocking is not None:
+        raise UsageError(
+            describe(
+                f"an attention mask computed block by block has no gradient through {read.blocking}",
+                node=node,
+                found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
+                fix="strategy='ulysses', a mask without gradients: mask.detach(), or another op in its place",
+            )
+        )
+
+
 def _by_position(node: fx.Node, read: MaskRead, band: Band) -> None:
     call, sinks = op_call(node), sinks_of(node)
+    last = [sinks, read.tables] if read.tables else [sinks] if sinks is not None else []
     new = emit_like(
         node,
         torch.ops.sptransform.ring_attention.default,
         *node.args[:3],
         read.rows,
         read.columns,
+        *last,
         mask=read.program,
         nearest=band.nearest,
         farthest=band.farthest,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
-        sinks=sinks,
         softcap=softcap_of(node),
         # beside a sink keys that are masked by a large number vanish
         explicit=read.is_added and sinks is None and node.kwargs.get("explicit", False),

@@ -95,9 +95,9 @@ def _heads_first(x: fx.Node, is_packed: bool, before: fx.Node) -> fx.Node:
 def _attended_by_position(call: KernelCall, tensors: tuple[fx.Node, ...], visible: Visible, node: fx.Node) -> fx.Node:
     program, rows, columns = "", [], []
     if visible.rest is not None:
-        found, *leaves = program_of(visible.rest)
-        program = str(found)
-        rows, columns = ([leaf.node for leaf in side] for side in leaves)
+        found = program_of(visible.rest)
+        program = str(found.text)
+        rows, columns = ([leaf.node for leaf in side] for side in (found.rows, found.columns))
     new = emit_like(
         node,
         torch.ops.sptransform.ring_attention.default,

@@ -58,7 +58,7 @@ class RecognizeAttention(Pass):
         graph.eliminate_dead_code()  # a reader of the probabilities that nobody reads
         for node in _of_sequences(graph, context):
             spelling = spelled_at(node, context.rules)
-            if spelling is not None and not (context.strategy.reads_masks and _has_trained_mask(spelling)):
+            if spelling is not None:
                 _join(spelling)
         graph.eliminate_dead_code()
 
@@ -134,11 +134,6 @@ def _join(spelling: Spelling) -> None:
     for node in reversed(spelling.path):  # dropout would be kept: it draws random numbers
         if not node.users:
             node.graph.erase_node(node)
-
-
-def _has_trained_mask(spelling: Spelling) -> bool:
-    """Whether a mask has a gradient: where masks are read by position, that has none."""
-    return any(notes.note(term.tensor).differentiable for term in spelling.scores.terms)
 
 
 def _ordered(x: fx.Node, dims: Sequence[Group], groups: Sequence[Group], before: fx.Node) -> fx.Node:

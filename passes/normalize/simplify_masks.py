@@ -47,14 +47,15 @@ class SimplifyMasks(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         forms = ClosedForms(context.rules)
-        nodes = [node for node in graph.nodes if node.target is RING_ATTENTION and node.kwargs.get("mask")]
+        nodes = [node for node in graph.nodes if node.target is RING_ATTENTION and _has_own_mask(node)]
         for node in nodes:
             leaves = [Leaf(x, from_the_right(len(dataflow.shape(x))), node) for x in (*node.args[3], *node.args[4])]
             query, key = (dataflow.shape(x)[_LENGTH] for x in node.args[:2])
             constants = Constants(max(_num_entries(leaf) for leaf in leaves), forms)
             visibility = Visibility(constants, bands_between(query, key, constants, forms), query == key)
             visible = visibility.of(_expression(parse(node.kwargs["mask"]), leaves))
-            program, rows, columns = ("", [], []) if visible.rest is None else program_of(visible.rest)
+            program = None if visible.rest is None else program_of(visible.rest)
+            rows, columns = ([], []) if program is None else (program.rows, program.columns)
             call = op_call(node)
             band = Band(call.argument("nearest"), call.argument("farthest")) & visible.band
             new = emit_like(
@@ -64,10 +65,16 @@ class SimplifyMasks(Pass):
                 [leaf.node for leaf in rows],
                 [leaf.node for leaf in columns],
                 *node.args[5:],
-                **node.kwargs | {"mask": str(program), "nearest": band.nearest, "farthest": band.farthest},
+                **node.kwargs | {"mask": "" if program is None else str(program.text), "nearest": band.nearest, "farthest": band.farthest},
             )
             succeed(node, new)
         graph.eliminate_dead_code()
+
+
+def _has_own_mask(node: fx.Node) -> bool:
+    """Whether the mask is a program, and not one that looks up in tables, which a model itself does not write."""
+    tables = node.args[6] if len(node.args) > 6 else node.kwargs.get("tables")
+    return bool(node.kwargs.get("mask")) and not tables
 
 
 def _num_entries(leaf: Leaf) -> int:

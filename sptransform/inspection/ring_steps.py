@@ -26,8 +26,13 @@ def _expanded(node: fx.Node) -> ExpandedRing:
     rank = notes.note(node).mesh.rank
     out, lse, seed = dataflow.value(node)
     forward = trace_steps("ring_attention", rank, args, kwargs)
-    kwargs.pop("sinks", None)  # which the backward does not read
-    backward = trace_steps("ring_attention_backward", rank, (out, *args[:5], out, lse, seed), kwargs)
+    # the backward reads no sinks, which come before the tables
+    kwargs.pop("sinks", None)
+    tables = args[6:]
+    operands = [x for each in (*node.args[3:5], *node.args[6:]) for x in each]
+    trained = [i for i, x in enumerate(operands) if notes.note(x).differentiable]
+    backward_args = (out, *args[:5], out, lse, seed, *tables)
+    backward = trace_steps("ring_attention_backward", rank, backward_args, {**kwargs, "trained": trained})
     return ExpandedRing(node.name, provenance.module_path(node), _steps(forward), _steps(backward))
 
 

@@ -50,12 +50,15 @@ class Constants:
         self._leaves: dict[Leaf, Uniform | Position | None] = {}
 
     def of_leaf(self, leaf: Leaf) -> Uniform | Position | None:
-        """None if the leaf depends on an input, or is neither uniform nor a position."""
+        """None if the leaf depends on an input, is a table, or is neither uniform nor a position."""
         if leaf not in self._leaves:
-            is_whole = leaf.has(QUERIES) and leaf.has(KEYS)
-            value = None if is_whole else self.value(leaf.node)
-            self._leaves[leaf] = self._formula(leaf) if value is None else _recognized(leaf, value)
+            self._leaves[leaf] = None if leaf.is_table else self._found(leaf)
         return self._leaves[leaf]
+
+    def _found(self, leaf: Leaf) -> Uniform | Position | None:
+        is_whole = leaf.has(QUERIES) and leaf.has(KEYS)
+        value = None if is_whole else self.value(leaf.node)
+        return self._formula(leaf) if value is None else _recognized(leaf, value)
 
     def _formula(self, leaf: Leaf) -> Uniform | None:
         number = constant_of(self._forms.of(leaf.node))

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
 
-from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import emit_like
 from sptransform.masks.bands import Band, bands_between
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
-from sptransform.masks.emit import broadcast_view
+from sptransform.masks.emit import broadcast_view, table_view
 from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.mask_ops import CONVERT
+from sptransform.ops.mask_gradients import without_gradient
 from sptransform.rules.table import RuleTable
 
 _LENGTH = 2
@@ -30,14 +31,17 @@ class MaskRead:
     """A mask as arguments of the op.
 
     ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
+    ``blocking``: the op through which the gradient of an operand does not pass.
     """
 
     program: str = ""
     rows: list[fx.Node] = field(default_factory=list)
     columns: list[fx.Node] = field(default_factory=list)
+    tables: list[fx.Node] = field(default_factory=list)
     band: Band = field(default_factory=Band)
     is_added: bool = False
     is_square: bool = False
+    blocking: Any = None
 
 
 @dataclass
@@ -48,7 +52,7 @@ class MaskReader:
     constants: Constants
     forms: ClosedForms
     done: dict[object, MaskRead] = field(default_factory=dict)
-    views: dict[tuple[fx.Node, Places], fx.Node] = field(default_factory=dict)
+    views: dict[tuple[fx.Node, Places, bool], fx.Node] = field(default_factory=dict)
 
     @classmethod
     def of(cls, attention: Sequence[fx.Node], rules: RuleTable) -> MaskReader:
@@ -59,16 +63,7 @@ class MaskReader:
         return cls(Regions(rules), Constants(largest, forms), forms)
 
     def read(self, attention: fx.Node, mask: fx.Node, cast: torch.dtype | None = None) -> MaskRead:
-        """The mask of ``attention``, whose op casts it to ``cast``. Raises UsageError if it has a gradient."""
-        if notes.note(mask).differentiable:
-            raise UsageError(
-                describe(
-                    "attention masks computed block by block have no gradient",
-                    node=attention,
-                    found=f"%{mask.name}, a mask that depends on trainable tensors or inputs",
-                    fix="strategy='ulysses', or a mask without gradients: mask.detach()",
-                )
-            )
+        """The mask of ``attention``, whose op casts it to ``cast``."""
         query, key = (dataflow.shape(x) for x in attention.args[:2])
         identity = (mask, query[_LENGTH], key[_LENGTH], cast)
         if identity not in self.done:
@@ -81,19 +76,28 @@ class MaskReader:
             if visible.rest is None:
                 self.done[identity] = MaskRead(band=visible.band)
             else:
-                program, rows, columns = program_of(visible.rest)
-                operands = [[self._view(leaf) for leaf in leaves] for leaves in (rows, columns)]
-                is_added = visible.rest.dtype != torch.bool
-                is_square = any(leaf.has(KEYS) for leaf in rows)
-                self.done[identity] = MaskRead(str(program), *operands, visible.band, is_added, is_square)
+                program = program_of(visible.rest)
+                operands = [[*map(self._view, leaves)] for leaves in (program.rows, program.columns, program.tables)]
+                self.done[identity] = MaskRead(
+                    str(program.text),
+                    *operands,
+                    visible.band,
+                    is_added=visible.rest.dtype != torch.bool,
+                    is_square=any(leaf.has(KEYS) for leaf in program.rows),
+                    blocking=without_gradient(program.text, program.trained),
+                )
         return self.done[identity]
 
     def _view(self, leaf: Leaf) -> fx.Node:
-        """The leaf's tensor, viewed to broadcast to scores. The view stands where the leaf is first read."""
-        key = (leaf.node, leaf.places)
+        """The leaf's tensor, viewed to broadcast to scores, or as a table, where it is first read."""
+        key = (leaf.node, leaf.places, leaf.detached)
         if key not in self.views:
-            view = leaf.node if leaf.broadcasts else broadcast_view(leaf.node, leaf.places, leaf.reader)
-            if notes.note(view).differentiable:  # the mask itself is not: it compares, or was detached later
+            view = leaf.node
+            if leaf.is_table:
+                view = table_view(view, leaf.places, leaf.reader)
+            elif not leaf.broadcasts:
+                view = broadcast_view(view, leaf.places, leaf.reader)
+            if leaf.detached:
                 view = emit_like(leaf.reader, torch.ops.aten.detach.default, view)
                 notes.note(view).differentiable = False
             self.views[key] = view

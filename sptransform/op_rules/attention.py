@@ -11,7 +11,7 @@ from torch import Tensor, fx
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.rules.factors import dims_of
-from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
+from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import number
@@ -20,8 +20,9 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | None:
-    """Queries, heads and batch are independent; keys and the contracted head size stay whole. Sinks, which come last,
-    are one a query head: where queries or the batch are cut, every rank has a summand of their gradient.
+    """Queries, heads and batch are independent; keys and the contracted head size stay whole. Sinks, and then tables of
+    the mask, come last. They have heads alone: where queries or the batch are cut, every rank has a summand of their
+    gradient.
 
     With fewer key heads than query heads, query head ``i`` reads key head ``i // group``: the key heads a rank needs
     are the quotient of its query heads. None for layouts without a head dimension, for query heads that read key heads
@@ -40,6 +41,9 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
             return None
     names = {"b": query[0], "h": query[1], "s": query[2], "t": key[2], "d": query[3], "e": value[3]}
     names["m"] = more.pop("num_masked", key[2])
+    tables = more.pop("tables", ())
+    entries = {f"n{i}": shape[1] for i, shape in enumerate(tables)}
+    names |= entries
     operands = [dims_of(query, "bhsd"), dims_of(key, "bhtd"), dims_of(value, "bhte")]
     resize = {}
     if group > 1:
@@ -49,9 +53,11 @@ def _attention(call: OpCall, masks: tuple[Dims, ...], **more: Any) -> OpRule | N
             resize["operand", index, "h"] = Resize(lambda p: p.quotient(group), links=False)
     sizes = {f: size for f, size in names.items() if size != 1}
     roles = {"heads": "h", "queries": "s", "keys": "t", "batch": "b"}
-    replicated = {"t", "m", "d", *more.pop("replicated", "")}
+    replicated = {"t", "m", "d", *entries, *more.pop("replicated", "")}
+    last = [] if sinks is None else [dims_of(call.operand_shapes[sinks], "h")]
+    last += [dims_of(shape, ("h", name)) for shape, name in zip(tables, entries, strict=True)]
     return OpRule(
-        (*operands, *masks, *([] if sinks is None else [dims_of(call.operand_shapes[sinks], "h")])),
+        (*operands, *masks, *last),
         tuple(dims_of(shape, text) for text, shape in zip(("bhse", "bhs", ""), call.result_shapes, strict=False)),
         sizes,
         replicated=frozenset(replicated & set(sizes)),
@@ -67,14 +73,9 @@ def _sinks(call: OpCall) -> int | None:
     return None if call.target is aten.scaled_dot_product_attention.default else call.operand("sinks")
 
 
-def _mask_shapes(call: OpCall) -> tuple[Shape, ...]:
-    """Shapes of the mask, or of the operands of its program."""
-    return call.operand_shapes[3 : _sinks(call)]
-
-
 def attention(call: OpCall) -> OpRule | None:
     """Attention with a mask that broadcasts to the scores. ``is_causal`` depends on positions: queries stay whole."""
-    masks = tuple(dims_of(shape, "bhst"[4 - len(shape) :]) for shape in _mask_shapes(call))
+    masks = tuple(dims_of(shape, "bhst"[4 - len(shape) :]) for shape in call.operand_shapes[3 : _sinks(call)])
     is_causal = call.argument("is_causal")
     return _attention(call, masks, replicated="s" if is_causal else "", is_causal=is_causal)
 
@@ -85,7 +86,9 @@ def ring_attention(call: OpCall) -> OpRule | None:
     The op applies masks by position and sends keys around the ring itself. Once it has a process group, its queries and
     keys are cut no further.
     """
-    shapes = _mask_shapes(call)
+    num_masks = len(call.argument("rows")) + len(call.argument("columns"))
+    num_tables = len(call.argument("tables") or ())
+    shapes = call.operand_shapes[3 : 3 + num_masks]
     masks = tuple(dims_of(shape, "bhsm"[4 - len(shape) :]) for shape in shapes)
     # masks cover all keys, even if the op already has one rank's part of the keys
     lengths = [shape[-1] for shape in shapes if shape and shape[-1] != 1]
@@ -95,6 +98,7 @@ def ring_attention(call: OpCall) -> OpRule | None:
         call,
         masks,
         num_masked=lengths[0] if lengths else call.operand_shapes[1][2],
+        tables=call.operand_shapes[len(call.operand_shapes) - num_tables :],
         replicated="es" if is_cut else "e",
         own=frozenset({2}),
         unrepeatable=call.argument("dropout_p") > 0,

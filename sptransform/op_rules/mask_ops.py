@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+import sptransform.ops  # noqa: F401 - registers the lookup
 from sptransform.ops.mask_program import is_elementwise
-from sptransform.rules.rule import OpCall
+from sptransform.rules.rule import OpCall, Operand
 
 aten = torch.ops.aten
 
@@ -20,6 +21,28 @@ AND, NOT, HIDE, CONVERT = (
     aten.masked_fill.Scalar,
     aten.to.dtype,
 )
+
+# What generated programs have for an op of LOOKUPS
+LOOKUP = torch.ops.sptransform.lookup.default
+
+
+def _embedding(call: OpCall) -> int | None:
+    """None where the gradient of a row is not the sum over its readers."""
+    is_plain = call.argument("padding_idx") < 0 and not call.argument("scale_grad_by_freq")
+    return 0 if is_plain and not call.argument("sparse") else None
+
+
+def _index(call: OpCall) -> int | None:
+    given = [dim for dim, x in enumerate(call.argument("indices")) if isinstance(x, Operand)]
+    return given[0] if len(given) == 1 else None
+
+
+# Ops whose second operand, whole numbers, says which entries of the first are read; in which of its dimensions, None if
+# the call is no such lookup
+LOOKUPS: dict[Any, Callable[[OpCall], int | None]] = {
+    aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
+}
 
 # The result is the first operand; only its dtype or device may change
 RETYPED = frozenset(

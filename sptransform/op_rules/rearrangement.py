@@ -29,3 +29,15 @@ REARRANGEMENTS = frozenset(
         aten.view.default,
     }
 )
+
+# Those that keep the entries in row-major order
+RESHAPES = frozenset(
+    {
+        aten._reshape_alias.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.reshape.default,
+        aten.unflatten.int,
+        aten.view.default,
+    }
+)

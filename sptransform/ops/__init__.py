@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from sptransform.ops import attention, dropout_mask, joined_softmax, local_index, local_slice, redistribute, ring
+from sptransform.ops import (
+    attention,
+    dropout_mask,
+    joined_softmax,
+    local_index,
+    local_slice,
+    lookup,
+    redistribute,
+    ring,
+)
 
-__all__ = ["attention", "dropout_mask", "joined_softmax", "local_index", "local_slice", "redistribute", "ring"]
+__all__ = [
+    "attention",
+    "dropout_mask",
+    "joined_softmax",
+    "local_index",
+    "local_slice",
+    "lookup",
+    "redistribute",
+    "ring",
+]

@@ -5,9 +5,10 @@ A program is text, so that it can be an argument of an op. It is the same on all
     %3 = le.Tensor(%1, %0); %4 = logical_and(%3, %2)
 
 ``%0``, ``%1`` .. are operands: first ``rows``, which have a query dimension (the last but one), then ``columns``, which
-have a key dimension (the last) or none. Dimensions broadcast. Every step is an aten op; the overload is omitted if it
-is ``default``. The last step is the mask, boolean (True is visible) or added to the scores. A program without steps is
-written ``%0``: the operand is the mask. Numbers and dtypes (``float32``) are written as they print.
+have a key dimension (the last) or none, then ``tables`` [heads or 1, entries]. Dimensions broadcast. Every step is an
+aten op; the overload is omitted if it is ``default``. The exception is ``lookup(table, index)``, the only reader of
+tables. The last step is the mask, boolean (True is visible) or added to the scores. A program without steps is written
+``%0``: the operand is the mask. Numbers and dtypes (``float32``) are written as they print.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sptransform.ops import lookup  # noqa: F401 - registers the op
+
 aten = torch.ops.aten
 
+LOOKUP = torch.ops.sptransform.lookup.default
 
 # Pointwise, deterministic and independent of sizes and devices, but not tagged ``pointwise`` by torch
 _ALSO_ELEMENTWISE = frozenset(
@@ -93,9 +97,14 @@ class Step:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        name = str(self.target).removeprefix("aten.").removesuffix(".default")
+        name = str(self.target).removeprefix("aten.").removeprefix("sptransform.").removesuffix(".default")
         arguments = [*map(_written, self.args), *(f"{key}={_written(x)}" for key, x in self.kwargs)]
         return f"{name}({', '.join(arguments)})"
+
+    def arguments(self, values: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Its arguments, given the values of the program so far."""
+        args = [values[x.index] if isinstance(x, Ref) else x for x in self.args]
+        return args, {key: values[x.index] if isinstance(x, Ref) else x for key, x in self.kwargs}
 
 
 @dataclass(frozen=True)
@@ -112,12 +121,15 @@ class MaskProgram:
 
     def run(self, operands: Sequence[Tensor]) -> Tensor:
         """Compute the mask; the operands broadcast."""
+        return self.values(operands)[-1]
+
+    def values(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The operands and the result of every step."""
         values = list(operands)
         for step in self.steps:
-            args = [values[x.index] if isinstance(x, Ref) else x for x in step.args]
-            kwargs = {key: values[x.index] if isinstance(x, Ref) else x for key, x in step.kwargs}
+            args, kwargs = step.arguments(values)
             values.append(step.target(*args, **kwargs))
-        return values[-1]
+        return values
 
 
 def _written(x: Any) -> str:
@@ -151,8 +163,8 @@ def _read_step(call: ast.Call) -> Step:
     packet, overload = ast.unparse(call.func), "default"
     if isinstance(call.func, ast.Attribute):
         packet, overload = call.func.value.id, call.func.attr
-    target = getattr(getattr(aten, packet), overload)
-    if not is_elementwise(target):
+    target = LOOKUP if packet == "lookup" else getattr(getattr(aten, packet), overload)
+    if target is not LOOKUP and not is_elementwise(target):
         raise ValueError(f"{target} is not pointwise")
     return Step(target, tuple(map(_read, call.args)), tuple((x.arg, _read(x.value)) for x in call.keywords))
 
@@ -174,6 +186,7 @@ def block_mask(
     q_start: int,
     q_stop: int,
     key_positions: Tensor | slice,
+    tables: Sequence[Tensor] = (),
 ) -> Tensor:
     """The mask of queries ``q_start .. q_stop - 1`` and the keys at ``key_positions``.
 
@@ -183,13 +196,26 @@ def block_mask(
         columns: operands ``[.., 1, 1 or keys]``, or with fewer dimensions.
         q_start, q_stop: the range of this rank's queries.
         key_positions: which keys of the whole sequence: int64 indices, or a slice.
+        tables: operands ``[heads or 1, entries]``.
 
     Returns:
         Boolean or floating point, of two dimensions or more, that broadcasts to [batch, heads, queries, keys].
     """
-    operands = [_at_keys(_at_queries(x, q_start, q_stop), key_positions) for x in rows]
-    operands += [_at_keys(x, key_positions) for x in columns]
+    operands = block_operands(rows, columns, tables, q_start, q_stop, key_positions)
     return torch.atleast_2d(parse(program).run(operands))
+
+
+def block_operands(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    q_start: int,
+    q_stop: int,
+    key_positions: Tensor | slice,
+) -> list[Tensor]:
+    """The operands of a program at one block; the arguments are those of :func:`block_mask`."""
+    at_queries = [_at_keys(_at_queries(x, q_start, q_stop), key_positions) for x in rows]
+    return [*at_queries, *(_at_keys(x, key_positions) for x in columns), *tables]
 
 
 def _at_queries(x: Tensor, start: int, stop: int) -> Tensor:

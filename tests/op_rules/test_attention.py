@@ -93,6 +93,30 @@ CASES = [
     case(ring, *qkv(1, 6, 3, 4, 4), [], [booleans(1, 1, 1, 4)], randn(6), mask="%0", factors="h s"),
     case(ring, *qkv(2, 1, 1, 4, 5), [], [], sinks=randn(1), farthest=-1, factors="b s"),
     case(ring, *qkv(2, 4, 4, 5, 5), [mask(2, 1, 5, 1)], [], mask="%0", softcap=0.8, factors="b h s"),
+    # a learned bias: of tables, one for all heads and one for each, of numbers of queries and of keys
+    case(
+        ring,
+        *qkv(2, 4, 2, 5, 5),
+        [integers(3, 5, 1), randn(2, 1, 5, 1)],
+        [integers(3, 1, 5), randn(4, 1, 5)],
+        None,
+        [randn(4, 5), randn(1, 5)],
+        mask="%6 = add.Tensor(%0, %2); %7 = lookup(%4, %6); %8 = lookup(%5, %6); %9 = mul.Tensor(%7, %1); "
+        "%10 = add.Tensor(%9, %8); %11 = add.Tensor(%10, %3)",
+        nearest=0,
+        factors="b h s",
+    ),
+    case(
+        ring,
+        *qkv(1, 2, 2, 4, 4),
+        [integers(3, 4, 4)],
+        [],
+        randn(2),
+        [randn(2, 3)],
+        mask="%2 = lookup(%1, %0)",
+        softcap=0.8,
+        factors="h s",
+    ),
     # cut along queries before, and in a ring of two: along heads and batch only
     replace(
         case(ring, *qkv(2, 4, 2, 4, 8), [], [], nearest=0, queries="8/2z", group_name=OUTER, factors="b h"), outer=2

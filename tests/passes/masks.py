@@ -84,6 +84,11 @@ class Read:
         return self.node.kwargs["mask"]
 
     @property
+    def operands(self) -> list[list[fx.Node]]:
+        """Rows, columns and tables."""
+        return [*self.node.args[3:5], self.node.args[6] if len(self.node.args) > 6 else []]
+
+    @property
     def squares(self) -> list[str]:
         """Nodes that have the dimensions of scores."""
         tensors = [node for node in self.gm.graph.nodes if dataflow.is_tensor(node)]
@@ -103,7 +108,7 @@ class Read:
         )
         found = torch.zeros((), dtype=torch.float64)
         if kwargs["mask"]:
-            found = added(block_mask(kwargs["mask"], args[3], args[4], 0, LENGTH, slice(0, LENGTH)))
+            found = added(block_mask(kwargs["mask"], *args[3:5], 0, LENGTH, slice(0, LENGTH), *args[6:]))
         found = found.expand(BATCH, HEADS, LENGTH, LENGTH).masked_fill(hidden, -math.inf)
         stated = added(runs[0].found[0][3]).expand_as(found)
         # where a query sees a key, the lowest number hides as -inf does
@@ -181,7 +186,7 @@ def hide(visible: Tensor) -> Tensor:
 def of_counted_tokens() -> Tensor:
     """Positions as a module makes them from what the user passes, of whose shape only they depend."""
     positions = torch.ones_like(torch.zeros(BATCH, size(), dtype=torch.long)).cumsum(-1) - 1
-    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, :size()]
+    return (positions[:, None, None] <= positions[:, None, :, None])[:, :, :, : size()]
 
 
 def open_graph(model: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphModule:
@@ -379,4 +384,139 @@ WHOLE: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None]]] = {
     "an input, converted": (lambda x: x.bool() & causal(), [(BIAS > 0).long()], (0, None)),
     "concatenated": (lambda: torch.cat([ones()[:, :2], causal()[:, 2:]], 1), [], (None, None)),
     "counted": (lambda: ones(torch.long).cumsum(0) >= 3, [], (None, None)),
+}
+
+
+def learned(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def buckets() -> Tensor:
+    """Of the distance, as T5 has them: some for each distance, some for ranges of them, by the sign."""
+    signed = keys() - queries()
+    distance = signed.abs()
+    far = (2 + torch.log(distance.float() / 2) / math.log(2.0) * 2).long()
+    far = torch.min(far, torch.full_like(far, 3))
+    return (signed > 0).long() * 4 + torch.where(distance < 2, distance, far)
+
+
+def by_distance(reach: int = 3) -> Tensor:
+    return (keys() - queries()).clamp(-reach, reach)
+
+
+_LOOKED_UP = "%3 = sub.Tensor(%1, %0); %4 = clamp(%3, -3, 3); %5 = add.Tensor(%4, 3); %6 = lookup(%2, %5)"
+
+# masks with gradients: mask, its inputs, the band, how many rows, columns and tables the program reads, the program
+LEARNED: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tuple[int, int, int], str | None]] = {
+    "buckets of an embedding": (
+        lambda w: functional.embedding(buckets(), w).permute(2, 0, 1).unsqueeze(0) + hide(causal()),
+        [learned(8, HEADS)],
+        (0, None),
+        (1, 2, 1),
+        "%4 = sub.Tensor(%1, %0); %5 = gt.Scalar(%4, 0); %6 = to.dtype(%5, int64); %7 = mul.Tensor(%6, 4); "
+        "%8 = abs(%4); %9 = lt.Scalar(%8, 2); %10 = to.dtype(%8, float32); %11 = div.Tensor(%10, 2); %12 = log(%11); "
+        "%13 = div.Tensor(%12, 0.6931471805599453); %14 = mul.Tensor(%13, 2); %15 = add.Tensor(%14, 2); "
+        "%16 = to.dtype(%15, int64); %17 = min.other(%16, %2); %18 = where.self(%9, %8, %17); "
+        "%19 = add.Tensor(%7, %18); %20 = lookup(%3, %19)",
+    ),
+    "heads last": (
+        lambda w: w[by_distance() + 3].permute(2, 0, 1),
+        [learned(7, HEADS)],
+        (None, None),
+        (1, 1, 1),
+        _LOOKED_UP,
+    ),
+    "heads first": (lambda w: w[:, by_distance() + 3], [learned(HEADS, 7)], (None, None), (1, 1, 1), _LOOKED_UP),
+    "a flat index": (
+        lambda w: w[(by_distance() + 3).view(-1)].view(size(), size(), -1).permute(2, 0, 1).contiguous().unsqueeze(0),
+        [learned(7, HEADS)],
+        (None, None),
+        (1, 1, 1),
+        _LOOKED_UP,
+    ),
+    "a flat index, heads first": (
+        lambda w: w[:, (by_distance() + 3).view(-1)].reshape(HEADS, size(), size()),
+        [learned(HEADS, 7)],
+        (None, None),
+        (1, 1, 1),
+        _LOOKED_UP,
+    ),
+    "all heads alike, from the end": (
+        lambda w: w[by_distance()],
+        [learned(7)],
+        (None, None),
+        (1, 1, 1),
+        "%3 = sub.Tensor(%1, %0); %4 = clamp(%3, -3, 3); %5 = lookup(%2, %4)",
+    ),
+    "slopes": (
+        lambda slopes: slopes[:, None, None] * (keys() - queries()) + hide(causal()),
+        [learned(HEADS)],
+        (0, None),
+        (1, 2, 0),
+        "%3 = sub.Tensor(%2, %0); %4 = mul.Tensor(%1, %3)",
+    ),
+    "a temperature for each query": (
+        lambda t, w: w[by_distance() + 3] * t[:, None, :, None],
+        [learned(BATCH, LENGTH), learned(7)],
+        (None, None),
+        (2, 1, 1),
+        "%4 = sub.Tensor(%2, %0); %5 = clamp(%4, -3, 3); %6 = add.Tensor(%5, 3); %7 = lookup(%3, %6); "
+        "%8 = mul.Tensor(%7, %1)",
+    ),
+    "forgetting": (  # Lin et al., arXiv 2503.02130
+        lambda f: (f[:, :, :, None] - f[:, :, None]).masked_fill(~causal(), -math.inf),
+        [learned(BATCH, HEADS, LENGTH)],
+        (0, None),
+        (1, 1, 0),
+        "%2 = sub.Tensor(%0, %1)",
+    ),
+    "between documents": (
+        lambda w, x: w[(x[:, :, None] - x[:, None]).abs()].permute(0, 3, 1, 2),
+        [learned(3, HEADS), DOCUMENTS],
+        (None, None),
+        (1, 1, 1),
+        "%3 = sub.Tensor(%0, %1); %4 = abs(%3); %5 = lookup(%2, %4)",
+    ),
+    "rows that see nothing else": (
+        lambda w, x: w[by_distance() + 3].permute(2, 0, 1) + old_style(x),
+        [learned(7, HEADS), PADDING],
+        (None, None),
+        (2, 4, 1),
+        None,
+    ),
+    "rows that see nothing": (
+        lambda w, x: w[:, by_distance() + 3] + hide(x[:, None, :, None].bool()),
+        [learned(HEADS, 7), PADDING],
+        (None, None),
+        (2, 1, 1),
+        None,
+    ),
+    "once detached": (
+        lambda w: w[by_distance() + 3] + w.detach()[by_distance() + 2],
+        [learned(7)],
+        (None, None),
+        (2, 2, 2),
+        None,
+    ),
+    "squashed": (
+        lambda w: 4 * torch.sigmoid(w[:, by_distance() + 3]),
+        [learned(HEADS, 7)],
+        (None, None),
+        (1, 1, 1),
+        f"{_LOOKED_UP}; %7 = sigmoid(%6); %8 = mul.Tensor(%7, 4)",
+    ),
+}
+
+# read, but with an operand of both dimensions
+LEARNED_WHOLE: dict[str, tuple[Mask, list[Tensor]]] = {
+    "a learned tensor": (lambda w: w, [learned(HEADS, LENGTH, LENGTH)]),
+    "a padding index": (lambda w: functional.embedding(by_distance() + 3, w, 2).permute(2, 0, 1), [learned(7, HEADS)]),
+    "scaled by frequency": (
+        lambda w: functional.embedding(by_distance() + 3, w, scale_grad_by_freq=True).permute(2, 0, 1),
+        [learned(7, HEADS)],
+    ),
+    "an index that is an input": (lambda w, i: w[:, i], [learned(HEADS, 3), torch.randint(3, (LENGTH, LENGTH))]),
+    "two indices": (lambda w: w[by_distance() + 3, keys() * 0], [learned(7, 1)]),
+    "by batch": (lambda w: w[by_distance() + 3].permute(2, 0, 1)[:, None], [learned(7, BATCH)]),
 }

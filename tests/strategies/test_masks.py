@@ -20,7 +20,7 @@ from sptransform.sharding.partition import Partition
 from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
-from tests.passes.masks import BANDS, LENGTH, PROGRAMS, RING, WHOLE, attend, causal, heads
+from tests.passes.masks import BANDS, LEARNED, LEARNED_WHOLE, LENGTH, PROGRAMS, RING, WHOLE, attend, causal, heads
 from tests.passes.normalize.test_attend_by_position import packed, window
 from tests.support.equality import assert_equal_to_one_device, run_one_device, worst_error
 from tests.support.graphs import Run, assert_ranks_equal_one_device, nodes_of, run_once
@@ -172,3 +172,35 @@ def test_masks_computed_from_trainable_tensors(mask: Callable[[Tensor], Tensor],
         return functional.scaled_dot_product_attention(query, query, query, mask(x)).pow(2)
 
     assert_ranks_equal_one_device(*runs(function, [x], Asked(4, strategy)))
+
+
+@pytest.mark.covering(ways=2)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_masks(name: str, num_ranks: int, strategy: Strategy) -> None:
+    """Gradients of what a mask is computed from, summed over ranks where all ranks have it."""
+    mask, inputs, *_ = LEARNED[name]
+    torch.manual_seed(0)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return attend(mask, *inputs).pow(2)
+
+    asked = Asked(4 if isinstance(strategy, USP) else num_ranks, strategy)
+    reference, ranks = runs(function, [heads(), heads(), heads(), *inputs], asked)
+    assert all(grad.count_nonzero() for grad in reference.grads if grad is not None)
+    assert_ranks_equal_one_device(reference, ranks)
+
+
+@pytest.mark.covering(ways=1)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("name", LEARNED_WHOLE)
+def test_learned_masks_that_cannot_be_read(name: str, strategy: Strategy) -> None:
+    mask, inputs = LEARNED_WHOLE[name]
+    torch.manual_seed(0)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return attend(mask, *inputs).pow(2)
+
+    asked = Asked(4 if isinstance(strategy, USP) else 2, strategy)
+    assert_ranks_equal_one_device(*runs(function, [heads(), heads(), heads(), *inputs], asked))

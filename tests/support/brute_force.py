@@ -21,7 +21,6 @@ __all__ = ["GROUP", "OUTER", "Case", "partitions", "together"]
 
 # Operands that have no gradient.
 CONSTANT_OPERANDS: dict[Any, tuple[str, ...]] = {
-    torch.ops.sptransform.ring_attention.default: ("rows", "columns"),
     torch.ops.aten.binary_cross_entropy_with_logits.default: ("weight", "pos_weight"),
     torch.ops.aten.cross_entropy_loss.default: ("weight",),
     torch.ops.aten.nll_loss_nd.default: ("weight",),

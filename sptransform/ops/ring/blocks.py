@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sptransform.ops.library import primitive
 from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
+from sptransform.ops.ring.kernels.reference import OPEN
 from sptransform.ops.ring.kernels.table import choose
 from sptransform.ops.ring.merging import raise_sunk, sink, weigh, with_sinks
 
@@ -90,27 +91,42 @@ def attention_block(
     return lay_out(out, dtype), lse.contiguous()
 
 
+_BACKWARD = (
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, Tensor lse, " + _OPTIONS + ")"
+)
+
+
 def _fake_block_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    **options,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *arguments: Any, **options: Any
 ):
     dtype = compute_dtype(query.dtype)
     return tuple(new_rows(x, x.shape[2], x.shape[3], dtype) for x in (query, key, value))
 
 
+@primitive(f"attention_block_backward{_BACKWARD} -> (Tensor, Tensor, Tensor)", fake=_fake_block_backward)
+def attention_block_backward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The contribution of one :func:`attention_block` to the gradients of its query, key and value.
+
+    ``grad`` and ``out`` [B, H, s, E] and ``lse`` [B, H, s] belong to attention over all keys that the queries see.
+    """
+    grads, _ = _block_backward(*arguments, **options)
+    return grads
+
+
 @primitive(
-    "attention_block_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, "
-    f"Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_block_backward,
+    f"attention_block_backward_with_mask{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda *arguments, **options: (
+        *_fake_block_backward(*arguments, **options),
+        arguments[4].new_empty(arguments[4].shape, dtype=compute_dtype(arguments[1].dtype)),
+    ),
 )
-def attention_block_backward(
+def attention_block_backward_with_mask(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`attention_block_backward`, and the gradient of the mask, which is added to the scores, in its shape."""
+    grads, grad_mask = _block_backward(*arguments, **options, has_trained_mask=True)
+    return *grads, grad_mask
+
+
+def _block_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -127,15 +143,13 @@ def attention_block_backward(
     stream: int = 0,
     key_head_of: list[int] = (),
     explicit: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The contribution of one :func:`attention_block` to the gradients of its query, key and value.
-
-    ``grad`` and ``out`` [B, H, s, E] and ``lse`` [B, H, s] belong to attention over all keys that the queries see.
-    """
+    has_trained_mask: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     dtype = compute_dtype(query.dtype)
     num_heads = key.shape[1]
     is_explicit = explicit or dropout_p > 0
-    kernel = choose(Case.of(query, value, masked=mask is not None, explicit=is_explicit, softcap=softcap))
+    case = Case.of(query, value, masked=mask is not None, explicit=is_explicit, softcap=softcap)
+    kernel = OPEN if has_trained_mask else choose(case)  # no other gives the gradient of scores
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
@@ -146,11 +160,14 @@ def attention_block_backward(
             grad, lse = raise_sunk(grad, lse, bias)
         lse = lse.masked_fill(lse == -math.inf, 0)  # makes all probabilities exp(-inf - 0) = 0
     extra = _extra(softcap, dropout_p, seed, stream) | ({"explicit": True} if explicit else {})
+    if has_trained_mask:
+        extra["grad_bias"] = torch.zeros_like(bias)
     grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), **extra)
     grad_query, grad_key, grad_value = (lay_out(x, dtype) for x in grads)
     if heads is not None:
         grad_key, grad_value = (_sum_heads(x, heads, num_heads) for x in (grad_key, grad_value))
-    return grad_query, grad_key, grad_value
+    grad_mask = extra["grad_bias"].sum_to_size(mask.shape) if has_trained_mask else None
+    return (grad_query, grad_key, grad_value), grad_mask
 
 
 def _scale(query: Tensor, scale: float | None) -> float:

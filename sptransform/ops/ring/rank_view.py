@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sptransform.ops.communication.steps import Start
-from sptransform.ops.mask_program import block_mask
+from sptransform.ops.mask_gradients import gradients
+from sptransform.ops.mask_program import block_mask, block_operands, parse
 from sptransform.ops.ring.blocks import lay_out, positions
+from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
@@ -40,6 +42,7 @@ class RankView:
         rows: Sequence[Tensor],
         columns: Sequence[Tensor],
         seed: Tensor,
+        tables: Sequence[Tensor] | None = None,
         *,
         mask: str = "",
         nearest: int | None = None,
@@ -52,13 +55,15 @@ class RankView:
         queries: str = "",
         keys: str = "",
         group_name: str = "",
+        trained: Sequence[int] = (),
     ) -> None:
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not of one dtype")
         # kernels may give results the layout of the queries: converted here once, not once per block
         self.query = lay_out(query, query.dtype)
         self.rank, self.key, self.value = rank, key, value
-        self.rows, self.columns, self.program = rows, columns, mask
+        self.rows, self.columns, self.tables, self.program = rows, columns, tables or [], mask
+        self.operands, self.trained = [*rows, *columns, *self.tables], trained
         self.limits = nearest, farthest
         self.options = {"scale": scale, "softcap": softcap, "key_head_of": list(key_head_of)}
         if dropout_p > 0:
@@ -119,6 +124,30 @@ class RankView:
                 options = {**options, "stream": ((self.rank * self.num_ranks + block) << 20) + index}
             yield call, self._mask(call, block), options
 
+    def no_operand_gradients(self) -> list[Tensor]:
+        """Zeros for the gradients of the program's trained operands, of two dimensions or more."""
+        dtype = compute_dtype(self.query.dtype)
+        return [torch.atleast_2d(self.operands[i].new_zeros(self.operands[i].shape, dtype=dtype)) for i in self.trained]
+
+    def operand_gradients(self, call: Call, block: int, grad_mask: Tensor) -> Iterator[tuple[Tensor, int, list[int]]]:
+        """What a call adds to the gradient of each trained operand, its first row there, and the bounds of columns.
+
+        ``grad_mask`` is the gradient of the call's mask.
+        """
+        keys = _bounds(self.keys_of(block), call.k_start, call.k_stop)
+        read = block_operands(
+            self.rows, self.columns, self.tables, call.q_start, call.q_stop, self._key_positions(keys)
+        )
+        found = gradients(parse(self.program), read, self.trained, grad_mask)
+        for i, part in zip(self.trained, found, strict=True):
+            part, whole = torch.atleast_2d(part), torch.atleast_2d(self.operands[i])
+            is_row, is_table = i < len(self.rows), i >= len(self.rows) + len(self.columns)
+            start = call.q_start if is_row and whole.shape[-2] != 1 else 0
+            yield part, start, [0, whole.shape[-1]] if is_table or whole.shape[-1] == 1 else keys
+
+    def _key_positions(self, bounds: list[int]) -> Tensor | slice:
+        return slice(*bounds) if len(bounds) == 2 else positions(bounds, self.query.device)
+
     def _mask(self, call: Call, block: int) -> Tensor | None:
         keys = _bounds(self.keys_of(block), call.k_start, call.k_stop)
         band = None
@@ -126,8 +155,8 @@ class RankView:
             band = _sp.band_mask(self.query, _bounds(self.positions, call.q_start, call.q_stop), keys, *self.limits)
         if not self.program:
             return band
-        at = slice(*keys) if len(keys) == 2 else positions(keys, self.query.device)
-        mask = block_mask(self.program, self.rows, self.columns, call.q_start, call.q_stop, at)
+        at = self._key_positions(keys)
+        mask = block_mask(self.program, self.rows, self.columns, call.q_start, call.q_stop, at, self.tables)
         if band is None:
             return mask
         return mask & band if mask.dtype == torch.bool else mask.masked_fill(~band, -torch.inf)

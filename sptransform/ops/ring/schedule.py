@@ -36,6 +36,7 @@ def forward_steps(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
     sinks: Tensor | None = None,
+    tables: Sequence[Tensor] | None = None,
     *,
     sums: Sums = IN_PLACE,
     **options: Any,
@@ -43,7 +44,7 @@ def forward_steps(
     """The steps of ``ring_attention``; ``options`` are its keyword arguments."""
     dropout = options.get("dropout_p", 0.0) > 0
     seed = _sp.dropout_seed(query) if dropout else query.new_zeros((), dtype=torch.int64)
-    view = RankView(rank, query, key, value, rows, columns, seed, **options)
+    view = RankView(rank, query, key, value, rows, columns, seed, tables, **options)
     result = None
     held = view.pack() if view.num_ranks > 1 else None
     for step in range(view.num_ranks):
@@ -72,23 +73,25 @@ def backward_steps(
     out: Tensor,
     lse: Tensor,
     seed: Tensor,
+    tables: Sequence[Tensor] | None = None,
     *,
     sums: Sums = IN_PLACE,
     **options: Any,
-) -> Steps[tuple[Tensor, Tensor, Tensor]]:
-    """The steps of ``ring_attention_backward``: gradients of query, key and value.
+) -> Steps[list[Tensor]]:
+    """The steps of ``ring_attention_backward``: gradients of query, key, value and the trained operands of the mask.
 
     It knows nothing of sinks: they are in ``out`` and ``lse``, as the keys of other ranks are.
     """
-    view = RankView(rank, query, key, value, rows, columns, seed, **options)
+    view = RankView(rank, query, key, value, rows, columns, seed, tables, **options)
     whole = (grad, out, lse)
+    of_operands = view.no_operand_gradients()
     grad_query = returning = None
     held = view.pack() if view.num_ranks > 1 else None
     for step in range(view.num_ranks):
         is_last = step + 1 == view.num_ranks
         if not is_last:
             coming = yield view.hop(held, view.block_at(step + 1))
-        grad_query, first, parts = _attend_backward(view, sums, step, held, whole, grad_query)
+        grad_query, first, parts = _attend_backward(view, sums, step, held, whole, grad_query, of_operands)
         if step == 0:
             own = parts  # covers all keys of this rank
         else:
@@ -102,7 +105,9 @@ def backward_steps(
         own = [sums.add(mine, other, 0) for mine, other in zip(own, others, strict=True)]
     if grad_query is None:
         grad_query = _zeros(query, query.shape[2])
-    return tuple(lay_out(x, query.dtype) for x in (grad_query, *own))
+    trained = [view.operands[i] for i in view.trained]
+    of_operands = [total.view(x.shape).to(x.dtype) for total, x in zip(of_operands, trained, strict=True)]
+    return [*(lay_out(x, query.dtype) for x in (grad_query, *own)), *of_operands]
 
 
 def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: Any) -> Any:
@@ -121,9 +126,18 @@ def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: 
 
 
 def _attend_backward(
-    view: RankView, sums: Sums, step: int, held: Tensor | None, whole: tuple[Tensor, ...], grad_query: Tensor | None
+    view: RankView,
+    sums: Sums,
+    step: int,
+    held: Tensor | None,
+    whole: tuple[Tensor, ...],
+    grad_query: Tensor | None,
+    of_operands: list[Tensor],
 ) -> tuple[Tensor | None, int, list[Tensor]]:
-    """``grad_query`` plus this step's part; the first key with gradients; the gradients of keys and values."""
+    """``grad_query`` plus this step's part; the first key with gradients; the gradients of keys and values.
+
+    This step's part of the gradients of the mask's operands is added to ``of_operands``.
+    """
     block = view.block_at(step)
     keys = _keys_at(view, step, held)
     first, stop = (0, keys[0].shape[2]) if step == 0 else view.reach(block)
@@ -132,9 +146,12 @@ def _attend_backward(
         grad, query, out = (_part(x, call.q_start, call.q_stop) for x in (whole[0], view.query, whole[1]))
         lse = _part(whole[2], call.q_start, call.q_stop)
         key, value = (_part(x, call.k_start, call.k_stop) for x in keys)
-        found, *of_keys = _sp.attention_block_backward(
-            grad, query, key, value, mask, out, lse, call.kind == "causal", **options
-        )
+        backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
+        found, *of_keys = backward(grad, query, key, value, mask, out, lse, call.kind == "causal", **options)
+        if view.trained:
+            parts_of_operands = view.operand_gradients(call, block, of_keys.pop())
+            for i, part in enumerate(parts_of_operands):
+                of_operands[i] = sums.add_to_operand(of_operands[i], *part)
         grad_query = _add(sums, grad_query, found, call.q_start, view.query.shape[2])
         parts = [
             _add(sums, total, x, call.k_start - first, stop - first) for total, x in zip(parts, of_keys, strict=True)

@@ -87,6 +87,8 @@ class Ring:
     options: dict[str, Any] = field(default_factory=dict)
     circulates: bool = True
     sinks: Tensor | None = None
+    tables: tuple[Tensor, ...] = ()
+    trained: tuple[int, ...] = ()
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -105,18 +107,36 @@ class Ring:
         steps = COMMUNICATING["ring_attention"]
         ranks = range(self.queries.num_ranks)
         return perform_together(
-            {rank: steps(rank, *self.own(problem, rank), self.sinks, **self.keywords) for rank in ranks}
+            {rank: steps(rank, *self.own(problem, rank), self.sinks, [*self.tables], **self.keywords) for rank in ranks}
         )
 
     def backward(self, problem: Problem, results: dict[int, tuple[Tensor, ...]]) -> dict[int, tuple[Tensor, ...]]:
         steps = COMMUNICATING["ring_attention_backward"]
         return perform_together(
-            {rank: steps(rank, *self.backward_arguments(problem, rank, results[rank]), **self.keywords)
-             for rank in results}
-        )  # fmt: skip
+            {
+                rank: steps(
+                    rank,
+                    *self.backward_arguments(problem, rank, results[rank]),
+                    [*self.tables],
+                    **self.keywords,
+                    trained=self.trained,
+                )
+                for rank in results
+            }
+        )
 
     def backward_arguments(self, problem: Problem, rank: int, result: tuple[Tensor, ...]) -> list[Any]:
         return [select(problem.grad, 2, self.queries.owned[rank]), *self.own(problem, rank), *result]
+
+    def of_operands(self, problem: Problem) -> list[Tensor]:
+        """Whole gradients of the trained operands of the mask: the sum over ranks, of rows their parts."""
+        grads = self.backward(problem, self.forward(problem))
+        found = []
+        for at, i in enumerate(self.trained, start=3):
+            parts = [grads[rank][at] for rank in sorted(grads)]
+            is_row = i < len(self.rows) and self.rows[i].shape[-2] != 1
+            found.append(assemble(parts, parts[0].dim() - 2, self.queries) if is_row else sum(parts))
+        return found
 
     def run(self, problem: Problem) -> Run:
         """Whole result and gradients."""

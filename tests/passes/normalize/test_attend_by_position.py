@@ -26,6 +26,8 @@ from tests.passes.masks import (
     BATCH,
     DOCUMENTS,
     HEADS,
+    LEARNED,
+    LEARNED_WHOLE,
     LENGTH,
     PADDING,
     PASSES,
@@ -33,6 +35,8 @@ from tests.passes.masks import (
     RING,
     SDPA,
     WHOLE,
+    Mask,
+    attend,
     causal,
     heads,
     hide,
@@ -182,13 +186,42 @@ def test_what_is_larger_than_the_queries_is_not_computed() -> None:
         assert expected in node.kwargs["mask"] and bool(expected) == bool(node.kwargs["mask"])
 
 
-def test_a_mask_with_a_gradient_is_left_where_queries_are_not_cut() -> None:
-    def model(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(query, key, value, table[(queries() - keys()).abs()])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_mask_with_a_gradient_is_a_program(name: str) -> None:
+    mask, inputs, band, counts, program = LEARNED[name]
+    found = read(mask, *inputs)
+    assert found.band == band and not found.squares
+    operands = found.operands
+    assert tuple(map(len, operands)) == counts
+    assert program is None or found.program == program
+    assert all(dataflow.shape(table)[0] in (1, HEADS) for table in operands[2])
+    found.assert_same_mask()
+    found.assert_same_attention()
 
-    inputs = [heads(), heads(), heads(), torch.zeros(LENGTH, dtype=torch.float64, requires_grad=True)]
-    gm = run_passes(traced(model, inputs), PASSES, a_context())
-    assert nodes_of(gm, SDPA) and not nodes_of(gm, RING)
+
+@pytest.mark.parametrize("name", LEARNED_WHOLE)
+def test_what_cannot_be_read_has_its_gradient_too(name: str) -> None:
+    mask, inputs = LEARNED_WHOLE[name]
+    found = read(mask, *inputs)
+    rows, *_ = found.operands
+    assert [dataflow.shape(x)[-2:] for x in rows].count((LENGTH, LENGTH)) == 1
+    found.assert_same_mask()
+    found.assert_same_attention()
+
+
+def of_heads(mask: Mask, inputs: list[Tensor]) -> fx.GraphModule:
+    """What the pass makes of a mask where queries and keys are not cut."""
+    all_inputs = [heads(), heads(), heads(), *inputs]
+    return run_passes(traced(lambda *x: attend(mask, *x), all_inputs), PASSES, a_context())
+
+
+def test_a_mask_with_a_gradient_is_read_where_queries_are_not_cut_too() -> None:
+    mask, inputs, *_ = LEARNED["heads last"]
+    assert nodes_of(of_heads(mask, inputs), RING)
+    for name in ("a learned tensor", "a padding index"):
+        mask, inputs = LEARNED_WHOLE[name]
+        gm = of_heads(mask, inputs)
+        assert nodes_of(gm, SDPA) and not nodes_of(gm, RING)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +239,19 @@ def test_other_layouts_are_left_alone(inputs: list[Tensor]) -> None:
     assert nodes_of(gm, SDPA) and not nodes_of(gm, RING)
 
 
-def test_a_mask_with_a_gradient_is_refused(golden: Golden) -> None:
+def test_an_op_that_passes_no_gradient_is_refused(golden: Golden) -> None:
+    """Where queries are cut; elsewhere the mask is left. It is no matter beside the way of a gradient."""
+
     def model(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-        bias = table[(queries() - keys()).abs()]
+        bias = torch.erf(table[(queries() - keys()).abs()])
         return functional.scaled_dot_product_attention(query, key, value, bias)
 
     inputs = [heads(), heads(), heads(), torch.zeros(LENGTH, dtype=torch.float64, requires_grad=True)]
     with pytest.raises(UsageError) as caught:
         after(AttendByPosition, model, *inputs, context=ring_context())
     golden.check("errors_mask_gradient", message=str(caught.value))
+    gm = run_passes(traced(model, inputs), PASSES, a_context())
+    assert nodes_of(gm, SDPA) and not nodes_of(gm, RING)
     inputs[3].requires_grad_(False)
     after(AttendByPosition, model, *inputs, context=ring_context())
 

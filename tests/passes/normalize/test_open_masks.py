@@ -13,7 +13,20 @@ from sptransform.engine.pass_manager import run_passes
 from sptransform.graph import dataflow
 from sptransform.strategies.ring import Ring
 from sptransform.strategies.ulysses import Ulysses
-from tests.passes.masks import BANDS, LENGTH, PASSES, PROGRAMS, RING, SDPA, WHOLE, attend, heads, of_size, open_graph
+from tests.passes.masks import (
+    BANDS,
+    LEARNED,
+    LENGTH,
+    PASSES,
+    PROGRAMS,
+    RING,
+    SDPA,
+    WHOLE,
+    attend,
+    heads,
+    of_size,
+    open_graph,
+)
 from tests.support.graphs import a_context, nodes_of, run_once
 
 # found at an open length, where it differs from what is found at a known one: bounds beyond the sequence are kept, and
@@ -90,4 +103,22 @@ def test_programs_where_queries_are_not_cut(name: str) -> None:
     mask, *rest = {**BANDS, **PROGRAMS}[name]
     gm, inputs = read(mask, *(rest[0] if len(rest) > 1 else []), strategy=Ulysses())
     assert nodes_of(gm, RING) and not nodes_of(gm, SDPA)
+    assert_exact_at_other_lengths(gm, mask, inputs)
+
+
+# torch's sizes of a tensor with length squared entries that is viewed are rounded quotients: such a model is captured
+# for the length at hand
+_OPEN = [name for name in LEARNED if "flat" not in name]
+
+
+@pytest.mark.covering(ways=1)
+@pytest.mark.parametrize("strategy", [Ring(), Ulysses()], ids=str)
+@pytest.mark.parametrize("name", _OPEN)
+def test_learned_masks(name: str, strategy: Any) -> None:
+    mask, rest, band, counts, _ = LEARNED[name]
+    gm, inputs = read(mask, *rest, strategy=strategy)
+    (node,) = nodes_of(gm, RING)
+    assert (node.kwargs.get("nearest"), node.kwargs.get("farthest")) == band
+    tables = node.args[6] if len(node.args) > 6 else []
+    assert (len(node.args[3]), len(node.args[4]), len(tables)) == counts
     assert_exact_at_other_lengths(gm, mask, inputs)

@@ -290,7 +290,7 @@ class Biased(nn.Module):
 
 
 def test_a_mask_that_is_learned_is_exact() -> None:
-    """Where masks are read by position the softmax stays, since they have no gradient there."""
+    """Also where masks are read by position."""
     reference = run_one_device(Biased(), inputs())
     for ranks in on_pretended_ranks(Biased(), inputs(), STRATEGIES[:3]).values():
         for result in ranks.results():

@@ -88,7 +88,9 @@ def _open_backward(
     softcap: float = 0.0,
     kept: Kept | None = None,
     explicit: bool = False,
+    grad_bias: Tensor | None = None,
 ) -> Grads:
+    """``grad_bias``: zeros in the shape of the bias, to which its gradient is added."""
     grad, query, key, value, out = (x.to(compute_dtype(x.dtype)) for x in (grad, query, key, value, out))
     # sum_j p_ij dp_ij over all keys of the row, also those of other blocks (FlashAttention, equation 4)
     whole = (grad * out).sum(-1, keepdim=True)
@@ -107,7 +109,11 @@ def _open_backward(
         if kept is not None:
             factors = kept(probabilities, start)
             dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
-        grad_scores = probabilities * (grad_probabilities - whole[:, :, start:stop]) * scale
+        grad_scores = probabilities * (grad_probabilities - whole[:, :, start:stop])
+        if grad_bias is not None:
+            of_rows = grad_bias if grad_bias.shape[2] == 1 else grad_bias[:, :, start:stop]
+            of_rows += grad_scores.sum_to_size(of_rows.shape)
+        grad_scores = grad_scores * scale
         if slope is not None:
             grad_scores = grad_scores * slope
         grad_scores = grouped_rows(grad_scores, key)
