@@ -56,7 +56,7 @@ class SimplifyMasks(Pass):
             visible = visibility.of(_expression(parse(node.kwargs["mask"]), leaves))
             program = None if visible.rest is None else program_of(visible.rest)
             rows, columns = ([], []) if program is None else (program.rows, program.columns)
-            call = op_call(node)
+            call, text = op_call(node), "" if program is None else str(program.text)
             band = Band(call.argument("nearest"), call.argument("farthest")) & visible.band
             new = emit_like(
                 node,
@@ -65,7 +65,7 @@ class SimplifyMasks(Pass):
                 [leaf.node for leaf in rows],
                 [leaf.node for leaf in columns],
                 *node.args[5:],
-                **node.kwargs | {"mask": "" if program is None else str(program.text), "nearest": band.nearest, "farthest": band.farthest},
+                **node.kwargs | {"mask": text, "nearest": band.nearest, "farthest": band.farthest},
             )
             succeed(node, new)
         graph.eliminate_dead_code()

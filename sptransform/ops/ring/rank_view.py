@@ -70,7 +70,8 @@ class RankView:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
         self.partition = _partition_of(keys, key)
         self.num_ranks = self.partition.num_ranks if self.partition else 1
-        self.options["explicit"] = explicit and self.partition is None
+        # without a program a row's keys may be spread over several calls
+        self.options["explicit"] = explicit and bool(mask) and self.partition is None
         self.own = self.block_at(0)
         self.positions = _owned(_partition_of(queries, query), rank, query.shape[2], "queries")
         _owned(self.partition, self.own, key.shape[2], "keys")
