@@ -63,7 +63,9 @@ def test_sinks_are_an_operand(dtype: torch.dtype) -> None:
     """Their gradient comes in their own dtype."""
     xs, sinks = inputs(4, batch=1, dim=2, dtype=dtype), torch.randn(4, dtype=torch.float64, requires_grad=True)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda *xs: sp.ring_attention(*xs[:3], [], [], xs[3], nearest=0)[0], [*xs, sinks])
+        assert torch.autograd.gradcheck(
+            lambda *xs: sp.ring_attention(*xs[:3], [], [], xs[3], nearest=0)[0], [*xs, sinks]
+        )
     tolerances = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
     torch.library.opcheck(sp.ring_attention.default, (*xs, [], [], sinks), {"nearest": 0}, **tolerances)
     out, *_ = sp.ring_attention(*xs, [], [], sinks=sinks)
