@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ def unflattened(node: fx.Node, dim: int | None) -> fx.Node | None:
     before, after = dataflow.shape(table)[:dim], dataflow.shape(table)[dim + 1 :]
     shape = dataflow.shape(node)
     spread = shape[dim : len(shape) - len(after)]
-    if shape != (*before, *spread, *after) or prod(spread) != dataflow.shape(index)[0]:
+    if shape != (*before, *spread, *after):
         return None
     # most often it was flattened for the lookup, by a reshape too
     whole = dataflow.operands(index)[0] if index.target in RESHAPES else index

@@ -123,7 +123,15 @@ CASES = [
     ),
     replace(
         case(
-            ring, *qkv(2, 4, 2, 4, 8), [], [], randn(4), nearest=0, softcap=0.8, queries="8/2z", group_name=OUTER,
+            ring,
+            *qkv(2, 4, 2, 4, 8),
+            [],
+            [],
+            randn(4),
+            nearest=0,
+            softcap=0.8,
+            queries="8/2z",
+            group_name=OUTER,
             factors="b h",
         ),
         outer=2,

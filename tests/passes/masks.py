@@ -493,10 +493,10 @@ LEARNED: dict[str, tuple[Mask, list[Tensor], tuple[int | None, int | None], tupl
         None,
     ),
     "once detached": (
-        lambda w: w[by_distance() + 3] + w.detach()[by_distance() + 2],
+        lambda w: (bias := w[by_distance() + 3]) + 2 * bias.detach(),
         [learned(7)],
         (None, None),
-        (2, 2, 2),
+        (1, 1, 2),
         None,
     ),
     "squashed": (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
 
+import sptransform
 from sptransform.graph import dataflow
 from sptransform.graph.printer import line
 from sptransform.strategies.ring import AllGatherKV, Ring
@@ -103,3 +104,12 @@ def test_models(make: Callable[[], tuple[nn.Module, Inputs]], asked: Asked) -> N
     assert not squares(ranks)
     for result in ranks.results():
         assert_equal_to_one_device(reference, result, FLOAT64)
+
+
+def test_what_a_ring_does_for_a_learned_bias_is_shown() -> None:
+    model, inputs = biased()
+    shown = str(sptransform.explain(model, "ring", inputs, world_size=2, expand=True))
+    for table in (f"f64[{HEADS},{ENTRIES}]", f"f64[{HEADS},1,1]"):
+        assert f": {table} = sptransform.add_to_operand(" in shown
+    assert "sptransform.attention_block_backward_with_mask" in shown
+    assert "sptransform.attention_block_backward(" not in shown
