@@ -15,7 +15,7 @@ help:
 	@echo "make mutants   make small mistakes in the sources, and see whether the tests notice"
 	@echo "make times     show where the processor time of the tests goes"
 	@echo "make lint      run ruff"
-	@echo "make bench     measure the time of the transform, and of attention beside others"
+	@echo "make bench     measure the time of the transform, attention beside others, and memory"
 	@echo "make clean     remove .venv and caches"
 
 demo: $(VENV)/.installed-examples
@@ -47,6 +47,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-examples
 	$(RUN) benchmarks/transform_time.py
 	$(RUN) benchmarks/attention.py
+	$(RUN) benchmarks/memory.py
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)

@@ -8,11 +8,13 @@ through aot_eager. Torch's profiler reports every allocation and every release o
 counted is what is held at the peak more than before the step, on the rank that holds most. Bytes are exact and do not
 depend on the machine.
 
-- *one device*: the model as it is, without this library. It holds the masks that it makes, queries x keys.
-- *one rank*: the same step through this library on one rank.
-- *N ranks*: the share is N times the peak of a rank, as a part of the peak of one rank; 100% is perfect.
+- *one device, sdpa*: the model as it is, without this library. It holds the masks that it makes, queries x keys.
+- *one device, sptransform*: the model with `attn_implementation="sptransform"`, which makes no such mask.
+- *N ranks*: the model as it is, parallelized. The share is N times the peak of a rank, as a part of the peak of the one
+  device that makes no mask; 100% is perfect.
 
-*square* is the largest allocation as a part of a mask of booleans, queries x keys: below 1, nothing holds one.
+*square* is the largest allocation in bytes by the number of queries x keys: what falls with the length is no square.
+The mask of a tile of 512 queries is among the allocations, 4 bytes for each of its keys.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import sptransform
+import sptransform.integrations.transformers
 
 console = Console()
 
@@ -56,8 +59,9 @@ SIZES: dict[str, Any] = {
 class Setting:
     mask: str
     length: int
-    strategy: str | None  # None: without the library
+    strategy: str | None = None  # None: not parallelized
     num_ranks: int = 1
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def model_and_inputs(setting: Setting) -> tuple[torch.nn.Module, dict[str, Any]]
         model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW))
     else:
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.set_attn_implementation(setting.attention)
     ids = torch.randint(SIZES["vocab_size"], (1, setting.length))
     inputs: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
     if setting.mask == "padding":
@@ -137,10 +142,10 @@ def report(mask: str, length: int, strategies: list[str], rank_counts: list[int]
             name, mebibytes(found.peak), share, mebibytes(found.largest), f"{found.largest / length**2:.2f}"
         )
 
-    row("one device", spawn(Setting(mask, length, None)))
+    row("one device, sdpa", spawn(Setting(mask, length)))
+    whole = spawn(Setting(mask, length, attention="sptransform"))
+    row("one device, sptransform", whole)
     for strategy in strategies:
-        whole = spawn(Setting(mask, length, strategy))
-        row(f"{strategy}, one rank", whole)
         for count in rank_counts:
             found = spawn(Setting(mask, length, strategy, count))
             row(f"{strategy}, {count} ranks", found, f"{found.peak * count / whole.peak:.0%}")

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sptransform.diagnostics.errors import RuleError
 from sptransform.sharding.partition import Partition
-from sptransform.sharding.sizes import Size
+from sptransform.sharding.sizes import Size, SymbolicSizeError
 
 Dims = tuple[tuple[str, ...], ...]
 Shape = tuple[Size, ...]
@@ -127,7 +127,12 @@ class OpRule:
             yield "result", index, dims
 
     def check(self, call: OpCall) -> OpRule:
-        """Return self. Raises RuleError where factors and shapes disagree."""
+        """Return self.
+
+        Raises:
+            RuleError: factors and shapes disagree.
+            SymbolicSizeError: they may disagree, depending on lengths.
+        """
         shapes = {"operand": call.operand_shapes, "result": call.result_shapes}
         if len(self.operands) != len(call.operand_shapes) or len(self.results) != len(call.result_shapes):
             found = f"{len(self.operands)} operands and {len(self.results)} results"
@@ -139,7 +144,10 @@ class OpRule:
             for dim, factors in enumerate(dims):
                 if any((side, index, f) in self.resize for f in factors):
                     continue
-                if prod(self.sizes[f] for f in factors) != shape[dim]:
+                size = prod(self.sizes[f] for f in factors)
+                if size != shape[dim]:
+                    if not isinstance(size, int) or not isinstance(shape[dim], int):
+                        raise SymbolicSizeError(f"{size} and {shape[dim]} are not known to be one size")
                     raise RuleError(f"{call.target}: dim {dim} of {side} {index} is {shape[dim]}, not {factors}")
         shared = [dims for index, dims in enumerate(self.results) if index not in self.own]
         kept = [{f for factors in dims for f in factors} for dims in shared]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import sympy
 import torch
 
 from sptransform.diagnostics.errors import RuleError
@@ -17,6 +18,7 @@ from sptransform.rules.rule import OpCall, Operand, OpRule, Shape
 from sptransform.rules.table import OpEntry, RuleTable
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import P, R, Shard
+from sptransform.sharding.sizes import SymbolicSizeError
 from tests.op_rules import (
     test_attention,
     test_creation,
@@ -248,3 +250,11 @@ def test_arguments_by_name() -> None:
     assert made.operand("mat2") == 2 and made.operand("self") == 0
     with pytest.raises(RuleError, match="no argument 'gamma'"):
         made.argument("gamma")
+
+
+def test_sizes_that_are_not_known_to_be_equal_are_no_fault_of_the_rule() -> None:
+    """As the rows of two inputs whose lengths are open: the graph is captured again, for the lengths at hand."""
+    some, other = (sympy.Symbol(name, integer=True, positive=True) for name in ("k", "n"))
+    call = OpCall(aten.mm.default, (Operand(0), Operand(1)), {}, ((4, 2 * some), (2 * other, 3)), ((4, 3),))
+    with pytest.raises(SymbolicSizeError, match="not known to be one size"):
+        DEFAULT_RULES.rule_of(call)
