@@ -115,7 +115,8 @@ def _in_dtype(form: Form, dtype: torch.dtype) -> Form | None:
             return form
         return sympy.sympify(form != 0) if form.is_number else None
     form = as_number(form)
-    return form if dtype == torch.int64 or (form.is_number and abs(form) <= 1) else None
+    lowest = -1 if dtype.is_signed else 0
+    return form if dtype == torch.int64 or (form.is_number and lowest <= form <= 1) else None
 
 
 def constant_of(form: Form | None) -> bool | int | None:

@@ -1,7 +1,7 @@
 """The ops of a ring: attention of one block, its backward, and merging of blocks.
 
-Each is one node of an expanded graph. Block results are float32 (float64 for float64 inputs) with any kernel. Their
-memory layout is ``[B, s, H, D]``, as in the kernels and in the surrounding models.
+Each is one node of an expanded graph. Block results are float32 (float64 for float64 inputs) with any kernel, lse is
+float64. Their memory layout is ``[B, s, H, D]``, as in the kernels and in the surrounding models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sptransform.ops.library import primitive
 from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
 from sptransform.ops.ring.kernels.reference import OPEN
 from sptransform.ops.ring.kernels.table import choose
-from sptransform.ops.ring.merging import raise_sunk, sink, weigh, with_sinks
+from sptransform.ops.ring.merging import low_part, raise_sunk, sink, weigh, with_sinks
 
 _OPTIONS = (
     "bool causal, *, float? scale=None, float softcap=0.0, float dropout_p=0.0, Tensor? seed=None, int stream=0, "
@@ -39,7 +39,8 @@ def lay_out(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _fake_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, **options):
     dtype = compute_dtype(query.dtype)
-    return new_rows(query, query.shape[2], value.shape[-1], dtype), query.new_empty(query.shape[:3], dtype=dtype)
+    out = new_rows(query, query.shape[2], value.shape[-1], dtype)
+    return out, query.new_empty(query.shape[:3], dtype=torch.float64)
 
 
 @primitive(
@@ -73,7 +74,8 @@ def attention_block(
             it is exact for a row of which every key is masked by a large number, beside which ``lse`` loses its digits.
 
     Returns:
-        out [B, H, s, E]; lse [B, H, s], ``-inf`` where a row sees nothing. Dropout does not enter lse.
+        out [B, H, s, E]; lse [B, H, s] in float64 (see :mod:`merging`), ``-inf`` where a row sees nothing. Dropout does
+        not enter lse.
     """
     dtype = compute_dtype(query.dtype)
     is_explicit = explicit or dropout_p > 0
@@ -81,14 +83,16 @@ def attention_block(
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
-    bias = None if mask is None else _bias(mask, key.shape[2], dtype)
+    bias = low = None
+    if mask is not None:
+        bias, low = _bias(mask, key.shape[2], dtype)
     extra = _extra(softcap, dropout_p, seed, stream)
     out, lse = kernel.forward(query, key, value, bias, causal, _scale(query, scale), **extra)
     if mask is not None:
-        if mask.is_floating_point():
-            lse = sink(lse, bias)
+        if low is not None:
+            lse = sink(lse, bias) + low
         lse = lse.masked_fill(_sees_nothing(mask), -math.inf)
-    return lay_out(out, dtype), lse.contiguous()
+    return lay_out(out, dtype), lse.to(torch.float64).contiguous()
 
 
 _BACKWARD = (
@@ -155,13 +159,14 @@ def _block_backward(
         key, value = key.index_select(1, heads), value.index_select(1, heads)
     bias = None
     if mask is not None:
-        bias = _bias(mask, key.shape[2], dtype)
-        if mask.is_floating_point() and not explicit:
-            grad, lse = raise_sunk(grad, lse, bias)
+        bias, low = _bias(mask, key.shape[2], dtype)
+        if low is not None and not explicit:
+            grad, lse = raise_sunk(grad, lse - low, bias)
         lse = lse.masked_fill(lse == -math.inf, 0)  # makes all probabilities exp(-inf - 0) = 0
     extra = _extra(softcap, dropout_p, seed, stream) | ({"explicit": True} if explicit else {})
     if has_trained_mask:
         extra["grad_bias"] = torch.zeros_like(bias)
+    lse = lse.to(dtype)
     grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), **extra)
     grad_query, grad_key, grad_value = (lay_out(x, dtype) for x in grads)
     if heads is not None:
@@ -188,13 +193,17 @@ def _sum_heads(x: Tensor, heads: Tensor, num_heads: int) -> Tensor:
     return x.new_zeros((batch, size, num_heads, dim)).index_add_(2, heads, x.transpose(1, 2)).transpose(1, 2)
 
 
-def _bias(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """``mask`` as a bias on the scores, with 4 dimensions and expanded over all keys."""
+def _bias(mask: Tensor, num_keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``mask`` as a bias on the scores, with 4 dimensions and expanded over all keys, and what was taken from its rows:
+    to be added to lse. None: the mask is boolean.
+    """
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(*mask.shape[:3], num_keys)
-    if mask.dtype != torch.bool:
-        return mask.to(dtype).contiguous()
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf), None
+    bias = mask.to(dtype)
+    low = low_part(bias)
+    return (bias - low[..., None]).contiguous(), low
 
 
 def _sees_nothing(mask: Tensor) -> Tensor:
@@ -286,7 +295,7 @@ def merge_block_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor,
     """:func:`merge_block` in place."""
     size = block_lse.shape[2]
     out, lse = out.narrow(2, start, size), lse.narrow(2, start, size)
-    weight, total = weigh(lse, block_lse, may_sink)
+    weight, total = weigh(lse, block_lse, may_sink, out.dtype)
     out.lerp_(block_out, weight)
     lse.copy_(total)
 

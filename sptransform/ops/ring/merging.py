@@ -3,10 +3,11 @@
 ``out`` and ``lse`` over two sets of keys give those over all of them (Milakov and Gimelshein, arXiv 1805.02867): the
 weight of each is ``exp(its lse)``. ``lse`` is ``-inf`` where a row has seen no key.
 
-An additive mask may hide a key with a finite number so low that the score is lost to rounding. If a row sees only such
-keys, a single device averages their values. ``lse`` then cannot tell how many keys there were, because the logarithm of
-their number is lost to rounding as well. Such a row is *sunk*: its ``lse`` is ``-UNIT`` times its number of keys. That
-is below every other ``lse``, and sunk rows are merged by adding it up.
+``lse`` is float64, whatever the kernels compute in. An additive mask may hide a key with a finite number so low that
+the score is lost to rounding. If a row sees only such keys, a single device averages the values of those that are
+hidden by least. Such a row is *sunk*: its ``lse`` is the number by which they are hidden, its *level*, with their count
+in the last bits. That is below every other ``lse``. Of two sunk rows the one of the higher level is all there is; at
+equal levels the counts add up.
 """
 
 from __future__ import annotations
@@ -16,42 +17,77 @@ import math
 import torch
 from torch import Tensor
 
-UNIT = 2.0**80
+from sptransform.ops.ring.kernels.interface import compute_dtype
+
+_COUNT = 2**28 - 1  # bits of a count; the others tell levels apart that differ in float32
+_LOW = -64.0  # beside a lower number, the lse of a kernel loses digits that matter
 
 
-def is_sunk(lse: Tensor) -> Tensor:
-    """Rows whose ``lse`` is so low that a number of order one added to it is lost to rounding in this dtype."""
-    return (lse < -1 / torch.finfo(lse.dtype).eps) & (lse != -math.inf)
+def _is_lost(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a number of order one added to ``x`` is lost to rounding in ``dtype``."""
+    return (x < -1 / torch.finfo(dtype).eps) & (x != -math.inf)
+
+
+def is_sunk(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows that are sunk, in a kernel that computes in ``dtype``."""
+    return _is_lost(lse, dtype)
+
+
+def low_part(bias: Tensor) -> Tensor:
+    """What to take from the rows of ``bias`` [.., s, t], and add to their ``lse``, that the kernel keeps its digits."""
+    top = bias.amax(-1)
+    return torch.where((top < _LOW) & ~_is_lost(top, bias.dtype) & (top != -math.inf), top, 0.0)
+
+
+def _level(x: Tensor) -> Tensor:
+    """The bits of a level, as an int64 that is smaller for higher levels: all are negative numbers."""
+    return x.to(torch.float64).view(torch.int64) & ~_COUNT
+
+
+def _count(lse: Tensor) -> Tensor:
+    return (lse.view(torch.int64) & _COUNT).double()
+
+
+def _sunk(level: Tensor, count: Tensor) -> Tensor:
+    return (level | count.long()).view(torch.float64)
 
 
 def sink(lse: Tensor, bias: Tensor) -> Tensor:
-    """A kernel's ``lse`` under ``bias`` [.., s, t], with sunk rows set to ``-UNIT`` times their number of keys."""
-    at_most = (bias == bias.amax(-1, keepdim=True)).sum(-1)  # keys that are masked by more have no weight beside them
-    return torch.where(is_sunk(lse), at_most * -UNIT, lse)
+    """A kernel's ``lse`` under ``bias`` [.., s, t], in float64, with sunk rows as they are written."""
+    top = bias.amax(-1, keepdim=True)
+    sunk = _sunk(_level(top[..., 0]), (bias == top).sum(-1))
+    return torch.where(_is_lost(lse, bias.dtype), sunk, lse.to(torch.float64))
 
 
 def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The ``grad`` and ``lse`` with which a kernel's backward is right for sunk rows.
 
-    With the row's bias as lse, the kernel computes each probability as 1 instead of 1 / n; grad / n corrects that.
+    With the row's bias as lse, the kernel computes each probability as 1 instead of 1 / n; grad / n corrects that. Keys
+    that are hidden by more than others of the row have no weight: with 0 as lse, nor has the kernel.
     """
-    sunk = is_sunk(lse)
-    share = torch.where(sunk, -UNIT / lse, 1)
-    return grad * share[..., None].to(grad.dtype), torch.where(sunk, bias.amax(-1), lse)
+    sunk, top = is_sunk(lse, bias.dtype), bias.amax(-1)
+    has_weight = _level(top) == _level(lse)
+    share = torch.where(sunk, 1 / _count(lse).clamp(min=1), 1.0)
+    return grad * share[..., None].to(grad.dtype), torch.where(sunk, torch.where(has_weight, top, 0.0), lse)
 
 
-def weigh(lse: Tensor, block_lse: Tensor, may_sink: bool) -> tuple[Tensor, Tensor]:
+def weigh(lse: Tensor, block_lse: Tensor, may_sink: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The weight [B, H, s, 1] of a block in the merged result, and the lse over the keys of both.
 
-    ``may_sink``: the mask may leave sunk rows.
+    ``may_sink``: the mask may leave sunk rows; ``dtype``: of the result, and what kernels compute in.
     """
     weight = torch.sigmoid(block_lse - lse)
     total = torch.logaddexp(lse, block_lse)
     if may_sink:
-        both, added = is_sunk(lse) & is_sunk(block_lse), lse + block_lse
-        weight, total = torch.where(both, block_lse / added, weight), torch.where(both, added, total)
+        both = is_sunk(lse, dtype) & is_sunk(block_lse, dtype)
+        level, block_level = _level(lse), _level(block_lse)
+        count, block_count = _count(lse), _count(block_lse)
+        share = torch.where(level == block_level, block_count / (count + block_count), (block_level < level).double())
+        higher = torch.where(block_level < level, block_lse, lse)
+        joined = torch.where(level == block_level, _sunk(level, count + block_count), higher)
+        weight, total = torch.where(both, share, weight), torch.where(both, joined, total)
     # NaN comes from -inf - -inf, where neither has seen a key
-    return weight.nan_to_num(0.0).unsqueeze(-1), total
+    return weight.nan_to_num(0.0).unsqueeze(-1).to(dtype), total
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +96,7 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     """
     sinks = sinks.to(lse.dtype)[:, None]
     weight = torch.sigmoid(lse - sinks).nan_to_num(0.0)  # NaN as above
-    return out * weight.unsqueeze(-1), torch.logaddexp(lse, sinks)
+    return out * weight.unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, sinks)
 
 
 def grad_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -69,5 +105,6 @@ def grad_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tens
     It holds with dropout, which is in ``out`` as it is in what the probabilities are multiplied by.
     """
     probabilities = (sinks.to(lse.dtype)[:, None] - lse).exp().nan_to_num(0.0)
-    grad_lse = (grad.to(lse.dtype) * out).sum(-1)
+    dtype = compute_dtype(out.dtype)
+    grad_lse = (grad.to(dtype) * out.to(dtype)).sum(-1)
     return -(probabilities * grad_lse).sum((0, 2)).to(sinks.dtype)

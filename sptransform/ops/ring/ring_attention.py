@@ -12,7 +12,6 @@ from torch import Tensor
 from sptransform.ops.communication.steps import communicating
 from sptransform.ops.library import LIBRARY
 from sptransform.ops.ring.blocks import new_rows
-from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.merging import grad_of_sinks
 from sptransform.ops.ring.schedule import backward_steps, forward_steps
 
@@ -24,7 +23,7 @@ _OPTIONS = (
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any):
     out = new_rows(query, query.shape[2], value.shape[3], query.dtype)
-    lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float64)
     return out, lse, query.new_empty((), dtype=torch.int64)
 
 
@@ -54,7 +53,7 @@ def _fake_backward(
 # before the mask. ``queries`` and ``keys`` are partitions that say which positions this rank's tensors hold, "" meaning
 # all. Partitioned keys circulate. With ``explicit`` keys that are not partitioned are attended as the definition says,
 # exact where every key of a row is masked by a large number; then there are no sinks. Results are out [B, H, s, E],
-# lse [B, H, s], and the seed of dropout, 0 without.
+# lse [B, H, s] in float64, and the seed of dropout, 0 without.
 ring_attention = communicating(
     "ring_attention(Tensor query, Tensor key, Tensor value, Tensor[] rows, Tensor[] columns, "
     f"Tensor? sinks=None, Tensor[]? tables=None, *, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor seed)",

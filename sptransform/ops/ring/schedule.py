@@ -195,4 +195,4 @@ def _nothing(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, size, _ = query.shape
     dtype = compute_dtype(query.dtype)
     out = query.new_zeros((batch, size, heads, value.shape[3]), dtype=dtype).transpose(1, 2)
-    return out, query.new_full((batch, heads, size), -torch.inf, dtype=dtype)
+    return out, query.new_full((batch, heads, size), -torch.inf, dtype=torch.float64)

@@ -34,12 +34,17 @@ def _masks() -> dict[str, Tensor]:
     added[..., 5, 4:] = -1e30
     sunk = torch.zeros(2, 1, *SIZES, dtype=torch.float64)
     sunk[0, 0, 1], sunk[1, 0, 4] = torch.finfo(torch.float64).min, -1e30
+    levels = torch.zeros(2, 1, *SIZES, dtype=torch.float64)
+    levels[0, 0, 1, :4], levels[0, 0, 1, 4:] = -2e30, -1e30
+    levels[1, 0, 4], levels[1, 0, 4, ::3] = -1e30, -1e20
+    levels[0, 0, 6] = -200.0 - torch.arange(SIZES[1])
     return {
         "of rows and heads": some,
         "of keys": torch.tensor([[True] * 8 + [False] * 3]),
         "of queries": (torch.arange(SIZES[0]) != 3)[:, None],
         "added": added,
         "rows below all": sunk,
+        "rows of several levels": levels,
     }
 
 
@@ -48,7 +53,7 @@ MASKS = _masks()
 
 def blockwise(problem: Problem, cuts: list[int], mask: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
     """The op over the keys in several blocks, merged."""
-    out = torch.zeros(*problem.query.shape[:3], problem.value.shape[-1], dtype=torch.float64)
+    out = torch.zeros(*problem.query.shape[:3], problem.value.shape[-1], dtype=problem.query.dtype)
     lse = torch.full(problem.query.shape[:3], -math.inf, dtype=torch.float64)
     if mask is not None:
         mask = mask.expand(*mask.shape[:-1], problem.key.shape[2])
@@ -87,7 +92,7 @@ def test_blocks_are_the_whole(name: str | None, cuts: list[int], value_dim: int)
     mask = MASKS.get(name)
     found = blockwise(problem, cuts, mask)
     assert_equal(found, expected(problem, mask))
-    if name != "rows below all":
+    if name not in ("rows below all", "rows of several levels"):
         assert_equal(found, one_device(problem, mask))
     else:  # the value is the same there
         torch.testing.assert_close(found[0], one_device(problem, mask)[0], atol=1e-12, rtol=1e-12)
@@ -122,15 +127,28 @@ def test_results_are_float32(dtype: torch.dtype) -> None:
     xs = problem.query, problem.key, problem.value
     out, lse = sp.attention_block(*xs, MASKS["of keys"], False)
     grads = sp.attention_block_backward(problem.grad, *xs, MASKS["of keys"], out, lse, False)
-    assert {x.dtype for x in (out, lse, *grads)} == {torch.float32}
+    assert {x.dtype for x in (out, *grads)} == {torch.float32} and lse.dtype == torch.float64
     whole = expected(problem.to(torch.float64), MASKS["of keys"])
     torch.testing.assert_close(out.double(), whole[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("low", [-100.0, -1e4, -1e6, -1e9])
+def test_a_row_of_low_numbers_keeps_its_digits(low: float) -> None:
+    """In float32, where ``lse`` beside -1e4 has 3 digits after the point, and beside -1e9 none."""
+    problem = Problem.random(*SIZES).to(torch.float32)
+    mask = torch.zeros(1, 1, *SIZES)
+    mask[..., 2, :] = low
+    out, grads = blockwise(problem, [4], mask)
+    dtype = torch.float64 if low > -1e8 else torch.float32  # -1e9 absorbs the scores of float32
+    expected_out, expected_grads = expected(problem.to(dtype), mask.to(dtype))
+    for found, wanted in zip([out, *grads], [expected_out, *expected_grads], strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), atol=1e-5, rtol=1e-5)
+
+
 def test_merge_of_nothing() -> None:
     """Rows that have seen nothing stay so; -inf beside -inf is no NaN."""
-    out, lse = torch.zeros(1, 1, 2, 3), torch.full((1, 1, 2), -math.inf)
-    block_lse = torch.tensor([[[-math.inf, 1.0]]])
+    out, lse = torch.zeros(1, 1, 2, 3), torch.full((1, 1, 2), -math.inf, dtype=torch.float64)
+    block_lse = torch.tensor([[[-math.inf, 1.0]]], dtype=torch.float64)
     merge_block_(out, lse, torch.ones(1, 1, 2, 3), block_lse, 0, False)
     assert out.tolist() == [[[[0.0] * 3, [1.0] * 3]]]
     assert torch.equal(lse, block_lse)
