@@ -40,8 +40,10 @@ from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import rule_at
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.masks.between import Term
+from sptransform.masks.reader import leaves_own_keys, num_entries
 from sptransform.masks.scores import Spelling, spelled_at
 from sptransform.op_rules.mask_ops import SOFTMAX
+from sptransform.rules.table import RuleTable
 from sptransform.sharding.sizes import Size
 
 aten = torch.ops.aten
@@ -59,7 +61,7 @@ class RecognizeAttention(Pass):
         for node in _of_sequences(graph, context):
             spelling = spelled_at(node, context.rules)
             if spelling is not None:
-                _join(spelling)
+                _join(spelling, context.rules)
         graph.eliminate_dead_code()
 
 
@@ -92,7 +94,7 @@ def _is_among_tokens(spelling: Spelling | None, axes: Axes) -> bool:
     return True
 
 
-def _join(spelling: Spelling) -> None:
+def _join(spelling: Spelling, rules: RuleTable) -> None:
     old = spelling.out
     groups = spelling.groups
     query, key, value = (
@@ -106,7 +108,7 @@ def _join(spelling: Spelling) -> None:
     dtypes = [dataflow.value(x).dtype for x in (query, key, value)]
     dtype = functools.reduce(torch.promote_types, [*dtypes, *_wider_than_float32(spelling)])
     query, key, value = (_cast(x, dtype, old) for x in (query, key, value))
-    hidden, everywhere = _hidden(spelling)
+    hidden, everywhere = _hidden(spelling, rules)
     added = _added(spelling)
     if everywhere is not None:
         # filled with one number, all scores of a row are equal and have no gradient: as those of a query of zeros
@@ -171,10 +173,11 @@ def _added(spelling: Spelling) -> fx.Node | None:
     return added
 
 
-def _hidden(spelling: Spelling) -> tuple[fx.Node | None, fx.Node | None]:
+def _hidden(spelling: Spelling, rules: RuleTable) -> tuple[fx.Node | None, fx.Node | None]:
     """Where scores become -inf; and the rows of which every key is hidden, if that is by the lowest number.
 
     In such a row a softmax makes all keys equal: none is hidden there, unless it has a sink, beside which they vanish.
+    Where every query sees its own key there is no such row.
     """
     before = spelling.out
     fills = [(_condition(term, spelling), term.fill) for term in spelling.scores.terms if term.fill is not None]
@@ -182,6 +185,8 @@ def _hidden(spelling: Spelling) -> tuple[fx.Node | None, fx.Node | None]:
     for condition, _ in fills:
         hidden = condition if hidden is None else emit_like(before, aten.logical_or.default, hidden, condition)
     if spelling.scores.sinks is not None or all(fill == float("-inf") for _, fill in fills):
+        return hidden, None
+    if leaves_own_keys(hidden, num_entries(spelling.query), rules):
         return hidden, None
     everywhere = emit_like(before, aten.all.dim, hidden, -1, True)
     elsewhere = emit_like(before, aten.logical_not.default, everywhere)

@@ -89,7 +89,7 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
                     source=innermost_line(str(error)),
                     found=str(error).split("\n")[0],
                     fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
-                    "attn_implementation='sdpa', or 'sptransform' of sptransform.integrations.transformers",
+                    "attn_implementation='sdpa', or 'sptransform', see the README",
                 )
             ) from error
         except FailOnRecompileLimitHit as error:

@@ -19,7 +19,7 @@ from sptransform.masks.emit import broadcast_view, table_view
 from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Visibility
-from sptransform.op_rules.mask_ops import CONVERT
+from sptransform.op_rules.mask_ops import CONVERT, NOT
 from sptransform.ops.mask_gradients import without_gradient
 from sptransform.rules.table import RuleTable
 
@@ -58,7 +58,7 @@ class MaskReader:
     def of(cls, attention: Sequence[fx.Node], rules: RuleTable) -> MaskReader:
         """A reader of the masks of these nodes."""
         # constants up to the size of one layer's queries are cheap to compute once
-        largest = max((_num_entries(node.args[0]) for node in attention), default=0)
+        largest = max((num_entries(node.args[0]) for node in attention), default=0)
         forms = ClosedForms(rules)
         return cls(Regions(rules), Constants(largest, forms), forms)
 
@@ -104,6 +104,23 @@ class MaskReader:
         return self.views[key]
 
 
+def leaves_own_keys(hidden: fx.Node, largest: int, rules: RuleTable) -> bool:
+    """Whether it is known of no query that the key at its own position is hidden.
+
+    Args:
+        hidden: boolean, broadcasts to the scores.
+        largest: tensors with more entries are not computed to know it.
+    """
+    num_queries, num_keys = dataflow.shape(hidden)[-2:]
+    if num_queries != num_keys:
+        return False
+    forms = ClosedForms(rules)
+    constants = Constants(largest, forms)
+    seen = Apply(NOT, (Regions(rules).expression(hidden),), {}, torch.bool)
+    visible = Visibility(constants, bands_between(num_queries, num_keys, constants, forms), is_aligned=True).of(seen)
+    return visible.rest is None and visible.band.holds(0)
+
+
 def cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
     """The dtype to which autocast casts a mask that is added to scores; None if it does not cast."""
     value = dataflow.value(mask)
@@ -118,5 +135,6 @@ def cast_of(attention: fx.Node, mask: fx.Node) -> torch.dtype | None:
     return dtype if dtype != value.dtype else None
 
 
-def _num_entries(node: fx.Node) -> int:
+def num_entries(node: fx.Node) -> int:
+    """Entries of the node's tensor, an open size counted as 1."""
     return prod(size for size in dataflow.shape(node) if isinstance(size, int))

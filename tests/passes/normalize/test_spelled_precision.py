@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sptransform.graph import dataflow
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
 from tests.passes.normalize.test_recognize_attention import BATCH, HEADS, HIDDEN, LENGTH, WIDTH, attentions
 from tests.support.equality import assert_equal_to_one_device, run_one_device, worst_error
@@ -162,3 +163,17 @@ def test_a_fill_may_be_a_tensor(is_whole: bool) -> None:
     gm, _ = after([RecognizeAttention()], Model(attend), inputs()["x"])
     assert len(attentions(gm)) == 1
     assert max(errors(Model(attend), inputs(), Asked(2, "ulysses"))) < 1e-12
+
+
+def filled_with_the_lowest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    ahead = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    return (q @ k.mT * 0.5).masked_fill(ahead, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def test_the_lowest_number_is_no_square_where_every_query_sees_its_own_key() -> None:
+    """It hides as -inf does, so this is causal attention, and nothing asks which rows see no key."""
+    model = Model(filled_with_the_lowest)
+    for ranks in on_pretended_ranks(model, inputs(), [Asked(2, "ulysses"), Asked(2, "ring")]).values():
+        nodes = [node for node in ranks.graphs[0].graph_module.graph.nodes if dataflow.is_tensor(node)]
+        assert not [node.name for node in nodes if dataflow.value(node).dtype == torch.bool]
+    assert max(errors(model, inputs(), Asked(2, "ulysses"), Asked(3, "ring"))) < 1e-12
