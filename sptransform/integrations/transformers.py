@@ -211,6 +211,10 @@ def _same_document(
         raise UsageError(_refused(f"cu_seq_lens and {query.shape[0]} rows", "all documents in one row"))
     if causal and query.shape[2] != key.shape[2]:
         raise UsageError(_refused("cu_seq_lens, and causal attention of queries to another number of keys"))
+    # while a graph is captured nobody knows what they hold
+    if causal and not torch.compiler.is_compiling() and not torch.equal(of_queries, of_keys):
+        found = "cu_seq_lens_q that are not cu_seq_lens_k, and causal attention"
+        raise UsageError(_refused(found, "one tensor for both"))
     documents = documents_of_lengths(of_queries, query.shape[2])
     if of_keys is of_queries:
         return index_masks.same(documents, documents)

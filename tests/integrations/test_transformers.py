@@ -450,6 +450,9 @@ def test_attention_refuses() -> None:
     }.items():
         with refused(match):
             attention(nn.Module(), query, query, query, mask)
+    ends = {"cu_seq_lens_q": torch.tensor([0, 3, 8]), "cu_seq_lens_k": torch.tensor([0, 5, 8])}
+    with refused("cu_seq_lens_q that are not cu_seq_lens_k"):
+        attention(nn.Module(), *[query[:1]] * 3, None, **ends)
     with refused("float32, torch.float32 and torch.float64"):
         attention(nn.Module(), query, query, query.double(), None)
 
