@@ -26,6 +26,7 @@ from torch import fx
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph.edit import emit_like, succeed
+from sptransform.masks.bands import Band
 from sptransform.masks.reader import MaskReader
 
 
@@ -36,12 +37,20 @@ class ReadScoreMasks(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         ring_attention = torch.ops.sptransform.ring_attention.default
-        nodes = [node for node in graph.nodes if node.target is ring_attention and node.kwargs.get("mask") == "%0"]
+        nodes = [node for node in graph.nodes if node.target is ring_attention and _has_one_mask(node)]
         reader = MaskReader.of(nodes, context.rules)
         for node in nodes:
-            query, key, value, (mask,), _, *others = node.args
-            read = reader.read(node, mask)
-            bounds = {"mask": read.program, "nearest": read.band.nearest, "farthest": read.band.farthest}
-            operands = query, key, value, read.rows, read.columns, *others
+            read = reader.read(node, node.args[3][0])
+            if read.blocking is not None:
+                continue
+            band = Band(node.kwargs.get("nearest"), node.kwargs.get("farthest")) & read.band
+            bounds = {"mask": read.program, "nearest": band.nearest, "farthest": band.farthest}
+            others = [node.args[5] if len(node.args) > 5 else None, read.tables] if read.tables else node.args[5:]
+            operands = *node.args[:3], read.rows, read.columns, *others
             succeed(node, emit_like(node, ring_attention, *operands, **dict(node.kwargs) | bounds))
         graph.eliminate_dead_code()
+
+
+def _has_one_mask(node: fx.Node) -> bool:
+    """Whether the mask is one tensor that has queries."""
+    return node.kwargs.get("mask") == "%0" and len(node.args[3]) == 1

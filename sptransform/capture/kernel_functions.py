@@ -6,39 +6,109 @@ graph::
     %apply = autograd_function_apply(%forward, %backward, %q, %k, %v)
 
 Where the forward does nothing but call one kernel of ``op_rules/attention_kernels.py``, around which entries are
-only moved or padded, and the backward nothing but call that kernel's gradient, and give one to each operand that has
-one, the function is attention, and its gradient that of attention. The forward then runs inline, and the passes see the
-op. Any other function stays refused.
+only moved or padded, and the backward nothing but call that kernel's gradient with the same arguments, and give each
+operand its own, the function is attention, and its gradient that of attention. The forward then runs inline, and the
+passes see the op. Any other function stays refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from sptransform.op_rules.attention_kernels import AROUND_KERNELS, DETACHING_METHODS, GRAD_MODE, kernel_of, op_name
+from sptransform.graph.calls import arguments_of
+from sptransform.op_rules.attention_kernels import (
+    ALLOCATING,
+    AROUND_KERNELS,
+    DETACHING_METHODS,
+    GRAD_MODE,
+    Kernel,
+    kernel_of,
+    op_name,
+)
 
 
 def is_kernel_function(forward: fx.GraphModule, backward: fx.GraphModule) -> bool:
     """Whether the function with these graphs is a call of one kernel, and its gradient."""
-    kernels = [kernel_of(target) for target in _computing(forward)]
-    if len(kernels) != 1 or kernels[0] is None:
+    calls, derivatives = _computing(forward), _computing(backward)
+    if len(calls) != 1 or len(derivatives) != 1:
         return False
-    if [op_name(target) for target in _computing(backward)] != [kernels[0].gradient]:
+    kernel = kernel_of(calls[0].target)
+    if kernel is None or op_name(derivatives[0].target) != kernel.gradient:
         return False
-    operands = [node.meta["example_value"] for node in forward.graph.find_nodes(op="placeholder")]
+    given, taken = (arguments_of(node)[0] for node in (calls[0], derivatives[0]))
+    results, saved = forward.graph.output_node().args[0]
+    placeholders = backward.graph.find_nodes(op="placeholder")  # the gradients of the results, and what was saved
+    if len(placeholders) != len(results) + len(saved):
+        return False
+    of_saved = dict(zip(placeholders[len(results) :], saved, strict=True))
+    return (
+        _origin(taken["dout"])[0] is placeholders[0]
+        and _is_same_call(kernel, given, taken, of_saved)
+        and _gives_each_its_own(kernel, given, taken, forward, backward)
+    )
+
+
+def _is_same_call(
+    kernel: Kernel, given: Mapping[str, Any], taken: Mapping[str, Any], of_saved: Mapping[fx.Node, Any]
+) -> bool:
+    """Whether the gradient is that of the forward's call: its arguments ``taken`` are those that were ``given``."""
+    for name in kernel.meaning:
+        theirs = kernel.in_gradient.get(name, name)
+        if theirs not in taken:
+            return False
+        mine, other = given[name], taken[theirs]
+        if isinstance(other, fx.Node):
+            source, taken_part = _origin(other)
+            saved = of_saved.get(source)
+            if taken_part or not isinstance(saved, fx.Node) or not isinstance(mine, fx.Node):
+                return False
+            if _origin(saved) != _origin(mine):
+                return False
+        elif mine != other:
+            return False
+    return True
+
+
+def _gives_each_its_own(
+    kernel: Kernel,
+    given: Mapping[str, Any],
+    taken: Mapping[str, Any],
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+) -> bool:
+    """Whether each operand that has a gradient gets what the kernel wrote for the queries, keys or values it is."""
     (gradients,) = backward.graph.output_node().args
-    pairs = zip(operands, gradients, strict=True)
-    return all(found is not None for x, found in pairs if isinstance(x, torch.Tensor) and x.requires_grad)
+    for operand, gradient in zip(forward.graph.find_nodes(op="placeholder"), gradients, strict=True):
+        example = operand.meta["example_value"]
+        if not isinstance(example, torch.Tensor) or not example.requires_grad:
+            continue
+        found = _origin(gradient)[0] if isinstance(gradient, fx.Node) else None
+        origins = {name: _origin(given[name]) for name in (kernel.query, kernel.key, kernel.value)}
+        own = {name: part for name, (source, part) in origins.items() if source is operand}
+        if not own or any(_origin(taken[f"d{name}"]) != (found, part) for name, part in own.items()):
+            return False
+    return True
 
 
-def _computing(gm: fx.GraphModule) -> list[Any]:
-    """What the graph calls, but for what only moves entries."""
-    calls = [node.target for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
-    return [target for target in calls if target not in AROUND_KERNELS]
+def _computing(gm: fx.GraphModule) -> list[fx.Node]:
+    """The graph's calls, but for what only moves entries."""
+    calls = [node for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
+    return [node for node in calls if node.target not in AROUND_KERNELS]
+
+
+def _origin(node: fx.Node) -> tuple[fx.Node, list[Any]]:
+    """What the node is, or is a part of, before it was moved or padded; and which parts were taken of it."""
+    parts = []
+    while node.op != "placeholder" and node.target in AROUND_KERNELS and node.target not in ALLOCATING:
+        if node.target is operator.getitem:
+            parts.append(node.args[1])
+        node = node.args[0]
+    return node, parts
 
 
 class KernelFunction(fx.Interpreter):

@@ -29,7 +29,8 @@ def op_call(node: fx.Node) -> OpCall:
 
 def arguments_of(node: fx.Node) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every argument of the node's op by its name, and the defaults of those that have one."""
-    schema = node.target._schema.arguments
+    # Dynamo's graph may name an op without its overload
+    schema = getattr(node.target, "default", node.target)._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     positional = (argument.name for argument in schema if not argument.kwarg_only)
     return defaults | dict(zip(positional, node.args, strict=False)) | dict(node.kwargs), defaults

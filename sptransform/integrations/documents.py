@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def documents_of_positions(position_ids: Tensor) -> Tensor | None:
+def documents_of_positions(position_ids: Tensor, visible: Tensor | None = None) -> Tensor | None:
     """A number for each token, equal within a document; one begins where the position is not the last one plus 1.
 
+    Beside padding a document begins at a visible token whose position does not follow that of the last visible token
+    either: positions may count all tokens or the visible ones, and be anything where there is padding.
+
     Args:
-        position_ids: [B, S].
+        position_ids: [B or 1, S].
+        visible: boolean [B, S], False for padding.
 
     Returns:
-        [B, S]; None where every row is known to be one document, which it is not while a graph is captured.
+        [B or 1, S]; None where every row is known to be one document, which it is not while a graph is captured.
     """
     begins = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    if visible is not None:
+        position_ids = position_ids.expand(visible.shape)
+        tokens = torch.arange(visible.shape[1], device=visible.device)
+        last = nn.functional.pad(torch.where(visible, tokens, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+        follows = position_ids == position_ids.gather(1, last.clamp(min=0)) + 1
+        begins = begins & (visible & ~follows & (last >= 0))
     if not torch.compiler.is_compiling() and not bool(begins.any()):
         return None
     return begins.cumsum(-1)

@@ -53,6 +53,12 @@ class Term:
     def __or__(self, other: Term) -> Term:
         return Either([*_parts(self, Either), *_parts(other, Either)])
 
+    def __bool__(self) -> bool:
+        raise UnreadableMaskError
+
+    def __ne__(self, other: Any) -> Term:
+        raise UnreadableMaskError
+
     def __eq__(self, other: Any) -> Term:
         return _apply("eq", self, other)
 

@@ -23,12 +23,25 @@ _OVERLOADS = {
 
 
 class PositionMask:
-    """Which keys each query sees: where all ``terms`` are true. ``device`` is that of the tensors among them."""
+    """Which keys each query sees: where all ``terms`` are true. ``device`` is that of the tensors among them.
+
+    ``visible``: boolean [B, keys], False for padding, which is among the terms; None if there is none. ``first_query``:
+    the index of the first query among the keys.
+    """
 
     ndim = 4  # a mask that is ready, as one of four dimensions: it is handed on as it is
 
-    def __init__(self, num_queries: int, num_keys: int, device: torch.device, terms: list[Term]) -> None:
+    def __init__(
+        self,
+        num_queries: int,
+        num_keys: int,
+        device: torch.device,
+        terms: list[Term],
+        visible: Tensor | None = None,
+        first_query: int | Tensor = 0,
+    ) -> None:
         self.num_queries, self.num_keys, self.device, self.terms = num_queries, num_keys, device, terms
+        self.visible, self.first_query = visible, first_query
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(_NO_TENSOR)
@@ -39,7 +52,8 @@ class PositionMask:
     __radd__ = __add__
 
     def also(self, term: Term) -> PositionMask:
-        return PositionMask(self.num_queries, self.num_keys, self.device, [*self.terms, term])
+        sizes = self.num_queries, self.num_keys, self.device
+        return PositionMask(*sizes, [*self.terms, term], self.visible, self.first_query)
 
     def arguments(self) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
         """``rows``, ``columns``, and by name ``mask``, ``nearest`` and ``farthest`` of ``ring_attention``."""

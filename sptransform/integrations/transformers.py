@@ -72,16 +72,17 @@ def position_mask(
         raise UsageError(_refused("a mask function of the model's own (or_mask_function, and_mask_function)"))
     try:
         visible = index_masks.read(mask_function, q_length, kv_length, q_offset, kv_offset, device)
-        terms = conjuncts(visible)
+        terms, seen = conjuncts(visible), None
         if attention_mask is not None and not _is_whole(attention_mask):
             missing = kv_length + kv_offset - attention_mask.shape[-1]
             if isinstance(missing, int) and missing > 0:
                 attention_mask = nn.functional.pad(attention_mask, (0, missing))
             keys = index_masks.read(_only_keys(attention_mask), q_length, kv_length, q_offset, kv_offset, device)
             terms = [*terms, keys]
+            seen = attention_mask[:, kv_offset : kv_offset + kv_length] if isinstance(kv_offset, int) else None
     except UnreadableMaskError as error:
         raise UsageError(_refused("a mask function that is not one of Transformers' own")) from error
-    return PositionMask(q_length, kv_length, device, terms)
+    return PositionMask(q_length, kv_length, device, terms, seen, q_offset)
 
 
 def attention(
@@ -168,9 +169,11 @@ def _mask_arguments(
     elif (mask.num_queries, mask.num_keys) != (num_queries, num_keys):
         found = f"a mask of {mask.num_queries} x {mask.num_keys} for {num_queries} queries and {num_keys} keys"
         raise UsageError(_refused(found))
-    elif not packed and _tells_documents(position_ids, num_queries, num_keys):
-        if not any(compares_queries(term) for term in mask.terms):
-            documents = documents_of_positions(position_ids)
+    elif not packed and _tells_documents(position_ids, num_queries):
+        if num_queries != num_keys:
+            _check_one_document(position_ids, mask)
+        elif not any(compares_queries(term) for term in mask.terms):
+            documents = documents_of_positions(position_ids, mask.visible)
             if documents is not None:
                 mask = mask.also(index_masks.same(documents, documents))
     if packed:
@@ -195,8 +198,21 @@ def _bounds(causal: bool, window: int | None) -> list[index_masks.Term]:
     return [Band(0, None if window is None else window - 1)]
 
 
-def _tells_documents(position_ids: Tensor | None, num_queries: int, num_keys: int) -> bool:
-    if position_ids is None or position_ids.dim() != 2 or num_queries != num_keys or num_queries == 1:
+def _check_one_document(position_ids: Tensor, mask: PositionMask) -> None:
+    """Refuse documents beside keys of earlier calls, or of calls to come: which document those are of is not known."""
+    if torch.compiler.is_compiling():  # nor is it known what the positions are
+        return
+    first, size = int(mask.first_query), mask.num_queries
+    seen = None if mask.visible is None else mask.visible[:, first : first + size]
+    starts = position_ids[:, 0] == first
+    if mask.visible is not None:
+        starts = starts | (position_ids[:, 0] == mask.visible[:, :first].sum(-1)) | ~seen[:, 0]
+    if documents_of_positions(position_ids, seen) is not None or not bool(starts.all()):
+        raise UsageError(_refused("positions of several documents beside a cache of other tokens", "use_cache=False"))
+
+
+def _tells_documents(position_ids: Tensor | None, num_queries: int) -> bool:
+    if position_ids is None or position_ids.dim() != 2 or num_queries == 1:
         return False
     return position_ids.shape[1] == num_queries
 

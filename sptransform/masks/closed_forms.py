@@ -15,7 +15,7 @@ from torch import fx
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf
-from sptransform.op_rules.closed_forms import FORMS, POINTWISE, Form, as_number, broadcast, index
+from sptransform.op_rules.closed_forms import ABSORBING, FORMS, POINTWISE, Form, as_number, broadcast, index
 from sptransform.op_rules.mask_ops import CONVERT, RETYPED
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.rules.rule import Operand, map_nodes
@@ -81,7 +81,8 @@ class ClosedForms:
         if node.target in FORMS:
             return FORMS[node.target](call, forms)
         if None in forms:
-            return None
+            absorbing = ABSORBING.get(node.target)
+            return absorbing if absorbing is not None and absorbing in forms else None
         ndim = len(call.result_shapes[0])
         placed = [broadcast(form, shape, ndim) for form, shape in zip(forms, call.operand_shapes, strict=True)]
         arguments = [*call.args, *call.kwargs.values()]

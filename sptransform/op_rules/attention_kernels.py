@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Kernel:
         ignored: arguments that say how to compute, not what.
         gradient: the op that a custom autograd.Function around this one calls in its backward; "" where the op has its
             own derivative.
+        in_gradient: what the gradient calls arguments that it has by another name.
     """
 
     query: str = "q"
@@ -43,6 +44,13 @@ class Kernel:
     documents: tuple[str, ...] = ("cu_seqlens_q", "cu_seqlens_k")
     ignored: frozenset[str] = frozenset()
     gradient: str = ""
+    in_gradient: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def meaning(self) -> list[str]:
+        """The arguments that say what is computed."""
+        named = [self.query, self.key, self.value, self.scale, self.causal, *self.window]
+        return [name for name in (*named, self.softcap, self.slopes, self.dropout, *self.documents) if name]
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -61,6 +69,7 @@ KERNELS: Mapping[str, Kernel] = {
              "sm_margin"}
         ),
         gradient="flash_attn_3._flash_attn_backward",
+        in_gradient={"causal": "is_causal"},
     ),
     "torch_attn._varlen_attn": Kernel(
         query="query",
@@ -163,6 +172,9 @@ AROUND_KERNELS = frozenset(
         "unbind",
     }
 )
+
+# Of these, those that make a tensor that nothing was written to yet
+ALLOCATING = frozenset({torch.empty, torch.empty_like})
 
 # Of these, those that say something of gradients, of which there are none inside an autograd.Function
 GRAD_MODE = frozenset({torch._C._set_grad_enabled})

@@ -177,6 +177,16 @@ def _as_number_or_none(form: Form | None) -> Form | None:
     return None if form is None else as_number(form)
 
 
+# A form of one operand with which the other does not matter
+ABSORBING: dict[Any, Boolean] = {
+    aten.__and__.Tensor: sympy.false,
+    aten.__or__.Tensor: sympy.true,
+    aten.bitwise_and.Tensor: sympy.false,
+    aten.bitwise_or.Tensor: sympy.true,
+    aten.logical_and.default: sympy.false,
+    aten.logical_or.default: sympy.true,
+}
+
 # Other ops, of the call and the forms of its operands
 FORMS: dict[Any, Callable[[OpCall, Sequence[Form | None]], Form | None]] = {
     **dict.fromkeys(FILLED, _filled),

@@ -98,6 +98,48 @@ def test_documents_count_with_a_cache_too() -> None:
     assert_equal_to_one_device(expected("llama", "packed"), got, FLOAT64)
 
 
+@pytest.mark.parametrize("count", ["visible", "clipped", "filled", "all"])
+def test_positions_beside_padding_are_those_of_one_document(count: str) -> None:
+    """However they count, and also where the padding is among the tokens, as between a prompt and what is generated."""
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, 20:31], mask[1, :9], mask[1, 50:] = 0, 0, 0
+    counted = mask.cumsum(-1) - 1
+    position_ids = {
+        "visible": counted,
+        "clipped": counted.clamp(min=0),
+        "filled": counted.masked_fill(mask == 0, 1),
+        "all": torch.arange(LENGTH).expand(2, -1),
+    }[count]
+    inputs = INPUTS["plain"]() | {"attention_mask": mask, "position_ids": position_ids}
+    inputs["labels"] = inputs["labels"].masked_fill(mask == 0, -100)
+    reference = run_one_device(build("llama", "sdpa", layers=1), inputs)
+    assert_equal_to_one_device(reference, run_one_device(build("llama", OURS, layers=1), inputs), FLOAT64)
+
+
+def test_documents_beside_tokens_of_other_calls_are_refused() -> None:
+    query, keys = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 12, 8)
+    mask = position_mask(1, 4, 12, q_offset=4, mask_function=lambda b, h, q, k: k <= q)
+    attention(nn.Module(), query, keys, keys, mask, position_ids=torch.tensor([[4, 5, 6, 7]]))
+    for position_ids in ([4, 5, 0, 1], [0, 1, 2, 3]):
+        with refused("several documents beside a cache"):
+            attention(nn.Module(), query, keys, keys, mask, position_ids=torch.tensor([position_ids]))
+
+
+def test_an_encoder_under_padding_alone() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    config = hf.BertConfig(**sizes, num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = hf.BertForTokenClassification(config).double()
+    inputs = INPUTS["left"]()
+    inputs["labels"] = inputs["labels"].clamp(max=1)
+    model.set_attn_implementation("sdpa")
+    reference = run_one_device(model, inputs)
+    model.zero_grad()
+    model.set_attn_implementation(OURS)
+    for ranks in on_pretended_ranks(model, inputs, [Asked(2, "ulysses"), Asked(3, "ring")]).values():
+        for result in ranks.results():
+            assert_equal_to_one_device(reference, result, FLOAT64)
+
+
 # ---- what is captured ----
 
 

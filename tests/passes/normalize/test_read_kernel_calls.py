@@ -313,21 +313,65 @@ class WithoutKeyGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, state = ctx.saved_tensors
-        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
-        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
-        return results[0], None, results[2]
+        of_query, _, of_value = derived(ctx, grad)
+        return of_query, None, of_value
+
+
+def derived(ctx: Any, grad: Tensor, scale: float = 1.0, causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse, state = ctx.saved_tensors
+    results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    options = 0.0, scale, causal, -1, -1, 0.0, None, False
+    torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
+    return results
 
 
 class WithScaledGradients(WithoutKeyGradients):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_query, of_key, of_value = derived(ctx, grad)
+        return of_query, of_key * 0.5, of_value
+
+
+class OfAnotherScale(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return derived(ctx, grad, scale=0.5)
+
+
+class OfCausalAttention(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return derived(ctx, grad, causal=True)
+
+
+class InAnotherOrder(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_query, of_key, of_value = derived(ctx, grad)
+        return of_query, of_value, of_key
+
+
+class Unwritten(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_query, of_key, of_value = derived(ctx, grad)
+        return torch.empty_like(of_query), of_key, of_value
+
+
+class OfSwappedOperands(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, state = ctx.saved_tensors
         results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         options = 0.0, 1.0, False, -1, -1, 0.0, None, False
-        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
-        return results[0], results[1] * 0.5, results[2]
+        torch.ops.flash_attn._flash_attn_backward(grad, q, v, k, out, lse, *results, *options, rng_state=state)
+        return results
+
+
+class Right(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return derived(ctx, grad)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +388,17 @@ def test_what_is_returned_and_not_read_is_no_matter() -> None:
     assert_exact(Model(probabilities_unread), {"x": tokens()})
 
 
-@pytest.mark.parametrize("function", [WithoutKeyGradients, WithScaledGradients])
+def test_a_function_of_the_users_own_is_read_if_its_gradient_is_the_kernels() -> None:
+    assert_exact(Model(Right.apply), {"x": tokens()})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        WithoutKeyGradients, WithScaledGradients, OfAnotherScale, OfCausalAttention, InAnotherOrder, Unwritten,
+        OfSwappedOperands,
+    ],
+)  # fmt: skip
 def test_another_gradient_is_refused(function: type[torch.autograd.Function]) -> None:
     with pytest.raises(CaptureError, match="the graph cannot show what this does to gradients"):
         sptransform.rewrite(Model(function.apply), "ulysses", {"x": tokens()}, world_size=2)

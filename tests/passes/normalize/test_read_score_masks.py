@@ -35,6 +35,7 @@ from tests.support.tiers import tiered
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3, [0] * 2 + [1] * 10])
 PREFIX = torch.tensor([3, 5])
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
+TABLE = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 FLAG = torch.tensor(True)
 SINKS = torch.tensor([[True] * 2 + [False] * 10] * HEADS)
 Mod = Callable[..., Tensor]
@@ -93,6 +94,10 @@ def capped_and_slanted(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor
     return 0.7 * torch.tanh(score * 2.0) + SLOPES[h] * (k - q)
 
 
+def by_distance(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return score + TABLE[(q - k).clamp(-4, 4) + 4]
+
+
 def hidden(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     score = torch.where(q >= k, score, -float("inf"))
     return torch.where(DOCUMENTS[b, q] != DOCUMENTS[b, k], -float("inf"), score) * 1.5
@@ -133,10 +138,11 @@ class Flex:
 CALLS = [
     Flex(), Flex(causal), Flex(window), Flex(document), Flex(prefix), Flex(chunks), Flex(of_head), Flex(flagged),
     Flex(None, capped), Flex(causal, slanted), Flex(document, capped_and_slanted), Flex(None, hidden),
+    Flex(causal, by_distance),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("call", tiered(CALLS, quick=[CALLS[3], CALLS[10]]), ids=str)
+@pytest.mark.parametrize("call", tiered(CALLS, quick=[CALLS[3], CALLS[10], CALLS[12]]), ids=str)
 def test_a_call_is_exact(call: Flex) -> None:
     reference = run_one_device(Model(call.definition), {"x": tokens()})
     assert_exact(Model(call.attend), {"x": tokens()}, reference)
