@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sptransform.op_rules.attention_kernels import (
     AROUND_KERNELS,
     DETACHING_METHODS,
     GRAD_MODE,
+    PADDING,
     Kernel,
     kernel_of,
     op_name,
@@ -46,8 +48,12 @@ def is_kernel_function(forward: fx.GraphModule, backward: fx.GraphModule) -> boo
     if len(placeholders) != len(results) + len(saved):
         return False
     of_saved = dict(zip(placeholders[len(results) :], saved, strict=True))
+    source, parts = _origin(results[0])
     return (
-        _origin(taken["dout"])[0] is placeholders[0]
+        (source, parts[-1:]) == (calls[0], [0])
+        and all(map(_is_cut, parts[:-1]))
+        and _origin(taken["dout"]) in ((placeholders[0], []), (placeholders[0], [_PAD]))
+        and all(_saved(taken[name], of_saved) == (calls[0], [i]) for i, name in enumerate(("out", "softmax_lse")))
         and _is_same_call(kernel, given, taken, of_saved)
         and _gives_each_its_own(kernel, given, taken, forward, backward)
     )
@@ -63,15 +69,18 @@ def _is_same_call(
             return False
         mine, other = given[name], taken[theirs]
         if isinstance(other, fx.Node):
-            source, taken_part = _origin(other)
-            saved = of_saved.get(source)
-            if taken_part or not isinstance(saved, fx.Node) or not isinstance(mine, fx.Node):
-                return False
-            if _origin(saved) != _origin(mine):
+            if not isinstance(mine, fx.Node) or _saved(other, of_saved) != _origin(mine):
                 return False
         elif mine != other:
             return False
     return True
+
+
+def _saved(node: Any, of_saved: Mapping[fx.Node, Any]) -> tuple[fx.Node, list[Any]] | None:
+    """The origin in the forward of what a node of the backward is; None if it was not saved there as it is."""
+    source, parts = _origin(node) if isinstance(node, fx.Node) else (None, [])
+    saved = of_saved.get(source)
+    return _origin(saved) if isinstance(saved, fx.Node) and not parts else None
 
 
 def _gives_each_its_own(
@@ -83,14 +92,20 @@ def _gives_each_its_own(
 ) -> bool:
     """Whether each operand that has a gradient gets what the kernel wrote for the queries, keys or values it is."""
     (gradients,) = backward.graph.output_node().args
+    names = kernel.query, kernel.key, kernel.value
+    origins = {name: _origin(given[name]) for name in names}
+    written = {name: _origin(taken[f"d{name}"]) for name in names}
+    if any(written[a] == written[b] for a, b in combinations(names, 2)):
+        return False
     for operand, gradient in zip(forward.graph.find_nodes(op="placeholder"), gradients, strict=True):
         example = operand.meta["example_value"]
         if not isinstance(example, torch.Tensor) or not example.requires_grad:
             continue
-        found = _origin(gradient)[0] if isinstance(gradient, fx.Node) else None
-        origins = {name: _origin(given[name]) for name in (kernel.query, kernel.key, kernel.value)}
+        found, parts = _origin(gradient) if isinstance(gradient, fx.Node) else (None, [])
         own = {name: part for name, (source, part) in origins.items() if source is operand}
-        if not own or any(_origin(taken[f"d{name}"]) != (found, part) for name, part in own.items()):
+        if not own or not all(map(_is_cut, parts)):
+            return False
+        if any(written[name] != (found, [x for x in part if x != _PAD]) for name, part in own.items()):
             return False
     return True
 
@@ -101,14 +116,29 @@ def _computing(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in calls if node.target not in AROUND_KERNELS]
 
 
+_PAD = "padded"
+
+
 def _origin(node: fx.Node) -> tuple[fx.Node, list[Any]]:
-    """What the node is, or is a part of, before it was moved or padded; and which parts were taken of it."""
+    """What the node is, or is a part of, before it was moved; and which parts were taken of it, or where it was padded.
+
+    The last step comes first.
+    """
     parts = []
     while node.op != "placeholder" and node.target in AROUND_KERNELS and node.target not in ALLOCATING:
         if node.target is operator.getitem:
             parts.append(node.args[1])
+        elif node.target in PADDING:
+            parts.append(_PAD)
         node = node.args[0]
     return node, parts
+
+
+def _is_cut(part: Any) -> bool:
+    """Whether the part is the first entries of the last dimension, which drops what it was padded by."""
+    if not isinstance(part, tuple) or len(part) != 2 or part[0] is not Ellipsis or not isinstance(part[1], slice):
+        return False
+    return part[1].start is None and part[1].step is None
 
 
 class KernelFunction(fx.Interpreter):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 def documents_of_positions(position_ids: Tensor, visible: Tensor | None = None) -> Tensor | None:
     """A number for each token, equal within a document; one begins where the position is not the last one plus 1.
 
-    Beside padding a document begins at a visible token whose position does not follow that of the last visible token
-    either: positions may count all tokens or the visible ones, and be anything where there is padding.
+    Beside padding a document begins at a visible token whose position is not beyond that of the last visible token, or
+    goes on neither from that one nor from the token before: positions may count all tokens or the visible ones, and be
+    anything where there is padding.
 
     Args:
         position_ids: [B or 1, S].
@@ -24,8 +25,10 @@ def documents_of_positions(position_ids: Tensor, visible: Tensor | None = None) 
         position_ids = position_ids.expand(visible.shape)
         tokens = torch.arange(visible.shape[1], device=visible.device)
         last = nn.functional.pad(torch.where(visible, tokens, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
-        follows = position_ids == position_ids.gather(1, last.clamp(min=0)) + 1
-        begins = begins & (visible & ~follows & (last >= 0))
+        previous = position_ids.gather(1, last.clamp(min=0))
+        is_beyond, follows = position_ids > previous, position_ids == previous + 1
+        # the first factor is implied by the others; it shows where positions go on by one throughout
+        begins = (begins.cumsum(-1) > 0) & visible & (last >= 0) & (~is_beyond | (begins & ~follows))
     if not torch.compiler.is_compiling() and not bool(begins.any()):
         return None
     return begins.cumsum(-1)

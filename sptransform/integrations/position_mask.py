@@ -25,8 +25,8 @@ _OVERLOADS = {
 class PositionMask:
     """Which keys each query sees: where all ``terms`` are true. ``device`` is that of the tensors among them.
 
-    ``visible``: boolean [B, keys], False for padding, which is among the terms; None if there is none. ``first_query``:
-    the index of the first query among the keys.
+    ``visible``: boolean [B, all tokens so far], False for padding, which is among the terms; None if there is none.
+    ``first_query``: the index of the first query among these tokens.
     """
 
     ndim = 4  # a mask that is ready, as one of four dimensions: it is handed on as it is

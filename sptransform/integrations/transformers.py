@@ -5,8 +5,8 @@ tensor of queries x keys exists, not on one device either, and what shards the o
 
 1. A mask is what Transformers' own function of it says (:mod:`index_masks`): causal, windows, chunks, blocks, padding,
    documents. Functions that a model brings itself are refused. A tensor of 4 dimensions is taken as it is.
-2. Documents packed into a row are told apart by ``position_ids``, as in Transformers, and also beside padding or a
-   cache; or by ``cu_seq_lens_q`` and ``cu_seq_lens_k``, as for its flash attention.
+2. Documents packed into a row are told apart by ``position_ids``, as in Transformers, and also beside padding; or by
+   ``cu_seq_lens_q`` and ``cu_seq_lens_k``, as for its flash attention.
 3. Query heads may be more than key heads, values larger or smaller than keys. Soft caps, sinks, dropout and the scale
    are arguments of the op.
 
@@ -79,7 +79,7 @@ def position_mask(
                 attention_mask = nn.functional.pad(attention_mask, (0, missing))
             keys = index_masks.read(_only_keys(attention_mask), q_length, kv_length, q_offset, kv_offset, device)
             terms = [*terms, keys]
-            seen = attention_mask[:, kv_offset : kv_offset + kv_length] if isinstance(kv_offset, int) else None
+            seen = attention_mask
     except UnreadableMaskError as error:
         raise UsageError(_refused("a mask function that is not one of Transformers' own")) from error
     return PositionMask(q_length, kv_length, device, terms, seen, q_offset)
@@ -173,7 +173,8 @@ def _mask_arguments(
         if num_queries != num_keys:
             _check_one_document(position_ids, mask)
         elif not any(compares_queries(term) for term in mask.terms):
-            documents = documents_of_positions(position_ids, mask.visible)
+            seen = None if mask.visible is None else mask.visible[:, :num_keys]
+            documents = documents_of_positions(position_ids, seen)
             if documents is not None:
                 mask = mask.also(index_masks.same(documents, documents))
     if packed:
@@ -199,13 +200,13 @@ def _bounds(causal: bool, window: int | None) -> list[index_masks.Term]:
 
 
 def _check_one_document(position_ids: Tensor, mask: PositionMask) -> None:
-    """Refuse documents beside keys of earlier calls, or of calls to come: which document those are of is not known."""
-    if torch.compiler.is_compiling():  # nor is it known what the positions are
+    """Refuse documents beside keys of earlier calls, or of calls to come, of which nobody knows their document."""
+    if torch.compiler.is_compiling():  # nobody knows the positions either
         return
-    first, size = int(mask.first_query), mask.num_queries
-    seen = None if mask.visible is None else mask.visible[:, first : first + size]
+    first, size, seen = int(mask.first_query), mask.num_queries, None
     starts = position_ids[:, 0] == first
     if mask.visible is not None:
+        seen = mask.visible[:, first : first + size]
         starts = starts | (position_ids[:, 0] == mask.visible[:, :first].sum(-1)) | ~seen[:, 0]
     if documents_of_positions(position_ids, seen) is not None or not bool(starts.all()):
         raise UsageError(_refused("positions of several documents beside a cache of other tokens", "use_cache=False"))

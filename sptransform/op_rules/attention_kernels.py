@@ -173,6 +173,9 @@ AROUND_KERNELS = frozenset(
     }
 )
 
+# Of these, those that pad
+PADDING = frozenset({torch.nn.functional.pad, torch._C._nn.pad})
+
 # Of these, those that make a tensor that nothing was written to yet
 ALLOCATING = frozenset({torch.empty, torch.empty_like})
 

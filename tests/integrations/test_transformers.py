@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 import sptransform.integrations.transformers  # noqa: F401 - registers it
 from sptransform.diagnostics.errors import UsageError
+from sptransform.integrations.documents import documents_of_positions
 from sptransform.integrations.transformers import attention, position_mask
 from sptransform.ops.communication.steps import COMMUNICATING, group_of, perform
 from sptransform.ops.ring import blocks, plan
@@ -123,6 +124,34 @@ def test_documents_beside_tokens_of_other_calls_are_refused() -> None:
     for position_ids in ([4, 5, 0, 1], [0, 1, 2, 3]):
         with refused("several documents beside a cache"):
             attention(nn.Module(), query, keys, keys, mask, position_ids=torch.tensor([position_ids]))
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "visible", "documents"),
+    [
+        ([0, 1, 2, -1, 0, 1], [1, 1, 1, 0, 1, 1], 2),
+        ([0, 1, 2, 3, 4, 3, 4], [1, 1, 1, 0, 0, 1, 1], 1),
+        ([0, 1, 2, 3, 4, 2, 3], [1, 1, 1, 0, 0, 1, 1], 2),
+        ([1, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1], 1),
+        ([0, 1, 1, 1, 2, 3], [1, 1, 0, 0, 1, 1], 1),
+        ([0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0], 2),
+    ],
+)
+def test_documents_beside_padding(position_ids: list[int], visible: list[int], documents: int) -> None:
+    found = documents_of_positions(torch.tensor([position_ids]), torch.tensor([visible]).bool())
+    seen = torch.tensor(visible).bool()
+    assert (1 if found is None else len(found[0][seen].unique())) == documents
+
+
+def test_a_prompt_in_pieces_beside_padding_and_a_window() -> None:
+    model = build("mistral", "sdpa", layers=1)
+    model.config.sliding_window = 8
+    ids, mask = INPUTS["plain"]()["input_ids"][:, :24], torch.ones(2, 24, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "use_cache": True}
+    expected_ids = model.generate(ids, **options)
+    model.set_attn_implementation(OURS)
+    assert torch.equal(model.generate(ids, **options, prefill_chunk_size=6), expected_ids)
 
 
 def test_an_encoder_under_padding_alone() -> None:

@@ -18,7 +18,7 @@ from sptransform.ops.library import primitive
 from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
 from sptransform.ops.ring.kernels.reference import OPEN
 from sptransform.ops.ring.kernels.table import choose
-from sptransform.ops.ring.merging import low_part, raise_sunk, sink, weigh, with_sinks
+from sptransform.ops.ring.merging import raise_sunk, shift_of, sink, weigh, with_sinks
 
 _OPTIONS = (
     "bool causal, *, float? scale=None, float softcap=0.0, float dropout_p=0.0, Tensor? seed=None, int stream=0, "
@@ -83,15 +83,15 @@ def attention_block(
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
-    bias = low = None
+    bias = shift = None
     if mask is not None:
-        bias, low = _bias(mask, key.shape[2], dtype)
+        bias, shift = _bias(mask, query, key.shape[2])
     extra = _extra(softcap, dropout_p, seed, stream)
     out, lse = kernel.forward(query, key, value, bias, causal, _scale(query, scale), **extra)
     if mask is not None:
-        if low is not None:
-            lse = sink(lse, bias) + low
-        lse = lse.masked_fill(_sees_nothing(mask), -math.inf)
+        if shift is not None:
+            lse = sink(lse, bias) + shift
+        lse = lse.masked_fill(bias.amax(-1) == -math.inf, -math.inf)
     return lay_out(out, dtype), lse.to(torch.float64).contiguous()
 
 
@@ -159,9 +159,9 @@ def _block_backward(
         key, value = key.index_select(1, heads), value.index_select(1, heads)
     bias = None
     if mask is not None:
-        bias, low = _bias(mask, key.shape[2], dtype)
-        if low is not None and not explicit:
-            grad, lse = raise_sunk(grad, lse - low, bias)
+        bias, shift = _bias(mask, query, key.shape[2])
+        if shift is not None and not explicit:
+            grad, lse = raise_sunk(grad, lse - shift, bias)
         lse = lse.masked_fill(lse == -math.inf, 0)  # makes all probabilities exp(-inf - 0) = 0
     extra = _extra(softcap, dropout_p, seed, stream) | ({"explicit": True} if explicit else {})
     if has_trained_mask:
@@ -193,21 +193,22 @@ def _sum_heads(x: Tensor, heads: Tensor, num_heads: int) -> Tensor:
     return x.new_zeros((batch, size, num_heads, dim)).index_add_(2, heads, x.transpose(1, 2)).transpose(1, 2)
 
 
-def _bias(mask: Tensor, num_keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``mask`` as a bias on the scores, with 4 dimensions and expanded over all keys, and what was taken from its rows:
-    to be added to lse. None: the mask is boolean.
+def _bias(mask: Tensor, query: Tensor, num_keys: int) -> tuple[Tensor, Tensor | None]:
+    """``mask`` as a bias on the scores, with 4 dimensions and expanded over all keys; and for a mask that is added,
+    what was taken from its rows (:func:`merging.shift_of`).
     """
+    dtype = compute_dtype(query.dtype)
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(*mask.shape[:3], num_keys)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf), None
     bias = mask.to(dtype)
-    low = low_part(bias)
-    return (bias - low[..., None]).contiguous(), low
-
-
-def _sees_nothing(mask: Tensor) -> Tensor:
-    return ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
+    if query.device.type == "cuda" and query.dtype.itemsize == 2:
+        # the kernels there round it to the queries' dtype, whose range may be smaller
+        lowest = bias.clamp(min=torch.finfo(query.dtype).min)
+        bias = torch.where(bias == -math.inf, bias, lowest).to(query.dtype).to(dtype)
+    shift = shift_of(bias)
+    return (bias - shift[..., None]).contiguous(), shift
 
 
 def _extra(softcap: float, p: float, seed: Tensor | None, stream: int) -> dict[str, Any]:

@@ -19,28 +19,27 @@ from torch import Tensor
 
 from sptransform.ops.ring.kernels.interface import compute_dtype
 
-_COUNT = 2**28 - 1  # bits of a count; the others tell levels apart that differ in float32
-_LOW = -64.0  # beside a lower number, the lse of a kernel loses digits that matter
-
-
-def _is_lost(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a number of order one added to ``x`` is lost to rounding in ``dtype``."""
-    return (x < -1 / torch.finfo(dtype).eps) & (x != -math.inf)
+_COUNT = 2**28 - 1  # bits of a count; the others tell levels apart that differ by more than 1 part in 2**24
+_LARGE = 64.0  # beside a larger number, the lse of a kernel loses digits that matter
 
 
 def is_sunk(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows that are sunk, in a kernel that computes in ``dtype``."""
-    return _is_lost(lse, dtype)
+    """Where scores are lost to rounding beside ``lse``, or a bias, in a kernel that computes in ``dtype``."""
+    return (lse < -_LARGE / torch.finfo(dtype).eps) & (lse != -math.inf)
 
 
-def low_part(bias: Tensor) -> Tensor:
-    """What to take from the rows of ``bias`` [.., s, t], and add to their ``lse``, that the kernel keeps its digits."""
+def shift_of(bias: Tensor) -> Tensor:
+    """What to take from the rows of ``bias`` [.., s, t], and add to their ``lse``, that the kernel keeps its digits.
+
+    Rows of which every key has a large number added then have the probabilities that their scores say, where one device
+    may lose them to rounding.
+    """
     top = bias.amax(-1)
-    return torch.where((top < _LOW) & ~_is_lost(top, bias.dtype) & (top != -math.inf), top, 0.0)
+    return torch.where((top.abs() > _LARGE) & ~is_sunk(top, bias.dtype) & top.isfinite(), top, 0.0)
 
 
 def _level(x: Tensor) -> Tensor:
-    """The bits of a level, as an int64 that is smaller for higher levels: all are negative numbers."""
+    """The bits of a level. As integers, those of negative doubles grow with the magnitude."""
     return x.to(torch.float64).view(torch.int64) & ~_COUNT
 
 
@@ -54,21 +53,20 @@ def _sunk(level: Tensor, count: Tensor) -> Tensor:
 
 def sink(lse: Tensor, bias: Tensor) -> Tensor:
     """A kernel's ``lse`` under ``bias`` [.., s, t], in float64, with sunk rows as they are written."""
-    top = bias.amax(-1, keepdim=True)
-    sunk = _sunk(_level(top[..., 0]), (bias == top).sum(-1))
-    return torch.where(_is_lost(lse, bias.dtype), sunk, lse.to(torch.float64))
+    at_most = (bias == bias.amax(-1, keepdim=True)).sum(-1)
+    return torch.where(is_sunk(lse, bias.dtype), _sunk(_level(lse), at_most), lse.to(torch.float64))
 
 
 def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The ``grad`` and ``lse`` with which a kernel's backward is right for sunk rows.
 
-    With the row's bias as lse, the kernel computes each probability as 1 instead of 1 / n; grad / n corrects that. Keys
-    that are hidden by more than others of the row have no weight: with 0 as lse, nor has the kernel.
+    With the row's level as lse, the kernel computes each probability as 1 instead of 1 / n, and as 0 for keys that are
+    hidden by more; grad / n corrects that.
     """
-    sunk, top = is_sunk(lse, bias.dtype), bias.amax(-1)
-    has_weight = _level(top) == _level(lse)
+    sunk, top, level = is_sunk(lse, bias.dtype), bias.amax(-1).double(), _level(lse)
+    exact = torch.where(_level(top) == level, top, level.view(torch.float64))  # the bias, if the level is its rounding
     share = torch.where(sunk, 1 / _count(lse).clamp(min=1), 1.0)
-    return grad * share[..., None].to(grad.dtype), torch.where(sunk, torch.where(has_weight, top, 0.0), lse)
+    return (grad * share[..., None]).to(grad.dtype), torch.where(sunk, exact, lse)
 
 
 def weigh(lse: Tensor, block_lse: Tensor, may_sink: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
@@ -368,6 +369,44 @@ class OfSwappedOperands(WithoutKeyGradients):
         return results
 
 
+class Shifted(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_query, of_key, of_value = derived(ctx, grad)
+        return functional.pad(of_query[..., 1:], [0, 1]), of_key, of_value
+
+
+class Truncated(WithoutKeyGradients):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.pad(WithoutKeyGradients.forward(ctx, q, k, v)[..., :2], [0, 1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return derived(ctx, grad)
+
+
+class OfAnotherOutput(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _, lse, state = ctx.saved_tensors
+        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
+        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, q, lse, *results, *options, rng_state=state)
+        return results
+
+
+class InOneBuffer(WithoutKeyGradients):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, state = ctx.saved_tensors
+        both = torch.empty_like(k)
+        results = torch.empty_like(q), both, both
+        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
+        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
+        return results
+
+
 class Right(WithoutKeyGradients):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -396,7 +435,7 @@ def test_a_function_of_the_users_own_is_read_if_its_gradient_is_the_kernels() ->
     "function",
     [
         WithoutKeyGradients, WithScaledGradients, OfAnotherScale, OfCausalAttention, InAnotherOrder, Unwritten,
-        OfSwappedOperands,
+        OfSwappedOperands, Shifted, Truncated, OfAnotherOutput, InOneBuffer,
     ],
 )  # fmt: skip
 def test_another_gradient_is_refused(function: type[torch.autograd.Function]) -> None:
