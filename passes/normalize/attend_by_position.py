@@ -30,7 +30,6 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from sptransform.diagnostics.errors import UsageError, describe
@@ -41,7 +40,7 @@ from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.bands import Band
 from sptransform.masks.reader import MaskRead, MaskReader, cast_of
-from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
+from sptransform.op_rules.attention import ATTENTION, RING_ATTENTION, mask_of, sinks_of, softcap_of
 
 _LENGTH = 2
 
@@ -97,7 +96,7 @@ def _by_position(node: fx.Node, read: MaskRead, band: Band) -> None:
     last = [sinks, read.tables] if read.tables else [sinks] if sinks is not None else []
     new = emit_like(
         node,
-        torch.ops.sptransform.ring_attention.default,
+        RING_ATTENTION,
         *node.args[:3],
         read.rows,
         read.columns,

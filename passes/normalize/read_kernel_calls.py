@@ -37,6 +37,7 @@ from sptransform.masks.documents import Documents
 from sptransform.masks.expressions import program_of
 from sptransform.masks.kernel_masks import visible_in
 from sptransform.masks.visibility import Visible
+from sptransform.op_rules.attention import RING_ATTENTION
 from sptransform.op_rules.attention_kernels import KernelCall, kernel_of, read_call
 
 aten = torch.ops.aten
@@ -100,7 +101,7 @@ def _attended_by_position(call: KernelCall, tensors: tuple[fx.Node, ...], visibl
         rows, columns = ([leaf.node for leaf in side] for side in (found.rows, found.columns))
     new = emit_like(
         node,
-        torch.ops.sptransform.ring_attention.default,
+        RING_ATTENTION,
         *tensors,
         rows,
         columns,

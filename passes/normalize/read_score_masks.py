@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from sptransform.engine.context import Context
@@ -28,6 +27,7 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.masks.bands import Band
 from sptransform.masks.reader import MaskReader
+from sptransform.op_rules.attention import RING_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class ReadScoreMasks(Pass):
     ensures = frozenset({"functional"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        ring_attention = torch.ops.sptransform.ring_attention.default
-        nodes = [node for node in graph.nodes if node.target is ring_attention and _has_one_mask(node)]
+        nodes = [node for node in graph.nodes if node.target is RING_ATTENTION and _has_one_mask(node)]
         reader = MaskReader.of(nodes, context.rules)
         for node in nodes:
             read = reader.read(node, node.args[3][0])
@@ -47,7 +46,7 @@ class ReadScoreMasks(Pass):
             bounds = {"mask": read.program, "nearest": band.nearest, "farthest": band.farthest}
             others = [node.args[5] if len(node.args) > 5 else None, read.tables] if read.tables else node.args[5:]
             operands = *node.args[:3], read.rows, read.columns, *others
-            succeed(node, emit_like(node, ring_attention, *operands, **dict(node.kwargs) | bounds))
+            succeed(node, emit_like(node, RING_ATTENTION, *operands, **dict(node.kwargs) | bounds))
         graph.eliminate_dead_code()
 
 

@@ -72,8 +72,10 @@ def _of_sequences(graph: fx.Graph, context: Context) -> list[fx.Node]:
     tokens of a block, the heads of a token, channels) is like any other op.
     """
     softmaxes = [node for node in graph.nodes if node.target in SOFTMAX]
+    if not softmaxes:
+        return []
     rules = {node: rule_at(node, context.rules) for node in graph.nodes if dataflow.handles_tensors(node)}
-    if not softmaxes or not any(rule is not None and rule.has_sequence for rule in rules.values()):
+    if not any(rule is not None and rule.has_sequence for rule in rules.values()):
         return softmaxes
     for node, rule in rules.items():
         notes.note(node).rule = rule

@@ -29,7 +29,7 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call
 from sptransform.graph.edit import emit_like, succeed
-from sptransform.masks.bands import Band, bands_between
+from sptransform.masks.bands import Band
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, from_the_right, program_of
@@ -52,8 +52,7 @@ class SimplifyMasks(Pass):
             leaves = [Leaf(x, from_the_right(len(dataflow.shape(x))), node) for x in (*node.args[3], *node.args[4])]
             query, key = (dataflow.shape(x)[_LENGTH] for x in node.args[:2])
             constants = Constants(max(_num_entries(leaf) for leaf in leaves), forms)
-            visibility = Visibility(constants, bands_between(query, key, constants, forms), query == key)
-            visible = visibility.of(_expression(parse(node.kwargs["mask"]), leaves))
+            visible = Visibility(query, key, constants).of(_expression(parse(node.kwargs["mask"]), leaves))
             program = None if visible.rest is None else program_of(visible.rest)
             rows, columns = ([], []) if program is None else (program.rows, program.columns)
             call, text = op_call(node), "" if program is None else str(program.text)

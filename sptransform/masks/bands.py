@@ -104,11 +104,11 @@ class MeasuredBands:
         return all(self._constants.of_leaf(leaf) is not None for leaf in parts_of(part) if isinstance(leaf, Leaf))
 
 
-def bands_between(num_queries: Size, num_keys: Size, constants: Constants, forms: ClosedForms) -> Bands:
+def bands_between(num_queries: Size, num_keys: Size, constants: Constants) -> Bands:
     """For lengths that may be open."""
     if isinstance(num_queries, int) and isinstance(num_keys, int):
         return MeasuredBands(num_queries, num_keys, constants)
-    return DerivedBands(forms)
+    return DerivedBands(constants.forms)
 
 
 _DISTANCE = sympy.Symbol("distance", real=True)

@@ -45,7 +45,7 @@ class Constants:
 
     def __init__(self, max_entries: int, forms: ClosedForms) -> None:
         self._max_entries = max_entries
-        self._forms = forms
+        self.forms = forms
         self._values: dict[fx.Node, Any] = {}
         self._leaves: dict[Leaf, Uniform | Position | None] = {}
 
@@ -61,7 +61,7 @@ class Constants:
         return self._formula(leaf) if value is None else _recognized(leaf, value)
 
     def _formula(self, leaf: Leaf) -> Uniform | None:
-        number = constant_of(self._forms.of(leaf.node))
+        number = constant_of(self.forms.of(leaf.node))
         if number is None:
             return None
         return Uniform(torch.tensor([number] if leaf.places else number, dtype=leaf.dtype))

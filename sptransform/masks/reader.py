@@ -12,7 +12,7 @@ from torch import fx
 
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import emit_like
-from sptransform.masks.bands import Band, bands_between
+from sptransform.masks.bands import Band
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
 from sptransform.masks.emit import broadcast_view, table_view
@@ -50,7 +50,6 @@ class MaskReader:
 
     regions: Regions
     constants: Constants
-    forms: ClosedForms
     done: dict[object, MaskRead] = field(default_factory=dict)
     views: dict[tuple[fx.Node, Places, bool], fx.Node] = field(default_factory=dict)
 
@@ -59,8 +58,7 @@ class MaskReader:
         """A reader of the masks of these nodes."""
         # constants up to the size of one layer's queries are cheap to compute once
         largest = max((num_entries(node.args[0]) for node in attention), default=0)
-        forms = ClosedForms(rules)
-        return cls(Regions(rules), Constants(largest, forms), forms)
+        return cls(Regions(rules), Constants(largest, ClosedForms(rules)))
 
     def read(self, attention: fx.Node, mask: fx.Node, cast: torch.dtype | None = None) -> MaskRead:
         """The mask of ``attention``, whose op casts it to ``cast``."""
@@ -70,9 +68,7 @@ class MaskReader:
             expression = self.regions.expression(mask)
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
-            sizes = query[_LENGTH], key[_LENGTH]
-            bands = bands_between(*sizes, self.constants, self.forms)
-            visible = Visibility(self.constants, bands, sizes[0] == sizes[1]).of(expression)
+            visible = Visibility(query[_LENGTH], key[_LENGTH], self.constants).of(expression)
             if visible.rest is None:
                 self.done[identity] = MaskRead(band=visible.band)
             else:
@@ -114,10 +110,8 @@ def leaves_own_keys(hidden: fx.Node, largest: int, rules: RuleTable) -> bool:
     num_queries, num_keys = dataflow.shape(hidden)[-2:]
     if num_queries != num_keys:
         return False
-    forms = ClosedForms(rules)
-    constants = Constants(largest, forms)
     seen = Apply(NOT, (Regions(rules).expression(hidden),), {}, torch.bool)
-    visible = Visibility(constants, bands_between(num_queries, num_keys, constants, forms), is_aligned=True).of(seen)
+    visible = Visibility(num_queries, num_keys, Constants(largest, ClosedForms(rules))).of(seen)
     return visible.rest is None and visible.band.holds(0)
 
 

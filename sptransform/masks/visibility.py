@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from sptransform.masks.bands import Band, Bands, Condition
+from sptransform.masks.bands import Band, Condition, bands_between
 from sptransform.masks.constants import Constants
 from sptransform.masks.expressions import Apply, Expression, Leaf
 from sptransform.op_rules.mask_ops import AND, CHOICES, CONVERT, HIDE, NOT, SUMS
+from sptransform.sharding.sizes import Size
 
 _MAX_INPUTS = 4  # of a truth table
 _ABSORBING = -1e30  # any score added to it, in 64 bits or fewer, is lost to rounding
@@ -37,14 +38,14 @@ class Visibility:
     """Splits masks.
 
     Args:
-        bands: tells the conditions that bound the distance from the others.
-        is_aligned: every query has a key at its own position.
+        num_queries, num_keys: the sizes of the masks, which may be open.
+        constants: of the graph that computes them.
     """
 
-    def __init__(self, constants: Constants, bands: Bands, is_aligned: bool) -> None:
+    def __init__(self, num_queries: Size, num_keys: Size, constants: Constants) -> None:
         self._constants = constants
-        self._bands = bands
-        self._is_aligned = is_aligned
+        self._bands = bands_between(num_queries, num_keys, constants)
+        self._is_aligned = num_queries == num_keys  # every query has a key at its own position
 
     def of(self, mask: Expression) -> Visible:
         """Split ``mask``. In a boolean mask True is visible. Any other mask is added to the scores: a term that is

@@ -65,7 +65,7 @@ def raise_sunk(grad: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     """
     sunk, top, level = is_sunk(lse, bias.dtype), bias.amax(-1).double(), _level(lse)
     exact = torch.where(_level(top) == level, top, level.view(torch.float64))  # the bias, if the level is its rounding
-    share = torch.where(sunk, 1 / _count(lse).clamp(min=1), 1.0)
+    share = torch.where(sunk, 1 / _count(lse).clamp(min=1), 1.0).to(bias.dtype)
     return (grad * share[..., None]).to(grad.dtype), torch.where(sunk, exact, lse)
 
 

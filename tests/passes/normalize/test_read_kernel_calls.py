@@ -318,11 +318,17 @@ class WithoutKeyGradients(torch.autograd.Function):
         return of_query, None, of_value
 
 
-def derived(ctx: Any, grad: Tensor, scale: float = 1.0, causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out, lse, state = ctx.saved_tensors
-    results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def derived(
+    ctx: Any, grad: Tensor, scale: float = 1.0, causal: bool = False, read: str = "qkvo", in_one_buffer: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's gradient; ``read`` are what it takes for query, key, value and output."""
+    *saved, lse, state = ctx.saved_tensors
+    named = dict(zip("qkvo", saved, strict=True))
+    of_query, of_key = torch.empty_like(named["q"]), torch.empty_like(named["k"])
+    results = of_query, of_key, of_key if in_one_buffer else torch.empty_like(named["v"])
     options = 0.0, scale, causal, -1, -1, 0.0, None, False
-    torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
+    operands = [named[name] for name in read]
+    torch.ops.flash_attn._flash_attn_backward(grad, *operands, lse, *results, *options, rng_state=state)
     return results
 
 
@@ -362,11 +368,7 @@ class Unwritten(WithoutKeyGradients):
 class OfSwappedOperands(WithoutKeyGradients):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, state = ctx.saved_tensors
-        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
-        torch.ops.flash_attn._flash_attn_backward(grad, q, v, k, out, lse, *results, *options, rng_state=state)
-        return results
+        return derived(ctx, grad, read="qvko")
 
 
 class Shifted(WithoutKeyGradients):
@@ -389,22 +391,13 @@ class Truncated(WithoutKeyGradients):
 class OfAnotherOutput(WithoutKeyGradients):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _, lse, state = ctx.saved_tensors
-        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
-        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, q, lse, *results, *options, rng_state=state)
-        return results
+        return derived(ctx, grad, read="qkvq")
 
 
 class InOneBuffer(WithoutKeyGradients):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, state = ctx.saved_tensors
-        both = torch.empty_like(k)
-        results = torch.empty_like(q), both, both
-        options = 0.0, 1.0, False, -1, -1, 0.0, None, False
-        torch.ops.flash_attn._flash_attn_backward(grad, q, k, v, out, lse, *results, *options, rng_state=state)
-        return results
+        return derived(ctx, grad, in_one_buffer=True)
 
 
 class Right(WithoutKeyGradients):
