@@ -24,8 +24,8 @@ aten = torch.ops.aten
 # what an operand or a value of a program has an entry for; "both": each pair, or each head
 Side = Literal["number", "query", "key", "both"]
 
-_AND = {"aten::logical_and", "aten::bitwise_and", "aten::__and__"}
-_NOT = {"aten::logical_not", "aten::bitwise_not"}
+_AND = {"logical_and", "bitwise_and", "__and__"}
+_NOT = {"logical_not", "bitwise_not"}
 # (nearest, farthest) of ``left - right`` where the comparison of whole numbers is true
 _LIMITS: dict[str, tuple[int | None, int | None]] = {
     "ge": (0, None),
@@ -107,6 +107,12 @@ def read(program: str, sides: tuple[Side, ...]) -> Conditions | None:
     return None if found == _UNREAD else found
 
 
+def is_decided(program: str, rows: Sequence[Tensor], columns: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
+    """Whether conditions are all that the program says, so that most calls need no mask; operands may be fake."""
+    conditions = read(program, sides_of(rows, columns, tables))
+    return conditions is not None and conditions.is_whole
+
+
 class _Reader:
     def __init__(self, program: MaskProgram, sides: tuple[Side, ...]) -> None:
         self._first, self._steps = len(sides), program.steps
@@ -140,7 +146,7 @@ class _Reader:
         return self._comparison(step)
 
     def _comparison(self, step: Step) -> Conditions:
-        name, (left, right) = _name(step).removeprefix("aten::"), step.args
+        name, (left, right) = _name(step), step.args
         difference = self._difference(left, right)
         if difference is None:
             return _UNREAD
@@ -162,7 +168,7 @@ class _Reader:
         number = 0
         if isinstance(left, Ref) and type(right) is int:
             step, number = self._step(left.index), right
-            if step is None or _name(step) not in ("aten::sub", "aten::subtract") or step.kwargs or len(step.args) != 2:
+            if step is None or _name(step) not in ("sub", "subtract") or step.kwargs or len(step.args) != 2:
                 return None
             left, right = step.args
         if not (isinstance(left, Ref) and isinstance(right, Ref)):
@@ -177,7 +183,8 @@ class _Reader:
 
 
 def _name(step: Step) -> str:
-    return step.target._schema.name
+    """The op without its overload."""
+    return str(step.target).split(".")[1]
 
 
 def _refs(step: Step) -> list[Ref]:
