@@ -13,7 +13,8 @@ from sptransform.ops.communication.steps import Start
 from sptransform.ops.mask_gradients import gradients
 from sptransform.ops.mask_program import block_mask, block_operands, parse
 from sptransform.ops.ring.blocks import lay_out, positions
-from sptransform.ops.ring.kernels.interface import compute_dtype
+from sptransform.ops.ring.kernels.interface import Case, compute_dtype
+from sptransform.ops.ring.kernels.table import has_windows
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
@@ -68,6 +69,7 @@ class RankView:
         self.options = {"scale": scale, "softcap": softcap, "key_head_of": list(key_head_of)}
         if dropout_p > 0:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
+        self.windows = has_windows(Case.of(query, value, masked=False, explicit=dropout_p > 0, softcap=softcap))
         self.partition = _partition_of(keys, key)
         self.num_ranks = self.partition.num_ranks if self.partition else 1
         # without a program a row's keys may be spread over several calls
@@ -109,7 +111,8 @@ class RankView:
     def plan(self, block: int) -> tuple[Call, ...]:
         if 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3]):
             return ()  # some kernels end the process on empty input
-        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=bool(self.program))
+        masked = bool(self.program)
+        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=masked, windows=self.windows)
 
     def reach(self, block: int) -> tuple[int, int]:
         """The range (first, stop) of a block's keys that this rank's calls use."""
@@ -123,6 +126,8 @@ class RankView:
             if "seed" in options:
                 # distinct for every block that any rank computes
                 options = {**options, "stream": ((self.rank * self.num_ranks + block) << 20) + index}
+            if call.sliding:
+                options = {**options, "sliding": True}
             yield call, self._mask(call, block), options
 
     def no_operand_gradients(self) -> list[Tensor]:

@@ -58,7 +58,7 @@ def forward_steps(
     if sinks is not None:
         if options.get("explicit"):
             raise ValueError("attention with sinks is not explicit: the backward reads them from lse")
-        out, lse = _sp.merge_sinks(out, lse, sinks)
+        out, lse = _sp.merge_sinks(_summed(out), lse, sinks)
     return lay_out(out, query.dtype), lse, seed
 
 
@@ -102,7 +102,7 @@ def backward_steps(
             held = yield Wait(coming)
     if returning is not None:
         others = view.unpack((yield Wait(returning)), view.own)
-        own = [sums.add(mine, other, 0) for mine, other in zip(own, others, strict=True)]
+        own = [sums.add(_summed(mine), other, 0) for mine, other in zip(own, others, strict=True)]
     if grad_query is None:
         grad_query = _zeros(query, query.shape[2])
     trained = [view.operands[i] for i in view.trained]
@@ -121,7 +121,8 @@ def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: 
         if result is None and query.shape[2] == view.query.shape[2]:
             result = found
         else:
-            result = sums.merge(*(result or _nothing(view.query, value)), *found, call.q_start, may_sink)
+            out, lse = result or _nothing(view.query, value)
+            result = sums.merge(_summed(out), lse, *found, call.q_start, may_sink)
     return result
 
 
@@ -173,7 +174,12 @@ def _add(sums: Sums, total: Tensor | None, block: Tensor, start: int, size: int)
         if block.shape[2] == size:
             return block
         total = _zeros(block, size)
-    return sums.add(total, block, start)
+    return sums.add(_summed(total), block, start)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The result of one block, or a sum of several, as the sum to which others are added."""
+    return x.to(compute_dtype(x.dtype))
 
 
 def _no_gradients(view: RankView, step: int) -> Tensor:
