@@ -1,9 +1,9 @@
 """Stand-ins, on a CPU, of attention kernels that run on GPUs only.
 
-There are torch's own flash attention, whose ops get bodies for the CPU here, and the functions of flash-attn 2.8 that we
-call. Schemas and argument names are theirs. What is behind them is ours: it computes in the open what they define, with
-their windows, which are aligned to the last query and the last key, and with their habits: a window no narrower than
-the keys is none, and ``lse`` is ``+inf`` for a row that sees nothing. Packed documents are computed one by one.
+There are torch's own flash attention, whose ops get bodies for the CPU here, and the functions of flash-attn 2.8 that
+we call. Schemas and argument names are theirs. What is behind them is ours: it computes in the open what they define,
+with their windows, which are aligned to the last query and the last key, and with their habits: a window no narrower
+than the keys is none, and ``lse`` is ``+inf`` for a row that sees nothing. Packed documents are computed one by one.
 """
 
 from __future__ import annotations

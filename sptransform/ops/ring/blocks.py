@@ -354,25 +354,22 @@ def merge_block_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor,
     """:func:`merge_block` in place."""
     size = block_lse.shape[2]
     out, lse = out.narrow(2, start, size), lse.narrow(2, start, size)
-    weight = _weigh_(lse, block_lse, may_sink, out.dtype)
-    # rows of several sequences do not lie in one piece; a compiled kernel would copy them first
-    is_dense = out.transpose(1, 2).is_contiguous()
-    sizes = out.shape[0] if is_dense else 1
-    for part in zip(*(x.split(sizes) for x in (out, block_out, weight)), strict=True):
-        _lerp_(*part)
+    weight, total = _weigh(lse.flatten(), block_lse.flatten(), may_sink, out.dtype)
+    lse.copy_(total.view_as(lse))
+    out, block_out, weight = (x.transpose(1, 2) for x in (out, block_out, weight.view(*lse.shape, 1)))
+    # compiled for rows that lie in one piece, as some rows of several sequences do not
+    num = out.shape[0] if out.is_contiguous() else 1
+    for part in zip(*(x.split(num) for x in (out, block_out, weight.contiguous())), strict=True):
+        _lerp_(*(x.flatten(0, 1) for x in part))
 
 
-@fused
-def _weigh_(lse: Tensor, block_lse: Tensor, may_sink: bool, dtype: torch.dtype) -> Tensor:
-    weight, total = weigh(lse, block_lse, may_sink, dtype)
-    lse.copy_(total)
-    return weight
+_weigh = fused(weigh)
 
 
 @fused
 def _lerp_(out: Tensor, block_out: Tensor, weight: Tensor) -> None:
-    """Fused, it moves 10 bytes an entry of a 16-bit block; apart from the merge of lse, whose float64 arithmetic is
-    then done once a row, not once an entry.
+    """Fused, it moves 10 bytes an entry of a 16-bit block. The weights are apart, since their float64 arithmetic would
+    be done for every entry.
     """
     out.lerp_(block_out.to(out.dtype), weight)
 

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 _log = logging.getLogger(__name__)
@@ -24,18 +25,20 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] | None = None
 
     @wraps(fn)
-    def run(x: torch.Tensor, *args: Any) -> Any:
+    def run(*args: Any) -> Any:
         nonlocal compiled
-        if x.device.type not in DEVICES:
-            return fn(x, *args)
+        if args[0].device.type not in DEVICES:
+            return fn(*args)
         if compiled is None:
             compiled = torch.compile(fn, dynamic=True)
+        # apart from the tensors that they are views of, which Dynamo would compile anew for
+        args = tuple(x.data if isinstance(x, Tensor) else x for x in args)
         try:
             with torch.no_grad():
-                return compiled(x, *args)
+                return compiled(*args)
         except TorchDynamoException as error:  # before anything ran
-            _log.warning("%s is not compiled, and reads and writes memory once an op: %s", fn.__name__, error)
+            _log.warning("%s is not compiled: each of its ops reads and writes memory (%s)", fn.__name__, error)
             compiled = fn
-            return fn(x, *args)
+            return fn(*args)
 
     return run

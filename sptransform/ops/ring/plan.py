@@ -97,8 +97,8 @@ def plan_calls(
 ) -> tuple[Call, ...]:
     """Calls that cover every visible pair exactly once; any other pair they cover is hidden by a ``band``.
 
-    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut into tiles. ``windows`` says
-    that the kernel has windows, which it uses where there is no mask.
+    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut into tiles. With
+    ``windows`` the kernel has windows, and uses them where there is no mask.
     """
     runs = _runs(queries, keys, nearest, farthest)
     if windows and not masked:

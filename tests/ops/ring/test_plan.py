@@ -13,7 +13,6 @@ from sptransform.ops.ring import plan
 from sptransform.ops.ring.plan import Call, attended_pairs, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
 
-
 KINDS = ("full", "band", "causal")
 
 
