@@ -34,12 +34,17 @@ class DataPlan:
         conditions: of the program, and limits of positions among its bounds.
         queries: the segments of this rank's queries, for every row of the batch or for all at once.
         keys: the segments of all keys, likewise.
+        windows: whether the kernel has windows.
     """
 
     def __init__(
-        self, conditions: Conditions, queries: Sequence[list[Segment]], keys: Sequence[list[Segment]]
+        self,
+        conditions: Conditions,
+        queries: Sequence[list[Segment]],
+        keys: Sequence[list[Segment]],
+        windows: bool,
     ) -> None:
-        self._conditions = conditions
+        self._conditions, self._windows = conditions, windows
         rows = max(len(queries), len(keys))
         self._of_rows = [(queries[row % len(queries)], keys[row % len(keys)]) for row in range(rows)]
 
@@ -50,6 +55,7 @@ class DataPlan:
         positions: Tensor,
         num_keys: int,
         limits: tuple[int | None, int | None],
+        windows: bool = False,
     ) -> DataPlan | None:
         """The plan under a mask program and limits of positions; None if the program is no help.
 
@@ -57,6 +63,7 @@ class DataPlan:
             operands: rows, columns and tables of the program.
             positions: of this rank's queries.
             num_keys: of all ranks.
+            windows: whether the kernel has windows.
         """
         sides = sides_of(*operands)
         conditions = read(program, sides)
@@ -75,7 +82,7 @@ class DataPlan:
             found.append(segments(labels, subtracted, shown, len(of_token)))
         if limits != (None, None):
             conditions = replace(conditions, bounds=(*conditions.bounds, Bound(-1, -1, *limits)))
-        return DataPlan(conditions, *found)
+        return DataPlan(conditions, *found, windows)
 
     @property
     def is_batched(self) -> bool:
@@ -123,17 +130,17 @@ class DataPlan:
                 limit = bound.farthest - (query - key)
                 farthest = limit if farthest is None else min(farthest, limit)
         sizes = (((0, x.stop - x.start),) for x in (queries, keys))
-        is_whole = self._conditions.is_whole
+        masked = not self._conditions.is_whole
         return [
-            Call(
-                queries.start + call.q_start,
-                queries.start + call.q_stop,
-                keys.start + call.k_start,
-                keys.start + call.k_stop,
-                call.kind,
-                decided=is_whole and call.kind != "band",
+            replace(
+                call,
+                q_start=queries.start + call.q_start,
+                q_stop=queries.start + call.q_stop,
+                k_start=keys.start + call.k_start,
+                k_stop=keys.start + call.k_stop,
+                decided=not masked and call.kind != "band",
             )
-            for call in plan_calls(*sizes, nearest, farthest, masked=not is_whole)
+            for call in plan_calls(*sizes, nearest, farthest, masked=masked, windows=self._windows)
         ]
 
 

@@ -13,6 +13,8 @@ the upper end grows   row n sees n + 1 keys more than ``low .. high - 1``  ``ful
 the lower end grows   a window that slides or shrinks                     one ``band`` per tile of rows
 ====================  ==================================================  ===============================
 
+Where the kernel has windows each run is one call without a mask, whatever grows.
+
 Under causal zigzag (rank r owns chunks r and 2N-1-r) that is one call per block: ``causal`` for a rank's own keys,
 ``full`` over half of the keys of an earlier rank, ``full`` for half of the queries over the keys of a later one.
 """
@@ -35,8 +37,10 @@ TILE = 512
 class Call:
     """Queries ``q_start .. q_stop - 1`` over keys ``k_start .. k_stop - 1``, numbered as stored.
 
-    ``kind`` is "full" (all see all), "causal" (as many keys as queries; the n-th query sees the first n + 1 keys), or
-    "band" (positions decide). Where there is a mask program too, it hides some of these keys unless ``decided``.
+    ``kind`` is "full" (all see all), "causal" (the last query sees all, and each query one key less than the next), or
+    "band" (positions decide). With ``sliding``, which is for kernels that have windows, the n-th query does not see the
+    first n keys. Causal or sliding calls have at least as many keys as queries; causal ones have as many, if they are
+    for kernels that have no windows. Where there is a mask program too, it hides some of the keys unless ``decided``.
     ``batch`` is the range of rows of the batch, None for all.
     """
 
@@ -45,6 +49,7 @@ class Call:
     k_start: int
     k_stop: int
     kind: str
+    sliding: bool = False
     decided: bool = False
     batch: tuple[int, int] | None = None
 
@@ -85,19 +90,34 @@ class Run:
 
 @lru_cache(maxsize=4096)
 def plan_calls(
-    queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, *, masked: bool = False
+    queries: Intervals,
+    keys: Intervals,
+    nearest: int | None,
+    farthest: int | None,
+    *,
+    masked: bool = False,
+    windows: bool = False,
 ) -> tuple[Call, ...]:
     """Calls that cover every visible pair exactly once; any other pair they cover is hidden by a ``band``.
 
-    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut into tiles.
+    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut into tiles. With
+    ``windows`` the kernel has windows, and uses them where there is no mask.
     """
-    calls = [call for run in _runs(queries, keys, nearest, farthest) for call in _calls(run, masked)]
-    return tuple(calls)
+    runs = _runs(queries, keys, nearest, farthest)
+    if windows and not masked:
+        return tuple(_window(run) for run in runs)
+    return tuple(call for run in runs for call in _calls(run, masked))
 
 
 def attended_pairs(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None) -> int:
     """The number of visible (query, key) pairs, a measure of work."""
     return sum(run.num_pairs for run in _runs(queries, keys, nearest, farthest))
+
+
+def _window(run: Run) -> Call:
+    # a row that slides sees the key at its lower end, so that no run has fewer keys than rows
+    high = run.high + (run.num_rows if run.opens else 0)
+    return Call(run.q_start, run.q_stop, run.low, high, "causal" if run.opens else "full", run.closes)
 
 
 def _calls(run: Run, masked: bool) -> Iterator[Call]:

@@ -14,7 +14,8 @@ from sptransform.ops.mask_gradients import gradients
 from sptransform.ops.mask_program import block_mask, block_operands, parse
 from sptransform.ops.ring.blocks import lay_out, positions
 from sptransform.ops.ring.data_plan import DataPlan
-from sptransform.ops.ring.kernels.interface import compute_dtype
+from sptransform.ops.ring.kernels.interface import Case, compute_dtype
+from sptransform.ops.ring.kernels.table import has_windows
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
@@ -75,6 +76,7 @@ class RankView:
         self.options = {"scale": scale, "softcap": softcap, "key_head_of": list(key_head_of)}
         if dropout_p > 0:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
+        self.windows = has_windows(Case.of(query, value, masked=False, explicit=dropout_p > 0, softcap=softcap))
         self.partition = _partition_of(keys, key)
         self.num_ranks = self.partition.num_ranks if self.partition else 1
         # without a program a row's keys may be spread over several calls
@@ -127,7 +129,7 @@ class RankView:
         by_data = None if self._data_plan is None else self._data_plan.calls(keys)
         if by_data is not None:
             return by_data
-        return plan_calls(self.positions, keys, *self.limits, masked=bool(self.program))
+        return plan_calls(self.positions, keys, *self.limits, masked=bool(self.program), windows=self.windows)
 
     def _is_empty(self) -> bool:
         return 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3])
@@ -139,7 +141,8 @@ class RankView:
             return None
         own = positions([bound for interval in self.positions for bound in interval], query.device)
         num_keys = self.partition.size if self.partition else self.key.shape[2]
-        found = DataPlan.of(self.program, (self.rows, self.columns, self.tables), own, num_keys, self.limits)
+        operands = self.rows, self.columns, self.tables
+        found = DataPlan.of(self.program, operands, own, num_keys, self.limits, self.windows)
         return None if found is not None and self.trained and found.is_batched else found
 
     def reach(self, block: int) -> tuple[int, int]:
@@ -154,6 +157,8 @@ class RankView:
             if "seed" in options:
                 # distinct for every block that any rank computes
                 options = {**options, "stream": ((self.rank * self.num_ranks + block) << 20) + index}
+            if call.sliding:
+                options = {**options, "sliding": True}
             yield call, self._mask(call, block), options
 
     def no_operand_gradients(self) -> list[Tensor]:

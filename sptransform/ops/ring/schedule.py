@@ -59,7 +59,7 @@ def forward_steps(
     if sinks is not None:
         if options.get("explicit"):
             raise ValueError("attention with sinks is not explicit: the backward reads them from lse")
-        out, lse = _sp.merge_sinks(out, lse, sinks)
+        out, lse = _sp.merge_sinks(_summed(out), lse, sinks)
     return lay_out(out, query.dtype), lse, seed
 
 
@@ -103,7 +103,7 @@ def backward_steps(
             held = yield Wait(coming)
     if returning is not None:
         others = view.unpack((yield Wait(returning)), view.own)
-        own = [sums.add(mine, other, 0) for mine, other in zip(own, others, strict=True)]
+        own = [sums.add(_summed(mine), other, 0) for mine, other in zip(own, others, strict=True)]
     if grad_query is None:
         grad_query = _zeros(query, query.shape[2])
     trained = [view.operands[i] for i in view.trained]
@@ -121,10 +121,10 @@ def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: 
         if result is None and query.shape[::2] == view.query.shape[::2]:
             result = found
             continue
-        result = result or _nothing(view.query, value)
-        merged = sums.merge(*(of_batch(x, call.batch) for x in result), *found, call.q_start, may_sink)
-        if call.batch is None:
-            result = merged
+        out, lse = result or _nothing(view.query, value)
+        out = _summed(out)
+        merged = sums.merge(*(of_batch(x, call.batch) for x in (out, lse)), *found, call.q_start, may_sink)
+        result = merged if call.batch is None else (out, lse)
     return result
 
 
@@ -179,8 +179,14 @@ def _add(
         if (block.shape[0], block.shape[2]) == (whole.shape[0], size):
             return block
         total = _zeros(whole, size)
+    total = _summed(total)
     added = sums.add(of_batch(total, batch), block, start)
     return added if batch is None else total
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The result of one block, or a sum of several, as the sum to which others are added."""
+    return x.to(compute_dtype(x.dtype))
 
 
 def _no_gradients(view: RankView, step: int) -> Tensor:

@@ -13,6 +13,8 @@ from sptransform.ops.ring import plan
 from sptransform.ops.ring.plan import Call, attended_pairs, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
 
+KINDS = ("full", "band", "causal")
+
 
 def positions(intervals: Intervals) -> list[int]:
     return [position for lo, hi in intervals for position in range(lo, hi)]
@@ -22,17 +24,28 @@ def sees(distance: int, nearest: int | None, farthest: int | None) -> bool:
     return (nearest is None or distance >= nearest) and (farthest is None or distance <= farthest)
 
 
-def check(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, masked: bool) -> None:
+def check(
+    queries: Intervals,
+    keys: Intervals,
+    nearest: int | None,
+    farthest: int | None,
+    masked: bool,
+    windows: bool = False,
+) -> None:
     rows, columns = positions(queries), positions(keys)
     covered: dict[tuple[int, int], int] = {}
-    for call in plan_calls(queries, keys, nearest, farthest, masked=masked):
+    for call in plan_calls(queries, keys, nearest, farthest, masked=masked, windows=windows):
         assert 0 <= call.q_start < call.q_stop <= len(rows) and 0 <= call.k_start < call.k_stop <= len(columns)
-        assert call.kind in ("full", "band") if masked else ("full", "band", "causal")
-        if call.kind == "causal":
-            assert call.q_stop - call.q_start == call.k_stop - call.k_start
+        assert call.kind in (("full", "band") if masked else ("full", "causal") if windows else KINDS)
+        more = (call.k_stop - call.k_start) - (call.q_stop - call.q_start)
+        if windows and not masked:
+            assert more >= 0 or not (call.kind == "causal" or call.sliding)
+        else:
+            assert not call.sliding and (more == 0 or call.kind != "causal")
         for i in range(call.q_start, call.q_stop):
             for j in range(call.k_start, call.k_stop):
-                hidden = call.kind == "causal" and j - call.k_start > i - call.q_start
+                hidden = call.kind == "causal" and j - call.k_start > i - call.q_start + more
+                hidden |= call.sliding and j - call.k_start < i - call.q_start
                 hidden |= call.kind == "band" and not sees(rows[i] - columns[j], nearest, farthest)
                 if not hidden:
                     covered[i, j] = covered.get((i, j), 0) + 1
@@ -57,14 +70,15 @@ def intervals(draw: st.DrawFn) -> Intervals:
 limits = st.none() | st.integers(-26, 26)
 
 
-@given(intervals(), intervals(), limits, limits, st.booleans(), st.sampled_from([3, 512]))
-@settings(deadline=None, max_examples=400)
+@given(intervals(), intervals(), limits, limits, st.booleans(), st.booleans(), st.sampled_from([3, 512]))
+@settings(deadline=None, max_examples=600)
 def test_every_visible_pair_is_covered_once(
-    queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, masked: bool, tile: int
-) -> None:
+    queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, masked: bool, windows: bool,
+    tile: int,
+) -> None:  # fmt: skip
     with mock.patch.object(plan, "TILE", tile):
         plan_calls.cache_clear()
-        check(queries, keys, nearest, farthest, masked)
+        check(queries, keys, nearest, farthest, masked, windows)
     plan_calls.cache_clear()
 
 
@@ -99,6 +113,18 @@ def test_what_is_not_seen_is_not_computed() -> None:
     # a window of 100 keys: tiles look at their rows' windows only
     calls = plan_calls(((0, 4096),), ((0, 4096),), 0, 99)
     assert sum((call.q_stop - call.q_start) * (call.k_stop - call.k_start) for call in calls) < 4096 * (512 + 100)
+
+
+def test_a_window_is_one_call_for_kernels_that_have_windows() -> None:
+    """Rows that see ever more keys, then a window that slides, are two runs; the keys before are one."""
+    partition = Partition.contiguous(4096, 2)
+    own, before = partition.owned[1], partition.owned[0]
+    assert plan_calls(own, own, 0, 99, windows=True) == (
+        Call(0, 99, 0, 99, "causal"),
+        Call(99, 2048, 0, 2048, "causal", sliding=True),
+    )
+    assert plan_calls(own, before, 0, 99, windows=True) == (Call(0, 99, 1949, 2048, "full", sliding=True),)
+    assert plan_calls(own, ((0, 4096),), 0, 99, windows=True) == (Call(0, 2048, 1949, 4096, "causal", sliding=True),)
 
 
 def work(partition: Partition) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from sptransform.ops.ring.kernels import cuda
@@ -15,6 +17,7 @@ TABLE = (
         is_for_cpu,
         flash,
         flash_backward,
+        widens=True,
     ),
     Kernel(
         "flash-attn",
@@ -30,7 +33,7 @@ TABLE = (
     ),
     Kernel(
         "cuDNN",
-        lambda case: cuda.is_plain(case) and case.head_dim <= 192 and case.value_dim <= 128 and not case.softcap,
+        cuda.is_for_cudnn,
         cuda.cudnn,
         cuda.cudnn_backward,
         grouped=False,
@@ -50,11 +53,17 @@ def choose(case: Case) -> Kernel:
     return next(kernel for kernel in TABLE if kernel.serves(case))
 
 
+def has_windows(case: Case) -> bool:
+    """Whether the kernel of a case without a mask computes windows too."""
+    return choose(replace(case, windowed=True)) is choose(case)
+
+
 def kernel_name(
     query: Tensor, value: Tensor, *, masked: bool = False, explicit: bool = False, softcap: float = 0.0
 ) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
-    ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window.
+    ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window if
+    the kernel that computes the other calls has no windows.
     """
     return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap)).name
