@@ -189,7 +189,33 @@ def flash_attn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Calls:
         for x, grad in zip((dq, dk, dv), grads, strict=True):
             x.copy_(grad)
 
-    functions = SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
+    def _flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                                   softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+                                   alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
+                                   seqused_k=None, zero_tensors=False):  # fmt: skip
+        ends = cu_seqlens_q, cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == tuple(x.diff().max() for x in ends) and not (dropout_p or alibi_slopes)
+        calls.append(("_flash_attn_varlen_forward", causal, (window_size_left, window_size_right)))
+        return *forward_of_documents(q, k, v, *ends, softmax_scale, causal, calls[-1][2], softcap), None, None
+
+    def _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
+                                    max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left,
+                                    window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+                                    zero_tensors=False):  # fmt: skip
+        ends = cu_seqlens_q, cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == tuple(x.diff().max() for x in ends) and not (dropout_p or alibi_slopes)
+        calls.append(("_flash_attn_varlen_backward", causal, (window_size_left, window_size_right)))
+        options = softmax_scale, causal, calls[-1][2], softcap
+        grads = backward_of_documents(dout, q, k, v, out, softmax_lse, *ends, *options)
+        for x, grad in zip((dq, dk, dv), grads, strict=True):
+            x.copy_(grad)
+
+    functions = SimpleNamespace(
+        _flash_attn_forward=_flash_attn_forward,
+        _flash_attn_backward=_flash_attn_backward,
+        _flash_attn_varlen_forward=_flash_attn_varlen_forward,
+        _flash_attn_varlen_backward=_flash_attn_varlen_backward,
+    )
     monkeypatch.setitem(sys.modules, "flash_attn", functions)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", functions)
     return calls

@@ -113,6 +113,7 @@ def compiled_merges(monkeypatch: pytest.MonkeyPatch, compile_with: Any) -> None:
             lse = torch.randn(batch, 4, size, dtype=torch.float64)
             lse[:, 0] = -torch.inf
             block_lse = torch.randn(batch, 4, length, dtype=torch.float64)
+            block_lse[:, :, 0] = -torch.inf
             arguments = block, block_lse, start, may_sink
             expected = sp.merge_block(out, lse, *arguments)
             with monkeypatch.context() as patched:

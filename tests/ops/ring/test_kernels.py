@@ -242,6 +242,11 @@ def test_shapes_of_cuda_kernels(name: str, dtype: torch.dtype, value_dim: int, m
         bias = torch.empty(1, 1, 6, 10, device="cuda") if masked else None
         out, lse = kernel.forward(query, key, value, bias, False, 0.5)
         grads = kernel.backward(torch.empty_like(out), query, key, value, bias, out, lse, False, 0.5)
+        if name == "CUDA flash":
+            window = kernel.forward(query, key, value, None, True, 0.5, sliding=True)
+            assert [x.shape for x in window] == [out.shape, lse.shape]
+            found = kernel.backward(torch.empty_like(out), query, key, value, None, out, lse, True, 0.5, sliding=True)
+            assert [x.shape for x in found] == [x.shape for x in grads]
     assert out.shape == (2, 4, 6, value_dim)
     assert (lse.shape, lse.dtype) == ((2, 4, 6), torch.float32)
     assert [x.shape for x in grads] == [query.shape, key.shape, value.shape]

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sptransform.ops.ring.kernels import cuda
+from sptransform.ops.ring.kernels import cuda, varlen
 from sptransform.ops.ring.kernels.cpu import flash, flash_backward, is_for_cpu
-from sptransform.ops.ring.kernels.interface import Case, Kernel
+from sptransform.ops.ring.kernels.interface import Case, Kernel, Varlen
 from sptransform.ops.ring.kernels.reference import OPEN
 
 TABLE = (
@@ -24,12 +24,14 @@ TABLE = (
         lambda case: cuda.is_plain(case) and cuda.has_flash_attn() and case.head_dim == case.value_dim,
         cuda.flash_attn,
         cuda.flash_attn_backward,
+        varlen=Varlen(varlen.flash_attn, varlen.flash_attn_backward),
     ),
     Kernel(
         "CUDA flash",
         lambda case: cuda.is_plain(case) and case.head_dim == case.value_dim and not case.softcap,
         cuda.flash,
         cuda.flash_backward,
+        varlen=Varlen(varlen.flash, varlen.flash_backward),
     ),
     Kernel(
         "cuDNN",
