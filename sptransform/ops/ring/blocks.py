@@ -201,7 +201,7 @@ def _bias(mask: Tensor, query: Tensor, num_keys: int) -> tuple[Tensor, Tensor | 
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(*mask.shape[:3], num_keys)
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf), None
+        return torch.where(mask, mask.new_zeros((), dtype=dtype), -math.inf), None
     bias = mask.to(dtype)
     if query.device.type == "cuda" and query.dtype.itemsize == 2:
         # the kernels there round it to the queries' dtype, whose range may be smaller
@@ -266,7 +266,7 @@ def band_mask(like: Tensor, queries: list[int], keys: list[int], nearest: int | 
     visible = None if nearest is None else of_keys <= of_queries - nearest
     if farthest is not None:
         within = of_keys >= of_queries - farthest
-        visible = within if visible is None else visible & within
+        visible = within if visible is None else visible.logical_and_(within)
     if visible is None:
         return torch.ones(len(of_queries), len(of_keys), dtype=torch.bool, device=like.device)
     return visible

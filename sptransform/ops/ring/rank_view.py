@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from sptransform.ops.mask_program import block_mask, block_operands, parse
 from sptransform.ops.ring.blocks import lay_out, positions
 from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.messages import unpack
-from sptransform.ops.ring.plan import Call, plan_calls
+from sptransform.ops.ring.plan import Call, Tile, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
 
 _sp = torch.ops.sptransform
@@ -109,7 +110,20 @@ class RankView:
     def plan(self, block: int) -> tuple[Call, ...]:
         if 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3]):
             return ()  # some kernels end the process on empty input
-        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=bool(self.program))
+        tile = Tile.of(*self.query.shape[2:], whole_rows=self._has_whole_rows)
+        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=bool(self.program), tile=tile)
+
+    @cached_property
+    def _has_whole_rows(self) -> bool:
+        """Whether a call has all keys of its rows, as one device has.
+
+        A number that is added may hide all keys of a row. If it is large, ``lse`` loses the digits that merging needs.
+        """
+        if not self.program or self.partition is not None:
+            return False
+        if self.options["explicit"]:
+            return True
+        return block_mask(self.program, self.rows, self.columns, 0, 1, slice(0, 1), self.tables).is_floating_point()
 
     def reach(self, block: int) -> tuple[int, int]:
         """The range (first, stop) of a block's keys that this rank's calls use."""
