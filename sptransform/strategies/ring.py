@@ -56,7 +56,7 @@ def check_layout(strategy: Strategy) -> None:
     if block is not None and strategy.layout != "striped":
         raise UsageError(
             describe(
-                "only the striped layout has blocks of a given size",
+                f"only the striped layout of {type(strategy).__name__} has blocks of a given size",
                 found=f"layout={strategy.layout!r}, block={block}",
                 fix=f"layout='striped', block={block}, or no block",
             )
