@@ -29,8 +29,8 @@ class USP(Strategy):
         layout, block: as in :class:`Ring`.
 
     Raises:
-        UsageError: a degree is not a positive int, or an invalid ``layout`` or ``block``; from :func:`parallelize`, degrees whose
-            product is not the number of ranks.
+        UsageError: a degree is not a positive int, or an invalid ``layout`` or ``block``; from :func:`parallelize`,
+            degrees whose product is not the number of ranks.
     """
 
     ulysses: int | None = None
