@@ -75,9 +75,9 @@ class Ring(_QueriesStay):
             causal mask leaves all ranks equal work (Llama 3, arXiv 2407.21783, §3.3.2); a model without causal
             attention then uses "contiguous". "striped" deals many blocks round the ranks, whether attention is causal
             or not, which leaves them equal work in packed documents too.
-        block: the number of tokens of a striped block. Smaller ones balance more and shorter documents, kernels want
-            128 or more; each length is then compiled for itself. By default each rank gets 32 blocks of any length:
-            with eight documents of random lengths, the busiest rank has at most 10% more work than the mean.
+        block: the number of tokens of a striped block; each length is then compiled for itself. By default each rank
+            gets 32 blocks, however long. A causal document of L tokens adds at most about (N-1) * block / L to the work
+            of the busiest of N ranks over the mean, so shorter documents want smaller blocks; kernels want 128 or more.
         kv: how keys and values reach the queries: on the "ring", or by an "allgather" as in :class:`AllGatherKV`.
 
     Raises:

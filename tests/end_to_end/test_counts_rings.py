@@ -191,7 +191,7 @@ def _ran(model: nn.Module, inputs: Inputs) -> Sent:
 @pytest.mark.parametrize(
     ("N", "seq_len", "num_layers", "strategies"),
     tiered(
-        [(2, 16, 2, [Ring(), AllGatherKV(regather=True)]), (4, 21, 1, [Ring(), USP(2, 2)])],
+        [(2, 16, 2, [Ring(), AllGatherKV(regather=True)]), (4, 21, 1, [Ring(), Ring("striped", block=2), USP(2, 2)])],
         quick=[(2, 16, 2, [Ring(), AllGatherKV(regather=True)])],
     ),
     ids=["even", "uneven"],
