@@ -12,13 +12,12 @@ from torch import fx
 from sptransform.compiler.rewrite import Rewritten
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.graph import notes
+from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import arguments_of
 from sptransform.inspection.attended_work import Documents, intervals_of, pairs_seen
 from sptransform.inspection.records import AttentionWork
 from sptransform.masks.bands import Band
-from sptransform.masks.in_documents import band_in_documents
-from sptransform.ops.mask_program import parse
+from sptransform.ops.ring.conditions import read, sides_of
 from sptransform.ops.ring.plan import attended_pairs
 from sptransform.rules.decision import Cut, Decision
 from sptransform.rules.rule import OpRule
@@ -105,13 +104,20 @@ def _check_fit(node: fx.Node, documents: Documents, batch: int, size: int) -> No
 
 
 def _visible(node: fx.Node, in_documents: bool) -> tuple[Band, bool]:
-    """The distances that the node's mask leaves visible, and whether it hides nothing else."""
+    """The distances that the node's mask leaves visible, and whether it hides nothing else.
+
+    In documents, equal numbers of a query and a key are taken to mean one document, and the difference of two numbers
+    to be that of positions, as it is for positions inside of a document.
+    """
     arguments, _ = arguments_of(node)
     band = Band(0 if arguments.get("is_causal") else arguments.get("nearest"), arguments.get("farthest"))
     program = arguments.get("mask")
     if not program:
         return band, arguments.get("attn_mask") is None
-    if not in_documents:
+    rows, columns, tables = (list(map(dataflow.value, arguments[of] or ())) for of in ("rows", "columns", "tables"))
+    conditions = read(program, sides_of(rows, columns, tables))
+    if not in_documents or conditions is None:
         return band, False
-    within, is_known = band_in_documents(parse(program), len(arguments["rows"]))
-    return band & within, is_known
+    for bound in conditions.bounds:
+        band &= Band(bound.nearest, bound.farthest)
+    return band, conditions.is_whole and not conditions.of_queries and not conditions.of_keys

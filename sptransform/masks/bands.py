@@ -132,10 +132,10 @@ class DerivedBands:
         if difference.free_symbols != {_DISTANCE}:
             return None
         relation = RELATIONS[part.target](difference, 0)
-        return band_of(relation if wanted else relation.negated)
+        return _band_of(relation if wanted else relation.negated)
 
 
-def band_of(relation: sympy.core.relational.Relational) -> Band | None:
+def _band_of(relation: sympy.core.relational.Relational) -> Band | None:
     """The integers at which the relation holds; None if they are no interval."""
     try:
         holds = relation.as_set()

@@ -35,6 +35,10 @@ class Attention(nn.Module):
             mask = (at[:, None] >= at) & (at[:, None] - at < 7)
         elif self.kind == "ordered":
             mask = numbers[:, None, :, None] >= numbers[:, None, None, :]
+        elif self.kind == "numbered":
+            at = numbers.long().cumsum(1)
+            same = numbers[:, None, :, None] == numbers[:, None, None, :]
+            mask = same & (at[:, None, :, None] - at[:, None, None, :] > 2)
         elif self.kind == "padded":
             mask = (numbers > 0)[:, None, None]
         elif self.kind == "shorter keys":
@@ -103,6 +107,7 @@ def test_rows_are_shared_by_a_cut_batch() -> None:
         ("window", [5, 43], 15 + sum(min(i + 1, 7) for i in range(43)), False),
         ("ordered", None, LENGTH**2, True),
         ("ordered", [5, 43], 15 + 43 * 44 // 2, False),
+        ("numbered", [5, 43], 3 + 41 * 40 // 2, False),
         ("padded", [5, 43], 5**2 + 43**2, True),
         ("shorter keys", None, LENGTH * 9, False),
         ("shorter keys", [5, 43], LENGTH * 9, False),  # they are of another sequence

@@ -36,7 +36,8 @@ class Call:
     """Queries ``q_start .. q_stop - 1`` over keys ``k_start .. k_stop - 1``, numbered as stored.
 
     ``kind`` is "full" (all see all), "causal" (as many keys as queries; the n-th query sees the first n + 1 keys), or
-    "band" (positions decide).
+    "band" (positions decide). Where there is a mask program too, it hides some of these keys unless ``decided``.
+    ``batch`` is the range of rows of the batch, None for all.
     """
 
     q_start: int
@@ -44,6 +45,8 @@ class Call:
     k_start: int
     k_stop: int
     kind: str
+    decided: bool = False
+    batch: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

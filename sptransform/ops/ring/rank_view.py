@@ -13,6 +13,7 @@ from sptransform.ops.communication.steps import Start
 from sptransform.ops.mask_gradients import gradients
 from sptransform.ops.mask_program import block_mask, block_operands, parse
 from sptransform.ops.ring.blocks import lay_out, positions
+from sptransform.ops.ring.data_plan import DataPlan
 from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, plan_calls
@@ -24,6 +25,11 @@ _sp = torch.ops.sptransform
 def _partition_of(text: str, part: Tensor) -> Partition | None:
     """The partition of dim 2 that ``text`` spells out, given a rank's ``part`` [B, H, s, D]; None for empty text."""
     return Partition.parse(text, part=part.shape[2]) if text else None
+
+
+def of_batch(x: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """Some rows of the batch of x [B or 1, ..]; None for all."""
+    return x if rows is None or x.shape[0] == 1 else x[rows[0] : rows[1]]
 
 
 class RankView:
@@ -56,6 +62,7 @@ class RankView:
         keys: str = "",
         group_name: str = "",
         trained: Sequence[int] = (),
+        reads_data: bool = True,
     ) -> None:
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not of one dtype")
@@ -75,6 +82,9 @@ class RankView:
         self.own = self.block_at(0)
         self.positions = _owned(_partition_of(queries, query), rank, query.shape[2], "queries")
         _owned(self.partition, self.own, key.shape[2], "keys")
+        # probabilities that are computed again need all keys of a row in one call
+        self._data_plan = self._planned_by_data() if reads_data and mask and not self.options["explicit"] else None
+        self._plans: dict[int, tuple[Call, ...]] = {}
 
     def block_at(self, step: int) -> int:
         """The block that this rank holds at a step."""
@@ -107,9 +117,30 @@ class RankView:
         return Start(message, sent, received)
 
     def plan(self, block: int) -> tuple[Call, ...]:
-        if 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3]):
+        if block not in self._plans:
+            self._plans[block] = self._planned(self.keys_of(block))
+        return self._plans[block]
+
+    def _planned(self, keys: Intervals) -> tuple[Call, ...]:
+        if self._is_empty():
             return ()  # some kernels end the process on empty input
-        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=bool(self.program))
+        by_data = None if self._data_plan is None else self._data_plan.calls(keys)
+        if by_data is not None:
+            return by_data
+        return plan_calls(self.positions, keys, *self.limits, masked=bool(self.program))
+
+    def _is_empty(self) -> bool:
+        return 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3])
+
+    def _planned_by_data(self) -> DataPlan | None:
+        query = self.query
+        # a CUDA graph runs for other data too
+        if self._is_empty() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        own = positions([bound for interval in self.positions for bound in interval], query.device)
+        num_keys = self.partition.size if self.partition else self.key.shape[2]
+        found = DataPlan.of(self.program, (self.rows, self.columns, self.tables), own, num_keys, self.limits)
+        return None if found is not None and self.trained and found.is_batched else found
 
     def reach(self, block: int) -> tuple[int, int]:
         """The range (first, stop) of a block's keys that this rank's calls use."""
@@ -152,12 +183,14 @@ class RankView:
     def _mask(self, call: Call, block: int) -> Tensor | None:
         keys = _bounds(self.keys_of(block), call.k_start, call.k_stop)
         band = None
-        if call.kind == "band":
+        if call.kind == "band" and self.limits != (None, None):
             band = _sp.band_mask(self.query, _bounds(self.positions, call.q_start, call.q_stop), keys, *self.limits)
-        if not self.program:
+        if not self.program or call.decided:
             return band
         at = self._key_positions(keys)
-        mask = block_mask(self.program, self.rows, self.columns, call.q_start, call.q_stop, at, self.tables)
+        sides = self.rows, self.columns
+        rows, columns = ([x if x.dim() < 4 else of_batch(x, call.batch) for x in xs] for xs in sides)
+        mask = block_mask(self.program, rows, columns, call.q_start, call.q_stop, at, self.tables)
         if band is None:
             return mask
         return mask & band if mask.dtype == torch.bool else mask.masked_fill(~band, -torch.inf)

@@ -22,7 +22,8 @@ from torch import Tensor
 from sptransform.ops.communication.steps import Steps, Wait
 from sptransform.ops.ring.blocks import lay_out
 from sptransform.ops.ring.kernels.interface import compute_dtype
-from sptransform.ops.ring.rank_view import RankView
+from sptransform.ops.ring.plan import Call
+from sptransform.ops.ring.rank_view import RankView, of_batch
 from sptransform.ops.ring.sums import IN_PLACE, Sums
 
 _sp = torch.ops.sptransform
@@ -44,7 +45,7 @@ def forward_steps(
     """The steps of ``ring_attention``; ``options`` are its keyword arguments."""
     dropout = options.get("dropout_p", 0.0) > 0
     seed = _sp.dropout_seed(query) if dropout else query.new_zeros((), dtype=torch.int64)
-    view = RankView(rank, query, key, value, rows, columns, seed, tables, **options)
+    view = RankView(rank, query, key, value, rows, columns, seed, tables, reads_data=sums is IN_PLACE, **options)
     result = None
     held = view.pack() if view.num_ranks > 1 else None
     for step in range(view.num_ranks):
@@ -82,7 +83,7 @@ def backward_steps(
 
     It knows nothing of sinks: they are in ``out`` and ``lse``, as the keys of other ranks are.
     """
-    view = RankView(rank, query, key, value, rows, columns, seed, tables, **options)
+    view = RankView(rank, query, key, value, rows, columns, seed, tables, reads_data=sums is IN_PLACE, **options)
     whole = (grad, out, lse)
     of_operands = view.no_operand_gradients()
     grad_query = returning = None
@@ -115,13 +116,15 @@ def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: 
     key, value = _keys_at(view, step, held)
     for call, mask, options in view.calls(view.block_at(step)):
         may_sink = mask is not None and mask.is_floating_point()
-        query = _part(view.query, call.q_start, call.q_stop)
-        keys = [_part(x, call.k_start, call.k_stop) for x in (key, value)]
-        found = _sp.attention_block(query, *keys, mask, call.kind == "causal", **options)
-        if result is None and query.shape[2] == view.query.shape[2]:
+        query = _queries(view.query, call)
+        found = _sp.attention_block(query, _keys(key, call), _keys(value, call), mask, call.kind == "causal", **options)
+        if result is None and query.shape[::2] == view.query.shape[::2]:
             result = found
-        else:
-            result = sums.merge(*(result or _nothing(view.query, value)), *found, call.q_start, may_sink)
+            continue
+        result = result or _nothing(view.query, value)
+        merged = sums.merge(*(of_batch(x, call.batch) for x in result), *found, call.q_start, may_sink)
+        if call.batch is None:
+            result = merged
     return result
 
 
@@ -143,18 +146,18 @@ def _attend_backward(
     first, stop = (0, keys[0].shape[2]) if step == 0 else view.reach(block)
     parts: list[Tensor | None] = [None, None]
     for call, mask, options in view.calls(block):
-        grad, query, out = (_part(x, call.q_start, call.q_stop) for x in (whole[0], view.query, whole[1]))
-        lse = _part(whole[2], call.q_start, call.q_stop)
-        key, value = (_part(x, call.k_start, call.k_stop) for x in keys)
+        grad, out, lse = (_queries(x, call) for x in whole)
+        query, key, value = _queries(view.query, call), *(_keys(x, call) for x in keys)
         backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
         found, *of_keys = backward(grad, query, key, value, mask, out, lse, call.kind == "causal", **options)
         if view.trained:
             parts_of_operands = view.operand_gradients(call, block, of_keys.pop())
             for i, part in enumerate(parts_of_operands):
                 of_operands[i] = sums.add_to_operand(of_operands[i], *part)
-        grad_query = _add(sums, grad_query, found, call.q_start, view.query.shape[2])
+        grad_query = _add(sums, grad_query, found, call.q_start, (view.query, view.query.shape[2]), call.batch)
         parts = [
-            _add(sums, total, x, call.k_start - first, stop - first) for total, x in zip(parts, of_keys, strict=True)
+            _add(sums, total, x, call.k_start - first, (whole_keys, stop - first), call.batch)
+            for total, x, whole_keys in zip(parts, of_keys, keys, strict=True)
         ]
     return (
         grad_query,
@@ -167,21 +170,33 @@ def _keys_at(view: RankView, step: int, held: Tensor | None) -> tuple[Tensor, Te
     return (view.key, view.value) if step == 0 else view.unpack(held, view.block_at(step))
 
 
-def _add(sums: Sums, total: Tensor | None, block: Tensor, start: int, size: int) -> Tensor:
-    """``total``, or zeros of ``size`` rows, with ``block`` added from row ``start`` on."""
+def _add(
+    sums: Sums, total: Tensor | None, block: Tensor, start: int, like: tuple[Tensor, int], batch: tuple[int, int] | None
+) -> Tensor:
+    """``total``, or zeros for ``like``, a tensor and a number of rows, with ``block`` added from row ``start`` on."""
     if total is None:
-        if block.shape[2] == size:
+        whole, size = like
+        if (block.shape[0], block.shape[2]) == (whole.shape[0], size):
             return block
-        total = _zeros(block, size)
-    return sums.add(total, block, start)
+        total = _zeros(whole, size)
+    added = sums.add(of_batch(total, batch), block, start)
+    return added if batch is None else total
 
 
 def _no_gradients(view: RankView, step: int) -> Tensor:
     return view.query.new_zeros(view.numel_of(view.block_at(step)), dtype=compute_dtype(view.query.dtype))
 
 
+def _queries(x: Tensor, call: Call) -> Tensor:
+    """What a call's queries have of x [B, H, s, ..]."""
+    return _part(of_batch(x, call.batch), call.q_start, call.q_stop)
+
+
+def _keys(x: Tensor, call: Call) -> Tensor:
+    return _part(of_batch(x, call.batch), call.k_start, call.k_stop)
+
+
 def _part(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of x [B, H, s, ..]."""
     return x if stop - start == x.shape[2] else x.narrow(2, start, stop - start)
 
 
