@@ -14,14 +14,16 @@ from sptransform.engine.traffic import Sending, global_shape, in_order, sending_
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import fake_arguments
 from sptransform.graph.printer import op_name, tensor_type
+from sptransform.inspection.attended_work import Documents
 from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.records import Gathered, Output, Redistribution, RingPass
+from sptransform.inspection.work_of_ranks import work_of_ranks
 from sptransform.ops.ring.conditions import is_decided
 from sptransform.ops.ring.kernels.table import kernel_name
 from sptransform.sharding.placement import Shard
 
 
-def explanation_of(rewritten: Rewritten) -> Explanation:
+def explanation_of(rewritten: Rewritten, documents: Documents | None = None) -> Explanation:
     """What the rewritten graph inserts, where, and the bytes it sends; what :func:`explain` returns."""
     context, graph = rewritten.context, rewritten.graph_module.graph
     sent = sending_by_node(graph, context.mesh)
@@ -40,6 +42,8 @@ def explanation_of(rewritten: Rewritten) -> Explanation:
         outputs=tuple(_outputs(graph)),
         grad_sync=context.grad_sync,
         rewritten=rewritten,
+        attention=tuple(work_of_ranks(rewritten, documents)),
+        documents=documents,
     )
 
 

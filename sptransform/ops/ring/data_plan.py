@@ -3,7 +3,8 @@
 Which rank owns which tokens is known before; where documents end is known when the op runs. Queries and keys are cut
 into segments along which nothing that the mask compares changes. A segment of queries meets only segments of keys with
 the same labels, and of each pair the limits of distances leave a band, which :func:`plan.plan_calls` covers. So a rank
-calls kernels for pairs of pieces of the same document, full or causal, and for nothing else.
+calls kernels for pairs of pieces of the same document, full or causal, and for nothing else. The pieces of a document
+that a striped rank stores one after the other are one group of keys, which a segment of queries meets at once.
 
 One call with a computed mask stands for those of small pieces, since every call has a cost of its own. Kernels that
 take many pieces in one call (:mod:`joined`) do without.
@@ -113,9 +114,7 @@ class DataPlan:
         return tuple(found)
 
     def _calls(self, queries: list[Segment], keys: list[Segment]) -> list[Call] | None:
-        of_label = defaultdict(list)
-        for segment in keys:
-            of_label[segment.labels].append(segment)
+        of_label = _grouped(keys)
         left = sum(segment.stop - segment.start for segment in queries)
         found = []
         for segment in queries:
@@ -123,32 +122,60 @@ class DataPlan:
             left -= len(met)
             if left < 0 or (len(met) > 1 and self._tile is not None and self._tile.whole_rows):
                 return None
-            found.append([call for other in met for call in self._pair(segment, other)])
+            found.append([call for group in met for call in self._pair(segment, group)])
         return _shared(found, self._small)
 
-    def _pair(self, queries: Segment, keys: Segment) -> list[Call]:
-        """The calls of two segments. At distance 0 of their own numbers, the difference is that of their firsts."""
+    def _pair(self, queries: Segment, keys: list[Segment]) -> list[Call]:
+        """The calls of a segment and a group. At distance 0 of their own numbers, the difference is that of firsts."""
+        first = keys[0]
         nearest = farthest = None
-        for bound, query, key in zip(self._conditions.bounds, queries.firsts, keys.firsts, strict=True):
+        for bound, query, key in zip(self._conditions.bounds, queries.firsts, first.firsts, strict=True):
             if bound.nearest is not None:
                 limit = bound.nearest - (query - key)
                 nearest = limit if nearest is None else max(nearest, limit)
             if bound.farthest is not None:
                 limit = bound.farthest - (query - key)
                 farthest = limit if farthest is None else min(farthest, limit)
-        sizes = (((0, x.stop - x.start),) for x in (queries, keys))
-        masked = not self._conditions.is_whole
+        intervals = tuple((at, at + x.stop - x.start) for x in keys for at in [_distance(first, x)])
+        rows, masked = ((0, queries.stop - queries.start),), not self._conditions.is_whole
         return [
             replace(
                 call,
                 q_start=queries.start + call.q_start,
                 q_stop=queries.start + call.q_stop,
-                k_start=keys.start + call.k_start,
-                k_stop=keys.start + call.k_stop,
+                k_start=first.start + call.k_start,
+                k_stop=first.start + call.k_stop,
                 decided=not masked and call.kind != "band",
             )
-            for call in plan_calls(*sizes, nearest, farthest, masked=masked, windows=self._windows, tile=self._tile)
+            for call in plan_calls(
+                rows, intervals, nearest, farthest, masked=masked, windows=self._windows, tile=self._tile
+            )
         ]
+
+
+def _grouped(segments: Sequence[Segment]) -> dict[tuple[int, ...], list[list[Segment]]]:
+    """By labels, the segments that are stored one after the other, and differ in all that is subtracted by one number.
+
+    Such a group is one block of keys to a query: the pieces of a document in a striped layout.
+    """
+    of_label: dict[tuple[int, ...], list[list[Segment]]] = defaultdict(list)
+    for segment in segments:
+        groups = of_label[segment.labels]
+        if groups and groups[-1][-1].stop == segment.start and _is_moved(groups[-1][0], segment):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return of_label
+
+
+def _is_moved(first: Segment, other: Segment) -> bool:
+    """Whether all that is subtracted differs by the same number."""
+    return len({b - a for a, b in zip(first.firsts, other.firsts, strict=True)}) < 2
+
+
+def _distance(first: Segment, other: Segment) -> int:
+    """By how much the other's numbers are beyond the first's; where nothing is subtracted, as they are stored."""
+    return other.firsts[0] - first.firsts[0] if other.firsts else other.start - first.start
 
 
 def _shared(of_segments: Sequence[list[Call]], small: int) -> list[Call]:

@@ -69,6 +69,11 @@ def problem_of(kind: str, lengths: list[int]) -> tuple[str, list[Tensor], list[T
     return BY_POSITIONS, [(at - 4).mT, at.mT, same.mT], [at, same]
 
 
+def laid_out(layout: str, size: int, num_ranks: int) -> Partition:
+    """Stripes of some tokens, since pieces of one are too many for a plan."""
+    return Partition.striped(size, num_ranks, 5) if layout == "striped" else getattr(Partition, layout)(size, num_ranks)
+
+
 KINDS = (
     "one batch",
     "documents of each row",
@@ -90,7 +95,8 @@ def mask_of(program: str, rows: list[Tensor], columns: list[Tensor], limits: tup
 @pytest.mark.parametrize("limits", [(None, None), (0, None), (-2, 6)])
 @pytest.mark.parametrize(
     ("num_ranks", "layout", "circulates"),
-    [(1, "contiguous", True), (3, "zigzag", True), (2, "contiguous", False)],
+    [(1, "contiguous", True), (3, "zigzag", True), (2, "contiguous", False)]
+    + [pytest.param(2, "striped", True, marks=pytest.mark.slow)],
 )
 def test_results_and_gradients_are_those_of_one_device(
     kind: str, limits: tuple[Any, Any], num_ranks: int, layout: str, circulates: bool, planned: list[Any]
@@ -100,7 +106,7 @@ def test_results_and_gradients_are_those_of_one_device(
     program, rows, columns = problem_of(kind, lengths)
     problem = Problem.random(sum(lengths), value_dim=11 if num_ranks == 1 else None)
     expected = one_device(problem, mask_of(program, rows, columns, limits))
-    partition = getattr(Partition, layout)(sum(lengths), num_ranks)
+    partition = laid_out(layout, sum(lengths), num_ranks)
     options = {"mask": program, "nearest": limits[0], "farthest": limits[1]}
     found = Ring(partition, partition, tuple(rows), tuple(columns), options=options, circulates=circulates)
     assert_equal(found.run(problem), expected)
@@ -134,16 +140,16 @@ def own(x: Tensor, dim: int, intervals: Intervals) -> Tensor:
     kind=st.sampled_from([kind for kind in KINDS if kind != "a bias within documents"]),
     limits=st.sampled_from([(None, None), (0, None), (0, 5), (-3, 2)]),
     num_ranks=st.integers(1, 4),
-    zigzag=st.booleans(),
+    layout=st.sampled_from(["contiguous", "zigzag", "striped"]),
     most=st.sampled_from([1, 3, 64]),
     windows=st.booleans(),
 )
 def test_each_visible_pair_is_computed_once(
-    lengths: list[int], kind: str, limits: tuple[Any, Any], num_ranks: int, zigzag: bool, most: int, windows: bool
+    lengths: list[int], kind: str, limits: tuple[Any, Any], num_ranks: int, layout: str, most: int, windows: bool
 ) -> None:
     program, rows, columns = problem_of(kind, lengths)
     size, whole = sum(lengths), mask_of(program, rows, columns, limits).flatten(0, -3)
-    partition = (Partition.zigzag if zigzag else Partition.contiguous)(size, num_ranks)
+    partition = laid_out(layout, size, num_ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_plan, "SMALL", most)
         for queries in filter(None, partition.owned):
@@ -169,7 +175,8 @@ def work(calls: tuple[Call, ...]) -> int:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["one batch", "positions"])
-def test_kernels_compute_the_pairs_that_exist(seed: int, kind: str) -> None:
+@pytest.mark.parametrize(("layout", "most"), [("zigzag", 40), ("striped", 80)])
+def test_kernels_compute_the_pairs_that_exist(seed: int, kind: str, layout: str, most: int) -> None:
     """Eight documents of random lengths on four ranks: at most 5% more, where small pieces share a call."""
     generator = torch.Generator().manual_seed(seed)
     ends = torch.randperm(8191, generator=generator)[:7].add(1).sort().values
@@ -179,17 +186,35 @@ def test_kernels_compute_the_pairs_that_exist(seed: int, kind: str) -> None:
     if kind == "positions":
         program = "%4 = le.Tensor(%2, %0); %5 = eq.Tensor(%1, %3); %6 = logical_and(%4, %5)"
         rows, columns, limits = [at.mT, same.mT], [at, same], (None, None)
-    partition = Partition.zigzag(8192, 4)
+    partition = getattr(Partition, layout)(8192, 4)
     total = 0
     for queries in partition.owned:
         here = torch.cat([torch.arange(lo, hi) for lo, hi in queries])
         plan = DataPlan.of(program, ([own(x, -2, queries) for x in rows], columns, []), here, 8192, limits)
         for keys in partition.owned:
             calls = plan.calls(keys)
-            assert len(calls) < 40
+            assert len(calls) < most
             total += work(calls)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     assert pairs <= total <= 1.05 * pairs
+
+
+@pytest.mark.parametrize("subtracts", ["limits", "positions"])
+def test_the_stripes_of_a_document_are_one_block_of_keys(subtracts: str) -> None:
+    """One call for each piece of the queries, over all keys before it, and one more on the diagonal."""
+    stripes = Partition.striped(8192, 4)
+    same, at = documents([8192]), positions([8192])
+    for rank, queries in enumerate(stripes.owned):
+        here = torch.cat([torch.arange(lo, hi) for lo, hi in queries])
+        if subtracts == "limits":
+            plan = DataPlan.of(SAME, ([own(same.mT, -2, queries)], [same], []), here, 8192, (0, None))
+        else:
+            program = "%2 = le.Tensor(%1, %0)"
+            plan = DataPlan.of(program, ([own(at.mT, -2, queries)], [at], []), here, 8192, (None, None))
+        for block, keys in enumerate(stripes.owned):
+            kinds = [call.kind for call in plan.calls(keys)]
+            full = len(queries) - (block >= rank)  # the first piece sees none of later ranks, nor of its own before it
+            assert sorted(kinds) == ["causal"] * (len(queries) if block == rank else 0) + ["full"] * full
 
 
 def test_documents_of_one_token_share_calls() -> None:
