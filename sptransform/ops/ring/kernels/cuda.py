@@ -145,7 +145,7 @@ def flash(
         limits = window(query, key, causal, sliding)
         xs = (x.transpose(1, 2) for x in (query, key, value))
         out, lse, *_ = aten._flash_attention_forward(
-            *xs, None, None, *sizes, 0.0, causal and not sliding, False, scale=scale, **limits
+            *xs, None, None, *sizes, 0.0, causal, False, scale=scale, **limits
         )
         return out.transpose(1, 2), lse
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
@@ -170,7 +170,7 @@ def flash_backward(
         limits = window(query, key, causal, sliding)
         xs = (x.transpose(1, 2) for x in (grad, query, key, value, out))
         grads = aten._flash_attention_backward(
-            *xs, lse, None, None, *sizes, 0.0, causal and not sliding, *_no_random_state(query),
+            *xs, lse, None, None, *sizes, 0.0, causal, *_no_random_state(query),
             scale=scale, **limits,
         )  # fmt: skip
         grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in grads)

@@ -30,7 +30,7 @@ def flash(
     xs = rows_of(query, queries), rows_of(key, keys), rows_of(value, keys)
     left, right = _limits(causal, window)
     out, lse, *_ = aten._flash_attention_forward(
-        *xs, *_packed(queries, keys, query.device), 0.0, causal and left < 0, False,
+        *xs, *_packed(queries, keys, query.device), 0.0, causal, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     return out, _where_seen(lse)
@@ -53,7 +53,7 @@ def flash_backward(
     left, right = _limits(causal, window)
     no_random_state = torch.empty((), dtype=torch.int64, device=query.device)
     return aten._flash_attention_backward(
-        *xs, _lse_of(lse, queries, query.dtype), *_packed(queries, keys, query.device), 0.0, causal and left < 0,
+        *xs, _lse_of(lse, queries, query.dtype), *_packed(queries, keys, query.device), 0.0, causal,
         no_random_state, no_random_state, scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
 
