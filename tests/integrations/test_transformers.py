@@ -20,6 +20,7 @@ from sptransform.integrations.documents import documents_of_positions
 from sptransform.integrations.transformers import attention, position_mask
 from sptransform.ops.communication.steps import COMMUNICATING, group_of, perform
 from sptransform.ops.ring import blocks, plan
+from sptransform.ops.ring.data_plan import DataPlan
 from sptransform.ops.ring.kernels import reference
 from tests.integrations import dense
 from tests.integrations.cases import DOCUMENTS, ENDS, INPUTS, LENGTH, MODELS, WITHOUT_SDPA, build, positions
@@ -345,8 +346,9 @@ def sizes_on_ranks(name: str, strategy: str) -> list[int]:
     return ranks.run(run)
 
 
-def test_a_square_on_ranks_is_seen() -> None:
-    """Tiles of their usual size are longer than this sequence."""
+def test_a_square_on_ranks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no plan is made of the documents, masks are computed in tiles, which are longer than this sequence."""
+    monkeypatch.setattr(DataPlan, "of", lambda *arguments: None)
     assert max(sizes_on_ranks("llama", "ulysses")) >= TOKENS**2
 
 
