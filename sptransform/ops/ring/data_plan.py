@@ -6,7 +6,8 @@ the same labels, and of each pair the limits of distances leave a band, which :f
 calls kernels for pairs of pieces of the same document, full or causal, and for nothing else. The pieces of a document
 that a striped rank stores one after the other are one group of keys, which a segment of queries meets at once.
 
-Calls of small pieces are joined to one call with a computed mask, since every call has a cost of its own.
+One call with a computed mask stands for those of small pieces, since every call has a cost of its own. Kernels that
+take many pieces in one call (:mod:`joined`) do without.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 from sptransform.ops.ring.conditions import Bound, Conditions, evaluated, read, sides_of
-from sptransform.ops.ring.plan import Call, plan_calls
+from sptransform.ops.ring.plan import Call, Tile, plan_calls
 from sptransform.ops.ring.segments import Segment, segments, stored
 from sptransform.sharding.partition import Intervals
 
-# the most rows and keys of a call that stands for several ones
+# the most rows and keys of a call that stands for several ones, by default
 SMALL = 64
 
 
@@ -35,12 +36,20 @@ class DataPlan:
         conditions: of the program, and limits of positions among its bounds.
         queries: the segments of this rank's queries, for every row of the batch or for all at once.
         keys: the segments of all keys, likewise.
+        windows, tile: as of :func:`plan.plan_calls`.
+        small: the most rows and keys of a call that stands for several ones.
     """
 
     def __init__(
-        self, conditions: Conditions, queries: Sequence[list[Segment]], keys: Sequence[list[Segment]]
+        self,
+        conditions: Conditions,
+        queries: Sequence[list[Segment]],
+        keys: Sequence[list[Segment]],
+        windows: bool,
+        tile: Tile | None,
+        small: int,
     ) -> None:
-        self._conditions = conditions
+        self._conditions, self._windows, self._tile, self._small = conditions, windows, tile, small
         rows = max(len(queries), len(keys))
         self._of_rows = [(queries[row % len(queries)], keys[row % len(keys)]) for row in range(rows)]
 
@@ -51,6 +60,9 @@ class DataPlan:
         positions: Tensor,
         num_keys: int,
         limits: tuple[int | None, int | None],
+        windows: bool = False,
+        tile: Tile | None = None,
+        small: int | None = None,
     ) -> DataPlan | None:
         """The plan under a mask program and limits of positions; None if the program is no help.
 
@@ -58,6 +70,8 @@ class DataPlan:
             operands: rows, columns and tables of the program.
             positions: of this rank's queries.
             num_keys: of all ranks.
+            windows, tile: as of :func:`plan.plan_calls`.
+            small: the most rows and keys of a call that stands for several ones, by default ``SMALL``.
         """
         sides = sides_of(*operands)
         conditions = read(program, sides)
@@ -76,7 +90,7 @@ class DataPlan:
             found.append(segments(labels, subtracted, shown, len(of_token)))
         if limits != (None, None):
             conditions = replace(conditions, bounds=(*conditions.bounds, Bound(-1, -1, *limits)))
-        return DataPlan(conditions, *found)
+        return DataPlan(conditions, *found, windows, tile, SMALL if small is None else small)
 
     @property
     def is_batched(self) -> bool:
@@ -106,10 +120,10 @@ class DataPlan:
         for segment in queries:
             met = of_label[segment.labels]
             left -= len(met)
-            if left < 0:
+            if left < 0 or (len(met) > 1 and self._tile is not None and self._tile.whole_rows):
                 return None
             found.append([call for group in met for call in self._pair(segment, group)])
-        return _joined(found)
+        return _shared(found, self._small)
 
     def _pair(self, queries: Segment, keys: list[Segment]) -> list[Call]:
         """The calls of a segment and a group. At distance 0 of their own numbers, the difference is that of firsts."""
@@ -123,18 +137,18 @@ class DataPlan:
                 limit = bound.farthest - (query - key)
                 farthest = limit if farthest is None else min(farthest, limit)
         intervals = tuple((at, at + x.stop - x.start) for x in keys for at in [_distance(first, x)])
-        is_whole = self._conditions.is_whole
+        rows, masked = ((0, queries.stop - queries.start),), not self._conditions.is_whole
         return [
-            Call(
-                queries.start + call.q_start,
-                queries.start + call.q_stop,
-                first.start + call.k_start,
-                first.start + call.k_stop,
-                call.kind,
-                decided=is_whole and call.kind != "band",
+            replace(
+                call,
+                q_start=queries.start + call.q_start,
+                q_stop=queries.start + call.q_stop,
+                k_start=first.start + call.k_start,
+                k_stop=first.start + call.k_stop,
+                decided=not masked and call.kind != "band",
             )
             for call in plan_calls(
-                ((0, queries.stop - queries.start),), intervals, nearest, farthest, masked=not is_whole
+                rows, intervals, nearest, farthest, masked=masked, windows=self._windows, tile=self._tile
             )
         ]
 
@@ -164,28 +178,28 @@ def _distance(first: Segment, other: Segment) -> int:
     return other.firsts[0] - first.firsts[0] if other.firsts else other.start - first.start
 
 
-def _joined(of_segments: Sequence[list[Call]]) -> list[Call]:
-    """All calls; those of consecutive segments joined while all their queries and keys are few.
+def _shared(of_segments: Sequence[list[Call]], small: int) -> list[Call]:
+    """All calls; one instead of those of consecutive segments, while all their queries and keys are few.
 
-    A joined call computes what its queries see among its keys, so all calls of these queries have to be joined.
+    Such a call computes what its queries see among its keys, so it stands for all calls of these queries.
     """
     found: list[Call] = []
     group: list[Call] = []
     for calls in filter(None, of_segments):
-        if group and not _is_small([*group, *calls]):
+        if group and not _is_small([*group, *calls], small):
             found += _one_call(group)
             group = []
         group += calls
-        if not _is_small(group):
+        if not _is_small(group, small):
             found += group
             group = []
     return found + _one_call(group)
 
 
-def _is_small(calls: Sequence[Call]) -> bool:
+def _is_small(calls: Sequence[Call], small: int) -> bool:
     queries = max(call.q_stop for call in calls) - min(call.q_start for call in calls)
     keys = max(call.k_stop for call in calls) - min(call.k_start for call in calls)
-    return queries <= SMALL and keys <= SMALL
+    return queries <= small and keys <= small
 
 
 def _one_call(calls: list[Call]) -> list[Call]:

@@ -13,7 +13,7 @@ float32 (float64 for float64 inputs), and gradients travel in that dtype too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sptransform.ops.communication.steps import Steps, Wait
 from sptransform.ops.ring.blocks import lay_out
+from sptransform.ops.ring.joined import Part
 from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.ops.ring.plan import Call
 from sptransform.ops.ring.rank_view import RankView, of_batch
@@ -59,7 +60,7 @@ def forward_steps(
     if sinks is not None:
         if options.get("explicit"):
             raise ValueError("attention with sinks is not explicit: the backward reads them from lse")
-        out, lse = _sp.merge_sinks(out, lse, sinks)
+        out, lse = _sp.merge_sinks(_summed(out), lse, sinks)
     return lay_out(out, query.dtype), lse, seed
 
 
@@ -103,7 +104,7 @@ def backward_steps(
             held = yield Wait(coming)
     if returning is not None:
         others = view.unpack((yield Wait(returning)), view.own)
-        own = [sums.add(mine, other, 0) for mine, other in zip(own, others, strict=True)]
+        own = [sums.add(_summed(mine), other, 0) for mine, other in zip(own, others, strict=True)]
     if grad_query is None:
         grad_query = _zeros(query, query.shape[2])
     trained = [view.operands[i] for i in view.trained]
@@ -113,19 +114,26 @@ def backward_steps(
 
 def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: Any) -> Any:
     """Merge this step's block into ``result``, the (out, lse) of earlier steps or None."""
-    key, value = _keys_at(view, step, held)
-    for call, mask, options in view.calls(view.block_at(step)):
-        may_sink = mask is not None and mask.is_floating_point()
-        query = _queries(view.query, call)
-        found = _sp.attention_block(query, _keys(key, call), _keys(value, call), mask, call.kind == "causal", **options)
-        if result is None and query.shape[::2] == view.query.shape[::2]:
+    for batch, start, found, may_sink in _results(view, view.block_at(step), *_keys_at(view, step, held)):
+        if result is None and found[1].shape == view.query.shape[:3]:
             result = found
             continue
-        result = result or _nothing(view.query, value)
-        merged = sums.merge(*(of_batch(x, call.batch) for x in result), *found, call.q_start, may_sink)
-        if call.batch is None:
-            result = merged
+        out, lse = result or _nothing(view.query, view.value)
+        out = _summed(out)
+        merged = sums.merge(*(of_batch(x, batch) for x in (out, lse)), *found, start, may_sink)
+        result = merged if batch is None else (out, lse)
     return result
+
+
+def _results(view: RankView, block: int, key: Tensor, value: Tensor) -> Iterator[tuple[Any, int, Any, bool]]:
+    """(sequences, first row, (out, lse), whether rows may be sunk) of all calls on a block."""
+    for group in view.joined(block):
+        for part in group.results(view.query, key, value):
+            yield *part, False
+    for call, mask, options in view.calls(block):
+        xs = _queries(view.query, call), _keys(key, call), _keys(value, call)
+        found = _sp.attention_block(*xs, mask, call.kind == "causal", **options)
+        yield call.batch, call.q_start, found, mask is not None and mask.is_floating_point()
 
 
 def _attend_backward(
@@ -145,25 +153,40 @@ def _attend_backward(
     keys = _keys_at(view, step, held)
     first, stop = (0, keys[0].shape[2]) if step == 0 else view.reach(block)
     parts: list[Tensor | None] = [None, None]
-    for call, mask, options in view.calls(block):
-        grad, out, lse = (_queries(x, call) for x in whole)
-        query, key, value = _queries(view.query, call), *(_keys(x, call) for x in keys)
-        backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
-        found, *of_keys = backward(grad, query, key, value, mask, out, lse, call.kind == "causal", **options)
-        if view.trained:
-            parts_of_operands = view.operand_gradients(call, block, of_keys.pop())
-            for i, part in enumerate(parts_of_operands):
-                of_operands[i] = sums.add_to_operand(of_operands[i], *part)
-        grad_query = _add(sums, grad_query, found, call.q_start, (view.query, view.query.shape[2]), call.batch)
-        parts = [
-            _add(sums, total, x, call.k_start - first, (whole_keys, stop - first), call.batch)
-            for total, x, whole_keys in zip(parts, of_keys, keys, strict=True)
-        ]
+    for of_queries, of_keys, operands in _gradients(view, block, keys, whole):
+        for batch, start, (found,) in of_queries:
+            grad_query = _add(sums, grad_query, found, start, (view.query, view.query.shape[2]), batch)
+        for batch, start, found in of_keys:
+            parts = [
+                _add(sums, total, x, start - first, (own, stop - first), batch)
+                for total, x, own in zip(parts, found, keys, strict=True)
+            ]
+        for i, part in enumerate(operands):
+            of_operands[i] = sums.add_to_operand(of_operands[i], *part)
     return (
         grad_query,
         first,
         [_zeros(x, stop - first) if part is None else part for part, x in zip(parts, keys, strict=True)],
     )
+
+
+def _gradients(
+    view: RankView, block: int, keys: tuple[Tensor, Tensor], whole: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Part], list[Part], Iterable[Any]]]:
+    """The gradients of queries, of keys and values, and of the mask's operands, of all calls on a block."""
+    grad, out, lse = whole
+    for group in view.joined(block):
+        yield *group.gradients(grad, view.query, *keys, out, lse), ()
+    for call, mask, options in view.calls(block):
+        xs = grad, view.query, *keys, out, lse
+        places = _queries, _queries, _keys, _keys, _queries, _queries
+        grad_rows, query, key, value, *rest = (place(x, call) for place, x in zip(places, xs, strict=True))
+        backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
+        found = backward(grad_rows, query, key, value, mask, *rest, call.kind == "causal", **options)
+        of_query, of_key, of_value, *of_mask = found
+        operands = view.operand_gradients(call, block, *of_mask) if view.trained else ()
+        of_keys = [(call.batch, call.k_start, (of_key, of_value))]
+        yield [(call.batch, call.q_start, (of_query,))], of_keys, operands
 
 
 def _keys_at(view: RankView, step: int, held: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -179,8 +202,14 @@ def _add(
         if (block.shape[0], block.shape[2]) == (whole.shape[0], size):
             return block
         total = _zeros(whole, size)
+    total = _summed(total)
     added = sums.add(of_batch(total, batch), block, start)
     return added if batch is None else total
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The result of one block, or a sum of several, as the sum to which others are added."""
+    return x.to(compute_dtype(x.dtype))
 
 
 def _no_gradients(view: RankView, step: int) -> Tensor:

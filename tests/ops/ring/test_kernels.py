@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from sptransform.ops.ring.kernels.interface import Case
 from sptransform.ops.ring.kernels.reference import OPEN
 from sptransform.ops.ring.kernels.table import TABLE, choose
 from tests.ops.ring.ranks import Problem, assert_equal, one_device
+from tests.support.cuda_stand_ins import flash_attn_on_cpu
 
 sp = torch.ops.sptransform
 
@@ -172,6 +172,10 @@ def test_merge_of_nothing() -> None:
         (Case("cuda", torch.bfloat16, 64, 64, False, False, softcap=True), "PyTorch reference"),
         (Case("cuda", torch.float32, 64, 64, True, False, softcap=True), "PyTorch reference"),
         (Case("cuda", torch.bfloat16, 192, 128, False, False, softcap=True), "PyTorch reference"),
+        (Case("cpu", torch.float32, 8, 8, False, False, windowed=True), "PyTorch reference"),
+        (Case("cuda", torch.bfloat16, 64, 64, False, False, windowed=True), "CUDA flash"),
+        (Case("cuda", torch.bfloat16, 192, 128, False, False, windowed=True), "PyTorch reference"),
+        (Case("cuda", torch.float32, 64, 64, False, False, windowed=True), "PyTorch reference"),
     ],
     ids=str,
 )
@@ -192,64 +196,12 @@ def test_flash_attn_comes_first_where_installed(monkeypatch: pytest.MonkeyPatch)
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "CUDA memory-efficient"
 
 
-class FlashAttnStandIn:
-    """The two functions of flash-attn 2.8 that are called, in the open: its tensors are [B, s, H, D]."""
-
-    @staticmethod
-    def _flash_attn_forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        softcap: float,
-        alibi_slopes: Tensor | None,
-        return_softmax: bool,
-    ) -> tuple[Tensor, Tensor, None, None]:
-        assert (dropout_p, window_size_left, window_size_right) == (0.0, -1, 0 if causal else -1)
-        assert (alibi_slopes, return_softmax) == (None, False)
-        assert all(x.stride(-1) == 1 for x in (q, k, v))
-        out, lse = OPEN.forward(*(x.transpose(1, 2) for x in (q, k, v)), None, causal, softmax_scale, softcap)
-        return out.transpose(1, 2), lse, None, None
-
-    @staticmethod
-    def _flash_attn_backward(
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        softcap: float,
-        alibi_slopes: Tensor | None,
-        deterministic: bool,
-    ) -> None:
-        assert (dropout_p, window_size_left, window_size_right) == (0.0, -1, 0 if causal else -1)
-        assert (alibi_slopes, deterministic) == (None, False)
-        assert softmax_lse.is_contiguous() and all(x.stride(-1) == 1 for x in (dout, q, k, v, out))
-        heads_first = (x.transpose(1, 2) for x in (dout, q, k, v))
-        grads = OPEN.backward(*heads_first, None, out.transpose(1, 2), softmax_lse, causal, softmax_scale, softcap)
-        for x, grad in zip((dq, dk, dv), grads, strict=True):
-            x.copy_(grad.transpose(1, 2))
-
-
 @pytest.mark.parametrize(("causal", "softcap"), [(False, 0.0), (True, 0.0), (True, 0.7)])
 def test_flash_attn_is_called_as_it_is_defined(
     causal: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", FlashAttnStandIn)
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", FlashAttnStandIn)
+    """A stand-in of it, which takes no tensor whose rows do not lie in one piece."""
+    calls = flash_attn_on_cpu(monkeypatch)
     kernel = next(kernel for kernel in TABLE if kernel.name == "flash-attn")
     grad, query, key, value = (torch.randn(2, 4, 8, 6, dtype=torch.float64).mT for _ in range(4))
     extra = {"softcap": softcap} if softcap else {}
@@ -259,6 +211,7 @@ def test_flash_attn_is_called_as_it_is_defined(
     true_grads = OPEN.backward(grad, query, key, value, None, *expected, causal, 0.3, **extra)
     for x, y in zip((out, lse, *grads), (*expected, *true_grads), strict=True):
         torch.testing.assert_close(x, y)
+    assert {window for *_, window in calls} == {(-1, 0 if causal else -1)}
 
 
 def test_kernel_name() -> None:
@@ -289,6 +242,11 @@ def test_shapes_of_cuda_kernels(name: str, dtype: torch.dtype, value_dim: int, m
         bias = torch.empty(1, 1, 6, 10, device="cuda") if masked else None
         out, lse = kernel.forward(query, key, value, bias, False, 0.5)
         grads = kernel.backward(torch.empty_like(out), query, key, value, bias, out, lse, False, 0.5)
+        if name == "CUDA flash":
+            window = kernel.forward(query, key, value, None, True, 0.5, sliding=True)
+            assert [x.shape for x in window] == [out.shape, lse.shape]
+            found = kernel.backward(torch.empty_like(out), query, key, value, None, out, lse, True, 0.5, sliding=True)
+            assert [x.shape for x in found] == [x.shape for x in grads]
     assert out.shape == (2, 4, 6, value_dim)
     assert (lse.shape, lse.dtype) == ((2, 4, 6), torch.float32)
     assert [x.shape for x in grads] == [query.shape, key.shape, value.shape]

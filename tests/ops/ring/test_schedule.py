@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sptransform.graph.printer import text
 from sptransform.ops.communication.steps import COMMUNICATING, Start, Steps, Wait, drive, perform_together
 from sptransform.ops.ring import trace_steps
+from sptransform.ops.ring.kernels.interface import Kernel
 from sptransform.sharding.partition import Partition
 from tests.ops.ring.ranks import Problem, Ring
 from tests.support.golden import Golden
@@ -225,5 +226,6 @@ class _Interpreter(torch.fx.Interpreter):
 
 def test_tracing_computes_nothing() -> None:
     problem, ring = make(3)
-    with mock.patch("sptransform.ops.ring.blocks.choose", side_effect=AssertionError("a kernel ran")):
+    ran = mock.Mock(side_effect=AssertionError("a kernel ran"))
+    with mock.patch("sptransform.ops.ring.blocks.choose", return_value=Kernel("none", ran, ran, ran)):
         trace_steps("ring_attention", 0, tuple(ring.own(problem, 0)), ring.keywords)

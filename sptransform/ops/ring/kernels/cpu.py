@@ -11,7 +11,8 @@ aten = torch.ops.aten
 
 
 def is_for_cpu(case: Case) -> bool:
-    return case.device == "cpu" and case.head_dim == case.value_dim and not case.explicit and not case.softcap
+    is_plain = case.head_dim == case.value_dim and not (case.explicit or case.softcap or case.windowed)
+    return case.device == "cpu" and is_plain
 
 
 def flash(

@@ -24,17 +24,22 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 def is_plain(case: Case) -> bool:
     """What the flash kernels and cuDNN require: a 16-bit dtype, head sizes in multiples of 16 bytes, no mask.
 
-    Softcap apart, which flash-attn has and the others have not.
+    Softcap and windows apart, which not all of them have.
     """
     sizes = (case.head_dim, case.value_dim)
     fits = case.dtype in _SIXTEEN_BITS and all(size % 8 == 0 and 0 < size <= 256 for size in sizes)
     return case.device == "cuda" and fits and not case.masked and not case.explicit and _capability() >= (8, 0)
 
 
+def is_for_cudnn(case: Case) -> bool:
+    fits = case.head_dim <= 192 and case.value_dim <= 128
+    return is_plain(case) and fits and not case.softcap and not case.windowed
+
+
 def is_efficient(case: Case) -> bool:
     unit = 16 // case.dtype.itemsize
     fits = case.dtype in (*_SIXTEEN_BITS, torch.float32) and case.head_dim % unit == 0 == case.value_dim % unit
-    return case.device == "cuda" and fits and not case.explicit and not case.softcap
+    return case.device == "cuda" and fits and not (case.explicit or case.softcap or case.windowed)
 
 
 @cache
@@ -53,12 +58,29 @@ def has_flash_attn() -> bool:
     return (2, 7) <= (int(major), int(minor)) < (3, 0)
 
 
+def window(query: Tensor, key: Tensor, causal: bool, sliding: bool) -> dict[str, int]:
+    """The window arguments of flash-attn, -1 being no limit; tensors are [B, H, s, D].
+
+    Query n sees the keys ``n + t - s - left`` to ``n + t - s + right``.
+    """
+    left = key.shape[2] - query.shape[2] if sliding else -1
+    return {"window_size_left": left, "window_size_right": 0 if causal else -1}
+
+
 def flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float, softcap: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: None,
+    causal: bool,
+    scale: float,
+    softcap: float = 0.0,
+    sliding: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The package's tensors are [B, s, H, D]."""
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
+    limits = window(query, key, causal, sliding)
     query, key, value = (rows_in_memory(x).transpose(1, 2) for x in (query, key, value))
     out, lse, *_ = _flash_attn_forward(
         query,
@@ -67,8 +89,7 @@ def flash_attn(
         dropout_p=0.0,
         softmax_scale=scale,
         causal=causal,
-        window_size_left=-1,
-        window_size_right=0 if causal else -1,
+        **limits,
         softcap=softcap,
         alibi_slopes=None,
         return_softmax=False,
@@ -87,9 +108,11 @@ def flash_attn_backward(
     causal: bool,
     scale: float,
     softcap: float = 0.0,
+    sliding: bool = False,
 ) -> Grads:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
+    limits = window(query, key, causal, sliding)
     grad, query, key, value, out = (rows_in_memory(x).transpose(1, 2) for x in (grad, query, key, value, out))
     grads = [torch.empty_like(x) for x in (query, key, value)]
     _flash_attn_backward(
@@ -103,8 +126,7 @@ def flash_attn_backward(
         dropout_p=0.0,
         softmax_scale=scale,
         causal=causal,
-        window_size_left=-1,
-        window_size_right=0 if causal else -1,
+        **limits,
         softcap=softcap,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -113,9 +135,19 @@ def flash_attn_backward(
     return grad_query, grad_key, grad_value
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float, sliding: bool = False
+) -> tuple[Tensor, Tensor]:
     """Also runs FlashAttention 3 or 4, if ``torch.nn.attention.activate_flash_attention_impl`` selected it."""
     query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    sizes = query.shape[2], key.shape[2]
+    if _is_window(sizes, causal, sliding):
+        limits = window(query, key, causal, sliding)
+        xs = (x.transpose(1, 2) for x in (query, key, value))
+        out, lse, *_ = aten._flash_attention_forward(
+            *xs, None, None, *sizes, 0.0, causal, False, scale=scale, **limits
+        )
+        return out.transpose(1, 2), lse
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     return out, lse
 
@@ -130,12 +162,27 @@ def flash_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    sliding: bool = False,
 ) -> Grads:
     grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
-    sizes = query.shape[2], key.shape[2]
+    lse, sizes = lse.contiguous(), (query.shape[2], key.shape[2])
+    if _is_window(sizes, causal, sliding):
+        limits = window(query, key, causal, sliding)
+        xs = (x.transpose(1, 2) for x in (grad, query, key, value, out))
+        grads = aten._flash_attention_backward(
+            *xs, lse, None, None, *sizes, 0.0, causal, *_no_random_state(query),
+            scale=scale, **limits,
+        )  # fmt: skip
+        grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in grads)
+        return grad_query, grad_key, grad_value
     return aten._scaled_dot_product_flash_attention_backward(
         grad, query, key, value, out, lse, None, None, *sizes, 0.0, causal, *_no_random_state(query), scale=scale
     )
+
+
+def _is_window(sizes: tuple[int, int], causal: bool, sliding: bool) -> bool:
+    """Whether torch's flash attention, in which causality has as many keys as queries, cannot say it."""
+    return sliding or (causal and sizes[0] != sizes[1])
 
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

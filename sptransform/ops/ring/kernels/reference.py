@@ -19,11 +19,12 @@ aten = torch.ops.aten
 Kept = Callable[[Tensor, int], Tensor]
 
 
-def _tiles(query: Tensor, key: Tensor, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """(first row, end of rows, end of the keys that they see)."""
+def _tiles(query: Tensor, key: Tensor, causal: bool, sliding: bool) -> Iterator[tuple[slice, slice]]:
+    """Rows, and the keys that some of them see."""
+    more = key.shape[2] - query.shape[2]
     for start in range(0, query.shape[2], TILE):
         stop = min(start + TILE, query.shape[2])
-        yield start, stop, stop if causal else key.shape[2]
+        yield slice(start, stop), slice(start if sliding else 0, stop + more if causal else key.shape[2])
 
 
 def _capped(query: Tensor, key: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
@@ -35,14 +36,20 @@ def _capped(query: Tensor, key: Tensor, scale: float, softcap: float) -> tuple[T
     return bounded * softcap, 1 - bounded.square()
 
 
-def _masked(scores: Tensor, bias: Tensor | None, causal: bool, start: int) -> Tensor:
-    """``scores`` of the rows from ``start`` on."""
+def _masked(scores: Tensor, bias: Tensor | None, causal: bool, sliding: bool, start: int) -> Tensor:
+    """``scores`` of the rows from ``start`` on. The last of them sees the last key, the first the first key."""
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(start + 1)
-        scores = scores.masked_fill(hidden, -math.inf)
+        rows, keys = scores.shape[-2:]
+        scores = scores.masked_fill(_everywhere(scores).triu(keys - rows + 1), -math.inf)
+    if sliding:
+        scores = scores.masked_fill(_everywhere(scores).tril(-1), -math.inf)
     if bias is None:
         return scores
     return scores + (bias if bias.shape[2] == 1 else bias.narrow(2, start, scores.shape[2]))
+
+
+def _everywhere(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
 
 
 def grouped_rows(x: Tensor, key: Tensor) -> Tensor:
@@ -58,19 +65,19 @@ def _open(
     causal: bool,
     scale: float,
     softcap: float = 0.0,
+    sliding: bool = False,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition."""
     query, key, value = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
     outs, lses = [], []
-    for start, stop, end in _tiles(query, key, causal):
-        seen, values = key[:, :, :end], value[:, :, :end]
-        scores, _ = _capped(query[:, :, start:stop], seen, scale, softcap)
-        scores = _masked(scores, bias, causal, start)
+    for rows, keys in _tiles(query, key, causal, sliding):
+        scores, _ = _capped(query[:, :, rows], key[:, :, keys], scale, softcap)
+        scores = _masked(scores, bias, causal, sliding, rows.start)
         probabilities = aten._safe_softmax(scores, -1)  # zeros where a row sees nothing
         if kept is not None:
-            probabilities = probabilities * kept(probabilities, start)
-        outs.append((grouped_rows(probabilities, key) @ values).view(*scores.shape[:3], -1))
+            probabilities = probabilities * kept(probabilities, rows.start)
+        outs.append((grouped_rows(probabilities, key) @ value[:, :, keys]).view(*scores.shape[:3], -1))
         lses.append(scores.logsumexp(-1))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
@@ -86,6 +93,7 @@ def _open_backward(
     causal: bool,
     scale: float,
     softcap: float = 0.0,
+    sliding: bool = False,
     kept: Kept | None = None,
     explicit: bool = False,
     grad_bias: Tensor | None = None,
@@ -95,32 +103,32 @@ def _open_backward(
     # sum_j p_ij dp_ij over all keys of the row, also those of other blocks (FlashAttention, equation 4)
     whole = (grad * out).sum(-1, keepdim=True)
     grads_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
-    for start, stop, end in _tiles(query, key, causal):
-        queries, seen, values = query[:, :, start:stop], key[:, :, :end], value[:, :, :end]
+    for rows, keys in _tiles(query, key, causal, sliding):
+        queries, seen = query[:, :, rows], key[:, :, keys]
         scores, slope = _capped(queries, seen, scale, softcap)
-        scores = _masked(scores, bias, causal, start)
+        scores = _masked(scores, bias, causal, sliding, rows.start)
         if explicit:
             probabilities = aten._safe_softmax(scores, -1)
         else:
-            probabilities = (scores - lse[:, :, start:stop, None]).exp()
-        grad_rows = grouped_rows(grad[:, :, start:stop], key)
-        grad_probabilities = (grad_rows @ values.transpose(-2, -1)).view_as(probabilities)
+            probabilities = (scores - lse[:, :, rows, None]).exp()
+        grad_rows = grouped_rows(grad[:, :, rows], key)
+        grad_probabilities = (grad_rows @ value[:, :, keys].transpose(-2, -1)).view_as(probabilities)
         dropped = probabilities
         if kept is not None:
-            factors = kept(probabilities, start)
+            factors = kept(probabilities, rows.start)
             dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
-        grad_scores = probabilities * (grad_probabilities - whole[:, :, start:stop])
+        grad_scores = probabilities * (grad_probabilities - whole[:, :, rows])
         if grad_bias is not None:
-            of_rows = grad_bias if grad_bias.shape[2] == 1 else grad_bias[:, :, start:stop]
+            of_rows = grad_bias if grad_bias.shape[2] == 1 else grad_bias[:, :, rows]
             of_rows += grad_scores.sum_to_size(of_rows.shape)
         grad_scores = grad_scores * scale
         if slope is not None:
             grad_scores = grad_scores * slope
         grad_scores = grouped_rows(grad_scores, key)
         grads_query.append((grad_scores @ seen).view_as(queries))
-        grad_key[:, :, :end] += grad_scores.transpose(-2, -1) @ grouped_rows(queries, key)
-        grad_value[:, :, :end] += grouped_rows(dropped, key).transpose(-2, -1) @ grad_rows
+        grad_key[:, :, keys] += grad_scores.transpose(-2, -1) @ grouped_rows(queries, key)
+        grad_value[:, :, keys] += grouped_rows(dropped, key).transpose(-2, -1) @ grad_rows
     return torch.cat(grads_query, 2), grad_key, grad_value
 
 
-OPEN = Kernel("PyTorch reference", lambda case: True, _open, _open_backward)
+OPEN = Kernel("PyTorch reference", lambda case: True, _open, _open_backward, widens=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from sptransform.ops.ring.kernels import cuda
+from sptransform.ops.ring.kernels import cuda, varlen
 from sptransform.ops.ring.kernels.cpu import flash, flash_backward, is_for_cpu
-from sptransform.ops.ring.kernels.interface import Case, Kernel
+from sptransform.ops.ring.kernels.interface import Case, Kernel, Varlen
 from sptransform.ops.ring.kernels.reference import OPEN
 
 TABLE = (
@@ -15,22 +17,25 @@ TABLE = (
         is_for_cpu,
         flash,
         flash_backward,
+        widens=True,
     ),
     Kernel(
         "flash-attn",
         lambda case: cuda.is_plain(case) and cuda.has_flash_attn() and case.head_dim == case.value_dim,
         cuda.flash_attn,
         cuda.flash_attn_backward,
+        varlen=Varlen(varlen.flash_attn, varlen.flash_attn_backward),
     ),
     Kernel(
         "CUDA flash",
         lambda case: cuda.is_plain(case) and case.head_dim == case.value_dim and not case.softcap,
         cuda.flash,
         cuda.flash_backward,
+        varlen=Varlen(varlen.flash, varlen.flash_backward),
     ),
     Kernel(
         "cuDNN",
-        lambda case: cuda.is_plain(case) and case.head_dim <= 192 and case.value_dim <= 128 and not case.softcap,
+        cuda.is_for_cudnn,
         cuda.cudnn,
         cuda.cudnn_backward,
         grouped=False,
@@ -50,11 +55,17 @@ def choose(case: Case) -> Kernel:
     return next(kernel for kernel in TABLE if kernel.serves(case))
 
 
+def has_windows(case: Case) -> bool:
+    """Whether the kernel of a case without a mask computes windows too."""
+    return choose(replace(case, windowed=True)) is choose(case)
+
+
 def kernel_name(
     query: Tensor, value: Tensor, *, masked: bool = False, explicit: bool = False, softcap: float = 0.0
 ) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
-    ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window.
+    ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window if
+    the kernel that computes the other calls has no windows.
     """
     return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap)).name
