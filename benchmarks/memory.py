@@ -14,7 +14,8 @@ depend on the machine.
   device that makes no mask; 100% is perfect.
 
 *square* is the largest allocation in bytes by the number of queries x keys: what falls with the length is no square.
-The mask of a tile of 512 queries is among the allocations, 4 bytes for each of its keys.
+The mask of a tile is among the allocations: 4 bytes for each of 512 x 1024 pairs, and in a long sequence for no more
+pairs than the queries have numbers.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
 
 1. A strategy that cuts queries or keys (``reads_masks``) needs this of every attention. Others keep attention without a
    mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it. Attention with a
-   softcap or sinks is no kernel's there: it becomes this always.
+   softcap, sinks or dropout is no kernel's there: it becomes this always, which is computed in tiles.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension, and tables in which it looks up (see
    ``masks/region.py`` for what is read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read
@@ -39,8 +39,9 @@ from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.bands import Band
-from sptransform.masks.reader import MaskRead, MaskReader, cast_of
-from sptransform.op_rules.attention import ATTENTION, RING_ATTENTION, mask_of, sinks_of, softcap_of
+from sptransform.masks.mask_read import MaskRead, emit_attention
+from sptransform.masks.reader import MaskReader, cast_of
+from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
 
 _LENGTH = 2
 
@@ -71,8 +72,8 @@ class AttendByPosition(Pass):
 
 
 def _is_extended(node: fx.Node) -> bool:
-    """Whether the node is attention that fused kernels of torch have not."""
-    return softcap_of(node) != 0 or sinks_of(node) is not None
+    """Whether fused kernels have not what the attention has, or would draw equal dropout masks on all ranks."""
+    return softcap_of(node) != 0 or sinks_of(node) is not None or op_call(node).argument("dropout_p") > 0
 
 
 def _band(node: fx.Node, read: MaskRead) -> Band:
@@ -93,17 +94,12 @@ def _check_gradient(node: fx.Node, mask: fx.Node | None, read: MaskRead) -> None
 
 def _by_position(node: fx.Node, read: MaskRead, band: Band) -> None:
     call, sinks = op_call(node), sinks_of(node)
-    last = [sinks, read.tables] if read.tables else [sinks] if sinks is not None else []
-    new = emit_like(
+    new = emit_attention(
         node,
-        RING_ATTENTION,
-        *node.args[:3],
-        read.rows,
-        read.columns,
-        *last,
-        mask=read.program,
-        nearest=band.nearest,
-        farthest=band.farthest,
+        node.args[:3],
+        read,
+        band,
+        sinks,
         dropout_p=call.argument("dropout_p"),
         scale=call.argument("scale"),
         softcap=softcap_of(node),

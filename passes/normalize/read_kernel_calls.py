@@ -34,10 +34,8 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
 from sptransform.graph.edit import emit_like, rename, succeed
 from sptransform.masks.documents import Documents
-from sptransform.masks.expressions import program_of
 from sptransform.masks.kernel_masks import visible_in
-from sptransform.masks.visibility import Visible
-from sptransform.op_rules.attention import RING_ATTENTION
+from sptransform.masks.mask_read import MaskRead, emit_attention
 from sptransform.op_rules.attention_kernels import KernelCall, kernel_of, read_call
 
 aten = torch.ops.aten
@@ -81,7 +79,17 @@ def _attended(call: KernelCall, node: fx.Node, documents: Documents) -> fx.Node:
         )
     else:
         visible = visible_in(call, num_queries, num_keys, node, documents)
-        out = _attended_by_position(call, (query, key, value), visible, node)
+        new = emit_attention(
+            node,
+            (query, key, value),
+            MaskRead.of(visible),
+            visible.band,
+            dropout_p=call.dropout_p,
+            scale=call.scale,
+            softcap=call.softcap,
+        )
+        rename(new, "ring_attention")
+        out = emit_like(node, operator.getitem, new, 0)
     out = emit_like(node, aten.transpose.int, out, 1, 2)
     return emit_like(node, aten.squeeze.dim, out, 0) if is_packed else out
 
@@ -91,29 +99,6 @@ def _heads_first(x: fx.Node, is_packed: bool, before: fx.Node) -> fx.Node:
     if is_packed:
         x = emit_like(before, aten.unsqueeze.default, x, 0)
     return emit_like(before, aten.transpose.int, x, 1, 2)
-
-
-def _attended_by_position(call: KernelCall, tensors: tuple[fx.Node, ...], visible: Visible, node: fx.Node) -> fx.Node:
-    program, rows, columns = "", [], []
-    if visible.rest is not None:
-        found = program_of(visible.rest)
-        program = str(found.text)
-        rows, columns = ([leaf.node for leaf in side] for side in (found.rows, found.columns))
-    new = emit_like(
-        node,
-        RING_ATTENTION,
-        *tensors,
-        rows,
-        columns,
-        mask=program,
-        nearest=visible.band.nearest,
-        farthest=visible.band.farthest,
-        dropout_p=call.dropout_p,
-        scale=call.scale,
-        softcap=call.softcap,
-    )
-    rename(new, "ring_attention")
-    return emit_like(node, operator.getitem, new, 0)
 
 
 def _replace_results(node: fx.Node, out: fx.Node) -> None:

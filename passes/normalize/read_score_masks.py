@@ -24,8 +24,9 @@ from torch import fx
 
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph.edit import emit_like, succeed
+from sptransform.graph.edit import succeed
 from sptransform.masks.bands import Band
+from sptransform.masks.mask_read import emit_attention
 from sptransform.masks.reader import MaskReader
 from sptransform.op_rules.attention import RING_ATTENTION
 
@@ -43,10 +44,8 @@ class ReadScoreMasks(Pass):
             if read.blocking is not None:
                 continue
             band = Band(node.kwargs.get("nearest"), node.kwargs.get("farthest")) & read.band
-            bounds = {"mask": read.program, "nearest": band.nearest, "farthest": band.farthest}
-            others = [node.args[5] if len(node.args) > 5 else None, read.tables] if read.tables else node.args[5:]
-            operands = *node.args[:3], read.rows, read.columns, *others
-            succeed(node, emit_like(node, RING_ATTENTION, *operands, **dict(node.kwargs) | bounds))
+            sinks = node.args[5] if len(node.args) > 5 else None
+            succeed(node, emit_attention(node, node.args[:3], read, band, sinks, **node.kwargs))
         graph.eliminate_dead_code()
 
 

@@ -28,11 +28,12 @@ from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call
-from sptransform.graph.edit import emit_like, succeed
+from sptransform.graph.edit import succeed
 from sptransform.masks.bands import Band
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
-from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, from_the_right, program_of
+from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, from_the_right
+from sptransform.masks.mask_read import MaskRead, emit_attention
 from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.attention import RING_ATTENTION
 from sptransform.ops.mask_program import MaskProgram, Ref, parse
@@ -53,19 +54,9 @@ class SimplifyMasks(Pass):
             query, key = (dataflow.shape(x)[_LENGTH] for x in node.args[:2])
             constants = Constants(max(_num_entries(leaf) for leaf in leaves), forms)
             visible = Visibility(query, key, constants).of(_expression(parse(node.kwargs["mask"]), leaves))
-            program = None if visible.rest is None else program_of(visible.rest)
-            rows, columns = ([], []) if program is None else (program.rows, program.columns)
-            call, text = op_call(node), "" if program is None else str(program.text)
+            call = op_call(node)
             band = Band(call.argument("nearest"), call.argument("farthest")) & visible.band
-            new = emit_like(
-                node,
-                RING_ATTENTION,
-                *node.args[:3],
-                [leaf.node for leaf in rows],
-                [leaf.node for leaf in columns],
-                *node.args[5:],
-                **node.kwargs | {"mask": text, "nearest": band.nearest, "farthest": band.farthest},
-            )
+            new = emit_attention(node, node.args[:3], MaskRead.of(visible), band, *node.args[5:6], **node.kwargs)
             succeed(node, new)
         graph.eliminate_dead_code()
 

@@ -10,22 +10,25 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
+from sptransform.compiler.compiles import Compiles, counted_by_sizes
 from sptransform.compiler.distinct_tensors import distinct_tensors
 from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
 from sptransform.diagnostics.provenance import innermost_line
 
 
 class WatchedCompiler:
-    """A backend that detects calls in which nothing that it compiled ran."""
+    """A backend that detects calls in which nothing that it compiled ran, and that counts what it compiles."""
 
     def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
         self._backend = backend
         self._num_runs = 0
+        self._compiles = Compiles()
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = self._backend(gm, inputs)
+        self._compiles.add(inputs)
 
         def run(*args: Any) -> Any:
             self._num_runs += 1
@@ -74,7 +77,7 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
         global _is_capturing
         before, _is_capturing = _is_capturing, True
         try:
-            with distinct_tensors():
+            with distinct_tensors(), counted_by_sizes():
                 return in_configuration(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
@@ -92,15 +95,6 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
                     "attn_implementation='sdpa', or 'sptransform', see the README",
                 )
             ) from error
-        except FailOnRecompileLimitHit as error:
-            raise UsageError(
-                describe(
-                    "the model was compiled for as many different inputs as Dynamo allows",
-                    found=str(error).split("\n")[0],
-                    fix="pad lengths to a multiple of the number of ranks, which one graph then serves; pass numbers "
-                    "that change as tensors; or raise torch._dynamo.config.recompile_limit",
-                )
-            ) from error
         finally:
             _is_capturing = before
 
@@ -110,8 +104,6 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
             optimize_ddp=False,
-            # with graph breaks allowed, Dynamo would silently run the original model, unsharded
-            fail_on_recompile_limit_hit=True,
             # Dynamo passes an open float as a tensor's item, which cannot be read when the graph is traced again
             specialize_float=True,
         ):

@@ -127,8 +127,8 @@ class Strategy:
         """Partition of a sequence; ``is_causal``: whether the graph's attention is. Default: contiguous blocks."""
         return Partition.contiguous(size, num_ranks)
 
-    def multiple(self, num_ranks: int) -> int:
-        """One graph serves all lengths that are multiples of this number."""
+    def multiple(self, num_ranks: int) -> int | None:
+        """One graph serves all lengths that are multiples of this number; None if each length has one of its own."""
         return num_ranks
 
     def gathers_for(self, rule: OpRule) -> bool:

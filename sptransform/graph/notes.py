@@ -39,6 +39,7 @@ class Note:
     stored: tuple[Stored, ...] = ()  # placeholders: how it is sharded, outermost mesh dim first
     rule: OpRule | None = None
     decision: Decision | None = None
+    decided: tuple[tuple[OpRule, Decision], ...] = ()  # of attention: rule and decision on earlier mesh dims
     placements: tuple[Placement, ...] | None = None  # one per output of the node
     local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # expected (shape, dtype) per output
     transitions: tuple[tuple[Placement, Placement], ...] = ()  # redistribute nodes: (from, to) per tensor
@@ -151,7 +152,14 @@ def forget_placements(graph: fx.Graph) -> None:
     """Reset the notes before placement on the next mesh dim. Keeps what no mesh dim changes, and what was sent."""
     for node in graph.nodes:
         kept = ("differentiable", "input_name", "is_parameter", "stored", "transitions", "mesh", "sends")
-        node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept})
+        node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept}, decided=decided(node))
+
+
+def decided(node: fx.Node) -> tuple[tuple[OpRule, Decision], ...]:
+    """The rule and the decision of an attention node on every mesh dim that is distributed; empty for other nodes."""
+    found = note(node)
+    is_new = found.rule is not None and found.decision is not None and found.rule.roles
+    return (*found.decided, (found.rule, found.decision)) if is_new else found.decided
 
 
 def give_policies(graph: fx.Graph, policies: dict[int, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from sptransform.compiler.rewrite import rewrite
 from sptransform.engine.pass_manager import DISTRIBUTED, run_passes
+from sptransform.inspection.attended_work import checked_documents
 from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.reader import explanation_of
 from sptransform.inspection.ring_steps import expanded_rings
@@ -25,6 +26,7 @@ def explain(
     world_size: int | tuple[int, ...],
     rank: int = 0,
     expand: bool = False,
+    documents: Sequence[int] | Sequence[Sequence[int]] | None = None,
     **options: Any,
 ) -> Explanation:
     """Return what ``rank`` of ``world_size`` would run and send in one training step, without processes or devices.
@@ -39,13 +41,16 @@ def explain(
         world_size: number of ranks, or a tuple with the size of each mesh dim.
         rank: the rank to explain; bytes differ only if something does not divide by the number of ranks.
         expand: show the steps of rings, hop by hop: in the page, as ``expanded``, and as nodes of ``graph()``.
+        documents: the lengths of packed documents, for all rows alike or one list for each: the work of every rank is
+            then counted in pairs of a query and a key of one document. What is left of a row is padding.
         options: further options of :func:`sptransform.frontend.parallelize`.
 
     Raises:
         UsageError: an argument is wrong.
     """
+    lengths = checked_documents(documents)
     rewritten = rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options)
-    explanation = explanation_of(rewritten)
+    explanation = explanation_of(rewritten, lengths)
     if expand:
         explanation = replace(explanation, expanded=expanded_rings(rewritten))
         run_passes(rewritten.graph_module, [ExpandRings()], rewritten.context, DISTRIBUTED)

@@ -29,6 +29,8 @@ class Explanation(Facts):
         data = {f: getattr(self, f) for f in ("strategy", "world_size", "rank", "grad_sync")}
         for name in ("redistributions", "rings", "expanded", "fallbacks", "gathered", "outputs", "totals"):
             data[name] = [_plain(asdict(entry)) for entry in getattr(self, name)]
+        data["documents"] = _plain(self.documents)
+        data["attention"] = [{**_plain(asdict(work)), "imbalance": work.imbalance} for work in self.attention]
         data["graph"] = {path: list(lines) for path, lines in self.rewritten.text_by_layer.items()}
         return data
 

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sptransform.inspection.attended_work import imbalance
 from sptransform.inspection.records import Facts, Redistribution, RingPass
 
 Row = tuple[str, ...]
@@ -28,7 +30,7 @@ class Section:
     rows: Sequence[Row] = ()
     sentences: Sequence[str] = ()
     numbers: frozenset[str] = frozenset(
-        {"bytes back", "bytes each", "bytes sent", "count", "hops", "hops back", "parameters"}
+        {"bytes back", "bytes each", "bytes sent", "count", "hops", "hops back", "over the mean", "pairs", "parameters"}
     )
 
 
@@ -44,6 +46,7 @@ def sections(facts: Facts) -> list[Section]:
         ]
     found = [
         _totals(facts),
+        _work(facts),
         _redistributions(facts),
         _rings(facts),
         *_expanded(facts),
@@ -69,6 +72,23 @@ def _totals(facts: Facts) -> Section:
         rows,
         [note] if any(t.kind == "all_reduce" for t in facts.totals) else [],
     )
+
+
+def _work(facts: Facts) -> Section:
+    """Ranks in order; those with equal work that follow each other share a line."""
+    pairs = facts.attended_pairs
+    mean = sum(pairs) / max(len(pairs), 1)
+    rows: list[Row] = []
+    for count, group in groupby(range(len(pairs)), key=pairs.__getitem__):
+        first, *_, last = (*group,) * 2
+        ranks = str(first) if first == last else f"{first}..{last}"
+        rows.append((ranks, f"{count:,}", f"{count / mean - 1:+.1%}" if mean else ""))
+    sentences = [f"The busiest rank has {imbalance(pairs):.1%} more than the mean."] if len(rows) > 1 else []
+    if any(work.is_bound for work in facts.attention):
+        sentences.append("Masks that depend on data may hide some of them.")
+    packed = "" if facts.documents is None else " of packed documents"
+    title = f"Attention{packed}: pairs of query and key in the forward, over heads and rows"
+    return Section(title, ("rank", "pairs", "over the mean"), rows, sentences)
 
 
 def _redistributions(facts: Facts) -> Section:

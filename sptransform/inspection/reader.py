@@ -12,14 +12,18 @@ from sptransform.diagnostics import provenance
 from sptransform.engine.strategy import Strategy
 from sptransform.engine.traffic import Sending, global_shape, in_order, sending_by_node
 from sptransform.graph import dataflow, notes
+from sptransform.graph.edit import fake_arguments
 from sptransform.graph.printer import op_name, tensor_type
+from sptransform.inspection.attended_work import Documents
 from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.records import Gathered, Output, Redistribution, RingPass
+from sptransform.inspection.work_of_ranks import work_of_ranks
+from sptransform.ops.ring.conditions import is_decided
 from sptransform.ops.ring.kernels.table import kernel_name
 from sptransform.sharding.placement import Shard
 
 
-def explanation_of(rewritten: Rewritten) -> Explanation:
+def explanation_of(rewritten: Rewritten, documents: Documents | None = None) -> Explanation:
     """What the rewritten graph inserts, where, and the bytes it sends; what :func:`explain` returns."""
     context, graph = rewritten.context, rewritten.graph_module.graph
     sent = sending_by_node(graph, context.mesh)
@@ -38,6 +42,8 @@ def explanation_of(rewritten: Rewritten) -> Explanation:
         outputs=tuple(_outputs(graph)),
         grad_sync=context.grad_sync,
         rewritten=rewritten,
+        attention=tuple(work_of_ranks(rewritten, documents)),
+        documents=documents,
     )
 
 
@@ -71,13 +77,20 @@ def _ring(node: fx.Node, sending: Sending) -> RingPass:
         kernel=kernel_name(
             query,
             value,
-            masked=bool(node.kwargs.get("mask")),
+            masked=_computes_masks(node),
             explicit=node.kwargs.get("dropout_p", 0.0) > 0 or node.kwargs.get("explicit", False),
             softcap=node.kwargs.get("softcap", 0.0),
         ),
         forward=sending.forward,
         backward=sending.backward,
     )
+
+
+def _computes_masks(node: fx.Node) -> bool:
+    args, kwargs = fake_arguments(node)
+    program, explicit = kwargs.get("mask"), kwargs.get("explicit", False)
+    tables = args[6] if len(args) > 6 else None
+    return bool(program) and (explicit or not is_decided(program, args[3], args[4], tables or []))
 
 
 def _printed(transitions: tuple[tuple[object, object], ...]) -> tuple[tuple[str, str], ...]:

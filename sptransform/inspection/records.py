@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from sptransform.compiler.rewrite import Rewritten
 from sptransform.engine.context import Fallback
 from sptransform.engine.traffic import Collective
+from sptransform.inspection.attended_work import Documents, imbalance
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,28 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class AttentionWork:
+    """What every rank computes of one attention, in its forward, over all its heads and rows.
+
+    Attributes:
+        node, layer, source_line: as in :class:`Redistribution`.
+        pairs: for every rank, how many pairs of a query and a key it attends.
+        is_bound: whether a mask that depends on data may hide some of these pairs.
+    """
+
+    node: str
+    layer: str
+    source_line: str | None
+    pairs: tuple[int, ...]
+    is_bound: bool
+
+    @property
+    def imbalance(self) -> float:
+        """By how much the busiest rank exceeds the mean: 0.1 is 10% more."""
+        return imbalance(self.pairs)
+
+
+@dataclass(frozen=True)
 class Output:
     """A tensor the graph returns: its node, its placement, and its local type in the printer's form."""
 
@@ -125,6 +148,8 @@ class Facts:
         grad_sync: whether parameter gradients are summed over the ranks.
         rewritten: the graph itself.
         expanded: with ``explain(..., expand=True)``, the steps of every ring.
+        attention: the work of every rank in each attention that has a rule, in the graph's order.
+        documents: with ``explain(..., documents=..)``, the lengths of packed documents by row, that it is counted for.
     """
 
     strategy: str
@@ -139,6 +164,13 @@ class Facts:
     grad_sync: bool
     rewritten: Rewritten = field(repr=False, compare=False)
     expanded: tuple[ExpandedRing, ...] = ()
+    attention: tuple[AttentionWork, ...] = ()
+    documents: Documents | None = None
+
+    @property
+    def attended_pairs(self) -> tuple[int, ...]:
+        """For every rank, how many pairs of a query and a key it attends in the forward, in all attentions."""
+        return tuple(map(sum, zip(*(work.pairs for work in self.attention), strict=True)))
 
     @property
     def totals(self) -> tuple[Total, ...]:

@@ -5,43 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
 
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import emit_like
-from sptransform.masks.bands import Band
 from sptransform.masks.closed_forms import ClosedForms
 from sptransform.masks.constants import Constants
 from sptransform.masks.emit import broadcast_view, table_view
-from sptransform.masks.expressions import KEYS, Apply, Leaf, Places, program_of
+from sptransform.masks.expressions import Apply, Leaf, Places
+from sptransform.masks.mask_read import MaskRead
 from sptransform.masks.region import Regions
 from sptransform.masks.visibility import Visibility
 from sptransform.op_rules.mask_ops import CONVERT, NOT
-from sptransform.ops.mask_gradients import without_gradient
 from sptransform.rules.table import RuleTable
 
 _LENGTH = 2
-
-
-@dataclass(frozen=True)
-class MaskRead:
-    """A mask as arguments of the op.
-
-    ``is_added``: the program gives numbers, not booleans; ``is_square``: an operand has the dimensions of the scores.
-    ``blocking``: the op through which the gradient of an operand does not pass.
-    """
-
-    program: str = ""
-    rows: list[fx.Node] = field(default_factory=list)
-    columns: list[fx.Node] = field(default_factory=list)
-    tables: list[fx.Node] = field(default_factory=list)
-    band: Band = field(default_factory=Band)
-    is_added: bool = False
-    is_square: bool = False
-    blocking: Any = None
 
 
 @dataclass
@@ -69,19 +49,7 @@ class MaskReader:
             if cast is not None:
                 expression = Apply(CONVERT, (expression, cast), {}, cast)
             visible = Visibility(query[_LENGTH], key[_LENGTH], self.constants).of(expression)
-            if visible.rest is None:
-                self.done[identity] = MaskRead(band=visible.band)
-            else:
-                program = program_of(visible.rest)
-                operands = [[*map(self._view, leaves)] for leaves in (program.rows, program.columns, program.tables)]
-                self.done[identity] = MaskRead(
-                    str(program.text),
-                    *operands,
-                    visible.band,
-                    is_added=visible.rest.dtype != torch.bool,
-                    is_square=any(leaf.has(KEYS) for leaf in program.rows),
-                    blocking=without_gradient(program.text, program.trained),
-                )
+            self.done[identity] = MaskRead.of(visible, self._view)
         return self.done[identity]
 
     def _view(self, leaf: Leaf) -> fx.Node:

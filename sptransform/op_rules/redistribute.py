@@ -13,7 +13,7 @@ from sptransform.op_rules.pointwise import LINEAR, pointwise
 from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
-from sptransform.sharding.partition import Partition
+from sptransform.sharding.partition import BLOCKS_PER_RANK, Partition
 from sptransform.sharding.placement import Shard, split_spec
 from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
 
@@ -78,7 +78,8 @@ def _passing(call: OpCall, moved: Iterable[int], linear: bool) -> OpRule:
 def _tiles(spec: str) -> tuple[int, int | None, int]:
     """The dim that is cut, its number of tiles of equal blocks (None for any other cut), and the number of ranks."""
     dim, outer, text = split_spec(spec)
-    partition = Partition.parse(text, part=2)  # tiles do not depend on an open size; a zigzag's part is even
+    # tiles do not depend on an open size; a zigzag's part is even, and a striped one has that many blocks
+    partition = Partition.parse(text, part=2 * BLOCKS_PER_RANK)
     return dim, partition.num_tiles if outer == 1 else None, partition.num_ranks
 
 

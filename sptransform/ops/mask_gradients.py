@@ -130,6 +130,6 @@ def _reached(program: MaskProgram, trained: Collection[int]) -> set[Ref]:
     """The values that are computed from a trained operand."""
     reached = set(map(Ref, trained))
     for index, step in enumerate(program.steps, start=program.num_operands):
-        if any(isinstance(x, Ref) and x in reached for x in (*step.args, *(x for _, x in step.kwargs))):
+        if any(x in reached for x in step.refs):
             reached.add(Ref(index))
     return reached

@@ -18,7 +18,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import inf, nan
 from typing import Any
 
@@ -101,6 +101,11 @@ class Step:
         arguments = [*map(_written, self.args), *(f"{key}={_written(x)}" for key, x in self.kwargs)]
         return f"{name}({', '.join(arguments)})"
 
+    @property
+    def refs(self) -> list[Ref]:
+        """The values that it reads."""
+        return [x for x in (*self.args, *(x for _, x in self.kwargs)) if isinstance(x, Ref)]
+
     def arguments(self, values: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Its arguments, given the values of the program so far."""
         args = [values[x.index] if isinstance(x, Ref) else x for x in self.args]
@@ -120,8 +125,20 @@ class MaskProgram:
         return "; ".join(f"%{i} = {step}" for i, step in enumerate(self.steps, start=self.num_operands))
 
     def run(self, operands: Sequence[Tensor]) -> Tensor:
-        """Compute the mask; the operands broadcast."""
-        return self.values(operands)[-1]
+        """Compute the mask; the operands broadcast. What no later step reads is let go."""
+        values: list[Any] = list(operands)
+        for step, read_last in zip(self.steps, self._read_last, strict=True):
+            args, kwargs = step.arguments(values)
+            values.append(step.target(*args, **kwargs))
+            for index in read_last:
+                values[index] = None
+        return values[-1]
+
+    @cached_property
+    def _read_last(self) -> list[list[int]]:
+        """For every step, the values that it is the last to read."""
+        last = {x.index: at for at, step in enumerate(self.steps) for x in step.refs}
+        return [[index for index, at in last.items() if at == step] for step in range(len(self.steps))]
 
     def values(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The operands and the result of every step."""

@@ -15,7 +15,10 @@ from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
 Interval = tuple[Size, Size]
 Intervals = tuple[Interval, ...]
 
-_REGULAR = re.compile(r"(\d+|\?)/(\d+)(z?)")
+# blocks that a rank gets in the striped layout, unless their size is asked for. A test measures the balance.
+BLOCKS_PER_RANK = 32
+
+_REGULAR = re.compile(r"(\d+|\?)/(\d+)(?:(z)|s([1-9]\d*)|s/([1-9]\d*))?")
 
 
 def _merge(intervals: Iterable[Interval]) -> Intervals:
@@ -68,6 +71,12 @@ def _zigzag(share: Size, num_ranks: int) -> tuple[Intervals, ...]:
     return (*pairs, ((chunks[num_ranks - 1][0], chunks[num_ranks][1]),))
 
 
+def _striped(block: Size, num_ranks: int, rounds: int) -> tuple[Intervals, ...]:
+    """In every round each rank gets the next ``block`` indices. There are two ranks or more, so no blocks touch."""
+    bounds = [i * block for i in range(rounds * num_ranks + 1)]
+    return tuple(tuple(pairwise(bounds))[rank::num_ranks] for rank in range(num_ranks))
+
+
 def _at(own: Intervals, start: int, stop: int) -> list[Interval]:
     """The indices that the owner of ``own`` stores at offsets ``start .. stop - 1``."""
     found, at = [], 0
@@ -85,7 +94,8 @@ class Partition:
 
     ``owned[r]`` lists rank r's intervals in the order in which r stores them. Intervals of different ranks
     may overlap (two ranks that need the same key head); a partition without overlap that covers the axis is
-    ``exact``. Printed form: ``64/4`` is equal blocks, ``64/4z`` a zigzag of equal chunks, ``5[0:3|3:5]`` any other.
+    ``exact``. Printed form: ``64/4`` is equal blocks, ``64/4z`` a zigzag of equal chunks, ``64/4s8`` stripes of 8
+    indices, ``5[0:3|3:5]`` any other. An open size is ``?``, and its stripes ``?/4s/32`` are 1/32 of a rank's part.
 
     Raises:
         ValueError: an interval lies outside the axis.
@@ -140,6 +150,29 @@ class Partition:
         return Partition.of(size, ([chunks[rank], chunks[-1 - rank]] for rank in range(num_ranks)))
 
     @staticmethod
+    def striped(size: Size, num_ranks: int, block: int | None = None) -> Partition:
+        """Blocks dealt round the ranks: rank r owns the blocks r, r + num_ranks, ... Equal work for packed documents.
+
+        What is left after the last full round is dealt as one more round of equal, shorter blocks, so that the ranks'
+        shares differ by at most one index. By default a rank gets ``BLOCKS_PER_RANK`` blocks, and those.
+
+        Raises:
+            SymbolicSizeError: a symbolic size is not known to be a multiple of all blocks, or the size of blocks is
+                given, so that their number depends on it.
+        """
+        if not isinstance(size, int):
+            if block is not None:
+                raise SymbolicSizeError(f"the number of blocks of {block} depends on the size {size}")
+            share = _share(size, BLOCKS_PER_RANK * num_ranks)
+            return Partition(size, _striped(share, num_ranks, BLOCKS_PER_RANK))
+        block = max(size // (BLOCKS_PER_RANK * num_ranks), 1) if block is None else block
+        rounds, left = divmod(size, block * num_ranks)
+        shares = [left // num_ranks + (rank < left % num_ranks) for rank in range(num_ranks)]
+        last = pairwise(accumulate(shares, initial=size - left))
+        dealt = _striped(block, num_ranks, rounds)
+        return Partition.of(size, ((*own, short) for own, short in zip(dealt, last, strict=True)))
+
+    @staticmethod
     def balanced(size: int, num_ranks: int) -> Partition:
         """One block per rank, sizes differing by at most one. For heads, because an empty rank would idle."""
         bounds = [size * r // num_ranks for r in range(num_ranks + 1)]
@@ -170,7 +203,7 @@ class Partition:
     @cached_property
     def is_covering(self) -> bool:
         """Every index is owned."""
-        if self.is_blocks or self.is_zigzag:
+        if self.is_uniform:
             return True
         end = 0
         for lo, hi in sorted(interval for own in self.owned for interval in own):
@@ -188,6 +221,28 @@ class Partition:
     def is_zigzag(self) -> bool:
         """Rank r owns the r-th and the r-th last of ``2 num_ranks`` equal chunks."""
         return self._is_regular(2 * self.num_ranks, _zigzag)
+
+    @cached_property
+    def stripe(self) -> Size | None:
+        """The size of the blocks that are dealt round the ranks, see :meth:`striped`; None for any other layout."""
+        rounds = len(self.owned[0]) if self.num_ranks > 1 else 0
+        if rounds < 2:
+            return None
+        lo, hi = self.owned[0][0]
+        if isinstance(self.size, int):
+            return hi if lo == 0 and self == Partition.striped(self.size, self.num_ranks, hi) else None
+        return hi if lo == 0 and self.owned == _striped(hi, self.num_ranks, rounds) else None
+
+    @property
+    def rounds(self) -> tuple[Partition, Partition]:
+        """A striped partition of known size in two: of the indices in whole blocks, and of those in shorter ones."""
+        full = self.size - self.size % (self.stripe * self.num_ranks)
+        return self.slice(0, full), self.slice(full, self.size)
+
+    @property
+    def is_uniform(self) -> bool:
+        """A regular form of equal shares, so that every rank does the same to its part."""
+        return self.is_blocks or self.is_zigzag or (self.stripe is not None and self.is_even)
 
     @cached_property
     def is_contiguous(self) -> bool:
@@ -246,10 +301,8 @@ class Partition:
         """Number of :meth:`tiled` copies of equal blocks: 1 for plain equal blocks, None for any other layout."""
         if self.is_blocks:
             return 1
-        times = len(self.owned[0]) if isinstance(self.size, int) else 0
-        if times < 2 or self.size % (times * self.num_ranks):
-            return None
-        return times if self == Partition.blocks(self.size // times, self.num_ranks).tiled(times) else None
+        times = len(self.owned[0]) if self.stripe is not None else 0
+        return times if times and self.size == times * self.num_ranks * self.stripe else None
 
     def within(self, own: Intervals) -> Partition:
         """Ownership within the storage of a rank that has only the indices ``own`` of the axis."""
@@ -295,9 +348,11 @@ class Partition:
         return Partition.of(self.size // factor, owned)
 
     def __str__(self) -> str:
+        size = self.size if isinstance(self.size, int) else "?"
         if self.is_blocks or self.is_zigzag:
-            size = self.size if isinstance(self.size, int) else "?"
             return f"{size}/{self.num_ranks}{'' if self.is_blocks else 'z'}"
+        if self.stripe is not None:
+            return f"{size}/{self.num_ranks}s{f'/{len(self.owned[0])}' if size == '?' else self.stripe}"
         self._check_number("print")
         ranks = "|".join(",".join(f"{lo}:{hi}" for lo, hi in own) for own in self.owned)
         return f"{self.size}[{ranks}]"
@@ -312,19 +367,27 @@ class Partition:
         if "?" not in text:
             return _parse(text)
         match = _REGULAR.fullmatch(text)
-        if match is None or (size is None and part is None):
+        if match is None or match[4] or (size is None and part is None):
             raise ValueError(f"not a partition: {text!r}")
-        num_ranks = int(match[2])
-        form = Partition.zigzag if match[3] else Partition.blocks
-        return form(size if part is None else part * num_ranks, num_ranks)
+        num_ranks, blocks = int(match[2]), int(match[5] or 0)
+        size = size if part is None else part * num_ranks
+        if match[3]:
+            return Partition.zigzag(size, num_ranks)
+        if match[5] is None:
+            return Partition.blocks(size, num_ranks)
+        if isinstance(size, int) and size % (blocks * num_ranks):
+            raise ValueError(f"{size} indices are no {text}")
+        return Partition(size, _striped(_share(size, blocks * num_ranks), num_ranks, blocks))
 
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Partition:
     regular = _REGULAR.fullmatch(text)
-    if regular:
-        form = Partition.zigzag if regular[3] else Partition.contiguous
-        return form(int(regular[1]), int(regular[2]))
+    if regular and not regular[5]:
+        size, num_ranks = int(regular[1]), int(regular[2])
+        if regular[4]:
+            return Partition.striped(size, num_ranks, int(regular[4]))
+        return (Partition.zigzag if regular[3] else Partition.contiguous)(size, num_ranks)
     match = re.fullmatch(r"(\d+)\[([\d:,|]*)\]", text)
     if match is None:
         raise ValueError(f"not a partition: {text!r}")

@@ -63,7 +63,7 @@ class Composed(Strategy):
     def gathers_for(self, rule: OpRule) -> bool:
         return any(strategy.gathers_for(rule) for strategy in self.strategies)
 
-    def multiple(self, num_ranks: int) -> int:
+    def multiple(self, num_ranks: int) -> int | None:
         return self.strategies[0].multiple(num_ranks)
 
     def weights_mesh(self, mesh: Mesh) -> Mesh:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
 from sympy import divisors
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.engine.strategy import Stage, Strategy, check_choice
+from sptransform.engine.strategy import Stage, Strategy
 from sptransform.sharding.mesh import Mesh
-from sptransform.strategies.ring import Ring
+from sptransform.strategies.ring import Ring, check_layout
 from sptransform.strategies.ulysses import Ulysses
 
 
@@ -26,21 +26,22 @@ class USP(Strategy):
     Args:
         ulysses: the number of ranks that heads are split over.
         ring: the number of ranks in a ring.
-        layout: as in :class:`Ring`.
+        layout, block: as in :class:`Ring`.
 
     Raises:
-        UsageError: a degree is not a positive int, or an invalid ``layout``; from :func:`parallelize`, degrees whose
-            product is not the number of ranks.
+        UsageError: a degree is not a positive int, or an invalid ``layout`` or ``block``; from :func:`parallelize`,
+            degrees whose product is not the number of ranks.
     """
 
     ulysses: int | None = None
     ring: int | None = None
     layout: str = "zigzag"
+    block: int | None = field(default=None, kw_only=True)
     reads_masks: ClassVar[bool] = True
     max_mesh_dims: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        check_choice(self, "layout", "contiguous", "zigzag")
+        check_layout(self)
         for name in ("ulysses", "ring"):
             degree = getattr(self, name)
             if degree is not None and (not isinstance(degree, int) or isinstance(degree, bool) or degree < 1):
@@ -48,8 +49,12 @@ class USP(Strategy):
                     describe(f"{name} of USP is a number of ranks", found=f"{name}={degree!r}", fix="1 or more")
                 )
 
-    def multiple(self, num_ranks: int) -> int:
-        return Ring(self.layout).multiple(num_ranks)
+    @property
+    def _ring(self) -> Ring:
+        return Ring(self.layout, block=self.block)
+
+    def multiple(self, num_ranks: int) -> int | None:
+        return self._ring.multiple(num_ranks)
 
     def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
         fitting = self._fitting(num_ranks, shape)
@@ -106,6 +111,6 @@ class USP(Strategy):
         else:
             ring, ulysses = self.degrees(mesh.size, heads)
         if 1 in (ring, ulysses):
-            return [Stage(Ring(self.layout) if ulysses == 1 else Ulysses(), mesh)]
+            return [Stage(self._ring if ulysses == 1 else Ulysses(), mesh)]
         outer, inner = mesh.split(ring, ulysses)
-        return [Stage(Ring(self.layout), outer), Stage(Ulysses(), inner)]
+        return [Stage(self._ring, outer), Stage(Ulysses(), inner)]

@@ -35,7 +35,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "strategy_planned": lambda: strategy_of("auto"),
     "strategy_type": lambda: strategy_of(Ulysses),
     "strategy_unknown": lambda: strategy_of("ulises"),
-    "usp_layout": lambda: USP(layout="striped"),
+    "usp_layout": lambda: USP(layout="snaked"),
     "usp_ranks": lambda: USP(ulysses=3).mesh_shapes(4, (4,)),
     "usp_ranks_of_two_dims": lambda: USP(ulysses=2, ring=4).mesh_shapes(8, (2, 4)),
 }

@@ -32,8 +32,9 @@ KEY_HEADS = 4  # of the Llama in tests.support.models
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SOME = [(2, H, torch.bfloat16), (8, 2, torch.float64)]
 ALL = [(N, K, dtype) for N in (2, 4, 8) for K in (H, 2) for dtype in DTYPES]
+OTHERS = (Ring("contiguous"), Ring(kv="allgather"), Ring("striped", block=8), AllGatherKV("striped"))
 ONE_DIM = [(strategy, *case) for strategy in (Ring(), AllGatherKV(), AllGatherKV(regather=True)) for case in ALL]
-ONE_DIM += [(strategy, *case) for strategy in (Ring("contiguous"), Ring(kv="allgather")) for case in SOME]
+ONE_DIM += [(strategy, *case) for strategy in OTHERS for case in SOME]
 Sent = list[tuple[str, str, int, Fraction]]
 
 
@@ -190,7 +191,7 @@ def _ran(model: nn.Module, inputs: Inputs) -> Sent:
 @pytest.mark.parametrize(
     ("N", "seq_len", "num_layers", "strategies"),
     tiered(
-        [(2, 16, 2, [Ring(), AllGatherKV(regather=True)]), (4, 21, 1, [Ring(), USP(2, 2)])],
+        [(2, 16, 2, [Ring(), AllGatherKV(regather=True)]), (4, 21, 1, [Ring(), Ring("striped", block=2), USP(2, 2)])],
         quick=[(2, 16, 2, [Ring(), AllGatherKV(regather=True)])],
     ),
     ids=["even", "uneven"],

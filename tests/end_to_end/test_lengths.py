@@ -1,5 +1,6 @@
 """Lengths that change between calls: one graph for all that the ranks share evenly, another compile for others."""
 
+import logging
 import random
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tests.support.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.support.gloo_pool import get_pool
 from tests.support.models import MODELS, VOCAB, build
-from tests.support.tiny import attention
+from tests.support.tiny import attention, attention_with_loss
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,6 +33,27 @@ def run_lengths(
         model.zero_grad()
         results.append(run_one_device(model, inputs))
     return results, counters["stats"]["unique_graphs"]
+
+
+def run_uneven(rank: int, world_size: int, lengths: list[int], limit: int) -> tuple[list[torch.Tensor], int, int]:
+    """Losses of every length, how often the model was compiled, and how often it warned of that."""
+    from torch._dynamo.utils import counters
+
+    import sptransform
+    from sptransform.compiler.compiles import log
+
+    counters.clear()
+    warned: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = warned.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    model = sptransform.parallelize(attention_with_loss(), "ulysses", backend="eager")
+    try:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            losses = [model(tokens(length), tokens(length)).detach() for length in lengths]
+    finally:
+        log.removeHandler(handler)
+    return losses, counters["stats"]["unique_graphs"], len(warned)
 
 
 def tokens(length: int) -> torch.Tensor:
@@ -84,6 +106,28 @@ def test_a_dozen_lengths_of_a_masked_model_compile_at_most_twice(name: str, stra
     """Masks are read for any length, so the recompile limit of eight is never met."""
     lengths = random.Random(7).sample(range(8, 129, 4), 12)
     assert_lengths_equal(name, 2, lengths, most_compiles=2, strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "num_warnings"), [([9, 11, 16, 13, 12, 15, 20, 17], 3, 1), ([9, 16, 12, 8, 20], 3, 0)]
+)
+def test_uneven_lengths_are_not_refused_for_their_number(lengths: list[int], limit: int, num_warnings: int) -> None:
+    """Each is a compile, beside the one or two of all others; more of them than Dynamo's limit are a warning."""
+    num_uneven = sum(length % 2 for length in lengths)
+    for losses, num_compiles, warned in get_pool(2).run(run_uneven, lengths, limit, timeout=200):
+        assert num_uneven < num_compiles <= num_uneven + 2 and warned == num_warnings
+        for length, loss in zip(lengths, losses, strict=True):
+            expected = attention_with_loss()(tokens(length), tokens(length)).detach()
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "usp", "megatron", "ulysses"])
+def test_two_dozen_lengths_of_which_half_are_uneven(strategy: str) -> None:
+    draw = random.Random(8)
+    lengths = [*draw.sample(range(9, 128, 2), 12), *draw.sample(range(8, 129, 4), 12)]
+    draw.shuffle(lengths)
+    assert_lengths_equal("llama_nocache", 2, lengths, most_compiles=14, strategy=strategy)
 
 
 @pytest.mark.slow

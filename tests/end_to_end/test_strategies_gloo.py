@@ -42,6 +42,7 @@ def steps(rank: int, world_size: int, name: str, strategy: Strategy, num_runs: i
             ("sdpa_transformer", Ring(), 3),
             ("bert", AllGatherKV(regather=True), 2),
             ("sdpa_transformer", USP(2, 2), 4),
+            ("llama_padded", Ring("striped", block=5), 3),
         ],
         quick=[("sdpa_transformer", Ring(), 3), ("sdpa_transformer", USP(2, 2), 4)],
     ),
@@ -121,11 +122,11 @@ def test_logits_are_in_order(length: int) -> None:
 # --- lengths --------------------------------------------------------------------------------------------------
 
 
-def lengths(rank: int, world_size: int, asked: list[int]) -> tuple[list[Result], int]:
+def lengths(rank: int, world_size: int, asked: list[int], strategy: Strategy) -> tuple[list[Result], int]:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    model = sptransform.parallelize(attention_with_loss(), Ring(), backend="aot_eager")
+    model = sptransform.parallelize(attention_with_loss(), strategy, backend="aot_eager")
     results = []
     for length in asked:
         model.zero_grad()
@@ -134,11 +135,22 @@ def lengths(rank: int, world_size: int, asked: list[int]) -> tuple[list[Result],
 
 
 @pytest.mark.parametrize(
-    ("asked", "most"), tiered([([16, 32, 24, 8], 2), ([16, 18, 32], 3)], quick=[([16, 32, 24, 8], 2)]), ids=str
+    ("asked", "strategy", "most"),
+    tiered(
+        [
+            ([16, 32, 24, 8], Ring(), 2),
+            ([16, 18, 32], Ring(), 3),
+            ([64, 128, 192], Ring("striped"), 2),
+            ([64, 21, 128], Ring("striped"), 3),
+            ([16, 32], Ring("striped", block=4), 2),
+        ],
+        quick=[([16, 32, 24, 8], Ring(), 2), ([64, 128, 192], Ring("striped"), 2)],
+    ),
+    ids=str,
 )
-def test_lengths(asked: list[int], most: int) -> None:
-    """One graph serves all lengths that fold into zigzag on all ranks alike; others are compiled for themselves."""
-    for results, num_compiles in get_pool(2).run(lengths, asked):
+def test_lengths(asked: list[int], strategy: Strategy, most: int) -> None:
+    """One graph serves all lengths of which all ranks get equal chunks; others are compiled for themselves."""
+    for results, num_compiles in get_pool(2).run(lengths, asked, strategy):
         assert num_compiles <= most
         for length, result in zip(asked, results, strict=True):
             inputs = {"tokens": tokens(length), "labels": tokens(length)}

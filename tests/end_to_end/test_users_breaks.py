@@ -103,22 +103,25 @@ def test_sharded_outputs_and_graph_breaks_exclude_each_other() -> None:
 # --- never unsharded without a word ---------------------------------------------------------------------------
 
 
+class Times(CausalTransformer):
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, number: float) -> torch.Tensor:
+        return super().forward(input_ids, labels) * number
+
+
 def exceeds_the_limit(rank: int, world_size: int, fullgraph: bool) -> int:
-    """How many batch sizes ran before the limit stopped it."""
-    model = broken(CausalTransformer)
+    """How many numbers ran before the limit stopped it."""
+    model = broken(Times)
     sptransform.parallelize(model, "ulysses", backend="aot_eager", fullgraph=fullgraph)
-    ids = inputs()["input_ids"][:1]
-    with torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False), torch.no_grad():
-        for batch in range(1, 6):
-            batched = ids.expand(batch, -1).contiguous()
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for at, number in enumerate((0.5, 0.25, 0.125, 1.5)):
             with CountCollectives() as counted:
                 try:
-                    model(batched, batched)
+                    model(**inputs(), number=number)
                 except UsageError as error:
                     assert "recompile_limit" in str(error)
-                    return batch - 1
+                    return at
             assert counted.collectives
-    return 5
+    return 4
 
 
 @pytest.mark.parametrize("fullgraph", tiered([True, False], quick=[False]))

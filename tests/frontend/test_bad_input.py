@@ -121,6 +121,9 @@ TABLE: dict[str, Bad] = {
         lambda m: parallel(m, strategy=Ulysses("batch"))(**{name: x[:1] for name, x in token_inputs().items()})
     ),
     "strategy_layout": Bad(lambda m: parallel(m, strategy=Ring(layout="x"))),
+    "strategy_block": Bad(lambda m: parallel(m, strategy=Ring("striped", block=0))),
+    "strategy_block_type": Bad(lambda m: parallel(m, strategy=USP(layout="striped", block="128"))),
+    "strategy_block_of_zigzag": Bad(lambda m: parallel(m, strategy=AllGatherKV(block=128))),
     "strategy_kv": Bad(lambda m: parallel(m, strategy=Ring(kv="x"))),
     "strategy_regather": Bad(lambda m: parallel(m, strategy=AllGatherKV(regather=1))),
     "strategy_degree": Bad(lambda m: parallel(m, strategy=USP(0))),

@@ -277,6 +277,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Masks and scores are computed for tiles of rows, which are longer than these sequences."""
     plan.plan_calls.cache_clear()
     monkeypatch.setattr(plan, "TILE", 16)
+    monkeypatch.setattr(plan, "SPAN", 16)
     monkeypatch.setattr(reference, "TILE", 16)
     yield
     plan.plan_calls.cache_clear()

@@ -94,3 +94,10 @@ def test_sums_pass_all_but_several_parameters() -> None:
     held_up = [call for call, *_ in map(call_of, CASES) if not DEFAULT_RULES.rule_of(call).linear]
     found = [(call.target, len(call.operand_shapes)) for call in held_up]
     assert found == [(sp.dropout_mask.default, 1), (sp.replicate.default, 2)]
+
+
+def test_stripes_of_an_open_length_are_as_many_as_their_text_says() -> None:
+    case = moved(sp.all_to_all.default, [randn(1, 64, 4)], ["S(1:?/2s/32)"], ["S(2:4/2)"], OUTER)
+    call, *_ = call_of(case)
+    sizes = DEFAULT_RULES.rule_of(call).sizes
+    assert (sizes["tile1"], sizes["rank1"], sizes["block1"]) == (32, 2, 2)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sptransform.sharding.partition import Partition, intersection
+from sptransform.sharding.partition import BLOCKS_PER_RANK, Partition, intersection
 from sptransform.sharding.sizes import SymbolicSizeError
 
 fast = settings(deadline=None, derandomize=True, max_examples=150)
@@ -97,17 +97,53 @@ def test_zigzag_leaves_a_causal_mask_equal_work(size: int, num_ranks: int) -> No
     assert max(pairs) - min(pairs) <= 2 * size
 
 
+@fast
+@given(st.integers(0, 70), st.integers(1, 9), st.none() | st.integers(1, 12))
+def test_striped(size: int, num_ranks: int, block: int | None) -> None:
+    """The owners take turns; every turn is a block long, those of the last round are shorter."""
+    partition = Partition.striped(size, num_ranks, block)
+    assert partition.num_ranks == num_ranks and partition.is_exact
+    assert all(own == sorted(own) for own in all_indices(partition))
+    assert max(partition.local_sizes) - min(partition.local_sizes) <= 1
+    owner = {i: rank for rank, own in enumerate(all_indices(partition)) for i in own}
+    if block is not None:
+        full = size - size % (block * num_ranks)
+        assert [owner[i] for i in range(full)] == [i // block % num_ranks for i in range(full)]
+        last = [owner[i] for i in range(full, size)]
+        assert last == sorted(last)
+        is_striped = num_ranks > 1 and size > block * num_ranks  # otherwise every rank has one interval
+        assert partition.stripe == (block if is_striped else None)
+        if is_striped:
+            assert partition.num_tiles == (size // (block * num_ranks) if full == size else None)
+            assert partition.is_uniform == (size % num_ranks == 0)
+    assert Partition.parse(str(partition)) == partition
+
+
+@pytest.mark.parametrize(("size", "block"), [(8192, 64), (8000, 62), (100, 1), (131_072, 1024)])
+def test_a_rank_gets_so_many_stripes_by_default(size: int, block: int) -> None:
+    partition = Partition.striped(size, 4)
+    assert partition == Partition.striped(size, 4, block)
+    assert len(partition.owned[0]) <= BLOCKS_PER_RANK + 1
+
+
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(1, 4), st.integers(1, 3))
 @settings(deadline=None, derandomize=True, max_examples=50)
 def test_a_symbolic_size_is_shared_as_its_values_are(chunk: int, num_ranks: int, factor: int, refined: int) -> None:
     k = sympy.Symbol("k", integer=True, positive=True)
-    forms = ((Partition.blocks, num_ranks), (Partition.zigzag, 2 * num_ranks))
-    for form, multiple in forms:
+    forms = (
+        (Partition.blocks, num_ranks, ""),
+        (Partition.zigzag, 2 * num_ranks, "z"),
+        (Partition.striped, BLOCKS_PER_RANK * num_ranks, "s/32"),
+    )
+    for form, multiple, mark in forms:
         symbolic = form(multiple * factor * k, num_ranks).refine(refined)
         number = form(multiple * factor * chunk, num_ranks).refine(refined)
-        assert symbolic.is_exact and symbolic.is_even
+        assert symbolic.is_exact and symbolic.is_even and symbolic.is_uniform and number.is_uniform
         assert (symbolic.is_blocks, symbolic.is_zigzag) == (number.is_blocks, number.is_zigzag)
-        assert str(symbolic) == "?/" + str(number).split("/")[1]
+        assert symbolic.num_tiles == number.num_tiles
+        assert str(symbolic) == f"?/{num_ranks}{mark}"
+        part = number.local_size(0)
+        assert Partition.parse(str(symbolic), part=part) == Partition.parse(str(symbolic), size=number.size) == number
         assert symbolic.coarsen(refined) == form(multiple * factor * k, num_ranks)
         assert [[(at(lo, chunk), at(hi, chunk)) for lo, hi in own] for own in symbolic.owned] == [
             list(own) for own in number.owned
@@ -122,9 +158,15 @@ def at(size: Any, value: int) -> int:
 def test_a_symbolic_size_that_may_not_be_shared_evenly() -> None:
     k = sympy.Symbol("k", integer=True, positive=True)
     Partition.blocks(4 * k, 4)
-    for form in (lambda: Partition.zigzag(4 * k, 4), lambda: Partition.blocks(2 * k, 4)):
+    for form in (
+        lambda: Partition.zigzag(4 * k, 4),
+        lambda: Partition.blocks(2 * k, 4),
+        lambda: Partition.striped(8 * k, 4),
+    ):
         with pytest.raises(SymbolicSizeError, match="is not known to be a multiple of"):
             form()
+    with pytest.raises(SymbolicSizeError, match="the number of blocks of 16 depends"):
+        Partition.striped(128 * k, 4, 16)
     with pytest.raises(SymbolicSizeError, match="cannot slice"):
         Partition.zigzag(8 * k, 4).slice(1, 2)
 
@@ -277,7 +319,14 @@ def test_quotient_of_heads_that_share_a_key() -> None:
         (Partition.of(8, [[(2, 6)], [(0, 2), (6, 8)]]), "8[2:6|0:2,6:8]"),
         (Partition.zigzag(64, 4), "64/4z"),
         (Partition.zigzag(6, 2), "6[0:2,5:6|2:5]"),
-        (Partition.zigzag(3, 2), "3[0:1,2:3|1:2]"),
+        (Partition.zigzag(10, 2), "10[0:3,8:10|3:8]"),
+        (Partition.striped(64, 4, 4), "64/4s4"),
+        (Partition.striped(10, 2, 4), "10/2s4"),
+        (Partition.striped(9, 4, 2), "9/4s2"),
+        (Partition.striped(7, 4, 2), "7[0:2|2:4|4:6|6:7]"),
+        (Partition.striped(8, 4, 2), "8/4"),
+        (Partition.striped(9, 1, 2), "9/1"),
+        (Partition.blocks(8, 4).tiled(3), "24/4s2"),
         (Partition.zigzag(64, 1), "64/1"),
         (Partition.zigzag(0, 2), "0[|]"),
         (Partition.contiguous(2, 3), "2[0:1|1:2|]"),
@@ -295,8 +344,17 @@ def test_parse_inverts_str(partition: Partition) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4", "4/", "4/2/2", "4/2zz", "4z", "?/2z", "4[0:2", "4[0-2]", "S(0)", "4[0:2|2:9]"]
+    "text",
+    ["", "4", "4/", "4/2/2", "4/2zz", "4z", "?/2z", "4[0:2", "4[0-2]", "S(0)", "4[0:2|2:9]"]
+    + ["4/2s", "4/2s0", "4/2zs1", "4/2s/2", "?/2s/2"],
 )
 def test_parse_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError):
         Partition.parse(text)
+
+
+def test_parse_refuses_a_size_that_is_not_cut_so() -> None:
+    assert Partition.parse("?/2s/2", part=6) == Partition.striped(12, 2, 3)
+    for text, part in (("?/2s/2", 3), ("?/2s4", 4)):
+        with pytest.raises(ValueError):
+            Partition.parse(text, part=part)

@@ -160,6 +160,10 @@ def _zigzag(dim: int, size: int, num_ranks: int, outer: int = 1) -> Shard:
     return Shard(dim, Partition.zigzag(size, num_ranks), outer)
 
 
+def _striped(dim: int, size: int, num_ranks: int, block: int, outer: int = 1) -> Shard:
+    return Shard(dim, Partition.striped(size, num_ranks, block), outer)
+
+
 def _to_and_from(shape: tuple[int, ...], shard: Shard) -> list[Change]:
     pairs = ((I, shard), (R, shard), (shard, I), (shard, R), (P, shard))
     return [change(shape, source, target) for source, target in pairs]
@@ -173,6 +177,8 @@ _sequence, _heads, _folded = _contiguous(1, 8, 4), _contiguous(2, 4, 4), _zigzag
 _flat, _flat_folded = _contiguous(0, 8, 4, outer=3), _zigzag(0, 8, 4, outer=3)
 # equally many indices a rank, in chunks that are not equal
 _twelve = _zigzag(1, 12, 4)
+# whole rounds of blocks, and a shorter one after them
+_dealt, _left = _striped(1, 16, 4, 2), _striped(1, 12, 4, 2)
 # two key heads of four query heads, and one of four: each on the ranks that need it
 _two_keys, _one_key = (Shard(2, Partition.contiguous(4, 4).quotient(group)) for group in (2, 4))
 
@@ -190,6 +196,11 @@ EVEN = [
     *_to_and_from((2, 16, 3), _folded),
     *_to_and_from((24, 2), _flat_folded),
     *_to_and_from((2, 12), _twelve),
+    *_to_and_from((2, 16, 3), _dealt),
+    *_to_and_from((24, 2), _striped(0, 12, 4, 2, outer=2)),
+    *_both_ways((2, 16, 4, 3), _dealt, _heads),
+    *_both_ways((2, 12, 4), _left, _heads),
+    *_both_ways((2, 12), _left, _contiguous(1, 12, 4)),
     *_both_ways((2, 8, 4, 3), _sequence, _heads),
     *_both_ways((2, 8, 4), _zigzag(1, 8, 4), _heads),
     *_both_ways((2, 16, 4, 3), _folded, _heads),
@@ -229,6 +240,9 @@ UNEVEN = [
     *_both_ways((14, 10), _contiguous(0, 7, 3, outer=2), _contiguous(1, 5, 3, outer=2)),
     *_both_ways((2, 7, 5), _zigzag(1, 7, 3), _five),
     *_both_ways((2, 7), _zigzag(1, 7, 3), _uneven),
+    *_to_and_from((2, 8, 2), _striped(1, 8, 3, 2)),
+    *_both_ways((2, 7), _striped(1, 7, 3, 1), _uneven),
+    *_both_ways((2, 8, 5), _striped(1, 8, 3, 2), _five),
     *_both_ways((14, 2), _zigzag(0, 7, 3, outer=2), _contiguous(0, 7, 3, outer=2)),
     *_both_ways((2, 4), _empty, _zigzag(1, 4, 3)),
     change((6, 2), Shard(0, Partition.contiguous(7, 3).slice(1, 7)), _contiguous(0, 6, 3)),

@@ -105,8 +105,8 @@ class _Move:
 
 
 def _copies(partition: Partition) -> int | None:
-    """1 for equal blocks or chunks; c where each single index belongs to c consecutive ranks; else None."""
-    if partition.is_blocks or partition.is_zigzag:
+    """1 for regular forms of equal shares; c where each single index belongs to c consecutive ranks; else None."""
+    if partition.is_uniform:
         return 1
     num = partition.num_ranks
     if partition.size and num % partition.size == 0:

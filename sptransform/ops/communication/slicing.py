@@ -22,6 +22,14 @@ def by_rank(x: Tensor, dim: int, partition: Partition) -> Tensor:
     if partition.is_zigzag:
         first, last = x.unflatten(dim, (2, partition.num_ranks, -1)).unbind(dim)
         return torch.stack([first, last.flip(dim)], dim + 1).flatten(dim, dim + 2)
+    if partition.num_tiles is not None:
+        tiles = x.unflatten(dim, (partition.num_tiles, partition.num_ranks, -1))
+        return tiles.transpose(dim, dim + 1).flatten(dim, dim + 2)
+    if partition.stripe is not None:
+        rounds = partition.rounds
+        pieces = zip(x.split([part.size for part in rounds], dim), rounds, strict=True)
+        dealt = [by_rank(piece, dim, part).unflatten(dim, (partition.num_ranks, -1)) for piece, part in pieces]
+        return torch.cat(dealt, dim + 1).flatten(dim, dim + 1)
     largest = max(partition.local_sizes)
     return torch.cat([pad_to(select(x, dim, own), largest, dim) for own in partition.owned], dim)
 
@@ -33,6 +41,14 @@ def in_order(parts: Tensor, dim: int, partition: Partition) -> Tensor:
     if partition.is_zigzag:
         first, last = parts.unflatten(dim, (partition.num_ranks, 2, -1)).unbind(dim + 1)
         return torch.cat([first, last.flip(dim)], dim).flatten(dim, dim + 1)
+    if partition.num_tiles is not None:
+        tiles = parts.unflatten(dim, (partition.num_ranks, partition.num_tiles, -1))
+        return tiles.transpose(dim, dim + 1).flatten(dim, dim + 2)
+    if partition.stripe is not None:
+        rounds = partition.rounds
+        own = parts.unflatten(dim, (partition.num_ranks, -1))
+        pieces = zip(own.split([max(part.local_sizes) for part in rounds], dim + 1), rounds, strict=True)
+        return torch.cat([in_order(piece.flatten(dim, dim + 1), dim, part) for piece, part in pieces], dim)
     largest = max(partition.local_sizes)
     own = [parts.narrow(dim, rank * largest, size) for rank, size in enumerate(partition.local_sizes)]
     return assemble(own, dim, partition)

@@ -8,14 +8,14 @@ the surrounding models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sptransform.ops.library import primitive
+from sptransform.ops.ring.dropout import kept_of
 from sptransform.ops.ring.fused import fused
 from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
 from sptransform.ops.ring.kernels.reference import OPEN
@@ -118,7 +118,7 @@ def attention_block(
     if mask is not None:
         bias, shift = _bias(mask, query, key.shape[2])
     extra = _extra(softcap, dropout_p, seed, stream, sliding)
-    out, lse = kernel.forward(query, key, value, bias, causal, _scale(query, scale), **extra)
+    out, lse = kernel.forward(query, key, value, bias, causal, scale_of(query, scale), **extra)
     if mask is not None:
         if shift is not None:
             lse = sink(lse, bias) + shift
@@ -146,7 +146,7 @@ def _fake_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = OPEN if has_trained_mask else _kernel(query, key, value, mask, causal, **options)
     dtype = kernel.result_dtype(query.dtype)
-    is_summed = _repeated_heads(query, key, options.get("key_head_of", ()), kernel) is not None
+    is_summed = repeats_heads(query, key, options.get("key_head_of", ()), kernel)
     of_keys = compute_dtype(query.dtype) if is_summed else dtype
     dtypes = dtype, of_keys, of_keys
     grads = (new_rows(x, x.shape[2], x.shape[3], y) for x, y in zip((query, key, value), dtypes, strict=True))
@@ -217,7 +217,7 @@ def _block_backward(
     if has_trained_mask:
         extra["grad_bias"] = torch.zeros_like(bias)
     lse = lse.to(compute_dtype(query.dtype))
-    grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, _scale(query, scale), **extra)
+    grads = kernel.backward(grad, query, key, value, bias, out, lse, causal, scale_of(query, scale), **extra)
     grad_query, grad_key, grad_value = (lay_out(x, x.dtype) for x in grads)
     if heads is not None:
         grad_key, grad_value = (_sum_heads(x, heads, num_heads) for x in (grad_key, grad_value))
@@ -225,7 +225,7 @@ def _block_backward(
     return (grad_query, grad_key, grad_value), grad_mask
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
+def scale_of(query: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
@@ -236,6 +236,11 @@ def _repeated_heads(query: Tensor, key: Tensor, key_head_of: Sequence[int], kern
     if list(key_head_of or regular) == regular and (kernel.grouped or times == 1):
         return None
     return list(key_head_of or regular)
+
+
+def repeats_heads(query: Tensor, key: Tensor, key_head_of: Sequence[int], kernel: Kernel) -> bool:
+    """Whether key heads are repeated for the kernel."""
+    return _repeated_heads(query, key, key_head_of, kernel) is not None
 
 
 def _heads(query: Tensor, key: Tensor, key_head_of: Sequence[int], kernel: Kernel) -> Tensor | None:
@@ -257,7 +262,7 @@ def _bias(mask: Tensor, query: Tensor, num_keys: int) -> tuple[Tensor, Tensor | 
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(*mask.shape[:3], num_keys)
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf), None
+        return torch.where(mask, mask.new_zeros((), dtype=dtype), -math.inf), None
     bias = mask.to(dtype)
     if query.device.type == "cuda" and query.dtype.itemsize == 2:
         # the kernels there round it to the queries' dtype, whose range may be smaller
@@ -273,39 +278,8 @@ def _extra(softcap: float, p: float, seed: Tensor | None, stream: int, sliding: 
     if sliding:
         extra["sliding"] = True
     if p > 0:
-        extra["kept"] = _dropout(p, int(seed.item()) + stream * 0x9E3779B97F4A7C15)
+        extra["kept"] = kept_of(p, int(seed.item()) + stream * 0x9E3779B97F4A7C15)
     return extra
-
-
-def _dropout(p: float, state: int) -> Callable[[Tensor, int], Tensor]:
-    """A function of probabilities and their first row: dropout's factors for them, 0 or 1 / (1 - p).
-
-    Equal states, rows and shapes give equal factors.
-    """
-
-    def kept(probabilities: Tensor, start: int) -> Tensor:
-        generator = torch.Generator(device=probabilities.device)
-        generator.manual_seed((state + start * 0xBF58476D1CE4E5B9) % 2**63)
-        drawn = torch.rand(probabilities.shape, device=probabilities.device, generator=generator)
-        return (drawn >= p).to(probabilities.dtype) * (1 / (1 - p) if p < 1 else 0.0)
-
-    return kept
-
-
-def _fake_seed(like: Tensor) -> Tensor:
-    return like.new_empty((), dtype=torch.int64)
-
-
-@primitive("dropout_seed(Tensor like) -> Tensor", fake=_fake_seed, tags=(torch.Tag.nondeterministic_seeded,))
-def dropout_seed(like: Tensor) -> Tensor:
-    """A dropout seed, different on every process.
-
-    It draws one number for any shape, so the generators of ranks with equal seeds stay in step.
-    """
-    # the global rank, since ranks of other groups have other heads or another batch and need other masks
-    process = dist.get_rank() if dist.is_initialized() else 0
-    drawn = torch.randint(2**62, (), device=like.device)
-    return drawn ^ (process * 0x9E3779B97F4A7C15 % 2**62)
 
 
 @primitive(
@@ -324,7 +298,7 @@ def band_mask(like: Tensor, queries: list[int], keys: list[int], nearest: int | 
     visible = None if nearest is None else of_keys <= of_queries - nearest
     if farthest is not None:
         within = of_keys >= of_queries - farthest
-        visible = within if visible is None else visible & within
+        visible = within if visible is None else visible.logical_and_(within)
     if visible is None:
         return torch.ones(len(of_queries), len(of_keys), dtype=torch.bool, device=like.device)
     return visible

@@ -10,13 +10,17 @@ run                   rows                                                calls
 ====================  ==================================================  ===============================
 neither end grows     all see the same keys                               ``full``
 the upper end grows   row n sees n + 1 keys more than ``low .. high - 1``  ``full``, and a square ``causal``
-the lower end grows   a window that slides or shrinks                     one ``band`` per tile of rows
+the lower end grows   a window that slides or shrinks                     tiles of rows, ``full`` where all
+                                                                          see a key, ``band`` elsewhere
 ====================  ==================================================  ===============================
 
 Where the kernel has windows each run is one call without a mask, whatever grows.
 
 Under causal zigzag (rank r owns chunks r and 2N-1-r) that is one call per block: ``causal`` for a rank's own keys,
 ``full`` over half of the keys of an earlier rank, ``full`` for half of the queries over the keys of a later one.
+
+A call with a computed mask, which is a ``band`` or any call under a mask program, has at most as many pairs as a
+:class:`Tile` allows. So a mask does not grow with the number of keys.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from sptransform.sharding.partition import Intervals
 
 # rows per call with a computed mask: masks stay small, and a sliding window spends little work on hidden keys
 TILE = 512
+# keys per call with a computed mask; fewer cost time, since every call is merged into the result
+SPAN = 1024
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Call:
     ``kind`` is "full" (all see all), "causal" (the last query sees all, and each query one key less than the next), or
     "band" (positions decide). With ``sliding``, which is for kernels that have windows, the n-th query does not see the
     first n keys. Causal or sliding calls have at least as many keys as queries; causal ones have as many, if they are
-    for kernels that have no windows.
+    for kernels that have no windows. Where there is a mask program too, it hides some of the keys unless ``decided``.
+    ``batch`` is the range of rows of the batch, None for all.
     """
 
     q_start: int
@@ -49,6 +56,35 @@ class Call:
     k_stop: int
     kind: str
     sliding: bool = False
+    decided: bool = False
+    batch: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a call with a computed mask may cover: ``rows`` queries, and ``rows * span`` pairs.
+
+    With ``whole_rows`` a call has all keys that its rows see, and as many rows as the pairs leave.
+    """
+
+    rows: int
+    span: int
+    whole_rows: bool = False
+
+    @staticmethod
+    def of(num_queries: int, head_dim: int, *, whole_rows: bool = False) -> Tile:
+        """A tile that has no more pairs than the queries of one head have numbers, or few.
+
+        Its mask is then small beside the queries, and is divided by the number of ranks as they are. A tile of one size
+        for all lengths would cut long sequences into more calls than a fast device is kept busy by.
+        """
+        return Tile(TILE, max(SPAN, num_queries * head_dim // TILE), whole_rows)
+
+    def cut(self, num_keys: int) -> tuple[int, int]:
+        """The number of rows and of keys of calls whose rows see up to ``num_keys`` keys."""
+        if not self.whole_rows:
+            return self.rows, self.span
+        return max(1, min(self.rows, self.rows * self.span // max(1, num_keys))), num_keys
 
 
 @dataclass(frozen=True)
@@ -94,16 +130,18 @@ def plan_calls(
     *,
     masked: bool = False,
     windows: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Call, ...]:
     """Calls that cover every visible pair exactly once; any other pair they cover is hidden by a ``band``.
 
-    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut into tiles. With
-    ``windows`` the kernel has windows, and uses them where there is no mask.
+    With ``masked`` every call has a computed mask, so no call is ``causal`` and all are cut by ``tile``, a small one if
+    it is not given. With ``windows`` the kernel has windows, and uses them where there is no mask.
     """
     runs = _runs(queries, keys, nearest, farthest)
     if windows and not masked:
         return tuple(_window(run) for run in runs)
-    return tuple(call for run in runs for call in _calls(run, masked))
+    tile = tile or Tile(TILE, SPAN)
+    return tuple(call for run in runs for call in _calls(run, masked, tile))
 
 
 def attended_pairs(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None) -> int:
@@ -117,19 +155,38 @@ def _window(run: Run) -> Call:
     return Call(run.q_start, run.q_stop, run.low, high, "causal" if run.opens else "full", run.closes)
 
 
-def _calls(run: Run, masked: bool) -> Iterator[Call]:
+def _calls(run: Run, masked: bool, tile: Tile) -> Iterator[Call]:
     if not masked and not run.closes:
         if run.high > run.low:
             yield Call(run.q_start, run.q_stop, run.low, run.high, "full")
         if run.opens:
             yield Call(run.q_start, run.q_stop, run.high, run.high + run.num_rows, "causal")
         return
-    kind = "band" if run.opens or run.closes else "full"
-    for start in range(run.q_start, run.q_stop, TILE):
-        stop = min(start + TILE, run.q_stop)
-        low = run.low + (start - run.q_start if run.closes else 0)
-        high = run.high + (stop - run.q_start if run.opens else 0)
-        yield Call(start, stop, low, high, kind)
+    rows, span = tile.cut(run.high - run.low + run.num_rows * run.opens)
+    for start in range(run.q_start, run.q_stop, rows):
+        stop = min(start + rows, run.q_stop)
+        for k_start, k_stop, kind in _pieces(run, start, stop, tile.whole_rows):
+            # a call that has no mask need not be cut
+            step = span if masked or kind == "band" else k_stop - k_start
+            for first in range(k_start, k_stop, step):
+                yield Call(start, stop, first, min(first + step, k_stop), kind)
+
+
+def _pieces(run: Run, start: int, stop: int, whole: bool) -> Iterator[tuple[int, int, str]]:
+    """The keys that rows ``start .. stop - 1`` of a run see: ranges, and the kind of a call on each.
+
+    ``whole`` asks for one range.
+    """
+    first, last = start - run.q_start, stop - 1 - run.q_start
+    low, low_of_all = (run.low + first, run.low + last) if run.closes else (run.low, run.low)
+    high_of_all, high = (run.high + first + 1, run.high + last + 1) if run.opens else (run.high, run.high)
+    if low == low_of_all and high == high_of_all:
+        yield low, high, "full"
+    elif whole or low_of_all >= high_of_all:
+        yield low, high, "band"
+    else:
+        ranges = (low, low_of_all, "band"), (low_of_all, high_of_all, "full"), (high_of_all, high, "band")
+        yield from (piece for piece in ranges if piece[0] < piece[1])
 
 
 def _runs(queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from sptransform.ops.communication.steps import Start
 from sptransform.ops.mask_gradients import gradients
 from sptransform.ops.mask_program import block_mask, block_operands, parse
-from sptransform.ops.ring.blocks import lay_out, positions
+from sptransform.ops.ring.blocks import lay_out, positions, repeats_heads, scale_of
+from sptransform.ops.ring.data_plan import DataPlan
+from sptransform.ops.ring.joined import Joined, joined
 from sptransform.ops.ring.kernels.interface import Case, compute_dtype
-from sptransform.ops.ring.kernels.table import has_windows
+from sptransform.ops.ring.kernels.table import choose, has_windows
 from sptransform.ops.ring.messages import unpack
-from sptransform.ops.ring.plan import Call, plan_calls
+from sptransform.ops.ring.plan import Call, Tile, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
 
 _sp = torch.ops.sptransform
@@ -25,6 +28,11 @@ _sp = torch.ops.sptransform
 def _partition_of(text: str, part: Tensor) -> Partition | None:
     """The partition of dim 2 that ``text`` spells out, given a rank's ``part`` [B, H, s, D]; None for empty text."""
     return Partition.parse(text, part=part.shape[2]) if text else None
+
+
+def of_batch(x: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """Some rows of the batch of x [B or 1, ..]; None for all."""
+    return x if rows is None or x.shape[0] == 1 else x[rows[0] : rows[1]]
 
 
 class RankView:
@@ -57,6 +65,7 @@ class RankView:
         keys: str = "",
         group_name: str = "",
         trained: Sequence[int] = (),
+        reads_data: bool = True,
     ) -> None:
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not of one dtype")
@@ -69,7 +78,11 @@ class RankView:
         self.options = {"scale": scale, "softcap": softcap, "key_head_of": list(key_head_of)}
         if dropout_p > 0:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
-        self.windows = has_windows(Case.of(query, value, masked=False, explicit=dropout_p > 0, softcap=softcap))
+        case = Case.of(query, value, masked=False, explicit=dropout_p > 0, softcap=softcap)
+        kernel = choose(case)
+        self.windows = has_windows(case)
+        is_repeated = self._is_empty() or repeats_heads(query, key, key_head_of, kernel)
+        self._varlen = None if is_repeated else kernel.varlen
         self.partition = _partition_of(keys, key)
         self.num_ranks = self.partition.num_ranks if self.partition else 1
         # without a program a row's keys may be spread over several calls
@@ -77,6 +90,9 @@ class RankView:
         self.own = self.block_at(0)
         self.positions = _owned(_partition_of(queries, query), rank, query.shape[2], "queries")
         _owned(self.partition, self.own, key.shape[2], "keys")
+        # probabilities that are computed again need all keys of a row in one call
+        self._data_plan = self._planned_by_data() if reads_data and mask and not self.options["explicit"] else None
+        self._plans: dict[int, tuple[Call, ...]] = {}
 
     def block_at(self, step: int) -> int:
         """The block that this rank holds at a step."""
@@ -109,10 +125,49 @@ class RankView:
         return Start(message, sent, received)
 
     def plan(self, block: int) -> tuple[Call, ...]:
-        if 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3]):
+        if block not in self._plans:
+            self._plans[block] = self._planned(self.keys_of(block))
+        return self._plans[block]
+
+    def _planned(self, keys: Intervals) -> tuple[Call, ...]:
+        if self._is_empty():
             return ()  # some kernels end the process on empty input
+        by_data = None if self._data_plan is None else self._data_plan.calls(keys)
+        if by_data is not None:
+            return by_data
         masked = bool(self.program)
-        return plan_calls(self.positions, self.keys_of(block), *self.limits, masked=masked, windows=self.windows)
+        return plan_calls(self.positions, keys, *self.limits, masked=masked, windows=self.windows, tile=self._tile)
+
+    def _is_empty(self) -> bool:
+        return 0 in (*self.query.shape, *self.key.shape[:2], self.value.shape[3])
+
+    def _planned_by_data(self) -> DataPlan | None:
+        query = self.query
+        # a CUDA graph runs for other data too
+        if self._is_empty() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        own = positions([bound for interval in self.positions for bound in interval], query.device)
+        num_keys = self.partition.size if self.partition else self.key.shape[2]
+        operands = self.rows, self.columns, self.tables
+        small = None if self._varlen is None else 0
+        found = DataPlan.of(self.program, operands, own, num_keys, self.limits, self.windows, self._tile, small)
+        return None if found is not None and self.trained and found.is_batched else found
+
+    @cached_property
+    def _tile(self) -> Tile:
+        return Tile.of(*self.query.shape[2:], whole_rows=self._has_whole_rows)
+
+    @cached_property
+    def _has_whole_rows(self) -> bool:
+        """Whether a call has all keys of its rows, as one device has.
+
+        A number that is added may hide all keys of a row. If it is large, ``lse`` loses the digits that merging needs.
+        """
+        if not self.program or self.partition is not None:
+            return False
+        if self.options["explicit"]:
+            return True
+        return block_mask(self.program, self.rows, self.columns, 0, 1, slice(0, 1), self.tables).is_floating_point()
 
     def reach(self, block: int) -> tuple[int, int]:
         """The range (first, stop) of a block's keys that this rank's calls use."""
@@ -120,8 +175,14 @@ class RankView:
         return min((call.k_start for call in calls), default=0), max((call.k_stop for call in calls), default=0)
 
     def calls(self, block: int) -> Iterator[tuple[Call, Tensor | None, dict[str, Any]]]:
-        """The calls of this rank's queries on a block, each with its mask and the options of the block ops."""
+        """The calls of this rank's queries on a block, each with its mask and the options of the block ops.
+
+        Without those that are :meth:`joined`.
+        """
+        apart = {call for group in self.joined(block) for call in group.calls}
         for index, call in enumerate(self.plan(block)):
+            if call in apart:
+                continue
             options = self.options
             if "seed" in options:
                 # distinct for every block that any rank computes
@@ -129,6 +190,16 @@ class RankView:
             if call.sliding:
                 options = {**options, "sliding": True}
             yield call, self._mask(call, block), options
+
+    def joined(self, block: int) -> list[Joined]:
+        """The calls that are computed together, if the kernel takes pieces of sequences."""
+        if self._data_plan is None or self._varlen is None:
+            return []
+        softcap = self.options["softcap"]
+        keys = sum(hi - lo for lo, hi in self.keys_of(block))
+        sizes = self.query.shape[0], self.query.shape[2], keys
+        options = {"scale": scale_of(self.query, self.options["scale"])} | ({"softcap": softcap} if softcap else {})
+        return [Joined(self._varlen, calls, sizes, options) for calls in joined(self.plan(block))]
 
     def no_operand_gradients(self) -> list[Tensor]:
         """Zeros for the gradients of the program's trained operands, of two dimensions or more."""
@@ -157,12 +228,14 @@ class RankView:
     def _mask(self, call: Call, block: int) -> Tensor | None:
         keys = _bounds(self.keys_of(block), call.k_start, call.k_stop)
         band = None
-        if call.kind == "band":
+        if call.kind == "band" and self.limits != (None, None):
             band = _sp.band_mask(self.query, _bounds(self.positions, call.q_start, call.q_stop), keys, *self.limits)
-        if not self.program:
+        if not self.program or call.decided:
             return band
         at = self._key_positions(keys)
-        mask = block_mask(self.program, self.rows, self.columns, call.q_start, call.q_stop, at, self.tables)
+        sides = self.rows, self.columns
+        rows, columns = ([x if x.dim() < 4 else of_batch(x, call.batch) for x in xs] for xs in sides)
+        mask = block_mask(self.program, rows, columns, call.q_start, call.q_stop, at, self.tables)
         if band is None:
             return mask
         return mask & band if mask.dtype == torch.bool else mask.masked_fill(~band, -torch.inf)

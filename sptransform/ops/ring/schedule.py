@@ -13,7 +13,7 @@ float32 (float64 for float64 inputs), and gradients travel in that dtype too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from sptransform.ops.communication.steps import Steps, Wait
 from sptransform.ops.ring.blocks import lay_out
+from sptransform.ops.ring.joined import Part
 from sptransform.ops.ring.kernels.interface import compute_dtype
-from sptransform.ops.ring.rank_view import RankView
+from sptransform.ops.ring.plan import Call
+from sptransform.ops.ring.rank_view import RankView, of_batch
 from sptransform.ops.ring.sums import IN_PLACE, Sums
 
 _sp = torch.ops.sptransform
@@ -44,7 +46,7 @@ def forward_steps(
     """The steps of ``ring_attention``; ``options`` are its keyword arguments."""
     dropout = options.get("dropout_p", 0.0) > 0
     seed = _sp.dropout_seed(query) if dropout else query.new_zeros((), dtype=torch.int64)
-    view = RankView(rank, query, key, value, rows, columns, seed, tables, **options)
+    view = RankView(rank, query, key, value, rows, columns, seed, tables, reads_data=sums is IN_PLACE, **options)
     result = None
     held = view.pack() if view.num_ranks > 1 else None
     for step in range(view.num_ranks):
@@ -82,7 +84,7 @@ def backward_steps(
 
     It knows nothing of sinks: they are in ``out`` and ``lse``, as the keys of other ranks are.
     """
-    view = RankView(rank, query, key, value, rows, columns, seed, tables, **options)
+    view = RankView(rank, query, key, value, rows, columns, seed, tables, reads_data=sums is IN_PLACE, **options)
     whole = (grad, out, lse)
     of_operands = view.no_operand_gradients()
     grad_query = returning = None
@@ -112,18 +114,26 @@ def backward_steps(
 
 def _attend(view: RankView, sums: Sums, step: int, held: Tensor | None, result: Any) -> Any:
     """Merge this step's block into ``result``, the (out, lse) of earlier steps or None."""
-    key, value = _keys_at(view, step, held)
-    for call, mask, options in view.calls(view.block_at(step)):
-        may_sink = mask is not None and mask.is_floating_point()
-        query = _part(view.query, call.q_start, call.q_stop)
-        keys = [_part(x, call.k_start, call.k_stop) for x in (key, value)]
-        found = _sp.attention_block(query, *keys, mask, call.kind == "causal", **options)
-        if result is None and query.shape[2] == view.query.shape[2]:
+    for batch, start, found, may_sink in _results(view, view.block_at(step), *_keys_at(view, step, held)):
+        if result is None and found[1].shape == view.query.shape[:3]:
             result = found
-        else:
-            out, lse = result or _nothing(view.query, value)
-            result = sums.merge(_summed(out), lse, *found, call.q_start, may_sink)
+            continue
+        out, lse = result or _nothing(view.query, view.value)
+        out = _summed(out)
+        merged = sums.merge(*(of_batch(x, batch) for x in (out, lse)), *found, start, may_sink)
+        result = merged if batch is None else (out, lse)
     return result
+
+
+def _results(view: RankView, block: int, key: Tensor, value: Tensor) -> Iterator[tuple[Any, int, Any, bool]]:
+    """(sequences, first row, (out, lse), whether rows may be sunk) of all calls on a block."""
+    for group in view.joined(block):
+        for part in group.results(view.query, key, value):
+            yield *part, False
+    for call, mask, options in view.calls(block):
+        xs = _queries(view.query, call), _keys(key, call), _keys(value, call)
+        found = _sp.attention_block(*xs, mask, call.kind == "causal", **options)
+        yield call.batch, call.q_start, found, mask is not None and mask.is_floating_point()
 
 
 def _attend_backward(
@@ -143,20 +153,16 @@ def _attend_backward(
     keys = _keys_at(view, step, held)
     first, stop = (0, keys[0].shape[2]) if step == 0 else view.reach(block)
     parts: list[Tensor | None] = [None, None]
-    for call, mask, options in view.calls(block):
-        grad, query, out = (_part(x, call.q_start, call.q_stop) for x in (whole[0], view.query, whole[1]))
-        lse = _part(whole[2], call.q_start, call.q_stop)
-        key, value = (_part(x, call.k_start, call.k_stop) for x in keys)
-        backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
-        found, *of_keys = backward(grad, query, key, value, mask, out, lse, call.kind == "causal", **options)
-        if view.trained:
-            parts_of_operands = view.operand_gradients(call, block, of_keys.pop())
-            for i, part in enumerate(parts_of_operands):
-                of_operands[i] = sums.add_to_operand(of_operands[i], *part)
-        grad_query = _add(sums, grad_query, found, call.q_start, view.query.shape[2])
-        parts = [
-            _add(sums, total, x, call.k_start - first, stop - first) for total, x in zip(parts, of_keys, strict=True)
-        ]
+    for of_queries, of_keys, operands in _gradients(view, block, keys, whole):
+        for batch, start, (found,) in of_queries:
+            grad_query = _add(sums, grad_query, found, start, (view.query, view.query.shape[2]), batch)
+        for batch, start, found in of_keys:
+            parts = [
+                _add(sums, total, x, start - first, (own, stop - first), batch)
+                for total, x, own in zip(parts, found, keys, strict=True)
+            ]
+        for i, part in enumerate(operands):
+            of_operands[i] = sums.add_to_operand(of_operands[i], *part)
     return (
         grad_query,
         first,
@@ -164,17 +170,41 @@ def _attend_backward(
     )
 
 
+def _gradients(
+    view: RankView, block: int, keys: tuple[Tensor, Tensor], whole: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Part], list[Part], Iterable[Any]]]:
+    """The gradients of queries, of keys and values, and of the mask's operands, of all calls on a block."""
+    grad, out, lse = whole
+    for group in view.joined(block):
+        yield *group.gradients(grad, view.query, *keys, out, lse), ()
+    for call, mask, options in view.calls(block):
+        xs = grad, view.query, *keys, out, lse
+        places = _queries, _queries, _keys, _keys, _queries, _queries
+        grad_rows, query, key, value, *rest = (place(x, call) for place, x in zip(places, xs, strict=True))
+        backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
+        found = backward(grad_rows, query, key, value, mask, *rest, call.kind == "causal", **options)
+        of_query, of_key, of_value, *of_mask = found
+        operands = view.operand_gradients(call, block, *of_mask) if view.trained else ()
+        of_keys = [(call.batch, call.k_start, (of_key, of_value))]
+        yield [(call.batch, call.q_start, (of_query,))], of_keys, operands
+
+
 def _keys_at(view: RankView, step: int, held: Tensor | None) -> tuple[Tensor, Tensor]:
     return (view.key, view.value) if step == 0 else view.unpack(held, view.block_at(step))
 
 
-def _add(sums: Sums, total: Tensor | None, block: Tensor, start: int, size: int) -> Tensor:
-    """``total``, or zeros of ``size`` rows, with ``block`` added from row ``start`` on."""
+def _add(
+    sums: Sums, total: Tensor | None, block: Tensor, start: int, like: tuple[Tensor, int], batch: tuple[int, int] | None
+) -> Tensor:
+    """``total``, or zeros for ``like``, a tensor and a number of rows, with ``block`` added from row ``start`` on."""
     if total is None:
-        if block.shape[2] == size:
+        whole, size = like
+        if (block.shape[0], block.shape[2]) == (whole.shape[0], size):
             return block
-        total = _zeros(block, size)
-    return sums.add(_summed(total), block, start)
+        total = _zeros(whole, size)
+    total = _summed(total)
+    added = sums.add(of_batch(total, batch), block, start)
+    return added if batch is None else total
 
 
 def _summed(x: Tensor) -> Tensor:
@@ -186,8 +216,16 @@ def _no_gradients(view: RankView, step: int) -> Tensor:
     return view.query.new_zeros(view.numel_of(view.block_at(step)), dtype=compute_dtype(view.query.dtype))
 
 
+def _queries(x: Tensor, call: Call) -> Tensor:
+    """What a call's queries have of x [B, H, s, ..]."""
+    return _part(of_batch(x, call.batch), call.q_start, call.q_stop)
+
+
+def _keys(x: Tensor, call: Call) -> Tensor:
+    return _part(of_batch(x, call.batch), call.k_start, call.k_stop)
+
+
 def _part(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of x [B, H, s, ..]."""
     return x if stop - start == x.shape[2] else x.narrow(2, start, stop - start)
 
 

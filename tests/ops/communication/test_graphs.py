@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import sptransform.ops  # noqa: F401 - registers the ops
 from sptransform.ops.local_slice import local_slice_for
 from sptransform.sharding.mesh import PRETENDED_GROUP
-from sptransform.sharding.partition import Partition
+from sptransform.sharding.partition import BLOCKS_PER_RANK, Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
 from sptransform.sharding.sizes import Size
 from sptransform.strategies.ulysses import Ulysses
@@ -25,6 +26,7 @@ from tests.support.tiers import tiered
 
 NUM_RANKS = 4
 FOLDED, ODD = Shard(1, Partition.zigzag(16, 4)), Shard(1, Partition.zigzag(12, 4))
+STRIPED = Shard(1, Partition.striped(12, 4, 2))  # a whole round of blocks, and a shorter one
 BLOCKS, HEADS = Shard(1, Partition.contiguous(16, 4)), Shard(2, Partition.contiguous(4, 4))
 
 
@@ -52,7 +54,11 @@ def _argument(x: object, symbolic: str) -> object:
         return [_argument(item, symbolic) for item in x]
     if x == "group":
         return PRETENDED_GROUP
-    return x.replace(symbolic, "?/") if symbolic and isinstance(x, str) else x
+    if not symbolic or not isinstance(x, str):
+        return x
+    # of an open length, the number of blocks is known and not their size
+    x = re.sub(rf"{symbolic}(\d+)s\d+", rf"{symbolic}\1s/{BLOCKS_PER_RANK}", x)
+    return x.replace(symbolic, "?/")
 
 
 def _local(placement: Placement, shape: tuple[int, ...], rank: int = 0) -> tuple[int, ...]:
@@ -83,6 +89,8 @@ def test_even_shares_are_moved_without_asking_for_the_rank(changed: Change) -> N
         (change((2, 16, 4), FOLDED, HEADS), ["all_to_all_single"] * 2),
         (change((2, 12, 4), ODD, HEADS), ["all_to_all_single"] * 2),
         (change((2, 16, 4), FOLDED, BLOCKS), ["repartition"] * 2),
+        (change((2, 12, 3), STRIPED, R), ["all_gather_into_tensor", "reduce_scatter_tensor"]),
+        (change((2, 12, 4), STRIPED, HEADS), ["all_to_all_single"] * 2),
     ],
     ids=str,
 )
@@ -96,22 +104,27 @@ def test_one_collective_each_way(changed: Change, expected: list[str]) -> None:
         [
             *((kind, 1) for kind in ("R->S", "I->S", "P->S", "S->I", "S->heads", "heads->S", "S->blocks", "blocks->S")),
             *((kind, 3) for kind in ("S->R", "S->heads", "S->blocks")),
+            *((kind, 1) for kind in ("stripes->R", "P->stripes", "stripes->heads", "heads->stripes")),
+            *((kind, 3) for kind in ("stripes->heads", "stripes->blocks")),
             *((kind, outer) for kind in ("blocks->R", "blocks->I", "I->blocks", "P->blocks") for outer in (1, 3)),
         ],
-        quick=[("R->S", 1), ("S->I", 1), ("S->R", 3), ("S->heads", 3), ("blocks->R", 3), ("P->blocks", 1)],
+        quick=[("R->S", 1), ("S->I", 1), ("S->R", 3), ("S->heads", 3), ("blocks->R", 3), ("P->blocks", 1)]
+        + [("stripes->R", 1), ("stripes->heads", 3)],
     ),
 )
 def test_a_graph_of_open_lengths_serves_them_all(kind: str, outer: int) -> None:
     """Traced at one length, run at others, on all ranks."""
 
     def at(length: int) -> Change:
-        zigzag, blocks = (Shard(1, form(length, NUM_RANKS), outer) for form in (Partition.zigzag, Partition.blocks))
-        ends = {"S": zigzag, "R": R, "I": I, "P": P, "heads": HEADS, "blocks": blocks}
+        forms = {"S": Partition.zigzag, "blocks": Partition.blocks, "stripes": Partition.striped}
+        shards = {name: Shard(1, form(length, NUM_RANKS), outer) for name, form in forms.items()}
+        ends = {**shards, "R": R, "I": I, "P": P, "heads": HEADS}
         source, target = kind.split("->")
         return change((2, outer * length, 4), ends[source], ends[target])
 
-    gm = traced(at(24), symbolic="24/")
-    for length in (24, 48):
+    one = BLOCKS_PER_RANK * NUM_RANKS * 3 if "stripes" in kind else 24
+    gm = traced(at(one), symbolic=f"{one}/")
+    for length in (one, 2 * one):
         changed = at(length)
         ((shape,), (source,), (target,)) = changed.shapes, changed.sources, changed.targets
         x, cotangent = randn(*shape), randn(*shape)

@@ -158,6 +158,7 @@ def test_masks(
 ) -> None:  # fmt: skip
     """Lengths that the ranks do not share evenly, in one tile of rows and in several."""
     monkeypatch.setattr(plan, "TILE", tile)
+    monkeypatch.setattr(plan, "SPAN", tile)
     plan.plan_calls.cache_clear()
     learned, problem = MASKS[name], Problem.random(SIZE)
     ring = ring_of(learned, num_ranks, layout, circulates, nearest=nearest, farthest=farthest)
@@ -274,6 +275,7 @@ def test_no_tensor_has_all_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> 
         tables=learned.tables, trained=learned.trained,
     )  # fmt: skip
     monkeypatch.setattr(plan, "TILE", tile)
+    monkeypatch.setattr(plan, "SPAN", tile)
     plan.plan_calls.cache_clear()
     with Largest() as largest:
         ring.backward(problem, ring.forward(problem))

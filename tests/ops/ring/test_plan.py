@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from sptransform.ops.ring import plan
-from sptransform.ops.ring.plan import Call, attended_pairs, plan_calls
+from sptransform.ops.ring.plan import Call, Tile, attended_pairs, plan_calls
 from sptransform.sharding.partition import Intervals, Partition
 
 KINDS = ("full", "band", "causal")
@@ -31,17 +29,22 @@ def check(
     farthest: int | None,
     masked: bool,
     windows: bool = False,
+    tile: Tile | None = None,
 ) -> None:
     rows, columns = positions(queries), positions(keys)
     covered: dict[tuple[int, int], int] = {}
-    for call in plan_calls(queries, keys, nearest, farthest, masked=masked, windows=windows):
+    for call in plan_calls(queries, keys, nearest, farthest, masked=masked, windows=windows, tile=tile):
         assert 0 <= call.q_start < call.q_stop <= len(rows) and 0 <= call.k_start < call.k_stop <= len(columns)
         assert call.kind in (("full", "band") if masked else ("full", "causal") if windows else KINDS)
-        more = (call.k_stop - call.k_start) - (call.q_stop - call.q_start)
+        num_rows, num_keys = call.q_stop - call.q_start, call.k_stop - call.k_start
+        more = num_keys - num_rows
         if windows and not masked:
             assert more >= 0 or not (call.kind == "causal" or call.sliding)
         else:
             assert not call.sliding and (more == 0 or call.kind != "causal")
+        if tile and (masked or call.kind == "band"):
+            assert num_rows <= tile.rows
+            assert num_rows * num_keys <= tile.rows * tile.span or (tile.whole_rows and num_rows == 1)
         for i in range(call.q_start, call.q_stop):
             for j in range(call.k_start, call.k_stop):
                 hidden = call.kind == "causal" and j - call.k_start > i - call.q_start + more
@@ -70,16 +73,46 @@ def intervals(draw: st.DrawFn) -> Intervals:
 limits = st.none() | st.integers(-26, 26)
 
 
-@given(intervals(), intervals(), limits, limits, st.booleans(), st.booleans(), st.sampled_from([3, 512]))
+tiles = st.none() | st.builds(Tile, st.integers(1, 4), st.integers(1, 8), st.booleans())
+
+
+@given(intervals(), intervals(), limits, limits, st.booleans(), st.booleans(), tiles)
 @settings(deadline=None, max_examples=600)
 def test_every_visible_pair_is_covered_once(
     queries: Intervals, keys: Intervals, nearest: int | None, farthest: int | None, masked: bool, windows: bool,
-    tile: int,
+    tile: Tile | None,
 ) -> None:  # fmt: skip
-    with mock.patch.object(plan, "TILE", tile):
-        plan_calls.cache_clear()
-        check(queries, keys, nearest, farthest, masked, windows)
-    plan_calls.cache_clear()
+    """By calls that are no larger than a tile, if they have a mask."""
+    check(queries, keys, nearest, farthest, masked, windows, tile)
+
+
+@given(intervals(), st.integers(1, 24), limits, limits, st.integers(1, 4), st.integers(1, 8))
+@settings(deadline=None, max_examples=200)
+def test_whole_rows(
+    queries: Intervals, num_keys: int, nearest: int | None, farthest: int | None, rows: int, span: int
+) -> None:
+    """Every row is in one call."""
+    tile = Tile(rows, span, whole_rows=True)
+    calls = plan_calls(queries, ((0, num_keys),), nearest, farthest, masked=True, tile=tile)
+    found = [row for call in calls for row in range(call.q_start, call.q_stop)]
+    assert len(found) == len(set(found))
+
+
+def test_the_mask_of_a_call_does_not_grow_with_the_keys() -> None:
+    """Where all see all no mask hides by position, and under causality only a part of each tile's keys has one."""
+    for whole_rows in (False, True):
+        tile = Tile(512, 1024, whole_rows)
+        for size in (4096, 65_536):
+            calls = plan_calls(((0, 4096),), ((0, size),), 4096 - size, None, masked=True, tile=tile)
+            assert max((x.q_stop - x.q_start) * (x.k_stop - x.k_start) for x in calls) <= 512 * 1024
+    bands = [x for x in plan_calls(((0, 4096),), ((0, 4096),), 0, None, masked=True) if x.kind == "band"]
+    assert all(x.q_stop - x.q_start == 512 and x.k_stop - x.k_start == 511 for x in bands) and len(bands) == 8
+
+
+def test_a_tile_is_no_larger_than_the_queries_unless_it_is_small() -> None:
+    for num_queries, head_dim in ((64, 8), (2048, 64), (8192, 128), (131_072, 128)):
+        tile = Tile.of(num_queries, head_dim)
+        assert tile.rows * tile.span <= max(512 * 1024, num_queries * head_dim)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])

@@ -150,6 +150,7 @@ def test_masks_are_computed_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from sptransform.ops.ring import plan
 
     monkeypatch.setattr(plan, "TILE", 4)
+    monkeypatch.setattr(plan, "SPAN", 4)
     plan.plan_calls.cache_clear()
     problem = Problem.random(40)
     expected = one_device(problem, visible(40, 40, 0, 5))

@@ -21,6 +21,7 @@ from sptransform.graph import dataflow
 from sptransform.graph.printer import line, text
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.strategies.ring import Ring
+from sptransform.strategies.ulysses import Ulysses
 from tests.passes.masks import (
     BANDS,
     BATCH,
@@ -112,6 +113,17 @@ def test_no_mask() -> None:
 
 def test_dropout_is_carried_over() -> None:
     assert read(causal, dropout_p=0.25).node.kwargs["dropout_p"] == 0.25
+
+
+def test_dropout_is_computed_in_tiles_where_heads_are_cut() -> None:
+    """Fused kernels would drop the same on ranks of equal seeds; the definition has all queries and keys at once."""
+
+    def model(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, dropout_p=0.25, is_causal=True)
+
+    gm, _ = after(AttendByPosition, model, heads(), heads(), heads(), context=a_context(strategy=Ulysses()))
+    (node,) = nodes_of(gm, torch.ops.sptransform.ring_attention.default)
+    assert (node.kwargs["dropout_p"], node.kwargs["nearest"]) == (0.25, 0)
 
 
 @pytest.mark.parametrize("num_keys", [4, 9])
