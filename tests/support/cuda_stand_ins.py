@@ -70,7 +70,7 @@ def backward(
     k, v = (x.repeat_interleave(times, 1) for x in (k, v))
     scores = _scores(q, k, scale, softcap)
     shown = seen(q.shape[2], k.shape[2], causal, *window)
-    weights = (scores - lse[..., None]).exp().masked_fill(~shown, 0.0)
+    weights = (scores.masked_fill(~shown, -torch.inf) - lse[..., None]).exp()
     of_scores = weights * (g @ v.mT - (g * o).sum(-1, keepdim=True)) * scale
     if softcap:
         of_scores = of_scores * (1 - (scores / softcap).square())

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sptransform.ops.ring import blocks, fused
+from sptransform.ops.ring import blocks, fused, sums
 from sptransform.sharding.partition import Partition
 from tests.ops.ring.ranks import Problem, Ring, one_device, visible
 from tests.support.cuda_stand_ins import pretend_cuda, torch_flash_on_cpu
@@ -71,11 +71,24 @@ class Converted(TorchDispatchMode):
 
 @pytest.mark.parametrize("farthest", [None, 9])
 def test_rings_sum_in_float32(farthest: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors are those of the kernels' own rounding, forward and backward, as on one device."""
+    """What is added is not; errors are those of the kernels' own rounding, forward and backward, as on one device."""
     pretend_cuda(monkeypatch)
+    dtypes = set()
+
+    def watched(fn: Any, added: int) -> Any:
+        def run(*args: Any) -> Any:
+            dtypes.add((args[0].dtype, args[added].dtype))
+            return fn(*args)
+
+        return run
+
+    for name, added in (("merge_block_", 2), ("add_block_", 1), ("add_to_message_", 1)):
+        monkeypatch.setattr(sums, name, watched(getattr(sums, name), added))
     partition, shown = Partition.zigzag(32, 4), visible(32, 32, 0, farthest)
     with torch_flash_on_cpu():
         found = Ring(partition, partition, options={"nearest": 0, "farthest": farthest}).run(problem())
+    # the gradients that come back in a message are a sum already
+    assert dtypes == {(torch.float32, torch.bfloat16), (torch.float32, torch.float32)}
     exact = one_device(problem().to(torch.float64), shown)
     for x, y in zip((found[0], *found[1]), (exact[0], *exact[1]), strict=True):
         assert x.dtype == torch.bfloat16
