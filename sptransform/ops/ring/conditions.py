@@ -41,12 +41,16 @@ _LIMITS: dict[str, tuple[int | None, int | None]] = {
 
 @dataclass(frozen=True)
 class Bound:
-    """``nearest <= value of the query - value of the key <= farthest``; None is no limit."""
+    """``nearest <= value of the query - value of the key <= farthest``; None is no limit.
+
+    ``computed``: the program compares the difference, which has the dtype of the values.
+    """
 
     query: int
     key: int
     nearest: int | None
     farthest: int | None
+    computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class _Reader:
         difference = self._difference(left, right)
         if difference is None:
             return _UNREAD
-        query, key, sign, number = difference
+        query, key, sign, number, computed = difference
         if name == "eq":
             if number == 0:
                 return Conditions(same=((query, key),))
@@ -161,12 +165,12 @@ class _Reader:
             return _UNREAD
         if sign < 0:
             nearest, farthest = (None if x is None else -x for x in (farthest, nearest))
-        return Conditions(bounds=(Bound(query, key, nearest, farthest),))
+        return Conditions(bounds=(Bound(query, key, nearest, farthest, computed),))
 
-    def _difference(self, left: Any, right: Any) -> tuple[int, int, int, int] | None:
-        """(query, key, sign, number) of a comparison of ``sign * (query - key)`` with a number."""
-        number = 0
-        if isinstance(left, Ref) and type(right) is int:
+    def _difference(self, left: Any, right: Any) -> tuple[int, int, int, int, bool] | None:
+        """(query, key, sign, number, computed) of a comparison of ``sign * (query - key)`` with a number."""
+        number, computed = 0, isinstance(left, Ref) and type(right) is int
+        if computed:
             step, number = self._step(left.index), right
             if step is None or _name(step) not in ("sub", "subtract") or step.kwargs or len(step.args) != 2:
                 return None
@@ -175,8 +179,8 @@ class _Reader:
             return None
         sides = self._sides[left.index], self._sides[right.index]
         if sides == ("query", "key"):
-            return left.index, right.index, 1, number
-        return (right.index, left.index, -1, number) if sides == ("key", "query") else None
+            return left.index, right.index, 1, number, computed
+        return (right.index, left.index, -1, number, computed) if sides == ("key", "query") else None
 
     def _step(self, index: int) -> Step | None:
         return self._steps[index - self._first] if index >= self._first else None

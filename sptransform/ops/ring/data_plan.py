@@ -77,7 +77,7 @@ class DataPlan:
         conditions = read(program, sides)
         if conditions is None:
             return None
-        found = []
+        found, dtypes = [], []
         for side, of_token in (("query", positions), ("key", torch.arange(num_keys, device=positions.device))):
             labels, subtracted, shown = (
                 evaluated(program, [x for xs in operands for x in xs], sides, wanted, side)
@@ -85,9 +85,12 @@ class DataPlan:
             )
             if any(x.is_floating_point() for x in (*labels, *subtracted)) or any(x.dtype != torch.bool for x in shown):
                 return None
+            dtypes.append([x.dtype for x in subtracted])
             if limits != (None, None):
                 subtracted.append(of_token[None])
             found.append(segments(labels, subtracted, shown, len(of_token)))
+        if not _are_exact(conditions.bounds, dtypes, found):
+            return None
         if limits != (None, None):
             conditions = replace(conditions, bounds=(*conditions.bounds, Bound(-1, -1, *limits)))
         return DataPlan(conditions, *found, windows, tile, SMALL if small is None else small)
@@ -151,6 +154,27 @@ class DataPlan:
                 rows, intervals, nearest, farthest, masked=masked, windows=self._windows, tile=self._tile
             )
         ]
+
+
+def _are_exact(
+    bounds: Sequence[Bound], dtypes: Sequence[Sequence[torch.dtype]], found: Sequence[Sequence[list[Segment]]]
+) -> bool:
+    """Whether no difference that the program computes may be beyond its dtype, where it would begin again.
+
+    Args:
+        bounds: of the program.
+        dtypes: of what is subtracted, of queries and of keys.
+        found: the segments of queries and of keys.
+    """
+    for i, (bound, *of_sides) in enumerate(zip(bounds, *dtypes, strict=True)):
+        if bound.computed:
+            info = torch.iinfo(torch.promote_types(*of_sides))
+            limits = [abs(x) for x in (bound.nearest, bound.farthest) if x is not None]
+            ranges = [[(x.firsts[i], x.firsts[i] + x.stop - x.start) for xs in rows for x in xs] for rows in found]
+            lows, highs = ([of([x[at] for x in xs], default=0) for xs in ranges] for at, of in ((0, min), (1, max)))
+            if info.min == 0 or max(highs[0] - lows[1], highs[1] - lows[0], *limits) >= info.max:
+                return False
+    return True
 
 
 def _grouped(segments: Sequence[Segment]) -> dict[tuple[int, ...], list[list[Segment]]]:

@@ -151,7 +151,10 @@ class RankView:
         operands = self.rows, self.columns, self.tables
         small = None if self._varlen is None else 0
         found = DataPlan.of(self.program, operands, own, num_keys, self.limits, self.windows, self._tile, small)
-        return None if found is not None and self.trained and found.is_batched else found
+        # gradients of what is added to scores are taken for the whole batch at once; with dropout the forward, which
+        # does not know what is trained, has to make the calls of the backward
+        is_for_batch = self.trained or ("seed" in self.options and self._is_added)
+        return None if found is not None and found.is_batched and is_for_batch else found
 
     @cached_property
     def _tile(self) -> Tile:
@@ -165,8 +168,11 @@ class RankView:
         """
         if not self.program or self.partition is not None:
             return False
-        if self.options["explicit"]:
-            return True
+        return self.options["explicit"] or self._is_added
+
+    @cached_property
+    def _is_added(self) -> bool:
+        """Whether the program's numbers are added to scores."""
         return block_mask(self.program, self.rows, self.columns, 0, 1, slice(0, 1), self.tables).is_floating_point()
 
     def reach(self, block: int) -> tuple[int, int]:

@@ -50,9 +50,12 @@ def segments(
     # what goes on by one is constant once the number of the token is taken off
     moving = torch.arange(size, device=device)
     first, last = len(labels), len(labels) + len(subtracted)
-    stacked[first:last] -= moving
-    begins = torch.ones(batch, size, dtype=torch.bool, device=device)
-    begins[:, 1:] = (stacked[..., 1:] != stacked[..., :-1]).any(0)
+    subtracted = stacked[first:last]
+    begins = (subtracted == torch.iinfo(torch.int64).min).any(0)  # it is not one more than the largest number
+    subtracted -= moving
+    begins[:, :1] = True
+    begins[:, 1:] |= (stacked[..., 1:] != stacked[..., :-1]).any(0)
+    subtracted += moving
     rows, starts = begins.nonzero(as_tuple=True)
     # one copy to the host
     table = torch.cat([rows[None], starts[None], stacked[:, rows, starts]]).tolist()
@@ -61,8 +64,7 @@ def segments(
     for (row, start, *numbers), after in zip(at, [*at[1:], None], strict=True):
         stop = after[1] if after is not None and after[0] == row else size
         if all(numbers[last:]):
-            firsts = tuple(number + start for number in numbers[first:last])
-            found[row].append(Segment(start, stop, tuple(numbers[:first]), firsts))
+            found[row].append(Segment(start, stop, tuple(numbers[:first]), tuple(numbers[first:last])))
     return found
 
 

@@ -233,8 +233,29 @@ def test_pieces_without_end_are_no_plan() -> None:
     assert plan.calls(((0, 64),)) is None
 
 
-def within(nearest: int | None, farthest: int | None) -> Conditions:
-    return Conditions(bounds=(Bound(0, 1, nearest, farthest),))
+INT64 = torch.iinfo(torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("program", "at"),
+    [
+        ("%2 = sub.Tensor(%0, %1); %3 = le.Scalar(%2, 4)", torch.arange(12).to(torch.uint8)),
+        ("%2 = sub.Tensor(%0, %1); %3 = le.Scalar(%2, 4)", torch.arange(-110, 130, 20).to(torch.int8)),
+        ("%2 = sub.Tensor(%0, %1); %3 = lt.Scalar(%2, 128)", torch.arange(12).to(torch.int8)),
+        ("%2 = sub.Tensor(%1, %0); %3 = eq.Scalar(%2, 2)", torch.tensor([INT64.min + 1, INT64.max] * 6)),
+        ("%2 = le.Tensor(%1, %0)", torch.tensor([0, 1, 2, 3, INT64.min, INT64.min, 5, 6, INT64.max, INT64.min, 9, 0])),
+    ],
+)
+def test_numbers_at_the_end_of_their_dtype(program: str, at: Tensor) -> None:
+    """Differences begin again beyond it, as the program computes them."""
+    problem, at = Problem.random(12), at[None, None, None]
+    expected = one_device(problem, mask_of(program, [at.mT], [at], (None, None)))
+    partition = Partition.zigzag(12, 2)
+    assert_equal(Ring(partition, partition, (at.mT,), (at,), {"mask": program}).run(problem), expected)
+
+
+def within(nearest: int | None, farthest: int | None, computed: bool = True) -> Conditions:
+    return Conditions(bounds=(Bound(0, 1, nearest, farthest, computed),))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +267,7 @@ def within(nearest: int | None, farthest: int | None) -> Conditions:
         ("%2 = sub.Tensor(%0, %1); %3 = le.Scalar(%2, 4)", ("query", "key"), within(None, 4)),
         ("%2 = sub.Tensor(%1, %0); %3 = gt.Scalar(%2, -4)", ("query", "key"), within(None, 3)),
         ("%2 = sub.Tensor(%0, %1); %3 = eq.Scalar(%2, 4)", ("query", "key"), within(4, 4)),
-        ("%2 = lt.Tensor(%1, %0)", ("query", "key"), within(1, None)),
+        ("%2 = lt.Tensor(%1, %0)", ("query", "key"), within(1, None, computed=False)),
         ("%2 = logical_or(%0, %1)", ("query", "key"), None),
         ("%1 = gt.Scalar(%0, 0)", ("key",), Conditions(of_keys=(1,))),
     ],

@@ -66,6 +66,7 @@ LOW = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.float64)
 LOW[:, :, 8], LOW[..., 3:6], LOW[:, :, 9] = -1e30, -1e30, LOWEST
 SEEN = torch.rand(1, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) > 0.3
 SEEN[:, :, 4] = False
+DOCUMENTS = torch.stack([POSITIONS // 7, POSITIONS // 11])[:, None, None]
 
 MASKS = {
     "a table for each head": Learned(
@@ -91,6 +92,11 @@ MASKS = {
         "%3 = add.Tensor(%1, %2); %4 = masked_fill.Scalar(%3, %0, -inf)",
         (~SEEN, numbers(2, HEADS, SIZE, 1)),
         (numbers(HEADS, 1, SIZE),),
+    ),
+    "documents of each row of the batch": Learned(
+        "%3 = eq.Tensor(%0, %1); %4 = logical_not(%3); %5 = masked_fill.Scalar(%2, %4, -inf)",
+        (DOCUMENTS.mT,),
+        (DOCUMENTS, numbers(HEADS, 1, SIZE)),
     ),
     "rows of low numbers": Learned(
         "%5 = sub.Tensor(%0, %2); %6 = add.Tensor(%5, 31); %7 = lookup(%4, %6); %8 = mul.Tensor(%7, %3); "
@@ -177,7 +183,9 @@ def test_heads_and_softcap(name: str, heads: tuple[int, ...]) -> None:
     assert_same(found_by(ring, problem), expected)
 
 
-@pytest.mark.parametrize("name", ["everything", "rows that see nothing", "rows of low numbers"])
+@pytest.mark.parametrize(
+    "name", ["everything", "rows that see nothing", "rows of low numbers", "documents of each row of the batch"]
+)
 def test_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped is read off the forward of values that are unit vectors."""
     monkeypatch.setattr(reference, "TILE", 4)
