@@ -97,6 +97,11 @@ class DataPlan:
         """Whether rows of the batch have calls of their own."""
         return len(self._of_rows) > 1
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the mask says nothing but what the plan is made from, so that it adds no numbers to scores."""
+        return self._conditions.is_whole
+
     def calls(self, keys: Intervals) -> tuple[Call, ...] | None:
         """The calls on a block of keys; None where pieces are so many that masks of whole tiles are as good."""
         planned = []

@@ -151,7 +151,14 @@ class RankView:
         operands = self.rows, self.columns, self.tables
         small = None if self._varlen is None else 0
         found = DataPlan.of(self.program, operands, own, num_keys, self.limits, self.windows, self._tile, small)
-        return None if found is not None and self.trained and found.is_batched else found
+        return None if found is not None and found.is_batched and self._may_be_trained(found) else found
+
+    def _may_be_trained(self, plan: DataPlan) -> bool:
+        """Whether the mask has gradients, which batched calls have not.
+
+        Only the backward knows; with dropout, of which the calls decide what is kept, the forward has to plan alike.
+        """
+        return bool(self.trained) or ("seed" in self.options and not plan.is_whole)
 
     @cached_property
     def _tile(self) -> Tile:
