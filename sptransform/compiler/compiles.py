@@ -8,11 +8,11 @@ on, such as a number that changes at every step, and it still holds for inputs o
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -42,14 +42,17 @@ def counted_by_sizes() -> Iterator[None]:
 
 
 class Compiles:
-    """The graphs of one model, counted by the code that they were made of and the sizes that they are for."""
+    """The graphs of one model, counted by the code that they were made of and the sizes that they are for.
+
+    As long as Dynamo keeps them: after ``torch._dynamo.reset()`` they do not count, nor do those that were refused.
+    """
 
     def __init__(self) -> None:
-        self._num_of: Counter[tuple[int | None, Sizes]] = Counter()
+        self._kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
         self._has_warned = False
 
-    def add(self, inputs: Sequence[Any]) -> None:
-        """Count the graph that was just compiled for ``inputs``.
+    def add(self, compiled: Callable[..., Any], inputs: Sequence[Any]) -> None:
+        """Count the graph that was just compiled for ``inputs``, which Dynamo calls as ``compiled``.
 
         Raises:
             UsageError: there are too many for the same sizes.
@@ -58,8 +61,8 @@ class Compiles:
         if limit is None or compile_id is None:
             return
         frame, sizes = compile_id.frame_id, _fixed(inputs)
-        self._num_of[frame, sizes] += 1
-        if self._num_of[frame, sizes] > limit:
+        kept = [of for of in self._kept.values() if of[0] == frame]
+        if kept.count((frame, sizes)) >= limit:
             raise UsageError(
                 describe(
                     "the model was compiled as often for inputs of the same sizes as Dynamo allows",
@@ -67,7 +70,8 @@ class Compiles:
                     fix="pass numbers that change as tensors; or raise torch._dynamo.config.recompile_limit",
                 )
             )
-        if not self._has_warned and sum(of == frame for of, _ in self._num_of) > limit:
+        self._kept[compiled] = frame, sizes
+        if not self._has_warned and len({*kept, (frame, sizes)}) > limit:
             self._has_warned = True
             log.warning(
                 "the model was compiled for more than %d different sizes of its inputs: pad lengths to a multiple of "

@@ -28,12 +28,12 @@ class WatchedCompiler:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = self._backend(gm, inputs)
-        self._compiles.add(inputs)
 
         def run(*args: Any) -> Any:
             self._num_runs += 1
             return compiled(*args)
 
+        self._compiles.add(run, inputs)
         return run
 
     def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:

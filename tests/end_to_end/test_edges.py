@@ -182,3 +182,27 @@ def run_numbers_that_change(rank: int, world_size: int) -> str:
 def test_the_recompile_limit_is_an_error_with_a_fix() -> None:
     for message in get_pool(2).run(run_numbers_that_change, timeout=120):
         assert "pass numbers that change as tensors" in message
+
+
+def run_after_the_limit(rank: int, world_size: int) -> list[bool]:
+    """Whether each of these calls ran: over the limit thrice, then under a higher one; after resets of Dynamo."""
+    model = sptransform.parallelize(Scaled(), "ulysses", backend="eager")
+
+    def runs(number: float, limit: int) -> bool:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            try:
+                _step(model, number, 12)
+            except UsageError:
+                return False
+        return True
+
+    found = [runs(number, 2) for number in (0.5, 0.25, 0.125, 1.5, 2.5)] + [runs(0.125, 3)]
+    for _ in range(4):
+        torch._dynamo.reset()
+        found.append(runs(0.5, 2))
+    return found
+
+
+def test_graphs_that_were_refused_or_forgotten_do_not_count() -> None:
+    for found in get_pool(2).run(run_after_the_limit, timeout=120):
+        assert found == [True] * 2 + [False] * 3 + [True] * 5

@@ -121,3 +121,21 @@ def test_backward_reads_the_seed_and_no_generator() -> None:
     first = run()
     torch.rand(3)
     assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
+
+
+def test_gradients_of_a_learned_mask_that_hides_other_keys_in_every_row() -> None:
+    """The plan in rows of the batch, which a forward may have, is none of a backward with gradients of the mask."""
+    problem, size = Problem.random(80, heads=1, key_heads=1, dim=2), 80
+    numbers = torch.stack([torch.arange(size) // 25, torch.arange(size) // 60])
+    program = "%3 = eq.Tensor(%0, %1); %4 = logical_not(%3); %5 = masked_fill.Scalar(%2, %4, -inf)"
+
+    def op(query: Tensor, key: Tensor, value: Tensor, learned: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        rows, columns = [numbers[:, None, :, None]], [numbers[:, None, None], learned]
+        return torch.ops.sptransform.ring_attention(
+            query, key, value, rows, columns, mask=program, nearest=0, dropout_p=P
+        )[0]
+
+    learned = torch.randn(1, 1, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    xs = [x.requires_grad_() for x in (problem.query, problem.key, problem.value, learned)]
+    assert torch.autograd.gradcheck(op, xs, fast_mode=True)
