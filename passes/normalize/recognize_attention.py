@@ -16,7 +16,8 @@ after::
 1. Which dimensions are queries, keys, heads and batch is read from the rules of the two contractions. Whatever their
    layout, reshapes and permutes put them in order.
 2. What stands between the contractions is read by ``masks/between.py``. Where it is something else, attention is left
-   as it is; so it is where something else reads the probabilities.
+   as it is. Where something else reads the probabilities too, they are computed for it as they were, with all queries
+   and all keys; so attention is left if its dropout draws numbers.
 3. A batch of heads, ``[batch * heads, ..]``, is taken apart where the graph shows how it was made.
 4. Where other attention shows what the sequences are, only attention among the tokens of a sequence is read.
 5. Keys or values that are parameters are no keys or values: that is a table read by weights.

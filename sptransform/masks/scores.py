@@ -121,21 +121,30 @@ class _Reading:
         return op_call(self.softmax).argument("dim") % num_dims - num_dims
 
     def _after(self) -> tuple[_Contraction, float, list[fx.Node]] | None:
-        """The contraction that reads the probabilities, their dropout, and the nodes before it; None if others do."""
-        node, dropout_p, following = self.softmax, 0.0, []
-        while len(node.users) == 1:
-            (user,) = node.users
+        """The contraction that reads the probabilities, their dropout, and the nodes before it.
+
+        None if there are several. Something else may read the probabilities, unless numbers are drawn for their
+        dropout: it reads those that the nodes compute, which then stay.
+        """
+        found = list(self._readers(self.softmax, 0.0, []))
+        if len(found) != 1:
+            return None
+        _, dropout_p, following = found[0]
+        is_read = any(len(node.users) > 1 for node in (self.softmax, *following))
+        return None if is_read and dropout_p > 0.0 else found[0]
+
+    def _readers(
+        self, node: fx.Node, dropout_p: float, following: list[fx.Node]
+    ) -> Iterator[tuple[_Contraction, float, list[fx.Node]]]:
+        for user in node.users:
             weighted = _contraction(user, self.rules)
             if weighted is not None:
-                is_read = node in weighted.operands and weighted.bias is None
-                return (weighted, dropout_p, following) if is_read else None
-            if user.target in DROPOUT and dropout_p == 0.0:
-                dropout_p = DROPOUT[user.target](op_call(user))
-            elif not is_cast(user) and user.target not in REARRANGEMENTS and user.target not in TAKEN:
-                return None
-            following.append(user)
-            node = user
-        return None
+                if node in weighted.operands and weighted.bias is None:
+                    yield weighted, dropout_p, following
+            elif user.target in DROPOUT and dropout_p == 0.0:
+                yield from self._readers(user, DROPOUT[user.target](op_call(user)), [*following, user])
+            elif is_cast(user) or user.target in REARRANGEMENTS or user.target in TAKEN:
+                yield from self._readers(user, dropout_p, [*following, user])
 
     def _path(self, node: Any, seen: set[fx.Node]) -> list[Any] | None:
         """The contraction that makes the scores, and the nodes from there to ``node``."""

@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from sptransform.ops.ring.conditions import Bound, Conditions, evaluated, read, sides_of
-from sptransform.ops.ring.plan import Call, Tile, plan_calls
+from sptransform.ops.ring.plan import SPAN, Call, Tile, plan_calls
 from sptransform.ops.ring.segments import Segment, segments, stored
 from sptransform.sharding.partition import Intervals
 
 # the most rows and keys of a call that stands for several ones, by default
 SMALL = 64
+# how often a row may be merged more than in tiles of a mask, on average
+FEW = 4
+# calls of fewer rows than this, on average, cost more than masks of whole tiles
+SHORT = 16
 
 
 class DataPlan:
@@ -118,15 +122,18 @@ class DataPlan:
 
     def _calls(self, queries: list[Segment], keys: list[Segment]) -> list[Call] | None:
         of_label = _grouped(keys)
-        left = sum(segment.stop - segment.start for segment in queries)
+        size = sum(segment.stop - segment.start for segment in queries)
+        num_keys = max((segment.stop for segment in keys), default=0)
+        left = size * (FEW + num_keys // SPAN)
         found = []
         for segment in queries:
             met = of_label[segment.labels]
-            left -= len(met)
+            left -= len(met) * (segment.stop - segment.start)
             if left < 0 or (len(met) > 1 and self._tile is not None and self._tile.whole_rows):
                 return None
             found.append([call for group in met for call in self._pair(segment, group)])
-        return _shared(found, self._small)
+        calls = _shared(found, self._small)
+        return None if self._small and len(calls) > max(SMALL, size // SHORT) else calls
 
     def _pair(self, queries: Segment, keys: list[Segment]) -> list[Call]:
         """The calls of a segment and a group. At distance 0 of their own numbers, the difference is that of firsts."""

@@ -274,3 +274,13 @@ def within(nearest: int | None, farthest: int | None, computed: bool = True) -> 
 )
 def test_what_is_read(program: str, sides: tuple[Any, ...], expected: Conditions | None) -> None:
     assert read(program, sides) == expected
+
+
+def test_a_row_is_merged_a_few_times_at_most() -> None:
+    """Every second key is hidden from one long piece of queries; a few holes are no matter."""
+    size = 2048
+    for hidden, is_planned in ((torch.arange(0, size, 2), False), (torch.tensor([0, 700, 1500]), True)):
+        shown = torch.ones(1, 1, 1, size, dtype=torch.bool)
+        shown[..., hidden] = False
+        plan = DataPlan.of("%0", ([], [shown], []), torch.arange(size), size, (None, None))
+        assert (plan.calls(((0, size),)) is not None) == is_planned

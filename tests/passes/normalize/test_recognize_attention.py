@@ -260,11 +260,21 @@ class OfTorch(nn.Module):
         return (y.square().sum() + (probabilities.square().sum() if self.is_read else 0.0)) / LENGTH
 
 
-def test_torchs_own_module_is_exact() -> None:
-    reference = run_one_device(OfTorch(), inputs())
-    for ranks in on_pretended_ranks(OfTorch(), inputs(), STRATEGIES[:3]).values():
+@pytest.mark.parametrize("is_read", [False, True])
+def test_torchs_own_module_is_exact(is_read: bool) -> None:
+    reference = run_one_device(OfTorch(is_read), inputs())
+    for ranks in on_pretended_ranks(OfTorch(is_read), inputs(), STRATEGIES[:3]).values():
         for result in ranks.results():
             assert_equal_to_one_device(reference, result, 1e-12)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_probabilities_that_are_read_too_stay_open(is_read: bool) -> None:
+    """Only for their reader; and what is gathered for them is reported."""
+    gm, _ = after([RecognizeAttention()], OfTorch(is_read), inputs()["x"])
+    assert len(attentions(gm)) == 1 and len(nodes_of(gm, aten.softmax.int)) == is_read
+    explanation = sptransform.explain(OfTorch(is_read), "ulysses", inputs(), world_size=2)
+    assert bool(explanation.gathered) == is_read
 
 
 def test_lengths_stay_open() -> None:
@@ -318,8 +328,14 @@ def test_a_length_among_the_scores_is_no_number() -> None:
 
 
 def read_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is dropped is drawn once for both readers."""
+    probabilities = functional.dropout((q @ k.mT).softmax(-1), 0.25)
+    return probabilities @ v + probabilities.square().sum(-1, keepdim=True)
+
+
+def of_two_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     probabilities = (q @ k.mT).softmax(-1)
-    return probabilities @ v + probabilities.sum(-1, keepdim=True)
+    return probabilities @ v + probabilities @ (v + 1)
 
 
 def filled_with_another_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -378,7 +394,7 @@ def shared_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "attend",
     [detached, detached_probabilities, partly_without_gradients, rounded, lowest_then_nothing, lowest_and_added,
-     lowest_between_what_is_added, shared_keys, read_twice, filled_with_another_number, over_queries,
+     lowest_between_what_is_added, shared_keys, read_twice, of_two_values, filled_with_another_number, over_queries,
      values_of_a_query],
     ids=lambda attend: attend.__name__,
 )  # fmt: skip
@@ -387,11 +403,6 @@ def test_what_is_no_attention_is_left(attend: Attend) -> None:
     assert not attentions(gm)
     with pytest.raises(UsageError, match=r"aten\.softmax\.int is not between two products"):
         sptransform.rewrite(Model(attend), "ulysses", inputs(), world_size=2)
-
-
-def test_probabilities_that_are_returned_stay_open() -> None:
-    with pytest.raises(UsageError, match="is not between two products"):
-        sptransform.rewrite(OfTorch(is_read=True), "ulysses", inputs(), world_size=2)
 
 
 class Table(nn.Module):
