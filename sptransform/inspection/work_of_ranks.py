@@ -107,7 +107,8 @@ def _visible(node: fx.Node, in_documents: bool) -> tuple[Band, bool]:
     """The distances that the node's mask leaves visible, and whether it hides nothing else.
 
     In documents, equal numbers of a query and a key are taken to mean one document, and the difference of two numbers
-    to be that of positions, as it is for positions inside of a document.
+    to be that of positions, as it is for positions inside of a document. Numbers that depend on no input, as those of
+    chunks of equal size do, number no documents.
     """
     arguments, _ = arguments_of(node)
     band = Band(0 if arguments.get("is_causal") else arguments.get("nearest"), arguments.get("farthest"))
@@ -120,4 +121,16 @@ def _visible(node: fx.Node, in_documents: bool) -> tuple[Band, bool]:
         return band, False
     for bound in conditions.bounds:
         band &= Band(bound.nearest, bound.farthest)
-    return band, conditions.is_whole and not conditions.of_queries and not conditions.of_keys
+    is_known = conditions.is_whole and not conditions.of_queries and not conditions.of_keys
+    return band, is_known and all(map(_depends_on_input, arguments["rows"]))
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    seen, to_see = {node}, [node]
+    for x in to_see:
+        if x.op == "placeholder":
+            return True
+        new = [y for y in x.all_input_nodes if y not in seen]
+        seen.update(new)
+        to_see += new
+    return False

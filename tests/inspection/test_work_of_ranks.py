@@ -39,6 +39,8 @@ class Attention(nn.Module):
             at = numbers.long().cumsum(1)
             same = numbers[:, None, :, None] == numbers[:, None, None, :]
             mask = same & (at[:, None, :, None] - at[:, None, None, :] > 2)
+        elif self.kind == "chunked":
+            mask = (torch.arange(length) // 7)[:, None] == torch.arange(length) // 7
         elif self.kind == "padded":
             mask = (numbers > 0)[:, None, None]
         elif self.kind == "shorter keys":
@@ -109,6 +111,7 @@ def test_rows_are_shared_by_a_cut_batch() -> None:
         ("ordered", [5, 43], 15 + 43 * 44 // 2, False),
         ("numbered", [5, 43], 3 + 41 * 40 // 2, False),
         ("padded", [5, 43], 5**2 + 43**2, True),
+        ("chunked", [5, 43], 5**2 + 43**2, True),  # its equal numbers are not those of documents
         ("shorter keys", None, LENGTH * 9, False),
         ("shorter keys", [5, 43], LENGTH * 9, False),  # they are of another sequence
     ],
