@@ -29,8 +29,8 @@ from sptransform.sharding.partition import Intervals
 SMALL = 64
 # how often a row may be merged more than in tiles of a mask, on average
 FEW = 4
-# calls of fewer rows than this, on average, cost more than masks of whole tiles
-SHORT = 16
+# more than that many calls, of fewer than SHORT rows on average, cost more than masks of whole tiles
+MANY, SHORT = 64, 16
 
 
 class DataPlan:
@@ -133,7 +133,7 @@ class DataPlan:
                 return None
             found.append([call for group in met for call in self._pair(segment, group)])
         calls = _shared(found, self._small)
-        return None if self._small and len(calls) > max(SMALL, size // SHORT) else calls
+        return None if self._small and len(calls) > max(MANY, size // SHORT) else calls
 
     def _pair(self, queries: Segment, keys: list[Segment]) -> list[Call]:
         """The calls of a segment and a group. At distance 0 of their own numbers, the difference is that of firsts."""
