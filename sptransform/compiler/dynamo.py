@@ -5,26 +5,27 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
-from sptransform.compiler.compiles import Compiles, counted_by_sizes
+from sptransform.compiler.compiles import Compiles
 from sptransform.compiler.distinct_tensors import distinct_tensors
 from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
 from sptransform.diagnostics.provenance import innermost_line
 
 
 class WatchedCompiler:
-    """A backend that detects calls in which nothing that it compiled ran, and that counts what it compiles."""
+    """A backend that detects calls in which nothing that it compiled ran, and that remembers what it compiled."""
 
     def __init__(self, backend: Callable[..., Callable[..., Any]]) -> None:
         self._backend = backend
         self._num_runs = 0
-        self._compiles = Compiles()
+        self.compiles = Compiles()
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = self._backend(gm, inputs)
@@ -33,7 +34,7 @@ class WatchedCompiler:
             self._num_runs += 1
             return compiled(*args)
 
-        self._compiles.add(run, inputs)
+        self.compiles.add(run, inputs)
         return run
 
     def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,15 +70,19 @@ def compiled_by_itself(module: nn.Module, args: Any) -> None:
         torch._dynamo.graph_break("a parallelized model is compiled by itself: call it outside of a whole graph")
 
 
-def configured(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` under the Dynamo configuration that captures whole models; errors of this package are not wrapped."""
+def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Callable[..., Any]:
+    """``call`` under the Dynamo configuration that captures whole models; errors of this package are not wrapped.
+
+    Args:
+        compiles: what was compiled in earlier calls.
+    """
 
     @wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         global _is_capturing
         before, _is_capturing = _is_capturing, True
         try:
-            with distinct_tensors(), counted_by_sizes():
+            with distinct_tensors(), nullcontext() if compiles is None else compiles.allowed():
                 return in_configuration(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
@@ -95,6 +100,14 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
                     "attn_implementation='sdpa', or 'sptransform', see the README",
                 )
             ) from error
+        except FailOnRecompileLimitHit as error:
+            raise UsageError(
+                describe(
+                    "the model was compiled for as many different inputs as Dynamo allows",
+                    found=str(error).split("\n")[0],
+                    fix="pass numbers that change as tensors; or raise torch._dynamo.config.recompile_limit",
+                )
+            ) from error
         finally:
             _is_capturing = before
 
@@ -104,6 +117,8 @@ def configured(call: Callable[..., Any]) -> Callable[..., Any]:
             ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | _logging_functions(),
             # DDP would split the graph by gradient bucket, and half an attention cannot be sharded
             optimize_ddp=False,
+            # with graph breaks allowed, Dynamo would silently run the original model, unsharded
+            fail_on_recompile_limit_hit=True,
             # Dynamo passes an open float as a tensor's item, which cannot be read when the graph is traced again
             specialize_float=True,
         ):

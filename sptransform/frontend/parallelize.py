@@ -131,7 +131,7 @@ def parallelize(
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration
     compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
-    call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size))
+    call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size), compiler.compiles)
     call = _telling(call if settle is None else settle(call), Agreement.of(where))
     if where.size > 1:
         call = unsharded_with_cache(model, compiler.checked(call))

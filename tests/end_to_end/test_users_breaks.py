@@ -1,6 +1,7 @@
 """Graph breaks, and the recompile limit: right, or an error; never unsharded without a word."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -108,9 +109,29 @@ class Times(CausalTransformer):
         return super().forward(input_ids, labels) * number
 
 
-def exceeds_the_limit(rank: int, world_size: int, fullgraph: bool) -> int:
+class Noted(Times):
+    """Between graph breaks a part without tensors, which no backend compiles."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(**options)
+        self.noted: list[float] = []
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, number: float) -> torch.Tensor:
+        loss = CausalTransformer.forward(self, input_ids, labels)
+        torch._dynamo.graph_break()
+        self.noted.append(number * 2)
+        return note(self, number, loss)
+
+
+def note(model: Noted, number: float, loss: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    model.noted.append(math.exp(number))
+    return loss
+
+
+def exceeds_the_limit(rank: int, world_size: int, fullgraph: bool, model_type: type[Times] = Times) -> int:
     """How many numbers ran before the limit stopped it."""
-    model = broken(Times)
+    model = broken(model_type)
     sptransform.parallelize(model, "ulysses", backend="aot_eager", fullgraph=fullgraph)
     with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
         for at, number in enumerate((0.5, 0.25, 0.125, 1.5)):
@@ -127,6 +148,10 @@ def exceeds_the_limit(rank: int, world_size: int, fullgraph: bool) -> int:
 @pytest.mark.parametrize("fullgraph", tiered([True, False], quick=[False]))
 def test_the_recompile_limit_is_an_error(fullgraph: bool) -> None:
     assert get_pool(2).run(exceeds_the_limit, fullgraph) == [2, 2]
+
+
+def test_the_recompile_limit_holds_for_parts_without_tensors() -> None:
+    assert get_pool(2).run(exceeds_the_limit, False, Noted) == [2, 2]
 
 
 def kept_from_compiling(rank: int, world_size: int) -> str:
