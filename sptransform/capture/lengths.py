@@ -1,4 +1,4 @@
-"""Which sizes of Dynamo's graph stay symbolic: those that the ranks divide evenly."""
+"""Which sizes of Dynamo's graph stay symbolic."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from sptransform.sharding.sizes import split_length
 
 
 def fix_sizes(gm: fx.GraphModule, num_ranks: int | None) -> None:
-    """Decide for every symbolic size whether the graph serves all multiples of ``num_ranks``, or only one value.
+    """Decide for every symbolic size whether the graph serves multiples of ``num_ranks``, or all that are none.
 
-    None fixes all sizes to their values. The guards are Dynamo's: another size causes a recompile, never a wrong run.
+    None fixes all sizes to their values, as where the ranks have to share one that is no multiple. The guards are
+    Dynamo's: another size causes a recompile, never a wrong run.
     """
     for size, is_length in _symbolic(gm):
         if num_ranks is None:

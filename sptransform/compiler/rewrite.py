@@ -49,7 +49,7 @@ def rewrite_graph(
     """
     try:
         with _no_garbage_collection():
-            fix_sizes(gm, options.strategy.multiple(mesh.size))
+            fix_sizes(gm, options.strategy.multiple(mesh.size) or 1)
             return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters)
     except Exception as error:
         if not (needs_number(error) and has_symbolic_sizes(gm)):

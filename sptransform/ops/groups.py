@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 
-from torch.distributed import ProcessGroup, distributed_c10d, get_process_group_ranks
+from torch.distributed import ProcessGroup, distributed_c10d, get_process_group_ranks, get_rank, is_initialized
 
 _pretended: ContextVar[dict[str, int]] = ContextVar("sptransform_pretended_ranks", default={})  # noqa: B039
 
@@ -15,6 +16,14 @@ def rank_in(group: str) -> int:
     """This process's rank in the group of that name."""
     pretended = _pretended.get()
     return pretended[group] if group in pretended else group_called(group).rank()
+
+
+def process() -> int:
+    """This process's number among all of them; if ranks are pretended, one for each combination."""
+    pretended = _pretended.get()
+    if pretended:
+        return reduce(lambda number, rank: number << 20 | rank, pretended.values())
+    return get_rank() if is_initialized() else 0
 
 
 def ranks_in(group: str) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Sizes as rules and partitions see them: ints, or integer polynomials where Dynamo left a length symbolic.
 
-A symbolic length ``s`` that ``num_ranks`` divides is written ``num_ranks * k``, where ``k`` is one rank's share. Every
-size of the graph is then a polynomial in such ``k``: equality is structural, and comparing sizes adds no guard.
+A symbolic length ``s`` that ``num_ranks`` divides is written ``num_ranks * k``, where ``k`` is one rank's share; one
+that it does not is ``k``, which no rank can share. Every size of the graph is then a polynomial in such ``k``: equality
+is structural, and comparing sizes adds no guard.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sympy.core.relational import Relational
 
 Size = int | sympy.Expr
 
-# ShapeEnv -> {s: num_ranks * k}. Keyed by ShapeEnv, because symbols have a meaning only within theirs.
+# ShapeEnv -> {s: num_ranks * k, or k}. Keyed by ShapeEnv, because symbols have a meaning only within theirs.
 _LENGTHS: WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = WeakKeyDictionary()
 
 
@@ -52,18 +53,16 @@ def number(size: Size) -> int:
 
 
 def split_length(length: torch.SymInt, num_ranks: int) -> None:
-    """Write a symbolic length as ``num_ranks * k`` if ``num_ranks`` divides it; else fix it to its value.
+    """Write a symbolic length as ``num_ranks * k`` if ``num_ranks`` divides it, else as ``k``.
 
-    Either way Dynamo records a guard, and recompiles for a length that fails it.
+    Dynamo records which as a guard, and recompiles for a length that fails it.
     """
     expression = length.node.expr
     if not isinstance(expression, sympy.Symbol):
         return
-    if bool(length % num_ranks == 0):
-        local = sympy.Symbol(f"k_{expression.name}", integer=True, positive=True)
-        _LENGTHS.setdefault(length.node.shape_env, {})[expression] = num_ranks * local
-    else:
-        int(length)
+    local = sympy.Symbol(f"k_{expression.name}", integer=True, positive=True)
+    is_shared = bool(length % num_ranks == 0)
+    _LENGTHS.setdefault(length.node.shape_env, {})[expression] = num_ranks * local if is_shared else local
 
 
 def size_of(x: int | torch.SymInt) -> Size:

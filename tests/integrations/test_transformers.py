@@ -587,3 +587,37 @@ def test_lengths_on_real_ranks(kind: str, strategy: str) -> None:
             model = build("llama", "dense", layers=1)
             reference = run_one_device(model, inputs_of_length(kind, length))
             assert_equal_to_one_device(reference, result, FLOAT32_PARTS)
+
+
+def run_documents(rank: int, world_size: int, strategy: str, counts: list[int]) -> tuple[list[Result], int]:
+    """A parallelized model called with that many documents each; its results, and how often it was compiled."""
+    from torch._dynamo.utils import counters
+
+    import sptransform
+
+    counters.clear()
+    model = sptransform.parallelize(build("llama", OURS, layers=1), strategy, backend="aot_eager")
+    results = []
+    for count in counts:
+        model.zero_grad()
+        results.append(run_one_device(model, inputs_of_documents(count)))
+    return results, counters["stats"]["unique_graphs"]
+
+
+def inputs_of_documents(count: int) -> Inputs:
+    ids = torch.arange(64)[None] % 89
+    ends = torch.tensor([*range(0, 5 * count, 5), 64], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 64, "max_length_k": 64}
+    return {"input_ids": ids, "labels": ids, **lengths}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", tiered(["ulysses", "ring", "megatron"], quick=["ring"]))
+def test_the_number_of_documents_is_open(strategy: str) -> None:
+    """One graph for numbers that the ranks divide, one for those that they do not, and that of the first call."""
+    counts = [2, 3, 4, 5, 6, 7, 8]
+    for results, num_compiles in get_pool(2).run(run_documents, strategy, counts, timeout=200):
+        assert num_compiles <= 3
+        for count, result in zip(counts, results, strict=True):
+            reference = run_one_device(build("llama", OURS, layers=1), inputs_of_documents(count))
+            assert_equal_to_one_device(reference, result, FLOAT32_PARTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sptransform.engine.strategy import Strategy
-from sptransform.ops.groups import rank_in
-from sptransform.ops.ring import blocks
-from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.sharding.partition import Partition
 from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
@@ -114,13 +110,11 @@ def test_only_causal_attention_is_laid_out_in_zigzag(mask: Callable[[], Tensor] 
 P, SIZE = 0.4, 12
 
 
-@pytest.mark.parametrize("asked", [Asked(3, Ring()), Asked(2, AllGatherKV("contiguous")), Asked(4, USP(2, 2))], ids=str)
-def test_dropout_of_attention(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "asked", [Asked(3, Ring()), Asked(2, AllGatherKV("contiguous")), Asked(4, USP(2, 2)), Asked(2, Ulysses())], ids=str
+)
+def test_dropout_of_attention(asked: Asked) -> None:
     """What was dropped is read off one run; autograd of the definition then gives outputs and gradients of another."""
-    # ranks in lockstep are one process
-    ranks = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: rank_in(PRETENDED_GROUP))
-    monkeypatch.setattr(blocks, "dist", ranks)
-
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(query, key, value, dropout_p=P, is_causal=True)
 

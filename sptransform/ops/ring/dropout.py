@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from sptransform.ops.groups import process
 from sptransform.ops.library import primitive
 
 
@@ -36,7 +36,6 @@ def dropout_seed(like: Tensor) -> Tensor:
 
     It draws one number for any shape, so the generators of ranks with equal seeds stay in step.
     """
-    # the global rank, since ranks of other groups have other heads or another batch and need other masks
-    process = dist.get_rank() if dist.is_initialized() else 0
     drawn = torch.randint(2**62, (), device=like.device)
-    return drawn ^ (process * 0x9E3779B97F4A7C15 % 2**62)
+    # of the process, since ranks of other groups have other heads or another batch and need other masks
+    return drawn ^ (process() * 0x9E3779B97F4A7C15 % 2**62)
