@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import fx
 
 # Private: Dynamo's number of the code object that it compiles, by which it counts too
 from torch._guards import CompileContext
@@ -31,10 +32,10 @@ class Compiles:
         self._kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
         self._has_warned = False
 
-    def add(self, compiled: Callable[..., Any], inputs: Sequence[Any]) -> None:
-        """Remember the graph that was just compiled for ``inputs``, which Dynamo calls as ``compiled``."""
+    def add(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> None:
+        """Remember that ``gm`` was just compiled, which Dynamo calls as ``compiled``."""
         compile_id = CompileContext.current_compile_id()
-        self._kept[compiled] = (None if compile_id is None else compile_id.frame_id), _fixed(inputs)
+        self._kept[compiled] = (None if compile_id is None else compile_id.frame_id), _fixed(gm)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -60,7 +61,7 @@ class Compiles:
         return max(of_frames.values(), default=0)
 
 
-def _fixed(inputs: Sequence[Any]) -> Sizes:
+def _fixed(gm: fx.GraphModule) -> Sizes:
     """The sizes of all tensors; None for one that the graph leaves open."""
 
     def fixed(size: int | torch.SymInt) -> int | None:
@@ -68,4 +69,6 @@ def _fixed(inputs: Sequence[Any]) -> Sizes:
             return size
         return int(size.node.expr) if size.node.expr.is_number else None
 
-    return tuple(tuple(map(fixed, x.shape)) for x in inputs if isinstance(x, torch.Tensor))
+    # Dynamo calls a backend with tensors as they are; what it left open is among the fake ones
+    examples = (node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder"))
+    return tuple(tuple(map(fixed, x.shape)) for x in examples if isinstance(x, torch.Tensor))

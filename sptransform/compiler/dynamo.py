@@ -34,7 +34,7 @@ class WatchedCompiler:
             self._num_runs += 1
             return compiled(*args)
 
-        self.compiles.add(run, inputs)
+        self.compiles.add(run, gm)
         return run
 
     def checked(self, call: Callable[..., Any]) -> Callable[..., Any]:

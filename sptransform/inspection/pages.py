@@ -80,8 +80,8 @@ def _work(facts: Facts) -> Section:
     mean = sum(pairs) / max(len(pairs), 1)
     rows: list[Row] = []
     for count, group in groupby(range(len(pairs)), key=pairs.__getitem__):
-        first, *_, last = (*group,) * 2
-        ranks = str(first) if first == last else f"{first}..{last}"
+        own = list(group)
+        ranks = str(own[0]) if len(own) == 1 else f"{own[0]}..{own[-1]}"
         rows.append((ranks, f"{count:,}", f"{count / mean - 1:+.1%}" if mean else ""))
     sentences = [f"The busiest rank has {imbalance(pairs):.1%} more than the mean."] if len(rows) > 1 else []
     if any(work.is_bound for work in facts.attention):

@@ -114,7 +114,8 @@ def read(program: str, sides: tuple[Side, ...]) -> Conditions | None:
 def is_decided(program: str, rows: Sequence[Tensor], columns: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
     """Whether conditions are all that the program says, so that most calls need no mask; operands may be fake."""
     conditions = read(program, sides_of(rows, columns, tables))
-    return conditions is not None and conditions.is_whole
+    is_exact = not any(x.is_floating_point() for x in (*rows, *columns))
+    return is_exact and conditions is not None and conditions.is_whole
 
 
 class _Reader:
@@ -122,7 +123,7 @@ class _Reader:
         self._first, self._steps = len(sides), program.steps
         self._sides: list[Side] = list(sides)
         for step in program.steps:
-            of_operands = {self._sides[x.index] for x in _refs(step)} - {"number"}
+            of_operands = {self._sides[x.index] for x in step.refs} - {"number"}
             if step.target is LOOKUP or len(of_operands) > 1:
                 self._sides.append("both")
             else:
@@ -191,10 +192,6 @@ def _name(step: Step) -> str:
     return str(step.target).split(".")[1]
 
 
-def _refs(step: Step) -> list[Ref]:
-    return [x for x in (*step.args, *(x for _, x in step.kwargs)) if isinstance(x, Ref)]
-
-
 def evaluated(
     program: str, operands: Sequence[Tensor], sides: Sequence[Side], wanted: Sequence[int], side: Side
 ) -> list[Tensor]:
@@ -226,5 +223,5 @@ def _needed(program: MaskProgram, wanted: Sequence[int]) -> set[int]:
         if index not in needed:
             needed.add(index)
             if index >= program.num_operands:
-                stack += [x.index for x in _refs(program.steps[index - program.num_operands])]
+                stack += [x.index for x in program.steps[index - program.num_operands].refs]
     return needed

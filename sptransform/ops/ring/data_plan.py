@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -27,7 +28,7 @@ from sptransform.sharding.partition import Intervals
 
 # the most rows and keys of a call that stands for several ones, by default
 SMALL = 64
-# how often a row may be merged more than in tiles of a mask, on average
+# how often a row may be merged more than in tiles of a mask, and how many pairs of segments it may cost, on average
 FEW = 4
 # more than that many calls, of fewer than SHORT rows on average, cost more than masks of whole tiles
 MANY, SHORT = 64, 16
@@ -124,20 +125,23 @@ class DataPlan:
         of_label = _grouped(keys)
         size = sum(segment.stop - segment.start for segment in queries)
         num_keys = max((segment.stop for segment in keys), default=0)
-        left = size * (FEW + num_keys // SPAN)
+        merged, pairs = size * (FEW + num_keys // SPAN), max(MANY, size) * FEW
         found = []
         for segment in queries:
             met = of_label[segment.labels]
-            left -= len(met) * (segment.stop - segment.start)
-            if left < 0 or (len(met) > 1 and self._tile is not None and self._tile.whole_rows):
+            merged -= len(met) * (segment.stop - segment.start)
+            pairs -= sum(len(group.segments) for group in met)
+            if min(merged, pairs) < 0 or (len(met) > 1 and self._tile is not None and self._tile.whole_rows):
                 return None
             found.append([call for group in met for call in self._pair(segment, group)])
         calls = _shared(found, self._small)
-        return None if self._small and len(calls) > max(MANY, size // SHORT) else calls
+        # kernels that take many pieces in one call take those that are decided
+        apart = len(calls) if self._small else sum(call.sliding or not call.decided for call in calls)
+        return None if apart > max(MANY, size // SHORT) else calls
 
-    def _pair(self, queries: Segment, keys: list[Segment]) -> list[Call]:
+    def _pair(self, queries: Segment, group: Group) -> list[Call]:
         """The calls of a segment and a group. At distance 0 of their own numbers, the difference is that of firsts."""
-        first = keys[0]
+        first = group.segments[0]
         nearest = farthest = None
         for bound, query, key in zip(self._conditions.bounds, queries.firsts, first.firsts, strict=True):
             if bound.nearest is not None:
@@ -146,8 +150,11 @@ class DataPlan:
             if bound.farthest is not None:
                 limit = bound.farthest - (query - key)
                 farthest = limit if farthest is None else min(farthest, limit)
-        intervals = tuple((at, at + x.stop - x.start) for x in keys for at in [_distance(first, x)])
         rows, masked = ((0, queries.stop - queries.start),), not self._conditions.is_whole
+        # not from the cache of plans, which other data would fill
+        calls = plan_calls.__wrapped__(
+            rows, group.intervals, nearest, farthest, masked=masked, windows=self._windows, tile=self._tile
+        )
         return [
             replace(
                 call,
@@ -157,9 +164,7 @@ class DataPlan:
                 k_stop=first.start + call.k_stop,
                 decided=not masked and call.kind != "band",
             )
-            for call in plan_calls(
-                rows, intervals, nearest, farthest, masked=masked, windows=self._windows, tile=self._tile
-            )
+            for call in calls
         ]
 
 
@@ -184,29 +189,40 @@ def _are_exact(
     return True
 
 
-def _grouped(segments: Sequence[Segment]) -> dict[tuple[int, ...], list[list[Segment]]]:
-    """By labels, the segments that are stored one after the other, and differ in all that is subtracted by one number.
+@dataclass
+class Group:
+    """Segments of keys that are stored one after the other, and differ in all that is subtracted by one number.
 
-    Such a group is one block of keys to a query: the pieces of a document in a striped layout.
+    They are one block of keys to a query: the pieces of a document in a striped layout.
     """
-    of_label: dict[tuple[int, ...], list[list[Segment]]] = defaultdict(list)
+
+    segments: list[Segment]
+
+    def takes(self, segment: Segment) -> bool:
+        first = self.segments[0]
+        moved = {b - a for a, b in zip(first.firsts, segment.firsts, strict=True)}
+        return self.segments[-1].stop == segment.start and len(moved) < 2
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """Their numbers, counted from the first's; where nothing is subtracted, as they are stored."""
+        first, found = self.segments[0], []
+        for x in self.segments:
+            at = x.firsts[0] - first.firsts[0] if x.firsts else x.start - first.start
+            found.append((at, at + x.stop - x.start))
+        return tuple(found)
+
+
+def _grouped(segments: Sequence[Segment]) -> dict[tuple[int, ...], list[Group]]:
+    """The groups of each label."""
+    of_label: dict[tuple[int, ...], list[Group]] = defaultdict(list)
     for segment in segments:
         groups = of_label[segment.labels]
-        if groups and groups[-1][-1].stop == segment.start and _is_moved(groups[-1][0], segment):
-            groups[-1].append(segment)
+        if groups and groups[-1].takes(segment):
+            groups[-1].segments.append(segment)
         else:
-            groups.append([segment])
+            groups.append(Group([segment]))
     return of_label
-
-
-def _is_moved(first: Segment, other: Segment) -> bool:
-    """Whether all that is subtracted differs by the same number."""
-    return len({b - a for a, b in zip(first.firsts, other.firsts, strict=True)}) < 2
-
-
-def _distance(first: Segment, other: Segment) -> int:
-    """By how much the other's numbers are beyond the first's; where nothing is subtracted, as they are stored."""
-    return other.firsts[0] - first.firsts[0] if other.firsts else other.start - first.start
 
 
 def _shared(of_segments: Sequence[list[Call]], small: int) -> list[Call]:

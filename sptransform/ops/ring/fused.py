@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with torch.no_grad():
                 return compiled(*args)
-        except TorchDynamoException as error:  # before anything ran
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran
             _log.warning("%s is not compiled: each of its ops reads and writes memory (%s)", fn.__name__, error)
             compiled = fn
             return fn(*args)

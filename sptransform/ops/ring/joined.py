@@ -73,16 +73,24 @@ class Joined:
         return found
 
 
-def joined(calls: Sequence[Call]) -> list[tuple[Call, ...]]:
-    """Calls that one kernel call can compute: two or more of one kind, without a mask, that share no rows."""
+def groups_of(calls: Sequence[Call], batch: int, num_keys: int) -> list[tuple[Call, ...]]:
+    """Calls that one kernel call can compute: two or more of one kind, without a mask, that share no rows.
+
+    A kernel gets a copy of the keys of each call, so those of a group are no more than there are.
+    """
     groups: dict[str, list[list[Call]]] = defaultdict(list)
+    room: dict[str, int] = {}
     for call in calls:
-        if call.decided and not call.sliding:
-            group = next((group for group in groups[call.kind] if _is_after(call, group[-1])), None)
-            if group is None:
-                groups[call.kind].append([call])
-            else:
-                group.append(call)
+        if not call.decided or call.sliding:
+            continue
+        of_kind, (first, last) = groups[call.kind], call.batch or (0, batch)
+        size = (call.k_stop - call.k_start) * (last - first)
+        if of_kind and _is_after(call, of_kind[-1][-1]) and size <= room[call.kind]:
+            of_kind[-1].append(call)
+        else:
+            of_kind.append([call])
+            room[call.kind] = batch * num_keys
+        room[call.kind] -= size
     return [tuple(group) for of_kind in groups.values() for group in of_kind if len(group) > 1]
 
 

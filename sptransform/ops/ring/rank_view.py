@@ -15,7 +15,7 @@ from sptransform.ops.mask_gradients import gradients
 from sptransform.ops.mask_program import block_mask, block_operands, parse
 from sptransform.ops.ring.blocks import lay_out, positions, repeats_heads, scale_of
 from sptransform.ops.ring.data_plan import DataPlan
-from sptransform.ops.ring.joined import Joined, joined
+from sptransform.ops.ring.joined import Joined, groups_of
 from sptransform.ops.ring.kernels.interface import Case, compute_dtype
 from sptransform.ops.ring.kernels.table import choose, has_windows
 from sptransform.ops.ring.messages import unpack
@@ -93,6 +93,7 @@ class RankView:
         # probabilities that are computed again need all keys of a row in one call
         self._data_plan = self._planned_by_data() if reads_data and mask and not self.options["explicit"] else None
         self._plans: dict[int, tuple[Call, ...]] = {}
+        self._joined: dict[int, list[Joined]] = {}
 
     def block_at(self, step: int) -> int:
         """The block that this rank holds at a step."""
@@ -201,11 +202,15 @@ class RankView:
         """The calls that are computed together, if the kernel takes pieces of sequences."""
         if self._data_plan is None or self._varlen is None:
             return []
-        softcap = self.options["softcap"]
-        keys = sum(hi - lo for lo, hi in self.keys_of(block))
-        sizes = self.query.shape[0], self.query.shape[2], keys
-        options = {"scale": scale_of(self.query, self.options["scale"])} | ({"softcap": softcap} if softcap else {})
-        return [Joined(self._varlen, calls, sizes, options) for calls in joined(self.plan(block))]
+        if block not in self._joined:
+            softcap, (batch, _, num_queries, _) = self.options["softcap"], self.query.shape
+            num_keys = sum(hi - lo for lo, hi in self.keys_of(block))
+            options = {"scale": scale_of(self.query, self.options["scale"])} | ({"softcap": softcap} if softcap else {})
+            self._joined[block] = [
+                Joined(self._varlen, calls, (batch, num_queries, num_keys), options)
+                for calls in groups_of(self.plan(block), batch, num_keys)
+            ]
+        return self._joined[block]
 
     def no_operand_gradients(self) -> list[Tensor]:
         """Zeros for the gradients of the program's trained operands, of two dimensions or more."""

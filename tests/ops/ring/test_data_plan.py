@@ -285,3 +285,16 @@ def test_a_row_is_merged_a_few_times_at_most() -> None:
         shown[..., hidden] = False
         plan = DataPlan.of("%0", ([], [shown], []), torch.arange(size), size, (None, None))
         assert (plan.calls(((0, size),)) is not None) == is_planned
+
+
+@pytest.mark.parametrize("small", [None, 0])
+@pytest.mark.parametrize("kind", ["blocks of numbers", "first keys"])
+def test_numbers_that_do_not_go_on_by_one_are_no_plan(kind: str, small: int | None) -> None:
+    """Every token is a segment of its own, which would meet all others, or be a call of its own."""
+    at = torch.arange(1024)
+    blocks, firsts = (at // 64)[None, None, None], (at // 100 * 100)[None, None, None]
+    program, row, column = ("%2 = ge.Tensor(%0, %1)", blocks.mT, blocks)
+    if kind == "first keys":
+        program, row, column = "%2 = le.Tensor(%0, %1)", firsts.mT, at[None, None, None]
+    plan = DataPlan.of(program, ([row], [column], []), at, 1024, (0, None), windows=small == 0, small=small)
+    assert plan.calls(((0, 1024),)) is None

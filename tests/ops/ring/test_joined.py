@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sptransform.ops.ring.joined import joined
+from sptransform.ops.ring.joined import groups_of
 from sptransform.ops.ring.plan import Call
 from sptransform.sharding.partition import Partition
 from tests.ops.ring.ranks import Problem, Ring, assert_equal, one_device
@@ -65,10 +65,14 @@ def test_calls_with_equal_rows_stay_apart() -> None:
     """As where a document is in two pieces among a rank's keys."""
     places = (0, 0), (0, 8), (4, 0)
     first, other, more = (Call(at, at + 4, keys, keys + 4, "full", decided=True) for at, keys in places)
-    causal = Call(8, 12, 8, 12, "causal", decided=True)
+    causal, last = (Call(at, at + 4, at, at + 4, "causal", decided=True) for at in (8, 20))
     masked = Call(12, 16, 12, 16, "full")
-    assert joined([first, other, more, causal, masked]) == [(first, more)]
-    assert joined([first, other, more, causal, masked, Call(20, 24, 20, 24, "causal", decided=True)]) == [
-        (first, more),
-        (causal, Call(20, 24, 20, 24, "causal", decided=True)),
-    ]
+    assert groups_of([first, other, more, causal, masked], 1, 24) == [(other, more)]
+    assert groups_of([first, other, more, causal, masked, last], 1, 24) == [(other, more), (causal, last)]
+
+
+def test_no_more_keys_are_copied_than_there_are() -> None:
+    """The pieces of a document in stripes all see the keys of earlier stripes."""
+    calls = [Call(at, at + 8, 0, at, "full", decided=True) for at in range(8, 80, 8)]
+    groups = groups_of(calls, 1, 80)
+    assert [tuple(call.k_stop for call in group) for group in groups] == [(8, 16, 24, 32)]
