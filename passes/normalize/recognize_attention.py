@@ -116,8 +116,6 @@ def _join(spelling: Spelling, rules: RuleTable) -> None:
     if everywhere is not None:
         # filled with one number, all scores of a row are equal and have no gradient: as those of a query of zeros
         query = emit_like(old, aten.where.ScalarSelf, everywhere, 0.0, query)
-        if added is not None:
-            added = emit_like(old, aten.where.ScalarSelf, everywhere, 0.0, added)
     read = spelling.scores
     for op, factor in read.factors:
         query = emit_like(old, op, query, factor)

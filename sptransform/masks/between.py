@@ -1,8 +1,7 @@
 """Reads what stands between the product and the softmax of attention that is spelled out, from the last op on.
 
 1. A product with a number is part of the scale; with a tensor of one entry, a factor.
-2. A tensor that is added, or says where a number is filled in, is a term of the mask. The number is -inf, or the
-   lowest, after which nothing is added.
+2. A tensor that is added, or says where a number is filled in, is a term of the mask.
 3. What is added to a whole row, the softmax cancels: a number, or a maximum of the row.
 4. A product with a number, ``tanh``, a product: a softcap. Nothing but products may come before it.
 5. One more column, joined to the keys: sinks, if it has neither queries nor the batch. What comes before it is done to
@@ -213,14 +212,9 @@ def between(
         return None
     found = reader.found
     found.terms.reverse()
-    return found if _fills_hide(found.terms) else None
-
-
-def _fills_hide(terms: Sequence[Term]) -> bool:
-    """Whether a fill leaves nothing of a score: it is -inf, or the lowest number to which nothing is added after it."""
-    fills = [term.fill for term in terms]
-    lowest = [i for i, fill in enumerate(fills) if fill is not None and fill != -math.inf]
-    return not lowest or (-math.inf not in fills and None not in fills[lowest[0] :])
+    # what is filled in hides what was there before, and is changed by what is added after
+    fills = {term.fill for term in found.terms}
+    return None if len(fills) > 1 and fills - {None, -math.inf} else found
 
 
 def _is_maximum(x: Any, scores: list[fx.Node]) -> bool:

@@ -1,8 +1,7 @@
 """Models as they are written, at lengths that ranks do not share evenly, under every strategy: one device's gradients.
 
-What only meets here: an encoder and a decoder of different lengths under padding and a learned bias; a bias under
-scores that are filled with the lowest number; torch's own module in each of its forms; documents under a softcap, and
-under sinks, with the same graphs whatever their boundaries.
+What only meets here: an encoder and a decoder of different lengths under padding and a learned bias; torch's own module
+in each of its forms; documents under a softcap, and under sinks, with the same graphs whatever their boundaries.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import MptConfig, MptForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 import sptransform.integrations.transformers  # noqa: F401 - registers it
 from sptransform.strategies.ring import AllGatherKV, Ring
@@ -23,7 +22,7 @@ from tests.integrations import dense  # noqa: F401 - registers it
 from tests.integrations.cases import positions
 from tests.strategies.test_capped_models import gemma, gpt_oss, made
 from tests.support.equality import assert_equal_to_one_device, run_one_device
-from tests.support.models import FLOAT32_PARTS, FLOAT64, IGNORED, VOCAB, Inputs
+from tests.support.models import FLOAT32_PARTS, FLOAT64, VOCAB, Inputs
 from tests.support.rewritten import Asked, Ranks, on_pretended_ranks
 from tests.support.tiers import tiered
 
@@ -52,20 +51,6 @@ def padded_pair() -> Inputs:
     return {"input_ids": tokens(23), "attention_mask": mask, "labels": tokens(17, seed=2)}
 
 
-def mpt() -> nn.Module:
-    return MptForCausalLM(
-        MptConfig(vocab_size=VOCAB, d_model=WIDTH, n_layers=1, n_heads=HEADS, expansion_ratio=2, max_seq_len=32)
-    )
-
-
-def padded() -> Inputs:
-    """At the right: cast to float32, a row of the lowest numbers of float64 is none."""
-    mask = torch.ones(2, 23, dtype=torch.long)
-    mask[0, 14:] = 0
-    labels = tokens(23).masked_fill(mask == 0, IGNORED)
-    return {"input_ids": tokens(23), "attention_mask": mask, "labels": labels, "use_cache": False}
-
-
 class OfTorch(nn.Module):
     """Attention of `nn.MultiheadAttention` in one of its forms, between two products, and a loss."""
 
@@ -91,12 +76,11 @@ def only_tokens() -> Inputs:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs], float]] = {
     "t5": (t5, padded_pair, FLOAT64),
-    "mpt": (mpt, padded, FLOAT32_PARTS),
     "weights": (lambda: OfTorch(True, need_weights=True), only_tokens, FLOAT64),
     "sequence first, weights": (lambda: OfTorch(False, need_weights=True), only_tokens, FLOAT64),
     "is_causal": (lambda: OfTorch(True, need_weights=False, is_causal=True), only_tokens, FLOAT64),
 }
-QUICK = [("t5", STRATEGIES[2]), ("mpt", STRATEGIES[2]), ("sequence first, weights", STRATEGIES[6])]
+QUICK = [("t5", STRATEGIES[2]), ("sequence first, weights", STRATEGIES[6])]
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,6 @@ def row_of_low_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + mask).softmax(-1) @ v
 
 
-def biased_under_lowest_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As MPT: what was added is lost where the lowest number is filled in, so a row that is hidden whole is a mean."""
-    hidden = hidden_keys() | (torch.arange(LENGTH)[:, None] == 3)
-    bias = torch.arange(LENGTH, dtype=q.dtype) * torch.tensor([0.5, 0.25, 0.125, 2.0], dtype=q.dtype)[:, None, None]
-    return (q @ k.mT * 0.5 + bias).masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1) @ v
-
-
 def unread_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.reshape(BATCH * HEADS, LENGTH, WIDTH) for x in (q, k, v))
     bias = torch.full((BATCH * HEADS, LENGTH, LENGTH), math.nan, dtype=q.dtype)
@@ -155,7 +148,7 @@ def heads_in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 SPELLINGS: list[Attend] = [
     textbook, scaled_before, mask_before_scale, lowest_number, without_maximum, two_masks, cast, flat_heads,
     biased_product, keys_first, sequence_first, tempered,
-    row_of_low_numbers, biased_under_lowest_number, unread_bias, masks_of_other_kinds, heads_in_groups,
+    row_of_low_numbers, unread_bias, masks_of_other_kinds, heads_in_groups,
 ]  # fmt: skip
 
 
@@ -380,10 +373,10 @@ def lowest_and_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores + torch.arange(LENGTH, dtype=q.dtype)).softmax(-1) @ v
 
 
-def lowest_between_what_is_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    numbers = torch.arange(LENGTH, dtype=q.dtype)
-    scores = (q @ k.mT + numbers).masked_fill(hidden_keys(), torch.finfo(q.dtype).min)
-    return (scores + numbers).softmax(-1) @ v
+def lowest_under_what_is_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A query whose other keys are hidden by what is added is a mean of the keys that are filled."""
+    scores = q @ k.mT + torch.full((LENGTH, LENGTH), float("-inf"), dtype=q.dtype).triu(1)
+    return scores.masked_fill(torch.arange(LENGTH) < 3, torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
 def shared_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -394,7 +387,7 @@ def shared_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "attend",
     [detached, detached_probabilities, partly_without_gradients, rounded, lowest_then_nothing, lowest_and_added,
-     lowest_between_what_is_added, shared_keys, read_twice, of_two_values, filled_with_another_number, over_queries,
+     lowest_under_what_is_added, shared_keys, read_twice, of_two_values, filled_with_another_number, over_queries,
      values_of_a_query],
     ids=lambda attend: attend.__name__,
 )  # fmt: skip
