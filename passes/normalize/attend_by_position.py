@@ -15,7 +15,7 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
 
 1. A strategy that cuts queries or keys (``reads_masks``) needs this of every attention. Others keep attention without a
    mask, and masks that are read as nothing but ``is_causal`` become that, for kernels that know it. Attention with a
-   softcap, sinks or dropout is no kernel's there: it becomes this always, which is computed in tiles.
+   softcap, sinks or dropout is no kernel's there: it becomes this where its mask can be read, and is computed in tiles.
 2. ``is_causal`` becomes a bound on the distance from query to key. So do mask conditions on that distance alone.
 3. The rest is a program over the tensors that have the query or the key dimension, and tables in which it looks up (see
    ``masks/region.py`` for what is read, ``masks/visibility.py`` for what becomes bounds). A mask that cannot be read
@@ -72,7 +72,7 @@ class AttendByPosition(Pass):
 
 
 def _is_extended(node: fx.Node) -> bool:
-    """Whether fused kernels have not what the attention has, or would draw equal dropout masks on all ranks."""
+    """Whether torch's fused kernels cannot compute the attention, or would drop alike on all ranks."""
     return softcap_of(node) != 0 or sinks_of(node) is not None or op_call(node).argument("dropout_p") > 0
 
 

@@ -42,7 +42,8 @@ def explain(
         rank: the rank to explain; bytes differ only if something does not divide by the number of ranks.
         expand: show the steps of rings, hop by hop: in the page, as ``expanded``, and as nodes of ``graph()``.
         documents: the lengths of packed documents, for all rows alike or one list for each: the work of every rank is
-            then counted in pairs of a query and a key of one document. What is left of a row is padding.
+            then counted in pairs of a query and a key of one document, whether or not the masks of these inputs keep
+            documents apart. What is left of a row is padding.
         options: further options of :func:`sptransform.frontend.parallelize`.
 
     Raises:

@@ -19,8 +19,8 @@ Where the kernel has windows each run is one call without a mask, whatever grows
 Under causal zigzag (rank r owns chunks r and 2N-1-r) that is one call per block: ``causal`` for a rank's own keys,
 ``full`` over half of the keys of an earlier rank, ``full`` for half of the queries over the keys of a later one.
 
-A call with a computed mask, which is a ``band`` or any call under a mask program, has at most as many pairs as a
-:class:`Tile` allows. So a mask does not grow with the number of keys.
+A call with a computed mask, which is a ``band`` or any call that is not decided under a mask program, has at most as
+many pairs as a :class:`Tile` allows. So a mask does not grow with the number of keys.
 """
 
 from __future__ import annotations

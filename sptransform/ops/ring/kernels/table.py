@@ -65,7 +65,7 @@ def kernel_name(
 ) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
-    ``masked``: for calls with a mask, i.e. all calls under a mask program, and those on the edge of a sliding window if
-    the kernel that computes the other calls has no windows.
+    ``masked``: for calls with a mask: those under a mask program that are not planned from data, and those on the edge
+    of a sliding window if the kernel that computes the other calls has no windows.
     """
     return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap)).name
