@@ -167,3 +167,33 @@ def test_dtensors_of_llama_have_the_length_of_their_call() -> None:
             model, inputs = build("llama_nocache", seq_len=length, layers=1)
             assert is_dtensor
             torch.testing.assert_close(logits, model(**inputs).logits.detach(), rtol=1e-5, atol=1e-6)
+
+
+class Times(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = attention_with_loss()
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, number: float) -> torch.Tensor:
+        return self.model(tokens, labels) * number
+
+
+def run_numbers(rank: int, world_size: int) -> int:
+    """How many calls ran, each with another number, and another length of those that one graph serves."""
+    import sptransform
+    from sptransform.diagnostics.errors import UsageError
+
+    model = sptransform.parallelize(Times(), "ulysses", backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=3), torch.no_grad():
+        for at in range(8):
+            length = 8 + 4 * at
+            try:
+                model(tokens(length), tokens(length + 1)[:, 1:], 1 / (at + 2))
+            except UsageError:
+                return at
+    return 8
+
+
+def test_lengths_that_one_graph_serves_are_no_further_sizes() -> None:
+    """The first length is one size, all others are another."""
+    assert get_pool(2).run(run_numbers, timeout=120) == [4, 4]
