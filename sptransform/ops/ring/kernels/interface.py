@@ -22,15 +22,14 @@ backward: (grad, query, key, value, bias, out, lse, causal, scale) -> (grads of 
 
 Attention of pieces of sequences, for kernels that have it; the n-th piece of the queries sees the n-th of the keys:
 
-forward:  (query, key, value, queries, keys, causal, scale, window) -> (out, lse)
-backward: (grad, query, key, value, out, lse, queries, keys, causal, scale, window) -> (grads of query, key, value)
+forward:  (query, key, value, queries, keys, causal, scale) -> (out, lse)
+backward: (grad, query, key, value, out, lse, queries, keys, causal, scale) -> (grads of query, key, value)
 
 - queries, keys: (start, stop) of each piece, none of them empty. Rows are numbered through the batch: those of
   sequence b begin at ``b * s``, or ``b * t``.
 - out [n, H, E], lse [H, n] and the gradients [n, H, D], [m, K, D] and [m, K, E] have the rows of the pieces, in order;
   the other tensors those of whole sequences, as above.
-- window: query i of s in a piece sees the keys from ``i + t - s - left`` to ``i + t - s + right`` of t; -1 is no limit.
-  causal is a right limit of 0. With a limit but causal's a piece has no more queries than keys.
+- causal: query i of s in a piece sees the keys up to number ``i + t - s`` of t. softcap as above.
 - Where a row sees nothing, forward gives 0 and an lse of ``-inf``, and backward takes them.
 """
 

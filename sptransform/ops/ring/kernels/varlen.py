@@ -25,14 +25,10 @@ def flash(
     keys: Pieces,
     causal: bool,
     scale: float,
-    window: tuple[int, int] = (-1, -1),
 ) -> tuple[Tensor, Tensor]:
     xs = rows_of(query, queries), rows_of(key, keys), rows_of(value, keys)
-    left, right = _limits(causal, window)
-    out, lse, *_ = aten._flash_attention_forward(
-        *xs, *_packed(queries, keys, query.device), 0.0, causal, False,
-        scale=scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+    packed = _packed(queries, keys, query.device)
+    out, lse, *_ = aten._flash_attention_forward(*xs, *packed, 0.0, causal, False, scale=scale)
     return out, _where_seen(lse)
 
 
@@ -47,15 +43,13 @@ def flash_backward(
     keys: Pieces,
     causal: bool,
     scale: float,
-    window: tuple[int, int] = (-1, -1),
 ) -> Grads:
     xs = (rows_of(x, at) for x, at in ((grad, queries), (query, queries), (key, keys), (value, keys), (out, queries)))
-    left, right = _limits(causal, window)
     no_random_state = torch.empty((), dtype=torch.int64, device=query.device)
+    packed = _lse_of(lse, queries, query.dtype), *_packed(queries, keys, query.device)
     return aten._flash_attention_backward(
-        *xs, _lse_of(lse, queries, query.dtype), *_packed(queries, keys, query.device), 0.0, causal,
-        no_random_state, no_random_state, scale=scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+        *xs, *packed, 0.0, causal, no_random_state, no_random_state, scale=scale
+    )
 
 
 def flash_attn(
@@ -66,21 +60,19 @@ def flash_attn(
     keys: Pieces,
     causal: bool,
     scale: float,
-    window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     xs = rows_of(query, queries), rows_of(key, keys), rows_of(value, keys)
-    left, right = _limits(causal, window)
     out, lse, *_ = _flash_attn_varlen_forward(
         *xs,
         *_packed(queries, keys, query.device),
         dropout_p=0.0,
         softmax_scale=scale,
         causal=causal,
-        window_size_left=left,
-        window_size_right=right,
+        window_size_left=-1,
+        window_size_right=0 if causal else -1,
         softcap=softcap,
         alibi_slopes=None,
         return_softmax=False,
@@ -99,13 +91,11 @@ def flash_attn_backward(
     keys: Pieces,
     causal: bool,
     scale: float,
-    window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
 ) -> Grads:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     xs = rows_of(query, queries), rows_of(key, keys), rows_of(value, keys)
-    left, right = _limits(causal, window)
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in xs)
     _flash_attn_varlen_backward(
         rows_of(grad, queries),
@@ -119,8 +109,8 @@ def flash_attn_backward(
         dropout_p=0.0,
         softmax_scale=scale,
         causal=causal,
-        window_size_left=left,
-        window_size_right=right,
+        window_size_left=-1,
+        window_size_right=0 if causal else -1,
         softcap=softcap,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -148,11 +138,6 @@ def _picked(x: Tensor, pieces: Pieces, *, dim: int) -> Tensor:
         joined.append((start, stop))
     parts = [x.narrow(dim, start, stop - start) for start, stop in joined]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _limits(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
-    left, right = window
-    return left, 0 if causal else right
 
 
 def _packed(queries: Pieces, keys: Pieces, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
