@@ -21,7 +21,7 @@ BLOCKS_PER_RANK = 32
 _REGULAR = re.compile(r"(\d+|\?)/(\d+)(?:(z)|s([1-9]\d*)|s/([1-9]\d*))?")
 
 
-def _merge(intervals: Iterable[Interval]) -> Intervals:
+def adjoined(intervals: Iterable[Interval]) -> Intervals:
     """Drop empty intervals and join those that touch, keeping the order of the owner's storage."""
     merged: list[Interval] = []
     for lo, hi in intervals:
@@ -112,7 +112,7 @@ class Partition:
 
     @staticmethod
     def of(size: int, owned: Iterable[Iterable[Interval]]) -> Partition:
-        return Partition(size, tuple(_merge(intervals) for intervals in owned))
+        return Partition(size, tuple(adjoined(intervals) for intervals in owned))
 
     @staticmethod
     def contiguous(size: int, num_ranks: int) -> Partition:

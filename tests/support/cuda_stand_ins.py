@@ -228,3 +228,14 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, flash_attn: bool = False) -
     monkeypatch.setattr(cuda, "_SIXTEEN_BITS", (torch.float16, torch.bfloat16, torch.float64))
     monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "has_flash_attn", lambda: flash_attn)
+
+
+@contextmanager
+def on_cpu(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """What is called of "flash-attn" or "CUDA flash", which is then the kernel that is chosen."""
+    pretend_cuda(monkeypatch, flash_attn=kernel == "flash-attn")
+    if kernel == "flash-attn":
+        yield flash_attn_on_cpu(monkeypatch)
+    else:
+        with torch_flash_on_cpu() as calls:
+            yield calls

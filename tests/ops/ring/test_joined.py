@@ -13,19 +13,15 @@ from sptransform.ops.ring.plan import Call
 from sptransform.sharding.partition import Partition
 from tests.ops.ring.ranks import Problem, Ring, assert_equal, one_device
 from tests.ops.ring.test_data_plan import SAME, documents, mask_of
-from tests.support.cuda_stand_ins import Calls, flash_attn_on_cpu, pretend_cuda, torch_flash_on_cpu
+from tests.support.cuda_stand_ins import Calls, on_cpu
 
 LENGTHS = [4, 9, 5, 1, 2, 13, 6]
 
 
 @pytest.fixture
 def calls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    pretend_cuda(monkeypatch, flash_attn=kernel == "flash-attn")
-    if kernel == "flash-attn":
-        yield flash_attn_on_cpu(monkeypatch)
-    else:
-        with torch_flash_on_cpu() as calls:
-            yield calls
+    with on_cpu(kernel, monkeypatch) as calls:
+        yield calls
 
 
 @pytest.mark.parametrize("kernel", ["flash-attn", "CUDA flash"])

@@ -16,7 +16,7 @@ from sptransform.ops.ring.kernels.reference import OPEN
 from sptransform.ops.ring.kernels.table import choose
 from sptransform.ops.ring.kernels.varlen import flash, flash_backward, rows_of
 from tests.ops.ring.ranks import Problem
-from tests.support.cuda_stand_ins import Calls, flash_attn_on_cpu, pretend_cuda, seen, torch_flash_on_cpu
+from tests.support.cuda_stand_ins import Calls, on_cpu, seen
 
 Piece = tuple[int, int]
 SIZES = [(6, 4), (10, 2)]  # rows and heads, of queries and of keys
@@ -33,12 +33,8 @@ PIECES: dict[str, tuple[list[Piece], list[Piece]]] = {
 
 @pytest.fixture
 def calls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    pretend_cuda(monkeypatch, flash_attn=kernel == "flash-attn")
-    if kernel == "flash-attn":
-        yield flash_attn_on_cpu(monkeypatch)
-    else:
-        with torch_flash_on_cpu() as calls:
-            yield calls
+    with on_cpu(kernel, monkeypatch) as calls:
+        yield calls
 
 
 def one_piece(

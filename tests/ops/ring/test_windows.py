@@ -13,7 +13,7 @@ from sptransform.ops.ring.kernels.interface import Case
 from sptransform.ops.ring.kernels.table import choose, has_windows
 from sptransform.sharding.partition import Partition
 from tests.ops.ring.ranks import Problem, Ring, assert_equal, one_device, visible
-from tests.support.cuda_stand_ins import Calls, flash_attn_on_cpu, pretend_cuda, torch_flash_on_cpu
+from tests.support.cuda_stand_ins import Calls, on_cpu, pretend_cuda
 
 sp = torch.ops.sptransform
 
@@ -28,14 +28,10 @@ def calls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     if kernel == "PyTorch reference":
         yield Calls()
         return
-    pretend_cuda(monkeypatch, flash_attn=kernel == "flash-attn")
-    assert choose(Case.of(torch.empty(1, 1, 1, 8).double(), torch.empty(8), masked=False, explicit=False, softcap=0.0,
-                          windowed=True)).name == kernel  # fmt: skip
-    if kernel == "flash-attn":
-        yield flash_attn_on_cpu(monkeypatch)
-    else:
-        with torch_flash_on_cpu() as calls:
-            yield calls
+    with on_cpu(kernel, monkeypatch) as calls:
+        assert choose(Case.of(torch.empty(1, 1, 1, 8).double(), torch.empty(8), masked=False, explicit=False,
+                              softcap=0.0, windowed=True)).name == kernel  # fmt: skip
+        yield calls
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

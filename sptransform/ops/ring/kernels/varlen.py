@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sptransform.ops.ring.kernels.interface import Grads, Pieces, compute_dtype, rows_in_memory
+from sptransform.sharding.partition import adjoined
 
 aten = torch.ops.aten
 
@@ -131,12 +132,7 @@ def _lse_of(lse: Tensor, pieces: Pieces, dtype: torch.dtype) -> Tensor:
 
 
 def _picked(x: Tensor, pieces: Pieces, *, dim: int) -> Tensor:
-    joined: list[tuple[int, int]] = []
-    for start, stop in pieces:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, stop))
-    parts = [x.narrow(dim, start, stop - start) for start, stop in joined]
+    parts = [x.narrow(dim, start, stop - start) for start, stop in adjoined(pieces)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
