@@ -7,38 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from sptransform.capture.written_views import is_view_op, scattered, why_not_by_number, written_by_number
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow, notes
-from sptransform.graph.edit import compute_value
+from sptransform.graph.edit import compute_value, node_of
+from sptransform.rules.rule import map_nodes
 
 aten = torch.ops.aten
-
-
-# view op -> the op that writes a new value of the view back into its base
-_SCATTERS = {
-    aten.diagonal.default: aten.diagonal_scatter.default,
-    aten.select.int: aten.select_scatter.default,
-    aten.slice.Tensor: aten.slice_scatter.default,
-}
-
-# view ops that keep the row-major order of the base's entries
-_RESHAPES = frozenset(
-    {
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.reshape.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unflatten.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-        aten.view_as.default,
-    }
-)
 
 
 def functionalize(graph: fx.Graph) -> None:
@@ -65,11 +44,15 @@ class _Functionalizer:
         for node in list(self.graph.nodes):
             if node.op == "output":
                 self._write_back_inputs(node)
-            written = node.args[0] if dataflow.writes(node) else None
+            written = _written(node) if dataflow.writes(node) else None
             self._note_alias(node)
             node.args = fx.map_arg(node.args, lambda x, at=node: self._read(x, at))
             node.kwargs = fx.map_arg(node.kwargs, lambda x, at=node: self._read(x, at))
-            if written is not None:
+            if written is None:
+                continue
+            if torch.Tag.inplace_view in node.target.tags:
+                self._view_in_place(node, written)
+            else:
                 self._write(node, written)
 
     def _root(self, node: fx.Node) -> fx.Node:
@@ -77,10 +60,26 @@ class _Functionalizer:
             node = self.base[node]
         return node
 
+    def _base_of(self, view: fx.Node) -> fx.Node:
+        """The tensor of which ``view`` is a view; a piece of a split tensor is one of that tensor."""
+        base = self.base[view]
+        return base if dataflow.projection(view) is None else self.base[base]
+
+    def _chain(self, view: fx.Node) -> list[fx.Node]:
+        """The ops that make ``view`` of its root, first one first."""
+        chain = []
+        while view in self.base:
+            chain.append(view)
+            view = self.base[view]
+        return chain[::-1]
+
     def _note_alias(self, node: fx.Node) -> None:
         storages = _storages(node)
         if node.op != "call_function" or not storages:
             return
+        picked = dataflow.projection(node)
+        if picked is not None and picked[0] not in self.base:
+            return  # an output of an op that makes new tensors
         for source in node.all_input_nodes:
             if storages & _storages(source):
                 self.base[node] = source
@@ -92,7 +91,7 @@ class _Functionalizer:
         if node in self.base:
             root = self._root(node)
             if self.seen.get(node, 0) != self.version.get(root, 0):
-                source = self._read(self.base[node], at)
+                source = self._laid_out_for(node, self._read(self.base[node], at), at)
                 with self.graph.inserting_before(at):
                     fresh = self.graph.node_copy(node, lambda x: source if x is node.all_input_nodes[0] else x)
                 notes.fork(node, fresh)
@@ -101,29 +100,55 @@ class _Functionalizer:
                 self.seen[node] = self.version[root]
         return self.current.get(node, node)
 
+    def _laid_out_for(self, view: fx.Node, source: fx.Node, at: fx.Node) -> fx.Node:
+        """The new value of what ``view`` is a view of, in the memory layout that the view op counts in, if it does."""
+        if view.target is not aten.as_strided.default:
+            return source
+        before = dataflow.value(self.base[view])
+        if not _is_laid_out(source, before) and before.is_contiguous():
+            source = self._emit(at, aten.clone.default, source, memory_format=torch.contiguous_format)
+        if not _is_laid_out(source, before):
+            raise _not_written_back(view, at)
+        return source
+
     def _write(self, node: fx.Node, target: fx.Node) -> None:
-        self._set(target, self._functional(node), node)
+        self._set(target, self._functional(node, target), node)
         node.replace_all_uses_with(target)
         self.graph.erase_node(node)
 
-    def _functional(self, node: fx.Node) -> fx.Node:
+    def _view_in_place(self, node: fx.Node, target: fx.Node) -> None:
+        """``x.t_()`` writes nothing: from here on, x is a view of what it was."""
+        form = _functional_form(node)
+        if not is_view_op(form) or target.op == "placeholder":
+            raise _no_form(node)
+        view = self._emit(node, form, *node.args, **node.kwargs)
+        self.base[view], self.seen[view] = target, self.version.get(self._root(target), 0)
+        order = {n: i for i, n in enumerate(self.graph.nodes)}
+        target.replace_all_uses_with(view, delete_user_cb=lambda user: order[user] > order[node])
+        node.replace_all_uses_with(view)
+        self.graph.erase_node(node)
+
+    def _functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """A new node with the value of the written tensor after ``node``."""
         form = _functional_form(node)
-        written = dataflow.value(node.args[0])
+        written = dataflow.value(target)
         if form is aten.copy.default:  # aten.copy has no derivative
             source = self._emit(node, aten.to.dtype, node.args[1], written.dtype)
-            return self._emit(node, aten.expand.default, source, list(written.shape))
-        new = self._emit(node, form, *node.args, **node.kwargs)
+            return self._emit(node, aten.expand.default, source, list(dataflow.shape(target)))
+        kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+        new = self._emit(node, form, *node.args, **kwargs)
         # an out-of-place op promotes dtypes; an in-place write converts to the dtype of its target
         is_same = dataflow.value(new).dtype == written.dtype
         return new if is_same else self._emit(node, aten.to.dtype, new, written.dtype)
 
     def _emit(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before ``at`` that inherits its notes, with a fake value."""
-        with self.graph.inserting_before(at):
-            node = self.graph.call_function(target, args, kwargs)
-        notes.fork(at, node)
-        with dataflow.values(at)[0].fake_mode, torch.no_grad():
+        mode = dataflow.fake_mode(self.graph)
+        with mode, torch.no_grad():
+            args, kwargs = map_nodes((args, kwargs), lambda x: node_of(x, at) if isinstance(x, sympy.Expr) else x)
+            with self.graph.inserting_before(at):
+                node = self.graph.call_function(target, args, kwargs)
+            notes.fork(at, node)
             compute_value(node)
         notes.derive_differentiable(node)
         return node
@@ -131,38 +156,32 @@ class _Functionalizer:
     def _set(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
         """Make ``new`` the current value of ``target``, and write it into every base that ``target`` is a view of."""
         root = self._root(target)
-        self.version[root] = self.version.get(root, 0) + 1
-        while target is not root:
-            self.current[target], self.seen[target] = new, self.version[root]
-            base = self.base[target]
-            new = self._whole(target, base, new, at)
-            target = base
-        self.current[root] = new
+        views = [target] if target is not root else []
+        while views and (base := self._base_of(views[-1])) is not root:
+            views.append(base)
+        self.version[root] = version = self.version.get(root, 0) + 1
+        if views:
+            self.current[target], self.seen[target] = new, version
 
-    def _whole(self, view: fx.Node, base: fx.Node, new: fx.Node, at: fx.Node) -> fx.Node:
-        """``base`` after ``new`` is written to its ``view``. Raises CaptureError for unsupported kinds of views."""
-        shape = list(dataflow.shape(base))
-        if view.target in _SCATTERS:
-            return self._emit(at, _SCATTERS[view.target], self._read(base, at), new, *view.args[1:], **view.kwargs)
-        if view.target in _RESHAPES:
-            return self._emit(at, aten.reshape.default, new, shape)
-        if view.target is aten.transpose.int:
-            return self._emit(at, aten.transpose.int, new, *view.args[1:])
-        if view.target is aten.t.default:
-            return self._emit(at, aten.t.default, new)
-        if view.target is aten.permute.default:
-            order = [dim % len(shape) for dim in view.args[1]]
-            return self._emit(at, aten.permute.default, new, [order.index(dim) for dim in range(len(shape))])
-        if _is_same(view, base):
-            return self._emit(at, aten.alias.default, new)
-        raise CaptureError(
-            describe(
-                "an op writes into a view, and this view cannot be written back out of place",
-                node=at,
-                found=f"a view made by {view.target}",
-                fix="write out of place there, or into the tensor itself",
-            )
-        )
+        def emit(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            return self._emit(at, op, *args, **kwargs)
+
+        value: fx.Node | None = new
+        for view in views:
+            base = self._base_of(view)
+            value = scattered(view, base, self._read(base, at), value, emit)
+            if value is None:
+                break
+            if base is not root:
+                self.current[base], self.seen[base] = value, version
+        else:
+            self.current[root] = value
+            return
+        chain = self._chain(target)
+        if (view := why_not_by_number(chain, root)) is not None:
+            raise _not_written_back(view, at)
+        self.current[root] = written_by_number(chain, root, self.current.get(root, root), new, emit)
+        self.version[root] = self.seen[target] = version + 1  # what was noted of views between them is void
 
     def _write_back_inputs(self, output: fx.Node) -> None:
         for node in [n for n in self.graph.nodes if n.op == "placeholder" and self.version.get(n)]:
@@ -175,25 +194,52 @@ def _storages(node: fx.Node) -> set[int]:
     return {value.untyped_storage()._cdata for value in dataflow.values(node)}
 
 
-def _is_same(view: fx.Node, base: fx.Node) -> bool:
-    """Whether a view is its base unchanged, gradient included: a no-op, as ``x.contiguous()`` often is."""
-    if not dataflow.is_tensor(view) or not dataflow.is_tensor(base):
-        return False
-    if notes.note(base).differentiable and not notes.note(view).differentiable:
-        return False  # detached: the written value has no gradient, but the base keeps its own
-    x, y = dataflow.value(view), dataflow.value(base)
-    return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
+def _is_laid_out(node: fx.Node, like: torch.Tensor) -> bool:
+    """Whether the node's value lies in memory as ``like`` does."""
+    value = dataflow.value(node)
+    return (value.stride(), value.storage_offset()) == (like.stride(), like.storage_offset())
+
+
+def _written(node: fx.Node) -> fx.Node:
+    """The tensor that the node's op writes: its first argument, or ``out``. Raises CaptureError for other ops."""
+    writes = [(i, x.name) for i, x in enumerate(node.target._schema.arguments) if x.is_write]
+    found = None
+    if len(writes) == 1:
+        (position, name), *_ = writes
+        found = node.args[0] if position == 0 and node.args else node.kwargs.get("out") if name == "out" else None
+    if not isinstance(found, fx.Node):
+        raise _no_form(node)
+    return found
 
 
 def _functional_form(node: fx.Node) -> Any:
-    """The overload without the trailing underscore. Raises CaptureError if there is none."""
+    """The overload that returns what the node's op writes. Raises CaptureError if there is none."""
     schema = node.target._schema
-    writes = [position for position, argument in enumerate(schema.arguments) if argument.is_write]
     name = schema.name.split("::")[1]
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    overload = getattr(packet, node.target._overloadname, None) if packet is not None else None
-    if overload is None or writes != [0] or not isinstance(node.args[0], fx.Node):
-        raise CaptureError(
-            describe("an op writes in place and has no out-of-place form", node=node, fix="write out of place there")
-        )
+    packet = getattr(aten, name.removesuffix("_"), None)
+    if "out" in node.kwargs:
+        read = [(x.name, str(x.type)) for x in schema.arguments if not x.is_write]
+        overloads = [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
+        forms = [x for x in overloads if [(a.name, str(a.type)) for a in x._schema.arguments] == read]
+        overload = forms[0] if forms else None
+    else:
+        overload = getattr(packet, node.target._overloadname, None) if name.endswith("_") else None
+    if overload is None:
+        raise _no_form(node)
     return overload
+
+
+def _no_form(node: fx.Node) -> CaptureError:
+    message = "an op writes in place and has no out-of-place form"
+    return CaptureError(describe(message, node=node, fix="write out of place there"))
+
+
+def _not_written_back(view: fx.Node, at: fx.Node) -> CaptureError:
+    return CaptureError(
+        describe(
+            "an op writes into a view, and this view cannot be written back out of place",
+            node=at,
+            found=f"a view made by {view.target}",
+            fix="write out of place there, or into the tensor itself",
+        )
+    )
