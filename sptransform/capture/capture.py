@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from sptransform.capture.checks_on_data import check_tensors
 from sptransform.capture.functionalize import functionalize
 from sptransform.capture.interpreter import Inliner, InParts
+from sptransform.capture.picked_rows import spread_picked_rows
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import rename
 from sptransform.graph.regions import Region
@@ -38,7 +41,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
     fakes = [_fake(x, mode, context) if isinstance(x, torch.Tensor) else x for x in inputs]
-    with mode, fx.traceback.preserve_node_meta():
+    with mode, _symbols_of_its_own(mode), fx.traceback.preserve_node_meta():
         inliner = Inliner(gm, policies := {})
 
         def run(*args: Any) -> Any:
@@ -63,10 +66,18 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         note.stored = stored_in(x) if isinstance(x, DTensor) else ()
         note.is_parameter = isinstance(x, torch.nn.Parameter)
         rename(node, note.input_name)
-    functionalize(traced.graph)
     # Dynamo calls backends in the grad mode that the user's call is in
     notes.set_region_around(traced.graph, Region(grad_enabled=torch.is_grad_enabled()))
+    functionalize(traced.graph)
+    with _symbols_of_its_own(mode):
+        spread_picked_rows(traced.graph)
+        check_tensors(traced.graph)
     return traced
+
+
+def _symbols_of_its_own(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Inside, numbers that are data get symbols that Dynamo knows nothing of; no graph has them in the end."""
+    return nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
 
 
 def _input_name(placeholder: fx.Node) -> str:

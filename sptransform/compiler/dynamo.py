@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 
 from sptransform.compiler.compiles import Compiles
 from sptransform.compiler.distinct_tensors import distinct_tensors
@@ -88,8 +88,8 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
             raise
-        except Unsupported as error:
-            if not str(error).startswith("Data-dependent"):
+        except (Unsupported, UserError) as error:
+            if not any(sign in str(error) for sign in ("Data-dependent", "data-dependent expression")):
                 raise
             raise CaptureError(
                 describe(

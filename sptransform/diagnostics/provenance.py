@@ -17,6 +17,11 @@ def source_line(node: fx.Node) -> str | None:
     return innermost_line(node.meta.get("stack_trace") or "")
 
 
+def place(node: fx.Node) -> str:
+    """The same without folders, which differ from machine to machine: for texts that are part of a program."""
+    return (source_line(node) or "unknown line").rpartition("/")[2]
+
+
 def innermost_line(stack: str) -> str | None:
     """``file:line: code`` of the innermost frame outside of torch of a stack as Python prints it."""
     frames = list(_FRAME.finditer(stack))
