@@ -98,7 +98,8 @@ def test_a_name_is_there(name: str) -> None:
         namespace, *op = name.removeprefix("torch.ops.").split(".")
         known = torch._C._dispatch_get_all_op_names()
         wanted = "::".join((namespace, *op))
-        assert any(each.split(".")[0] == wanted or each.startswith(f"{wanted}::") for each in known)
+        overload = f"{namespace}::{'.'.join(op)}"
+        assert any(each.split(".")[0] == wanted or each.startswith(f"{wanted}::") or each == overload for each in known)
         return
     module, rest = "torch", name.split(".")[1:]
     value: Any = torch

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Un
 
 from sptransform.compiler.compiles import Compiles
 from sptransform.compiler.distinct_tensors import distinct_tensors
+from sptransform.compiler.set_up import set_up_first
 from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
 from sptransform.diagnostics.provenance import innermost_line
 
@@ -83,23 +84,13 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
         before, _is_capturing = _is_capturing, True
         try:
             with distinct_tensors(), nullcontext() if compiles is None else compiles.allowed():
-                return in_configuration(*args, **kwargs)
+                return set_up_first(lambda: in_configuration(*args, **kwargs))
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
             raise
         except (Unsupported, UserError) as error:
-            if not any(sign in str(error) for sign in ("Data-dependent", "data-dependent expression")):
-                raise
-            raise CaptureError(
-                describe(
-                    "the model decides by what a tensor holds, which no graph can",
-                    source=innermost_line(str(error)),
-                    found=str(error).split("\n")[0],
-                    fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
-                    "attn_implementation='sdpa', or 'sptransform', see the README",
-                )
-            ) from error
+            raise _not_captured(error) from error
         except FailOnRecompileLimitHit as error:
             raise UsageError(
                 describe(
@@ -119,12 +110,40 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
             optimize_ddp=False,
             # with graph breaks allowed, Dynamo would silently run the original model, unsharded
             fail_on_recompile_limit_hit=True,
+            # a list that hooks of a checkpointed layer append to is not appended to again when the layer is recomputed,
+            # as in eager mode, where they are inactive by then
+            skip_fwd_side_effects_in_bwd_under_checkpoint=True,
             # Dynamo passes an open float as a tensor's item, which cannot be read when the graph is traced again
             specialize_float=True,
         ):
             return call(*args, **kwargs)
 
     return run
+
+
+def _not_captured(error: Exception) -> CaptureError:
+    """What Dynamo could not capture, at the user's line."""
+    what, *more = str(error).split("\n")
+    if any(sign in str(error) for sign in ("Data-dependent", "data-dependent expression")):
+        return CaptureError(
+            describe(
+                "the model decides by what a tensor holds, which no graph can",
+                source=innermost_line(str(error)),
+                found=what,
+                fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
+                "attn_implementation='sdpa', or 'sptransform', see the README",
+            )
+        )
+    explanation = next((line for line in more if line.strip().startswith("Explanation: ")), "")
+    return CaptureError(
+        describe(
+            "torch.compile cannot capture the model as one graph",
+            source=innermost_line(str(error)),
+            found=f"{what}. {explanation.strip().removeprefix('Explanation: ')}".strip(". "),
+            fix="a form of that line that torch.compile(model, fullgraph=True) takes; or fullgraph=False, under which "
+            "the parts between graph breaks are sharded",
+        )
+    )
 
 
 def _logging_functions() -> set[Any]:

@@ -153,7 +153,7 @@ SOFT: dict[str, tuple[Callable[[nn.Module], Any], str, str]] = {
     ),
     "another shape": (lambda model: step(model, shorter()), "ScheduleMismatchError", "ScheduleMismatchError"),
     "no backward": (skip_backward, "ScheduleMismatchError", "ScheduleMismatchError"),
-    "an error while tracing": (lambda _: step(parallel(Raising)), "RankFailedError", "Unsupported"),
+    "an error while tracing": (lambda _: step(parallel(Raising)), "RankFailedError", "CaptureError"),
     "an error while compiling": (lambda _: step(parallel(WithoutAttention)), "RankFailedError", "UsageError"),
     "an error before the call": (raise_before, "RankMissingError", "KeyError"),
     "no call": (lambda _: None, "RankMissingError", ""),
