@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import describe
 from sptransform.graph import dataflow, notes
+from sptransform.graph.canonical import canonical_names
 from sptransform.graph.printer import line
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.sizes import size_of
@@ -58,19 +59,20 @@ class Program:
 
 
 def captured_lines(graph: fx.Graph) -> list[Line]:
-    """Every node of the captured graph, including tensor inputs with their global shapes.
+    """Every node of the captured graph in canonical order, including tensor inputs with their global shapes.
 
     Inputs that are sizes are left out: whether a size is an input depends on the shapes this process has seen before.
     """
-    nodes = [node for node in graph.nodes if node.op != "placeholder" or dataflow.is_tensor(node)]
-    return [Line(_OWN.sub("", line(node)), provenance.source_line(node)) for node in nodes]
+    names = canonical_names(graph)
+    nodes = [node for node in names if node.op != "placeholder" or dataflow.is_tensor(node)]
+    return [Line(_OWN.sub("", line(node, names=names)), provenance.source_line(node)) for node in nodes]
 
 
 def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
     """(input, dim) of every length the graph leaves open, each once. Ranks must agree on their values in every call."""
     found: dict[str, tuple[int, int]] = {}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for index, node in enumerate(placeholders):
+    for index, node in sorted(enumerate(placeholders), key=lambda pair: pair[1].name):
         if dataflow.is_tensor(node):
             for dim, size in enumerate(dataflow.value(node).shape):
                 if isinstance(size, torch.SymInt) and not isinstance(size_of(size), int):
@@ -80,12 +82,12 @@ def lengths_at(graph: fx.Graph) -> list[tuple[int, int]]:
 
 def schedule_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
     """Every node that communicates over ``mesh``, in order, with the partitions its arguments spell out."""
-    found = []
+    found, names = [], canonical_names(graph)
     for node in graph.nodes:
         if notes.note(node).mesh == mesh:
             # on a mesh of two dims, ranks are in different groups, which have different names
             texts = [x for x in pytree.tree_leaves(node.args) if isinstance(x, str) and x != mesh.group]
-            text = line(node).replace(repr(mesh.group), "..")
+            text = line(node, names=names).replace(repr(mesh.group), "..")
             specs = f" # {', '.join(dict.fromkeys(texts))}" if texts else ""
             found.append(Line(text + specs, provenance.source_line(node)))
     return found
@@ -97,11 +99,11 @@ def placement_lines(graph: fx.Graph, mesh: Mesh) -> list[Line]:
     With uneven shares of the first mesh dim, each rank distributes the second on its own. Ranks may do so differently,
     but not where they communicate: a tensor that is R on one rank and P on another cannot be summed over them.
     """
-    found = []
+    found, names = [], canonical_names(graph)
     for node in graph.nodes:
         if notes.note(node).mesh == mesh:
             placed = [_placed(x) for x in (*dataflow.operands(node), node)]
-            text = f"%{node.name} on the second mesh dim, after uneven shares of the first: {', '.join(placed)}"
+            text = f"%{names[node]} on the second mesh dim, after uneven shares of the first: {', '.join(placed)}"
             found.append(Line(text, provenance.source_line(node)))
     return found
 

@@ -188,6 +188,7 @@ class _Functionalizer:
             with self.graph.inserting_before(output):
                 copy = self.graph.call_function(aten.copy_.default, (node, self.current[node]))
             copy.meta["val"] = dataflow.value(node)
+            notes.note(copy).differentiable = False
 
 
 def _storages(node: fx.Node) -> set[int]:

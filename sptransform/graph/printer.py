@@ -7,7 +7,8 @@ arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch import fx
 from sptransform.graph import dataflow, notes
 from sptransform.sharding.placement import Placement, Shard
 from sptransform.sharding.sizes import size_of
+
+Names = Mapping[fx.Node, str]
+
+_OWN_NAMES: Names = MappingProxyType({})
 
 _DTYPES = {
     torch.bfloat16: "bf16",
@@ -41,11 +46,11 @@ def tensor_type(value: torch.Tensor, placement: Placement | None, *, is_local: b
     return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{','.join(sizes)}]{suffix}"
 
 
-def _argument(x: Any) -> str:
+def _argument(x: Any, names: Names) -> str:
     if isinstance(x, fx.Node):
-        return f"%{x.name}"
+        return f"%{names.get(x, x.name)}"
     if isinstance(x, list | tuple):
-        inside = ", ".join(map(_argument, x))
+        inside = ", ".join(_argument(each, names) for each in x)
         return f"[{inside}]" if isinstance(x, list) else f"({inside})"
     if isinstance(x, Placement):
         return str(x)
@@ -59,13 +64,13 @@ def op_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _arguments(node: fx.Node) -> list[str]:
+def _arguments(node: fx.Node, names: Names) -> list[str]:
     transitions = notes.note(node).transitions
     if transitions:
         changes = dict.fromkeys(f"{source} -> {target}" for source, target in transitions)
-        return [_argument(node.args[0]), ", ".join(changes)]
-    arguments = [_argument(x) for x in node.args]
-    return arguments + [f"{key}={_argument(x)}" for key, x in node.kwargs.items() if not _is_default(node, key)]
+        return [_argument(node.args[0], names), ", ".join(changes)]
+    arguments = [_argument(x, names) for x in node.args]
+    return arguments + [f"{key}={_argument(x, names)}" for key, x in node.kwargs.items() if not _is_default(node, key)]
 
 
 def _is_default(node: fx.Node, key: str) -> bool:
@@ -75,8 +80,9 @@ def _is_default(node: fx.Node, key: str) -> bool:
     return node.kwargs[key] is None or (key in defaults and node.kwargs[key] == defaults[key])
 
 
-def line(node: fx.Node, *, is_local: bool = False) -> str:
-    """The node as one line of text."""
+def line(node: fx.Node, *, is_local: bool = False, names: Names = _OWN_NAMES) -> str:
+    """The node as one line of text; ``names`` has other names for some nodes."""
+    name = names.get(node, node.name)
     placements = notes.note(node).placements
     picked = dataflow.projection(node)
     if picked is not None:
@@ -86,13 +92,13 @@ def line(node: fx.Node, *, is_local: bool = False) -> str:
     types = [tensor_type(t, p, is_local=is_local) for t, p in zip(tensors, shown, strict=False)]
     kind = f" : {', '.join(types)}" if types else ""
     if node.op == "placeholder":
-        return f"%{node.name}{kind} = input"
+        return f"%{name}{kind} = input"
     if node.op == "get_attr":
-        return f"%{node.name}{kind} = constant {node.target}"
-    arguments = _arguments(node)
+        return f"%{name}{kind} = constant {node.target}"
+    arguments = _arguments(node, names)
     if node.op == "output":
         return f"return {', '.join(arguments)}"
-    return f"%{node.name}{kind} = {op_name(node.target)}({', '.join(arguments)})"
+    return f"%{name}{kind} = {op_name(node.target)}({', '.join(arguments)})"
 
 
 def text(nodes: Iterable[fx.Node], *, is_local: bool = False) -> str:

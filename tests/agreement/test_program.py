@@ -112,9 +112,9 @@ def test_a_program_that_ends_earlier_differs() -> None:
 
 def test_what_a_process_has_of_its_own_is_left_out() -> None:
     graph = torch.fx.Graph()
-    for index in range(2):
-        graph.call_function(torch.ops.aten.arange.default, (4,), {"device": torch.device("cuda", index)})
-    first, second = (x.text.partition("=")[2] for x in captured_lines(graph))
+    devices = [torch.device("cuda", index) for index in range(2)]
+    graph.output([graph.call_function(torch.ops.aten.arange.default, (4,), {"device": each}) for each in devices])
+    first, second, _ = (x.text.partition("=")[2] for x in captured_lines(graph))
     assert first == second and "cuda" in first
 
 
