@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from sptransform.engine.strategy import Strategy
+from sptransform.strategies.megatron import MegatronSP
+from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
 from tests.support.graphs import assert_ranks_equal_one_device, on_ranks
 
@@ -131,6 +134,119 @@ class Steps(nn.Module):
         )
         return out.transpose(1, 2).reshape(BATCH, -1, HIDDEN)
 
+    def spelled(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """Attention as two products around a softmax."""
+        query, key = (
+            self.layer(name + which, lambda z=z: nn.Linear(z.shape[-1], HIDDEN))(z) for which, z in (("q", x), ("k", y))
+        )
+        scores = query @ key.mT / 3
+        if option % 2:
+            scores = scores.masked_fill(~mask[: x.shape[1], : y.shape[1]], -torch.inf)
+        return scores.softmax(-1) @ (key if option % 4 < 2 else y)
+
+    def written(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """Writes into views."""
+        x = x * 1
+        if option == 0:
+            x[:, ::2] *= 0.5
+        elif option == 1:
+            x.transpose(1, 2)[:, 0].add_(1.0)
+        elif option == 2:
+            x[:, 1:].copy_(x[:, :-1].sin())
+        elif option == 3:
+            x[0] += y[-1, : x.shape[1], :1] if y.shape[1] >= x.shape[1] else 1.0
+        elif option == 4:
+            x.view(BATCH, -1)[:, 0] = 0.3
+        else:
+            top, _ = x.topk(1, -1)
+            top /= 1 + top.abs().sum(1, keepdim=True)
+            x = x * top
+        return x
+
+    def picked(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """Rows that a mask over batch and sequence picks."""
+        chosen = torch.stack([mask[row, : x.shape[1]] for row in range(BATCH)])
+        layer = self.layer(name, lambda: nn.Linear(x.shape[-1], x.shape[-1]))
+        if option % 4 == 0:
+            x = x * 1
+            x[chosen] = layer(x[chosen]).tanh()
+            return x
+        if option % 4 == 1:
+            row, token = torch.where(chosen)
+            return x.index_put((row, token), layer(x[row, token]) * 0.1, accumulate=True)
+        if option % 4 == 2:
+            return x + layer(x[chosen]).sum(0) * 0.01
+        return x.masked_scatter(chosen[..., None], layer(x).sin())
+
+    def convolved(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """A causal convolution of each channel along the sequence."""
+        width, size = x.shape[-1], 1 + option % 3
+        layer = self.layer(name, lambda: nn.Conv1d(width, width, size, groups=width, padding=size - 1))
+        return layer(x.mT)[..., : x.shape[1]].mT
+
+    def running(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """Cumulative sums along the sequence, and sorted values."""
+        if option % 3 == 0:
+            return x.cumsum(1) * 0.1
+        if option % 3 == 1:
+            return x.flip(1).cumsum(1).flip(1).tanh()
+        order = x.detach().sum(-1).argsort(1)
+        put = order.argsort(1)[..., None].expand_as(x)
+        return x.gather(1, order[..., None].expand_as(x)).sin().gather(1, put)
+
+    def experts(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """Each token's own expert: weights by index, or tokens sorted by expert."""
+        width = x.shape[-1]
+        router = self.layer(f"{name}router", lambda: nn.Linear(width, 3))
+        weights = self.layer(f"{name}experts", lambda: nn.Linear(width, 3 * width, bias=False)).weight.view(
+            3, width, width
+        )
+        rows = x.reshape(-1, width)
+        probability, chosen = router(rows).softmax(-1).max(-1)
+        if option % 2:
+            found = torch.einsum("td,tdf->tf", rows, weights[chosen])
+        else:
+            order = chosen.argsort()
+            found = torch.einsum("td,tdf->tf", rows[order], weights[chosen[order]])[order.argsort()]
+        return (found * probability[:, None]).view(x.shape)
+
+    def owned(self, name: str, x: torch.Tensor, y: torch.Tensor, option: int, mask: torch.Tensor) -> torch.Tensor:
+        """A custom autograd.Function."""
+        if option % 2:
+            return RoundedStraight.apply(x)
+        return OwnNorm.apply(x, self.layer(name, lambda: nn.LayerNorm(x.shape[-1], bias=False)).weight)
+
+
+class RoundedStraight(torch.autograd.Function):
+    """Rounds, and lets gradients pass where entries are small."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return (x * 4).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() < 2)
+
+
+class OwnNorm(torch.autograd.Function):
+    """An RMS norm as kernel libraries write it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        scale = (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight, scale = ctx.saved_tensors
+        normed, by_weight = x * scale, grad * weight
+        dx = scale * (by_weight - normed * (by_weight * normed).mean(-1, keepdim=True))
+        return dx, (grad * normed).flatten(0, -2).sum(0)
+
 
 class _Maker(Steps):
     """Makes each layer at its first use; a run of it on a meta-sized input prepares the layers of a model."""
@@ -141,20 +257,31 @@ class _Maker(Steps):
         return self.layers[name]
 
 
-KINDS = ("unary", "linear", "norm", "flat", "across", "binary", "narrow", "joined", "reduced", "shifted", "attention")
+KINDS = (
+    "unary", "linear", "norm", "flat", "across", "binary", "narrow", "joined", "reduced", "shifted", "attention",
+    "spelled", "written", "picked", "convolved", "running", "experts", "owned",
+)  # fmt: skip
+ASKED = (
+    (2, Ulysses(split="batch")), (4, Ulysses()), (3, Ulysses()), (2, Ring()), (3, Ring()), (3, AllGatherKV()),
+    (2, MegatronSP()), (3, MegatronSP()),
+)  # fmt: skip
+
+
+Drawn = tuple[list[Step], bool, int, int, list[tuple[int, Strategy]]]
 
 
 @st.composite
-def _models(draw: st.DrawFn) -> tuple[list[Step], bool, int, int]:
+def _models(draw: st.DrawFn) -> Drawn:
     index = st.integers(0, 7)
     steps = draw(st.lists(st.builds(Step, st.sampled_from(KINDS), index, index, index), min_size=1, max_size=7))
     at = draw(st.integers(0, len(steps)))
     steps.insert(at, Step("attention", draw(index), draw(index), draw(index)))
-    return steps, draw(st.booleans()), draw(st.integers(0, 2)), draw(st.sampled_from([8, 10, 16]))
+    asked = draw(st.lists(st.sampled_from(ASKED), min_size=1, max_size=2, unique=True))
+    return steps, draw(st.booleans()), draw(st.integers(0, 2)), draw(st.sampled_from([8, 10, 16])), asked
 
 
-def check(steps: list[Step], has_embedding: bool, ending: int, length: int) -> None:
-    """The model of these steps on 2 ranks that divide the batch, and on 4 that divide heads."""
+def check(steps: list[Step], has_embedding: bool, ending: int, length: int, asked: list[tuple[int, Strategy]]) -> None:
+    """The model of these steps, as asked."""
     torch.manual_seed(0)
     model: Any = _Maker(steps, has_embedding, ending)
     if has_embedding:
@@ -166,7 +293,7 @@ def check(steps: list[Step], has_embedding: bool, ending: int, length: int) -> N
     with torch.no_grad():
         model(x, mask)
     model.__class__ = Steps
-    for num_ranks, strategy in ((2, Ulysses(split="batch")), (4, Ulysses())):
+    for num_ranks, strategy in asked:
         reference, ranks, _ = on_ranks(model, x, mask, num_ranks=num_ranks, strategy=strategy)
         assert_ranks_equal_one_device(reference, ranks)
 
@@ -178,13 +305,13 @@ def drawn(max_examples: int) -> Callable[[Callable[..., None]], Callable[[], Non
     return lambda test: asked(given(_models())(test))
 
 
-@drawn(4)
-def test_random_models_equal_one_device(drawn: tuple[list[Step], bool, int, int]) -> None:
+@drawn(8)
+def test_random_models_equal_one_device(drawn: Drawn) -> None:
     check(*drawn)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@drawn(40)
-def test_more_random_models_equal_one_device(drawn: tuple[list[Step], bool, int, int]) -> None:
+@pytest.mark.timeout(1800)
+@drawn(180)
+def test_more_random_models_equal_one_device(drawn: Drawn) -> None:
     check(*drawn)
