@@ -1,6 +1,7 @@
 """Give every node its rule, a decision, and every tensor a placement.
 
-1. Rules are looked up and applied to global shapes; axes are inferred from them.
+1. Rules are looked up and applied to global shapes, and derived for custom autograd.Functions; axes are inferred from
+   them.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
    Sharded parameters and inputs are S.
 3. Where weights are cut, inner axes are found (see :mod:`sptransform.engine.inner_axes`).
@@ -18,10 +19,12 @@ from torch import fx
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import UnsupportedOpError, UsageError, describe
 from sptransform.engine.axes import Axes
+from sptransform.engine.bodies import has_body, rule_of_body
 from sptransform.engine.context import Context, Fallback
 from sptransform.engine.pass_manager import Pass
 from sptransform.engine.propagation import Propagation, light_nodes
 from sptransform.graph import dataflow, notes
+from sptransform.graph.body_graphs import name_of
 from sptransform.graph.calls import rule_at
 from sptransform.op_rules.mask_ops import SOFTMAX
 from sptransform.sharding.partition import Partition
@@ -36,7 +39,9 @@ class AssignPlacements(Pass):
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in graph.nodes:
             if dataflow.handles_tensors(node):
-                notes.note(node).rule = rule_at(node, context.rules)
+                rule = rule_at(node, context.rules)
+                is_derived = rule is None and has_body(node)
+                notes.note(node).rule = rule_of_body(node, context.rules) if is_derived else rule
         light = light_nodes(graph)
         rules = [note.rule for note in map(notes.note, graph.nodes) if note.rule is not None]
         context.result.is_causal = any(rule.is_causal for rule in rules)
@@ -85,7 +90,8 @@ class AssignPlacements(Pass):
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
         note = notes.note(node)
-        if note.rule is not None or any(known.node == node.name for known in context.result.fallbacks):
+        runs_whole = note.rule is None or (has_body(node) and note.decision.is_replicated)
+        if not runs_whole or any(known.node == node.name for known in context.result.fallbacks):
             return
         gathered = [
             producer
@@ -95,18 +101,19 @@ class AssignPlacements(Pass):
         # positions and masks are replicated anyway; work on trainable tensors should not be
         if not gathered and not note.differentiable:
             return
+        op = f"autograd.Function {name_of(node)}" if has_body(node) else str(node.target)
         if context.strict:
+            key = name_of(node) if has_body(node) else f"torch.ops.{node.target}"
             raise UnsupportedOpError(
                 describe(
-                    f"{node.target} has no sharding rule, and strict=True forbids running it replicated",
+                    f"{op} has no sharding rule, and strict=True forbids running it replicated",
                     node=node,
                     found=", ".join(f"%{x.name} placed {notes.placement(x)}" for x in dataflow.operands(node)),
-                    fix="strict=False to gather its operands, or a rule for it: "
-                    f"rules={{torch.ops.{node.target}: sptransform.rule(..)}}",
+                    fix=f"strict=False to gather its operands, or a rule for it: rules={{{key}: sptransform.rule(..)}}",
                 )
             )
         num_bytes = sum(dataflow.value(x).numel() * dataflow.value(x).element_size() for x in gathered)
-        context.result.fallbacks.append(Fallback(str(node.target), node.name, provenance.source_line(node), num_bytes))
+        context.result.fallbacks.append(Fallback(op, node.name, provenance.source_line(node), num_bytes))
 
 
 def _of_another_form(graph: fx.Graph, context: Context) -> str:

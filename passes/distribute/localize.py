@@ -5,7 +5,8 @@ Before: ``%v : f32[2,64,8,8] = aten.view(%x, [2, 64, 8, 8])`` with dim 1 cut ove
 
 1. Ops whose table entry has a ``localize`` function are rewritten by it where they are sharded.
 2. A sharded parameter or input becomes an input of the local shape.
-3. Every node is then run on fake shards; the verifier compares shape and dtype with what its placement says.
+3. The body of a custom autograd.Function is made local as this graph is.
+4. Every node is then run on fake shards; the verifier compares shape and dtype with what its placement says.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import fx
 
 from sptransform.diagnostics.errors import RuleError, describe
 from sptransform.engine import verifier
+from sptransform.engine.bodies import body_with_rules, has_body, runs_on_shards
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
-from sptransform.graph.calls import op_call
+from sptransform.graph.body_graphs import name_of, set_body
+from sptransform.graph.calls import op_call, rule_at
 from sptransform.graph.edit import compute_value, emitter, succeed
 from sptransform.graph.redistribute import keep_result
 from sptransform.ops.groups import pretend
@@ -40,6 +43,9 @@ class Localize(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         nodes = list(graph.nodes)
+        for node in nodes:
+            if has_body(node) and notes.note(node).decision.is_cut:
+                self._localize_body(node, context)
         calls = {node: op_call(node) for node in nodes if _has_local_form(node, context)}
         for node in nodes:
             note = notes.note(node)
@@ -58,6 +64,19 @@ class Localize(Pass):
                 elif notes.note(node).stored:
                     ((shape, _),) = notes.note(node).local_types
                     node.meta["val"] = dataflow.value(node).new_empty(shape)
+
+    def _localize_body(self, node: fx.Node, context: Context) -> None:
+        """Write the body that ``node`` runs on shards. A body that only the user's rule says to be cut stays as it is."""
+        note = notes.note(node)
+        body = body_with_rules(node, context.rules)
+        if not runs_on_shards(body, note.rule, note.decision):
+            assert rule_at(node, context.rules) is not None, f"{name_of(node)} does not run as its rule says"
+            return
+        for x in (*body.operands, *body.given):
+            if isinstance(placement := notes.placement(x), Shard):
+                notes.note(x).stored = (notes.Stored(placement.dim, context.mesh.group),)
+        self.run(body.graph, context)
+        set_body(node, str(body.body))
 
 
 def _compute(node: fx.Node) -> None:
@@ -80,7 +99,8 @@ def _has_local_form(node: fx.Node, context: Context) -> bool:
     decision = notes.note(node).decision
     if node.op != "call_function" or decision is None or not decision.is_cut:
         return False
-    has_form = context.rules[node.target].localize is not None
+    entry = context.rules.get(node.target)
+    has_form = entry is not None and entry.localize is not None
     if not has_form and decision.communicates(notes.note(node).rule):
         raise RuleError(_message("an op that communicates needs a form for shards", node, "localize"))
     return has_form

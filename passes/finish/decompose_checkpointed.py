@@ -14,7 +14,8 @@ after::
 
 1. An op that runs as several becomes those, each tagged by torch's own mode for the region; others are only tagged.
 2. Communication is saved whatever the policy says, see :mod:`sptransform.passes.distribute.lower_redistributes`.
-3. An op that decomposes into writes (dropout) or constants stays one node: it is recomputed.
+3. An op that decomposes into writes (dropout) or constants stays one node: it is recomputed. So does a custom
+   autograd.Function, whose backward is not that of the ops it runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sptransform.engine.bodies import has_body
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
@@ -49,7 +51,7 @@ class DecomposeCheckpointed(Pass):
             for node in graph.nodes:  # not a copy: decomposing a node erases its getitem nodes
                 policy = policies.get(node.meta.get("ac_graph_id"))
                 if policy is not None and node.meta["recompute"] is not CheckpointPolicy.MUST_SAVE:
-                    if dataflow.handles_tensors(node):
+                    if dataflow.handles_tensors(node) and not has_body(node):
                         # autocast decides into which ops a node decomposes
                         with notes.region_of(node).autocast():
                             _open(node, policy)

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sptransform.capture import flex_attention
+from sptransform.capture import autograd_functions, flex_attention
 from sptransform.capture.block_masks import FLEX, only_for_blocks
 from sptransform.capture.kernel_functions import KernelFunction, is_kernel_function
 from sptransform.diagnostics.errors import CaptureError, describe
@@ -58,8 +58,10 @@ class Inliner(fx.Interpreter):
             if (contexts := body.meta.get("_checkpoint_context_fn")) is not None:
                 self._policies[region] = _policy_of(contexts)
             return Inliner(body, self._policies).run(*operands)
-        if target is torch.ops.higher_order.autograd_function_apply and is_kernel_function(*args[:2]):
-            return KernelFunction(args[0]).at(self._at, args[2:])
+        if target is torch.ops.higher_order.autograd_function_apply:
+            if is_kernel_function(*args[:2]):
+                return KernelFunction(args[0]).at(self._at, args[2:])
+            return autograd_functions.applied(self._at, args, kwargs)
         if target is FLEX:
             return flex_attention.attended(self._at, args)
         if target is full_tensor:

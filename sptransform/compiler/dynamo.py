@@ -14,9 +14,9 @@ from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 
 from sptransform.compiler.compiles import Compiles
-from sptransform.compiler.distinct_tensors import distinct_tensors
 from sptransform.compiler.leaf_marks import leaf_marks_ignored
 from sptransform.compiler.set_up import set_up_first
+from sptransform.compiler.traced_functions import traced_functions
 from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
 from sptransform.diagnostics.provenance import innermost_line
 
@@ -84,7 +84,7 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
         global _is_capturing
         before, _is_capturing = _is_capturing, True
         try:
-            with distinct_tensors(), leaf_marks_ignored(), nullcontext() if compiles is None else compiles.allowed():
+            with traced_functions(), leaf_marks_ignored(), nullcontext() if compiles is None else compiles.allowed():
                 return set_up_first(lambda: in_configuration(*args, **kwargs))
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):

@@ -181,6 +181,8 @@ class Propagation:
         note = notes.note(node)
         if note.decision is None or not note.decision.is_replicated or not note.differentiable:
             return False
+        if note.rule is not None and note.rule.whole_gradient:
+            return False
         asked = self.demanded(node)
         return bool(asked) and all(isinstance(a, Shard) or a == R for a in asked)
 

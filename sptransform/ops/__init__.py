@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sptransform.ops import (
     attention,
+    autograd_function,
     dropout_mask,
     joined_softmax,
     local_index,
@@ -15,6 +16,7 @@ from sptransform.ops import (
 
 __all__ = [
     "attention",
+    "autograd_function",
     "dropout_mask",
     "joined_softmax",
     "local_index",

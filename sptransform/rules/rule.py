@@ -95,6 +95,7 @@ class OpRule:
         unread: operands of which only metadata is read (shape, dtype, device); they may have any placement.
         placements: cache of each tensor's shard under each decision; see ``Cut.shard``.
         heavy: worth sharding even where every operand is replicated anyway (a contraction, a large table).
+        whole_gradient: the op's backward is not linear in the gradients it gets: these must not be pending sums.
     """
 
     operands: tuple[Dims, ...]
@@ -112,6 +113,7 @@ class OpRule:
     own: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
     heavy: bool = False
+    whole_gradient: bool = False
     placements: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -1,0 +1,140 @@
+"""Custom autograd.Functions: what Dynamo makes of one becomes one op of ours, with both graphs as its body.
+
+Dynamo's graph has ``%apply = autograd_function_apply(%forward, %backward, %x, %w)``, and both graphs in Torch IR. Each is
+traced for itself, as the ops that it runs; here::
+
+    %apply = sptransform.autograd_function('Scale', [%x, %w], 'operands(%0, %1); ..')
+
+A gradient is what autograd makes of the function's: of its operand's dtype and shape, and none for an operand that
+needs none.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sptransform.capture.flat import flat_graph
+from sptransform.diagnostics.errors import CaptureError, describe
+from sptransform.graph import dataflow
+from sptransform.graph.body_graphs import BodyGraph
+from sptransform.ops.body import is_constant
+from sptransform.sharding.sizes import SymbolicSizeError
+
+aten = torch.ops.aten
+
+NAME = "sptransform_function"  # in the meta of Dynamo's node: the name of the function's class
+
+# a view that is legal on the captured strides may be illegal on those that a rank has
+_IN_ANY_ORDER = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
+_BY_STRIDE = frozenset({aten.as_strided.default, aten.as_strided_scatter.default})
+
+
+def name_of_class(function: type) -> str:
+    """What a custom autograd.Function is called, in graphs and in rules of users."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
+    """What the function returns where ``call`` calls it.
+
+    Raises:
+        CaptureError: it writes into its operands, or is not made of ops of tensors.
+        SymbolicSizeError: a length is open.
+    """
+    forward, backward, *operands = args
+    if any(isinstance(x, torch.SymInt) for x in operands):
+        raise SymbolicSizeError("a custom autograd.Function reads a length")
+    if options.get("dirty_idx") or not all(isinstance(x, Tensor) for x in operands):
+        raise _refused(call, "it changes its inputs, or takes something other than tensors", "return new tensors")
+    body, constants = _Joined(call, forward, backward).over(operands)
+    name = call.meta.get(NAME, "autograd.Function")
+    return torch.ops.sptransform.autograd_function(
+        name, [*operands, *constants], str(body.body), list(options.get("non_differentiable_idx", ()))
+    )
+
+
+class _Joined:
+    """The graph of one function, forward and backward."""
+
+    def __init__(self, call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        self._call, self._forward, self._backward = call, forward, backward
+        self._graph = fx.Graph()
+        self._constants: dict[fx.Node, Tensor] = {}
+
+    def over(self, operands: Sequence[Tensor]) -> tuple[BodyGraph, list[Tensor]]:
+        """The body over ``operands``, and the constants that it takes as further ones."""
+        forward = flat_graph(lambda *xs: fx.Interpreter(self._forward).run(*xs), operands)
+        returned, saved = forward.graph.output_node().args[0]
+        if not all(isinstance(x, fx.Node) for x in returned):
+            raise _refused(self._call, "it returns something other than tensors", "return tensors only")
+        results = [dataflow.value(x) for x in returned]
+        at = [i for i, x in enumerate(saved) if isinstance(x, fx.Node)]
+
+        def gradients(*xs: Tensor) -> list[Tensor | None]:
+            kept = list(saved)  # what is no tensor is a constant of the backward
+            for i, x in zip(at, xs[len(results) :], strict=True):
+                kept[i] = x
+            found = fx.Interpreter(self._backward).run(*xs[: len(results)], *kept)
+            return [_as_autograd_takes(x, to) for x, to in zip(found, operands, strict=True)]
+
+        with torch.autocast(operands[0].device.type, enabled=False):
+            backward = flat_graph(gradients, [*results, *(dataflow.value(saved[i]) for i in at)])
+        entered = [self._graph.placeholder(f"operand{i}") for i in range(len(operands))]
+        outs, kept = self._copy(forward, entered)
+        given = [self._graph.placeholder(f"given{i}") for i in range(len(results))]
+        grads = self._copy(backward, [*given, *(kept[i] for i in at)])
+        constants = tuple(self._constants)
+        body = BodyGraph(
+            self._graph,
+            operands=(*entered, *constants),
+            results=tuple(outs),
+            given=tuple(given),
+            gradients=(*grads, *(None for _ in constants)),
+        )
+        return body.close(), list(self._constants.values())
+
+    def _copy(self, traced: fx.GraphModule, inputs: Sequence[fx.Node]) -> Any:
+        """Copy what was traced over ``inputs``; returns what it returns."""
+        placeholders = traced.graph.find_nodes(op="placeholder")
+        copies: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
+        for node in traced.graph.nodes:
+            if node.op == "get_attr":
+                with self._graph.inserting_before():
+                    copies[node] = self._graph.placeholder(f"constant{len(self._constants)}")
+                self._constants[copies[node]] = getattr(traced, node.target)
+            elif node.op == "call_function":
+                if dataflow.writes(node):
+                    self._check_write(node, copies)
+                    continue
+                self._check(node)
+                copies[node] = self._graph.node_copy(node, copies.__getitem__)
+                copies[node].target = _IN_ANY_ORDER.get(node.target, node.target)
+        return fx.map_arg(traced.graph.output_node().args[0], copies.__getitem__)
+
+    def _check_write(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:
+        """Writes into what is the function's own, or what only its backward is given, are seen by nobody."""
+        target = copies.get(node.args[0])
+        if target is None or target.name.startswith(("operand", "constant")):
+            raise _refused(self._call, f"{node.target} writes into an input of it", "write into new tensors")
+
+    def _check(self, node: fx.Node) -> None:
+        is_op = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        written = fx.map_arg((node.args, node.kwargs), lambda x: None)
+        if not is_op or node.target in _BY_STRIDE or not is_constant([*written[0], *written[1].values()]):
+            raise _refused(self._call, f"it calls {node.target}", "ops of torch.ops, as torch.library makes them")
+
+
+def _as_autograd_takes(grad: Tensor | None, operand: Tensor) -> Tensor | None:
+    if grad is None or not operand.requires_grad:
+        return None
+    return (grad if grad.shape == operand.shape else grad.sum_to_size(operand.shape)).to(operand.dtype)
+
+
+def _refused(call: fx.Node, found: str, fix: str) -> CaptureError:
+    what = "this custom autograd.Function cannot be run as it is"
+    return CaptureError(describe(what, node=call, found=f"{call.meta.get(NAME, 'a function')}: {found}", fix=fix))

@@ -1,0 +1,27 @@
+"""Part of Dynamo's graph as the ATen ops that it runs: below autograd and autocast, and without writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+from sptransform.sharding.sizes import SymbolicSizeError
+
+
+def flat_graph(call: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The ops that ``call`` runs on tensors such as the fakes ``inputs``; it may be traced while another trace runs.
+
+    Raises:
+        SymbolicSizeError: a length is open.
+    """
+    if any(isinstance(size, torch.SymInt) for x in inputs for size in x.shape):
+        raise SymbolicSizeError("part of the graph is traced for itself, which needs known sizes")
+    # Private: a trace above autograd records grad modes and autocast instead of running them, by a torch function
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), torch.no_grad():
+        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs]
+        return make_fx(functionalize(call, remove="mutations"), _allow_non_fake_inputs=True)(*fakes)
