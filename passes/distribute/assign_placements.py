@@ -99,7 +99,7 @@ class AssignPlacements(Pass):
             if isinstance(notes.placement(producer), Shard)
         ]
         # positions and masks are replicated anyway; work on trainable tensors should not be
-        if not gathered and not note.differentiable:
+        if not gathered and (note.rule is not None or not note.differentiable):
             return
         op = f"autograd.Function {name_of(node)}" if has_body(node) else str(node.target)
         if context.strict:

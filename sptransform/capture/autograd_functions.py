@@ -112,9 +112,22 @@ class _Joined:
                     self._check_write(node, copies)
                     continue
                 self._check(node)
+                if node.target is aten.copy.default:
+                    copies[node] = self._copied(node, copies)
+                    continue
                 copies[node] = self._graph.node_copy(node, copies.__getitem__)
                 copies[node].target = _IN_ANY_ORDER.get(node.target, node.target)
         return fx.map_arg(traced.graph.output_node().args[0], copies.__getitem__)
+
+    def _copied(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """What a write of the second operand into the first leaves there."""
+        old, new = (dataflow.value(x) for x in node.args[:2])
+        found = copies[node.args[1]]
+        if new.dtype != old.dtype:
+            found = self._graph.call_function(aten.to.dtype, (found, old.dtype))
+        if new.shape != old.shape:
+            found = self._graph.call_function(aten.expand.default, (found, list(old.shape)))
+        return found
 
     def _check_write(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:
         """Writes into what is the function's own, or what only its backward is given, are seen by nobody."""
