@@ -12,11 +12,12 @@ needs none.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.func import functionalize
 
 from sptransform.capture.flat import flat_graph
 from sptransform.diagnostics.errors import CaptureError, describe
@@ -68,7 +69,7 @@ class _Joined:
 
     def over(self, operands: Sequence[Tensor]) -> tuple[BodyGraph, list[Tensor]]:
         """The body over ``operands``, and the constants that it takes as further ones."""
-        forward = flat_graph(lambda *xs: fx.Interpreter(self._forward).run(*xs), operands)
+        forward = flat_graph(_without_writes(fx.Interpreter(self._forward).run), operands)
         returned, saved = forward.graph.output_node().args[0]
         if not all(isinstance(x, fx.Node) for x in returned):
             raise _refused(self._call, "it returns something other than tensors", "return tensors only")
@@ -83,7 +84,7 @@ class _Joined:
             return [_as_autograd_takes(x, to) for x, to in zip(found, operands, strict=True)]
 
         with torch.autocast(operands[0].device.type, enabled=False):
-            backward = flat_graph(gradients, [*results, *(dataflow.value(saved[i]) for i in at)])
+            backward = flat_graph(_without_writes(gradients), [*results, *(dataflow.value(saved[i]) for i in at)])
         entered = [self._graph.placeholder(f"operand{i}") for i in range(len(operands))]
         outs, kept = self._copy(forward, entered)
         given = [self._graph.placeholder(f"given{i}") for i in range(len(results))]
@@ -140,6 +141,10 @@ class _Joined:
         written = fx.map_arg((node.args, node.kwargs), lambda x: None)
         if not is_op or node.target in _BY_STRIDE or not is_constant([*written[0], *written[1].values()]):
             raise _refused(self._call, f"it calls {node.target}", "ops of torch.ops, as torch.library makes them")
+
+
+def _without_writes(call: Callable[..., Any]) -> Callable[..., Any]:
+    return functionalize(call, remove="mutations")
 
 
 def _as_autograd_takes(grad: Tensor | None, operand: Tensor) -> Tensor | None:

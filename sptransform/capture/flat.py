@@ -1,4 +1,4 @@
-"""Part of Dynamo's graph as the ATen ops that it runs: below autograd and autocast, and without writes."""
+"""Part of Dynamo's graph as the ATen ops that it runs, below autograd, autocast and the levels of functorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
 from sptransform.sharding.sizes import SymbolicSizeError
@@ -19,9 +18,9 @@ def flat_graph(call: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphMo
     Raises:
         SymbolicSizeError: a length is open.
     """
-    if any(isinstance(size, torch.SymInt) for x in inputs for size in x.shape):
+    if any(isinstance(x, torch.SymInt) or any(isinstance(size, torch.SymInt) for size in x.shape) for x in inputs):
         raise SymbolicSizeError("part of the graph is traced for itself, which needs known sizes")
     # Private: a trace above autograd records grad modes and autocast instead of running them, by a torch function
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), torch.no_grad():
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs]
-        return make_fx(functionalize(call, remove="mutations"), _allow_non_fake_inputs=True)(*fakes)
+        return make_fx(call, _allow_non_fake_inputs=True)(*fakes)

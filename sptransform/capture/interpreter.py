@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._functorch.predispatch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
@@ -17,15 +16,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sptransform.capture import autograd_functions, flex_attention
 from sptransform.capture.block_masks import FLEX, only_for_blocks
 from sptransform.capture.kernel_functions import KernelFunction, is_kernel_function
+from sptransform.capture.transformed import LOADING, transformed
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.parameters.parts import full_tensor
 
 _regions = itertools.count(1)
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
-# functorch transforms enter and leave a level of their own; the graph does not see what runs there
-_TRANSFORMS = {getattr(torch._C._functorch, f"_{name}_increment_nesting") for name in ("grad", "jvp", "vmap")} | {
-    fn for name, fn in vars(torch._functorch.predispatch).items() if name.startswith("_vmap_increment")
-}
 
 
 class Inliner(fx.Interpreter):
@@ -39,6 +35,7 @@ class Inliner(fx.Interpreter):
         super().__init__(gm)
         self._policies = policies
         self._unread = only_for_blocks(gm.graph)
+        self._transformed = transformed(gm.graph)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self._autocasts: list[torch.autocast] = []
@@ -72,11 +69,11 @@ class Inliner(fx.Interpreter):
             return self._autocasts[-1].__enter__()
         if target is torch.amp.autocast_mode._exit_autocast:
             return self._autocasts.pop().__exit__(None, None, None)
-        if isinstance(target, torch._ops.HigherOrderOperator) or target in _TRANSFORMS:
+        if isinstance(target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 describe(
                     "the graph cannot show what this does to gradients or control flow",
-                    found=f"{target}: a custom autograd.Function, a functorch transform, or control flow as an op",
+                    found=f"{target}: control flow, or a kernel, as an op",
                     node=self._at,
                     fix="write it with torch ops, or register it as an op with torch.library and register_autograd",
                 )
@@ -96,9 +93,14 @@ class Inliner(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n in self._unread:
+        if n in self._unread or n.target is LOADING:
             return None
         self._at = n
+        if n in self._transformed:
+            part = self._transformed[n]
+            results = part.run(self.module, [self.env[x] for x in part.inputs])
+            self.env |= dict.fromkeys(part.nodes) | dict(zip(part.outputs, results, strict=True))
+            return self.env[n]  # the interpreter leaves out nodes that have a value
         if n.op != "placeholder" and n.target not in (full_tensor, torch.ops.higher_order.tag_activation_checkpoint):
             for operand in n.all_input_nodes:
                 if isinstance(self.env[operand], InParts):
