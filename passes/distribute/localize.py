@@ -66,7 +66,7 @@ class Localize(Pass):
                     node.meta["val"] = dataflow.value(node).new_empty(shape)
 
     def _localize_body(self, node: fx.Node, context: Context) -> None:
-        """Write the body that ``node`` runs on shards. A body that only the user's rule says to be cut stays as it is."""
+        """Write the body that ``node`` runs on shards. What can be cut by a user's rule alone stays as it is."""
         note = notes.note(node)
         body = body_with_rules(node, context.rules)
         if not runs_on_shards(body, note.rule, note.decision):

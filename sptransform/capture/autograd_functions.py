@@ -1,7 +1,7 @@
 """Custom autograd.Functions: what Dynamo makes of one becomes one op of ours, with both graphs as its body.
 
-Dynamo's graph has ``%apply = autograd_function_apply(%forward, %backward, %x, %w)``, and both graphs in Torch IR. Each is
-traced for itself, as the ops that it runs; here::
+Dynamo's graph has ``%apply = autograd_function_apply(%forward, %backward, %x, %w)``, and both graphs in Torch IR. Each
+is traced for itself, as the ops that it runs; here::
 
     %apply = sptransform.autograd_function('Scale', [%x, %w], 'operands(%0, %1); ..')
 
@@ -28,7 +28,9 @@ from sptransform.sharding.sizes import SymbolicSizeError
 
 aten = torch.ops.aten
 
-NAME = "sptransform_function"  # in the meta of Dynamo's node: the name of the function's class
+# in the meta of Dynamo's node: the name of the function's class, and which argument each operand is
+NAME = "sptransform_function"
+ORDER = "sptransform_order"
 
 # a view that is legal on the captured strides may be illegal on those that a rank has
 _IN_ANY_ORDER = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
@@ -52,24 +54,35 @@ def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> l
         raise SymbolicSizeError("a custom autograd.Function reads a length")
     if options.get("dirty_idx") or not all(isinstance(x, Tensor) for x in operands):
         raise _refused(call, "it changes its inputs, or takes something other than tensors", "return new tensors")
-    body, constants = _Joined(call, forward, backward).over(operands)
-    name = call.meta.get(NAME, "autograd.Function")
+    order = call.meta.get(ORDER, range(len(operands)))
+    operands = [operands[i] for i in order]
+    body, constants = _Joined(call, forward, backward, order).over(operands)
     return torch.ops.sptransform.autograd_function(
-        name, [*operands, *constants], str(body.body), list(options.get("non_differentiable_idx", ()))
+        call.meta.get(NAME, "autograd.Function"),
+        operands,
+        constants,
+        str(body.body),
+        list(options.get("non_differentiable_idx", ())),
     )
 
 
 class _Joined:
-    """The graph of one function, forward and backward."""
+    """The graph of one function, forward and backward; ``order``: Dynamo's operands as the user passes them."""
 
-    def __init__(self, call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-        self._call, self._forward, self._backward = call, forward, backward
+    def __init__(
+        self, call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, order: Sequence[int]
+    ) -> None:
+        self._call, self._forward, self._backward, self._order = call, forward, backward, order
         self._graph = fx.Graph()
         self._constants: dict[fx.Node, Tensor] = {}
 
     def over(self, operands: Sequence[Tensor]) -> tuple[BodyGraph, list[Tensor]]:
         """The body over ``operands``, and the constants that it takes as further ones."""
-        forward = flat_graph(_without_writes(fx.Interpreter(self._forward).run), operands)
+        def results_of(*xs: Tensor) -> Any:
+            by_place = dict(zip(self._order, xs, strict=True))
+            return fx.Interpreter(self._forward).run(*(by_place[i] for i in range(len(xs))))
+
+        forward = flat_graph(_without_writes(results_of), operands)
         returned, saved = forward.graph.output_node().args[0]
         if not all(isinstance(x, fx.Node) for x in returned):
             raise _refused(self._call, "it returns something other than tensors", "return tensors only")
@@ -81,7 +94,7 @@ class _Joined:
             for i, x in zip(at, xs[len(results) :], strict=True):
                 kept[i] = x
             found = fx.Interpreter(self._backward).run(*xs[: len(results)], *kept)
-            return [_as_autograd_takes(x, to) for x, to in zip(found, operands, strict=True)]
+            return [_as_autograd_takes(found[i], to) for i, to in zip(self._order, operands, strict=True)]
 
         with torch.autocast(operands[0].device.type, enabled=False):
             backward = flat_graph(_without_writes(gradients), [*results, *(dataflow.value(saved[i]) for i in at)])

@@ -1,14 +1,14 @@
 """Parts of Dynamo's graph between entering and leaving a functorch transform: run as the ops that they come to.
 
-Dynamo writes ``torch.vmap`` and its kin as ops that enter a level, batch tensors at it, and leave it, with plain ops between.
-A trace above autograd does not look through levels; one below does. So such a part is traced for itself, and runs as
-what that gives::
+Dynamo writes ``torch.vmap`` and its kin as ops that enter a level, batch tensors at it, and leave it, with plain ops
+between. A trace above autograd does not look through levels; one below does. So such a part is traced for itself, and
+runs as what that gives::
 
     _vmap_increment_nesting(8, 'error');  %i = _add_batch_dim(%x, 0, 1);  %y = mul(%i, %w);
     %out = _remove_batch_dim(%y, 1, 8, 0);  _vmap_decrement_nesting()
 
-becomes ``%out = aten.mul(%x, aten.unsqueeze(%w, 0))``. Autograd then works on these ops, as it does on those of eager mode.
-The ops of an inner ``grad`` or ``jvp`` say nothing of their own derivatives: it is refused where gradients pass.
+becomes ``%out = aten.mul(%x, aten.unsqueeze(%w, 0))``. Autograd then works on these ops. Those of an inner ``grad`` or
+``jvp`` may be detached from what they are computed from: it is refused where gradients pass.
 """
 
 from __future__ import annotations

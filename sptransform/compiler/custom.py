@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from sptransform.capture.autograd_functions import name_of_class
 from sptransform.diagnostics.errors import RuleError, UsageError, describe
+from sptransform.engine.function_rules import FunctionRules
 from sptransform.engine.pass_manager import Pass
+from sptransform.graph.body_graphs import FUNCTION
 from sptransform.graph.dataflow import is_op
 from sptransform.rules.rule import RuleFn
 from sptransform.rules.table import OpEntry, overload_of
@@ -24,7 +27,7 @@ _VERSIONED = frozenset({"sptransform", "torch", "sympy", *sys.stdlib_module_name
 
 
 def checked_rules(rules: Any) -> dict[Any, OpEntry | RuleFn]:
-    """Overload -> rule, from what the user passed as ``rules``.
+    """Overload -> rule, from what the user passed as ``rules``; of custom autograd.Functions, the op that runs them.
 
     Raises:
         UsageError: it is no mapping from ops to rules, or an op has two.
@@ -33,17 +36,25 @@ def checked_rules(rules: Any) -> dict[Any, OpEntry | RuleFn]:
     if not isinstance(rules, Mapping):
         raise UsageError(describe("rules maps ops to rules", found=repr(rules), fix=example))
     found: dict[Any, OpEntry | RuleFn] = {}
+    functions: dict[str, OpEntry | RuleFn] = {}
     for op, rule in rules.items():
+        if isinstance(op, type) and issubclass(op, torch.autograd.Function):
+            functions[name_of_class(op)] = _checked(rule, op.__qualname__, example)
+            continue
         try:
             overload = overload_of(op)
         except RuleError as error:
             raise UsageError(describe("rules maps ops to rules", found=str(error), fix=example)) from error
-        if not callable(rule.rule if isinstance(rule, OpEntry) else rule):
-            raise UsageError(describe(f"not a rule for {overload}", found=repr(rule), fix=example))
         if overload in found:
             raise UsageError(describe("two rules for one op", found=str(overload), fix="one of them"))
-        found[overload] = rule
-    return found
+        found[overload] = _checked(rule, overload, example)
+    return found | ({FUNCTION: FunctionRules(functions).entry} if functions else {})
+
+
+def _checked(rule: Any, of: Any, example: str) -> OpEntry | RuleFn:
+    if not callable(rule.rule if isinstance(rule, OpEntry) else rule):
+        raise UsageError(describe(f"not a rule for {of}", found=repr(rule), fix=example))
+    return rule
 
 
 def identified_rules(rules: Mapping[Any, OpEntry | RuleFn]) -> str:

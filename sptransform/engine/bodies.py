@@ -1,7 +1,7 @@
 """The rule of a custom autograd.Function, derived from the rules of the ops that its forward and its backward run.
 
-Every dimension of the operands is a product of axes (see :mod:`sptransform.engine.axes`). An axis may be cut if every op
-that meets it, forward and backward, runs on the cut tensors without a move; then each rank computes its part of the
+Every dimension of the operands is a product of axes (see :mod:`sptransform.engine.axes`). An axis may be cut if every
+op that meets it, forward and backward, runs on the cut tensors without a move; then each rank computes its part of the
 results, and from its part of their gradients
 
 1. its part of the gradient of each operand that has the axis;

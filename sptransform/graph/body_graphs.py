@@ -14,7 +14,7 @@ from sptransform.graph.edit import compute_value
 from sptransform.ops.body import Body, Step, Value
 
 FUNCTION = torch.ops.sptransform.autograd_function.default
-_BODY = 2  # its argument
+_BODY = 3  # its argument
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sptransform.ops.library import composite
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, body: str, constant: list[int], *operands: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, body: str, flat: list[int], *operands: Tensor) -> tuple[Tensor, ...]:
         read = parse(body)
         values: dict[Any, Any] = dict(zip(read.operands, operands, strict=True))
         with _as_captured(operands):
@@ -26,7 +26,7 @@ class _Function(torch.autograd.Function):
         ctx.body = body
         ctx.save_for_backward(*(values[x] for x in read.saved))
         results = tuple(values[x] for x in read.results)
-        ctx.mark_non_differentiable(*(results[i] for i in constant))
+        ctx.mark_non_differentiable(*(results[i] for i in flat))
         return results
 
     @staticmethod
@@ -48,7 +48,12 @@ def _as_captured(tensors: tuple[Tensor, ...]) -> Iterator[None]:
         yield
 
 
-@composite("autograd_function(str name, Tensor[] operands, str body, int[] constant) -> Tensor[]")
-def autograd_function(name: str, operands: list[Tensor], body: str, constant: list[int]) -> list[Tensor]:
-    """The results of the function called ``name``; those of the indices in ``constant`` have no gradient."""
-    return list(_Function.apply(body, constant, *operands))
+@composite("autograd_function(str name, Tensor[] operands, Tensor[] constants, str body, int[] flat) -> Tensor[]")
+def autograd_function(
+    name: str, operands: list[Tensor], constants: list[Tensor], body: str, flat: list[int]
+) -> list[Tensor]:
+    """The results of the function called ``name``; those of the indices in ``flat`` have no gradient.
+
+    The body has the constants behind the operands.
+    """
+    return list(_Function.apply(body, flat, *operands, *constants))

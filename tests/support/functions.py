@@ -1,4 +1,4 @@
-"""Custom autograd.Functions as libraries and labs write them, in plain PyTorch, each in a small model with attention."""
+"""Custom autograd.Functions as libraries and labs write them, in plain PyTorch, each in a small model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -155,7 +155,7 @@ class Clipped(torch.autograd.Function):
 
 
 class Affine(torch.autograd.Function):
-    """Three results, one without a gradient; a boolean operand, one whose gradient is left out, and one of other sizes."""
+    """Three results, one without a gradient; a boolean operand, and one of other sizes without a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
@@ -247,6 +247,10 @@ def _affine(model: Model, x: Tensor) -> Tensor:
     return y + signs * 0.1 + e
 
 
+def _linear_cross_entropy(model: Model, x: Tensor) -> Tensor:
+    return LinearCrossEntropy.apply(x.flatten(0, 1), model.head.weight, model.labels.flatten(), 7)
+
+
 def _checkpointed(model: Model, x: Tensor) -> Tensor:
     return checkpoint(lambda y: model.mlp(RMSNorm.apply(y, model.weight, 1e-6, 1.0)), x, use_reentrant=False)
 
@@ -259,7 +263,7 @@ CALLS: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "checkpointed": _checkpointed,
     "clipped": lambda model, x: x * Clipped.apply(model.weight),
     "cross_entropy": lambda m, x: CrossEntropy.apply(m.head(x).flatten(0, 1), m.labels.flatten(), 3),
-    "linear_cross_entropy": lambda m, x: LinearCrossEntropy.apply(x.flatten(0, 1), m.head.weight, m.labels.flatten(), 7),
+    "linear_cross_entropy": _linear_cross_entropy,
     "mixed": lambda model, x: Mixed.apply(x, model.out.weight),
     "mlp": lambda model, x: model.mlp(x),
     "reversal": lambda model, x: Reversal.apply(x, 0.3),
@@ -273,4 +277,5 @@ def model_of(name: str, length: int = LENGTH) -> tuple[Model, dict[str, Tensor]]
     """The model with this call, and inputs of this length."""
     torch.manual_seed(1)
     x = torch.randn(BATCH, length, WIDTH, dtype=torch.float64)
-    return Model(CALLS[name], rotates=name == "rotary"), dict(x=x, labels=torch.randint(0, VOCAB, (BATCH, length)))
+    labels = torch.randint(0, VOCAB, (BATCH, length))
+    return Model(CALLS[name], rotates=name == "rotary"), {"x": x, "labels": labels}
