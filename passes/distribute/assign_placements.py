@@ -90,8 +90,8 @@ class AssignPlacements(Pass):
 
     def _record_fallback(self, node: fx.Node, context: Context) -> None:
         note = notes.note(node)
-        runs_whole = note.rule is None or (has_body(node) and note.decision.is_replicated)
-        if not runs_whole or any(known.node == node.name for known in context.result.fallbacks):
+        is_unproved = has_body(node) and note.decision.is_replicated and rule_at(node, context.rules) is None
+        if not (note.rule is None or is_unproved) or any(known.node == node.name for known in context.result.fallbacks):
             return
         gathered = [
             producer

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 
 from sptransform.capture.flat import flat_graph
+from sptransform.capture.functionalize import storages
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow
 from sptransform.graph.body_graphs import BodyGraph
@@ -82,7 +83,7 @@ class _Joined:
             by_place = dict(zip(self._order, xs, strict=True))
             return fx.Interpreter(self._forward).run(*(by_place[i] for i in range(len(xs))))
 
-        forward = flat_graph(_without_writes(results_of), operands)
+        forward = _traced(results_of, operands)
         returned, saved = forward.graph.output_node().args[0]
         if not all(isinstance(x, fx.Node) for x in returned):
             raise _refused(self._call, "it returns something other than tensors", "return tensors only")
@@ -97,7 +98,7 @@ class _Joined:
             return [_as_autograd_takes(found[i], to) for i, to in zip(self._order, operands, strict=True)]
 
         with torch.autocast(operands[0].device.type, enabled=False):
-            backward = flat_graph(_without_writes(gradients), [*results, *(dataflow.value(saved[i]) for i in at)])
+            backward = _traced(gradients, [*results, *(dataflow.value(saved[i]) for i in at)])
         entered = [self._graph.placeholder(f"operand{i}") for i in range(len(operands))]
         outs, kept = self._copy(forward, entered)
         given = [self._graph.placeholder(f"given{i}") for i in range(len(results))]
@@ -116,21 +117,24 @@ class _Joined:
         """Copy what was traced over ``inputs``; returns what it returns."""
         placeholders = traced.graph.find_nodes(op="placeholder")
         copies: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
+        keeps_writes = any(dataflow.writes(node) and node.target.namespace != "aten" for node in traced.graph.nodes)
         for node in traced.graph.nodes:
             if node.op == "get_attr":
                 with self._graph.inserting_before():
                     copies[node] = self._graph.placeholder(f"constant{len(self._constants)}")
                 self._constants[copies[node]] = getattr(traced, node.target)
             elif node.op == "call_function":
-                if dataflow.writes(node):
-                    self._check_write(node, copies)
-                    continue
                 self._check(node)
-                if node.target is aten.copy.default:
+                if dataflow.writes(node):
+                    self._check_write(node, placeholders, copies)
+                    if not keeps_writes:
+                        continue
+                if node.target is aten.copy.default and not keeps_writes:
                     copies[node] = self._copied(node, copies)
                     continue
                 copies[node] = self._graph.node_copy(node, copies.__getitem__)
-                copies[node].target = _IN_ANY_ORDER.get(node.target, node.target)
+                if not keeps_writes:
+                    copies[node].target = _IN_ANY_ORDER.get(node.target, node.target)
         return fx.map_arg(traced.graph.output_node().args[0], copies.__getitem__)
 
     def _copied(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -143,10 +147,13 @@ class _Joined:
             found = self._graph.call_function(aten.expand.default, (found, list(old.shape)))
         return found
 
-    def _check_write(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> None:
+    def _check_write(self, node: fx.Node, inputs: Sequence[fx.Node], copies: Mapping[fx.Node, fx.Node]) -> None:
         """Writes into what is the function's own, or what only its backward is given, are seen by nobody."""
-        target = copies.get(node.args[0])
-        if target is None or target.name.startswith(("operand", "constant")):
+        foreign = {x for x in inputs if copies[x].name.startswith(("operand", "constant"))}
+        if node.target.namespace != "aten":
+            foreign = set(inputs)
+        written = set().union(*(storages(x) for x in dataflow.written_by(node)))
+        if any(not written.isdisjoint(storages(x)) for x in foreign):
             raise _refused(self._call, f"{node.target} writes into an input of it", "write into new tensors")
 
     def _check(self, node: fx.Node) -> None:
@@ -156,8 +163,13 @@ class _Joined:
             raise _refused(self._call, f"it calls {node.target}", "ops of torch.ops, as torch.library makes them")
 
 
-def _without_writes(call: Callable[..., Any]) -> Callable[..., Any]:
-    return functionalize(call, remove="mutations")
+def _traced(call: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The ops that ``call`` runs; writes are taken out, but those of ops that torch cannot take them out of."""
+    traced = flat_graph(call, inputs)
+    writes = [node.target for node in traced.graph.nodes if dataflow.writes(node)]
+    if not writes or any(op.namespace != "aten" for op in writes):
+        return traced
+    return flat_graph(functionalize(call, remove="mutations"), inputs)
 
 
 def _as_autograd_takes(grad: Tensor | None, operand: Tensor) -> Tensor | None:

@@ -74,14 +74,14 @@ class _Functionalizer:
         return chain[::-1]
 
     def _note_alias(self, node: fx.Node) -> None:
-        storages = _storages(node)
-        if node.op != "call_function" or not storages:
+        own = storages(node)
+        if node.op != "call_function" or not own:
             return
         picked = dataflow.projection(node)
         if picked is not None and picked[0] not in self.base:
             return  # an output of an op that makes new tensors
         for source in node.all_input_nodes:
-            if storages & _storages(source):
+            if own & storages(source):
                 self.base[node] = source
                 self.seen[node] = self.version.get(self._root(source), 0)
                 return
@@ -191,7 +191,7 @@ class _Functionalizer:
             notes.note(copy).differentiable = False
 
 
-def _storages(node: fx.Node) -> set[int]:
+def storages(node: fx.Node) -> set[int]:
     return {value.untyped_storage()._cdata for value in dataflow.values(node)}
 
 

@@ -67,6 +67,8 @@ def body_with_rules(node: fx.Node, rules: RuleTable) -> BodyGraph:
 
 def runs_on_shards(body: BodyGraph, rule: OpRule, decision: Sharded) -> bool:
     """Whether the body, run on shards as decided, gives the shards it should. Notes how each of its nodes is run."""
+    if any(map(dataflow.writes, body.graph.nodes)):  # what was written is not what its node's decision says
+        return False
     operands = decision.demands(rule, len(body.operands))
     results = decision.outcomes(rule, len(body.results))
     inputs = dict(zip(body.operands, operands, strict=True))

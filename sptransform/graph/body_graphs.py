@@ -31,7 +31,7 @@ class BodyGraph:
         """Let the graph return results and gradients, and drop what neither needs. Returns self."""
         self.graph.output((list(self.results), list(self.gradients)))
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not node.users:
+            if node.op == "call_function" and not node.users and not dataflow.writes(node):
                 self.graph.erase_node(node)
         return self
 

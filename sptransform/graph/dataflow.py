@@ -61,6 +61,13 @@ def writes(node: fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The tensors among its arguments that the node's op writes into."""
+    arguments = node.target._schema.arguments
+    given = [*zip(arguments, node.args, strict=False), *((x, node.kwargs.get(x.name)) for x in arguments)]
+    return [x for argument, x in given if argument.is_write and isinstance(x, fx.Node)]
+
+
 def returns_tensors(node: fx.Node) -> bool:
     """Whether the node's op returns tensors, as its schema says."""
     schema = getattr(node.target, "_schema", None)

@@ -42,6 +42,26 @@ class Reversed(torch.autograd.Function):
         return -0.5 * grad
 
 
+class InPlace(torch.autograd.Function):
+    """Its result is its input, written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.mul_(2)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def under_no_grad(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        slopes = torch.func.vmap(torch.func.grad(lambda row: row.tanh().sum()))(attend(x))
+    return (attend(x) * slopes).sum(1)
+
+
 def hooked(x: Tensor) -> Tensor:
     y = attend(x)
     y.register_hook(lambda grad: grad * 3)
@@ -51,12 +71,12 @@ def hooked(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "program",
     [
-        lambda x: Reversed.apply(attend(x)).sum(),
         lambda x: torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (attend(x),)).sum(),
-        lambda x: torch.vmap(lambda row: row * 2)(attend(x)).sum(),
+        lambda x: torch.func.vmap(torch.func.grad(lambda row: row.tanh().sum()))(attend(x)).sum(),
+        lambda x: InPlace.apply(attend(x) * 2).sum(),
         hooked,
     ],
-    ids=["custom autograd.Function", "cond", "vmap", "hook"],
+    ids=["cond", "gradient of a gradient", "mark_dirty", "hook"],
 )
 def test_what_would_be_lost_is_refused(program: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"fix: "):
@@ -82,8 +102,15 @@ def _rewrite(program: Callable[[Tensor], Tensor], **options: Any) -> sptransform
         lambda x: attend(x).sum(1).sum(dtype=torch.float32),
         lambda x: attend(x).mean(1, dtype=torch.float64).pow(2),
         lambda x: torch.where(attend(x).sum(1) > 0, attend(x).sum(1), x.mean(1)),
+        lambda x: Reversed.apply(attend(x)).sum(1),
+        lambda x: torch.vmap(lambda row: row * row.mean(-1, keepdim=True))(attend(x)).sum(1),
+        lambda x: torch.vmap(torch.vmap(torch.outer, (0, None)), (1, 0), 1)(attend(x), x[0]).sum(1),
+        under_no_grad,
     ],
-    ids=["every other", "pad nothing", "pad what was cut off", "sum narrower", "mean", "where"],
+    ids=[
+        "every other", "pad nothing", "pad what was cut off", "sum narrower", "mean", "where", "autograd.Function",
+        "vmap", "vmaps", "gradient without gradients",
+    ],
 )
 def test_programs_equal_one_device(program: Callable[[Tensor], Tensor], num_ranks: int) -> None:
     reference, ranks, _ = on_ranks(program, inputs(), num_ranks=num_ranks, outputs="full")
