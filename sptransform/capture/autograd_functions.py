@@ -25,7 +25,7 @@ from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow
 from sptransform.graph.body_graphs import BodyGraph
 from sptransform.ops.body import is_constant
-from sptransform.sharding.sizes import SymbolicSizeError
+from sptransform.sharding.sizes import number, size_of
 
 aten = torch.ops.aten
 
@@ -50,14 +50,13 @@ def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> l
         CaptureError: it writes into its operands, or is not made of ops of tensors.
         SymbolicSizeError: a length is open.
     """
-    forward, backward, *operands = args
-    if any(isinstance(x, torch.SymInt) for x in operands):
-        raise SymbolicSizeError("a custom autograd.Function reads a length")
-    if options.get("dirty_idx") or not all(isinstance(x, Tensor) for x in operands):
-        raise _refused(call, "it changes its inputs, or takes something other than tensors", "return new tensors")
-    order = call.meta.get(ORDER, range(len(operands)))
-    operands = [operands[i] for i in order]
-    body, constants = _Joined(call, forward, backward, order).over(operands)
+    forward, backward, *given = args
+    if options.get("dirty_idx"):
+        raise _refused(call, "it writes into its inputs (mark_dirty)", "return new tensors")
+    sizes = {i: number(size_of(x)) for i, x in enumerate(given) if isinstance(x, int | torch.SymInt)}
+    order = [i for i in call.meta.get(ORDER, range(len(given))) if i not in sizes]
+    operands = [given[i] for i in order]
+    body, constants = _Joined(call, forward, backward, order, sizes).over(operands)
     return torch.ops.sptransform.autograd_function(
         call.meta.get(NAME, "autograd.Function"),
         operands,
@@ -68,20 +67,30 @@ def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> l
 
 
 class _Joined:
-    """The graph of one function, forward and backward; ``order``: Dynamo's operands as the user passes them."""
+    """The graph of one function, forward and backward.
+
+    Args:
+        order: which of Dynamo's operands are tensors, in the order in which the user passes them.
+        sizes: the others, which are numbers.
+    """
 
     def __init__(
-        self, call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule, order: Sequence[int]
+        self,
+        call: fx.Node,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        order: Sequence[int],
+        sizes: Mapping[int, int],
     ) -> None:
-        self._call, self._forward, self._backward, self._order = call, forward, backward, order
+        self._call, self._forward, self._backward, self._order, self._sizes = call, forward, backward, order, sizes
         self._graph = fx.Graph()
         self._constants: dict[fx.Node, Tensor] = {}
 
     def over(self, operands: Sequence[Tensor]) -> tuple[BodyGraph, list[Tensor]]:
         """The body over ``operands``, and the constants that it takes as further ones."""
         def results_of(*xs: Tensor) -> Any:
-            by_place = dict(zip(self._order, xs, strict=True))
-            return fx.Interpreter(self._forward).run(*(by_place[i] for i in range(len(xs))))
+            by_place = {**self._sizes, **dict(zip(self._order, xs, strict=True))}
+            return fx.Interpreter(self._forward).run(*(by_place[i] for i in range(len(by_place))))
 
         forward = _traced(results_of, operands)
         returned, saved = forward.graph.output_node().args[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
-from sptransform.sharding.sizes import SymbolicSizeError
+from sptransform.sharding.sizes import number, size_of
 
 
 def flat_graph(call: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -18,9 +18,9 @@ def flat_graph(call: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphMo
     Raises:
         SymbolicSizeError: a length is open.
     """
-    if any(isinstance(x, torch.SymInt) or any(isinstance(size, torch.SymInt) for size in x.shape) for x in inputs):
-        raise SymbolicSizeError("part of the graph is traced for itself, which needs known sizes")
+    layouts = [([number(size_of(n)) for n in x.shape], [number(size_of(n)) for n in x.stride()]) for x in inputs]
     # Private: a trace above autograd records grad modes and autocast instead of running them, by a torch function
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), torch.no_grad():
-        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs]
+        pairs = zip(layouts, inputs, strict=True)
+        fakes = [torch.empty_strided(*layout, dtype=x.dtype, device=x.device) for layout, x in pairs]
         return make_fx(call, _allow_non_fake_inputs=True)(*fakes)

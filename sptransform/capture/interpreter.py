@@ -96,13 +96,9 @@ class Inliner(fx.Interpreter):
         if n in self._unread or n.target is LOADING:
             return None
         self._at = n
-        if n in self._transformed:
-            part = self._transformed[n]
-            results = part.run(self.module, [self.env[x] for x in part.inputs])
-            self.env |= dict.fromkeys(part.nodes) | dict(zip(part.outputs, results, strict=True))
-            return self.env[n]  # the interpreter leaves out nodes that have a value
+        part = self._transformed.get(n)
         if n.op != "placeholder" and n.target not in (full_tensor, torch.ops.higher_order.tag_activation_checkpoint):
-            for operand in n.all_input_nodes:
+            for operand in n.all_input_nodes if part is None else part.inputs:
                 if isinstance(self.env[operand], InParts):
                     raise CaptureError(
                         describe(
@@ -112,6 +108,10 @@ class Inliner(fx.Interpreter):
                             fix="read parameters as module.name; pass plain tensors: x.full_tensor()",
                         )
                     )
+        if part is not None:
+            results = part.run(self.module, [self.env[x] for x in part.inputs])
+            self.env |= dict.fromkeys(part.nodes) | dict(zip(part.outputs, results, strict=True))
+            return self.env[n]  # the interpreter leaves out nodes that have a value
         return super().run_node(n)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from sptransform.capture.flat import flat_graph
 from sptransform.diagnostics.errors import CaptureError, describe
+from sptransform.sharding.sizes import number, size_of
 
 LOADING = torch._functorch.predispatch.lazy_load_decompositions  # stands before a vmap
 _LEVELS = ("grad", "jvp", "vmap")
@@ -65,14 +66,20 @@ class Transformed:
         """
         self._check(values)
         graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {x: graph.placeholder(x.name) for x in self.inputs}
+        # what is no tensor is a constant of these ops
+        copies: dict[fx.Node, Any] = {
+            x: number(size_of(value)) if isinstance(value, torch.SymInt) else value
+            for x, value in zip(self.inputs, values, strict=True)
+        }
+        tensors = {x: value for x, value in copies.items() if isinstance(value, Tensor)}
+        copies |= {x: graph.placeholder(x.name) for x in tensors}
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output([copies[x] for x in self.outputs])
         LOADING()
-        flat = flat_graph(fx.Interpreter(fx.GraphModule(gm, graph)).run, values)
+        flat = flat_graph(fx.Interpreter(fx.GraphModule(gm, graph)).run, [*tensors.values()])
         flat.graph.eliminate_dead_code()  # batching takes a look at single entries
-        return fx.Interpreter(flat).run(*values)
+        return fx.Interpreter(flat).run(*tensors.values())
 
     def _check(self, values: Sequence[Any]) -> None:
         has_gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
