@@ -114,14 +114,14 @@ def _passes_pending(body: BodyGraph) -> bool:
 def _propagate(body: BodyGraph, inputs: Placed, expected: list[tuple[fx.Node, Placement]]) -> bool:
     """Decide every node, given how placeholders are placed; whether all edges, and what is expected, agree."""
     nodes = [x for x in body.graph.nodes if x.op != "output" and dataflow.projection(x) is None]
-    light: set[fx.Node] = set()  # made of nothing that is placed: constants, which can be made cut
+    light: set[fx.Node] = set()  # made of what every rank has whole: cut where all readers want that
     backward = set(nodes[nodes.index(body.given[0]) :])
     for node in nodes:
         if node in inputs:
             notes.set_placement(node, inputs[node])
         else:
             firm = _firm(node, light)
-            if not firm:
+            if all(placement == R for placement in firm.values()):
                 light.add(node)
             _decide(node, _forward(node, firm, node in backward))
     for node in reversed(nodes):
@@ -172,7 +172,7 @@ def _forward(node: fx.Node, firm: Mapping[int, Placement], is_backward: bool) ->
 
 
 def _backward(node: fx.Node, asked: set[Placement]) -> Decision:
-    """How to make a constant of which all readers ask the same."""
+    """How to run a light node of which all readers ask the same."""
     rule = notes.note(node).rule
     if rule is not None and not rule.unrepeatable and len(asked) == len(rule.results) == 1:
         (placement,) = asked
