@@ -32,7 +32,7 @@ def _reduced_dims(call: OpCall) -> set[int]:
     return {d % ndim for d in ([dim] if isinstance(dim, int) else dim)} if ndim else set()
 
 
-def _reduction(summed: bool) -> RuleFn:
+def reduction(summed: bool) -> RuleFn:
     """Reduced dimensions leave the result; they may be sharded where the reduction is a sum."""
 
     def apply(call: OpCall) -> OpRule:
@@ -138,8 +138,8 @@ _JOINED = {
 }
 _SOFTMAX = OpEntry(softmax, _softmax_local)
 _JOINED_SOFTMAX = OpEntry(along_dim, sends=_softmax_sends)
-_SUM = _reduction(summed=True)
-_WHOLE = _reduction(summed=False)
+_SUM = reduction(summed=True)
+_WHOLE = reduction(summed=False)
 _MEAN = OpEntry(_SUM, _mean_local)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [

@@ -19,6 +19,7 @@ from tests.support.tiers import INDUCTOR, tiered
 
 ASKED = [*(Asked(n, name) for name in ("ulysses", "ring", "megatron") for n in (2, 3)), Asked((2, 2), "usp")]
 FEW = [Asked(2, "megatron"), Asked(3, "ring")]
+QUICK = ["checkpointed", "clipped"]
 
 # what runs whole, since each rank's part of it is not a part of the function
 WHOLE = {
@@ -40,10 +41,10 @@ def assert_exact(model: nn.Module, inputs: dict[str, Any], asked: list[Asked], *
     return found
 
 
-@pytest.mark.parametrize("name", tiered(CALLS, quick=["checkpointed"]))
+@pytest.mark.parametrize("name", tiered(CALLS, quick=QUICK))
 def test_equal_to_one_device(name: str) -> None:
     model, inputs = model_of(name)
-    quick = name == "checkpointed"
+    quick = name in QUICK
     for asked, ranks in assert_exact(model, inputs, FEW if quick else ASKED).items():
         fallbacks = [x.op.rpartition(".")[2] for x in ranks.context.result.fallbacks]
         assert fallbacks == ([WHOLE[name]] if name in WHOLE else []), asked

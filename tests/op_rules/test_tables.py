@@ -21,6 +21,7 @@ from sptransform.sharding.placement import P, R, Shard
 from sptransform.sharding.sizes import SymbolicSizeError
 from tests.op_rules import (
     test_attention,
+    test_below_autograd,
     test_creation,
     test_indexing,
     test_loss,
@@ -36,6 +37,7 @@ aten = torch.ops.aten
 
 CASES: list[Case] = [
     *test_attention.CASES,
+    *test_below_autograd.CASES,
     *test_creation.CASES,
     *test_indexing.CASES,
     *test_loss.CASES,
@@ -106,7 +108,7 @@ _QKV = (randn(2, 6, 4, 3), randn(2, 3, 4, 3), randn(2, 3, 4, 3))
         (attention.ring_attention, test_attention.RING_CASES[0]),
         (partial(redistribute._passing, moved=(), linear=True), test_redistribute.GATHER),
         (partial(redistribute._passing, moved=(), linear=False), test_redistribute.GATHER),
-        (reduction._reduction(summed=True), case(aten.mean.dim, randn(4, 6), [1])),
+        (reduction.reduction(summed=True), case(aten.mean.dim, randn(4, 6), [1])),
         (pointwise.pointwise(((0,),)), case(aten.gelu.default, randn(4, 6))),
         (pointwise.pointwise(((0, 1),)), case(aten.mul.Tensor, randn(4, 6), randn(4, 6))),
         (pointwise.pointwise(((0,),)), case(aten.add.Tensor, randn(4, 6), randn(4, 6))),
