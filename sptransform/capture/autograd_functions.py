@@ -57,6 +57,9 @@ def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> l
     order = [i for i in call.meta.get(ORDER, range(len(given))) if i not in sizes]
     operands = [given[i] for i in order]
     body, constants = _Joined(call, forward, backward, order, sizes).over(operands)
+    # what gets no gradient from the function has none, on one device; a move of it would make zeros of that
+    pairs = zip(operands, body.gradients, strict=False)
+    operands = [x.detach() if grad is None and x.requires_grad else x for x, grad in pairs]
     return torch.ops.sptransform.autograd_function(
         call.meta.get(NAME, "autograd.Function"),
         operands,

@@ -424,14 +424,20 @@ def test_a_function_of_the_users_own_is_read_if_its_gradient_is_the_kernels() ->
     assert_exact(Model(Right.apply), {"x": tokens()})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "function",
-    [
-        WithoutKeyGradients, WithScaledGradients, OfAnotherScale, OfCausalAttention, InAnotherOrder, Unwritten,
-        OfSwappedOperands, Shifted, Truncated, OfAnotherOutput, InOneBuffer,
-    ],
+OTHERS = (
+    WithoutKeyGradients, WithScaledGradients, OfAnotherScale, OfCausalAttention, InAnotherOrder, OfSwappedOperands,
+    Shifted, Truncated, OfAnotherOutput, InOneBuffer,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [*OTHERS, Unwritten])
+def test_another_gradient_is_not_attentions(function: type[torch.autograd.Function]) -> None:
+    with pytest.raises(UsageError, match="no scaled_dot_product_attention"):
+        sptransform.rewrite(Model(function.apply), "ulysses", {"x": tokens()}, world_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", OTHERS)
 def test_another_gradient_is_run_as_it_is(function: type[torch.autograd.Function]) -> None:
     model, inputs, asked = Model(function.apply), {"x": tokens()}, Asked(2, "ulysses")
     ranks = on_pretended_ranks(model, inputs, [asked], sequence_dims={"x": 1})[asked]
