@@ -91,6 +91,7 @@ class _Joined:
 
     def over(self, operands: Sequence[Tensor]) -> tuple[BodyGraph, list[Tensor]]:
         """The body over ``operands``, and the constants that it takes as further ones."""
+
         def results_of(*xs: Tensor) -> Any:
             by_place = {**self._sizes, **dict(zip(self._order, xs, strict=True))}
             return fx.Interpreter(self._forward).run(*(by_place[i] for i in range(len(by_place))))
