@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, redistribute, reduction, shape
+from sptransform.op_rules import (
+    attention,
+    creation,
+    indexing,
+    loss,
+    matmul,
+    pointwise,
+    redistribute,
+    reduction,
+    scatter,
+    shape,
+)
 from sptransform.rules.table import RuleTable
 
 TABLES = (
@@ -14,6 +25,7 @@ TABLES = (
     pointwise.TABLE,
     redistribute.TABLE,
     reduction.TABLE,
+    scatter.TABLE,
     shape.TABLE,
 )
 

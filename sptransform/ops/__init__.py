@@ -5,6 +5,7 @@ from __future__ import annotations
 from sptransform.ops import (
     attention,
     dropout_mask,
+    grouped_product,
     joined_softmax,
     local_index,
     local_slice,
@@ -16,6 +17,7 @@ from sptransform.ops import (
 __all__ = [
     "attention",
     "dropout_mask",
+    "grouped_product",
     "joined_softmax",
     "local_index",
     "local_slice",
