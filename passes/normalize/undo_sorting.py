@@ -12,8 +12,7 @@ results back. Before::
 
 after::
 
-    %rows    = aten.repeat_interleave(%x, 2, 0)
-    %product = sptransform.grouped_product(%rows, %weight, %expert, transformers.grouped_mm_fallback)
+    %product = sptransform.grouped_product(%x, %weight, %expert, 2, transformers.grouped_mm_fallback)
     %out     = aten.silu(%product)
 
 where every op has a rule for a part of the rows: no rank needs rows, numbers or counts of another. The op sorts for its
@@ -21,8 +20,9 @@ kernel inside. Which orders there are, and what is in them, see :mod:`sptransfor
 
 1. An order ends where its inverse is read, where its permutation is written, and in a sum over all that is in it.
 2. Nothing is rewritten that does not lead there: it stays as it is, and so do other readers of what is.
-3. A grouped product follows an order if its ends are counts of the order's keys, which are known to be numbers of groups.
-   Another stays, and with it all that is computed from it.
+3. A grouped product follows an order if its ends are counts of the order's keys, and these known to be numbers of its
+   groups. Another stays, and with it all that is computed from it.
+4. A row that is in several groups is multiplied from where it is, and not repeated before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from torch import fx
 
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
-from sptransform.graph.edit import succeed
 from sptransform.routing.orders import DataOrders
 from sptransform.routing.unsort import Unsorter
 

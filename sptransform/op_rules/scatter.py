@@ -15,7 +15,7 @@ from sptransform.op_rules.indexing import indexed
 from sptransform.op_rules.shape import num_owned_below, piece_of
 from sptransform.rules.einsum import rule
 from sptransform.rules.factors import dim_of, dims_and_sizes
-from sptransform.rules.rule import Dims, OpCall, OpRule, RuleFn, Shape
+from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.sizes import Size, broadcast
 
@@ -26,7 +26,7 @@ _JOINTLY = (frozenset({0, 1}),)
 
 
 def _scatter(adds: bool) -> RuleFn:
-    """``x[.., index[.., j, ..], ..] = src[.., j, ..]``: x is whole along ``dim``; elsewhere equal sizes are a factor."""
+    """``x[.., index[.., j, ..], ..] = src[.., j, ..]``; x is whole along ``dim``, elsewhere equal sizes are one."""
 
     def apply(call: OpCall) -> OpRule:
         shapes = call.operand_shapes

@@ -1,8 +1,8 @@
 """A product of each row with the matrix of its group, as experts compute it: ``rows[i // times] @ weight[group[i]]``.
 
 Kernels of such products take rows that are sorted by group. Here rows are sorted for the kernel, and its result is put
-back in order, so that whoever cuts, gathers or reads these tensors knows of no order but that of the rows. Inductor moves
-rows where it reads and writes them anyway.
+back in order, so that whoever cuts, gathers or reads these tensors knows of no order but that of the rows. Inductor
+moves rows where it reads and writes them anyway.
 """
 
 from __future__ import annotations

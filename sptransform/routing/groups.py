@@ -1,4 +1,4 @@
-"""What a graph shows about the group that each row is in: where groups end once rows are sorted, and how many there are.
+"""What a graph shows about the group that each row is in: where groups end once rows are sorted, and how many exist.
 
 Numbers of groups are followed through ops that only move them or change their dtype. Two tensors with one source have
 the same numbers, each as often; so counts of one are counts of the other.
@@ -14,9 +14,9 @@ from torch import fx
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call
 from sptransform.op_rules.data_order import COUNTS, JOINS, PICKS, READS, SORTS
-from sptransform.op_rules.mask_ops import RETYPED
+from sptransform.op_rules.mask_ops import PIECES
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
-from sptransform.routing.positions import positions
+from sptransform.routing.positions import is_unchanged, positions
 from sptransform.rules.table import RuleTable
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ def source(numbers: fx.Node, num_groups: int) -> fx.Node:
 def _same_numbers(node: fx.Node, num_groups: int) -> fx.Node | None:
     if (sort := _sort_of(node)) is not None:
         return dataflow.operands(sort)[0]
-    if node.target in RETYPED:
+    if is_unchanged(node):
         return dataflow.operands(node)[0] if _holds(dataflow.value(node).dtype, num_groups) else None
     if node.target in REARRANGEMENTS:
         (before,) = dataflow.operands(node)[:1]
@@ -84,7 +84,7 @@ def _searches_all(search: fx.Node, num_groups: int, rules: RuleTable) -> bool:
 
 
 def _as_counted(node: fx.Node) -> fx.Node:
-    while node.target in RETYPED:
+    while is_unchanged(node):
         node = dataflow.operands(node)[0]
     return node
 
@@ -107,7 +107,7 @@ def are_below(numbers: fx.Node, num_groups: int) -> bool:
         return isinstance(number, int) and 0 < number <= num_groups
     if node.target in JOINS:
         return all(are_below(x, num_groups) for x in operands)
-    if node.target in RETYPED:
-        return _holds(dataflow.value(node).dtype, num_groups) and are_below(operands[0], num_groups)
-    moves = node.target in REARRANGEMENTS or node.target in READS or node.target in SORTS
-    return moves and are_below(operands[0], num_groups)
+    if not _holds(dataflow.value(numbers).dtype, num_groups):
+        return False
+    moves = node.target in REARRANGEMENTS or node.target in READS or node.target in SORTS or node.target in PIECES
+    return (moves or is_unchanged(node)) and are_below(operands[0], num_groups)

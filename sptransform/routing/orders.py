@@ -1,10 +1,10 @@
 """Which dimensions of a graph's tensors are in an order that data says, found forwards by the rules of the ops.
 
-A sort of keys makes such an order: what it returns is in it. Reading something at the permutation enters it, since an index
-passes its dimensions to the result. From there on a rule is the proof. Along a factor that an op keeps, and that ranks may
-cut anywhere, every entry depends on its operands' entries at the same place; so operands in one order give results in that
-order. The exception are products of sorted rows with the matrices of their groups, which have no such rule: they read
-where groups end, and are followed where these ends are known to be the sorted keys' own.
+A sort of keys makes such an order, and what it returns is in it. Reading something at the permutation enters it, since
+an index passes its dimensions to the result. From there on a rule is the proof: along a factor that an op keeps, and
+that ranks may cut anywhere, an entry depends on its operands' entries at the same place. So operands in one order give
+results in it. Products of sorted rows with the matrices of their groups have no such rule, as they read where groups
+end. They are followed where these ends are known to be those of the sorted keys.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import fx
 from sptransform.graph import dataflow
 from sptransform.graph.calls import op_call, rule_at
 from sptransform.op_rules.data_order import QUOTIENTS
-from sptransform.op_rules.mask_ops import RETYPED
+from sptransform.op_rules.mask_ops import PIECES, RETYPED
 from sptransform.op_rules.rearrangement import REARRANGEMENTS
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.sizes import Size
@@ -38,14 +38,22 @@ def positions(node: fx.Node, rules: RuleTable) -> Positions | None:
         start = 0 if node.target is aten.arange.default else call.argument("start")
         step = call.argument("step") if node.target is aten.arange.start_step else 1
         return Positions(0, 1) if (start, step) == (0, 1) else None
-    is_known = node.target in QUOTIENTS or node.target in RETYPED or node.target in REARRANGEMENTS
+    is_same = is_unchanged(node)
+    is_known = is_same or node.target in QUOTIENTS or node.target in REARRANGEMENTS
     found = positions(dataflow.operands(node)[0], rules) if is_known else None
-    if found is None or node.target in RETYPED:
+    if found is None or is_same:
         return found
     if node.target in QUOTIENTS:
         number = QUOTIENTS[node.target](op_call(node))
         return None if number is None else Positions(found.dim, found.step * number)
     return _rearranged(node, found, rules)
+
+
+def is_unchanged(node: fx.Node) -> bool:
+    """Whether the node has the entries of its operand, each where it was; maybe of another dtype."""
+    if node.target in PIECES:  # all of it
+        return dataflow.shape(node) == dataflow.shape(dataflow.operands(node)[0])
+    return node.target in RETYPED
 
 
 def _rearranged(node: fx.Node, found: Positions, rules: RuleTable) -> Positions | None:

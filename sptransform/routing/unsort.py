@@ -1,8 +1,8 @@
 """Compute in the order of the keys what a graph computes in an order that data says.
 
 The ops stay the same, along the factors that :class:`DataOrders` followed. What changes is where the order begins: the
-permutation becomes the positions 0, 1 .., what was sorted is read as it was, and a grouped product is told each row's group.
-Reading or adding at positions then is a repetition or a sum of neighbours.
+permutation becomes the positions 0, 1 .., what was sorted is read as it was, and a grouped product is told the group of
+each row. Reading or adding at positions is then a repetition, or a sum of neighbours.
 """
 
 from __future__ import annotations

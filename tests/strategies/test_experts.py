@@ -1,4 +1,4 @@
-"""Mixtures of experts as Hugging Face writes them: each rank multiplies the rows of its own tokens, and gathers none."""
+"""Mixtures of experts as Hugging Face writes them: each rank multiplies its own tokens' rows, and gathers nothing."""
 
 from __future__ import annotations
 
