@@ -115,11 +115,11 @@ def _expand_local(call: OpCall, local: Local) -> Any:
 
 
 def repeat_interleave(call: OpCall) -> OpRule | None:
-    """``[.., k, ..] -> [.., (k repeats), ..]``; None for the flattening form."""
-    if call.argument("dim") is None:
+    """``[.., k, ..] -> [.., (k repeats), ..]``; None for the form that flattens several dimensions."""
+    shape, dim = call.operand_shapes[0], call.argument("dim")
+    if dim is None and len(shape) != 1:
         return None
-    shape = call.operand_shapes[0]
-    dim, repeats = call.argument("dim") % len(shape), call.argument("repeats")
+    dim, repeats = (dim or 0) % len(shape), call.argument("repeats")
     operand, sizes = dims_and_sizes(shape)
     result = (*operand[:dim], (*operand[dim], *dim_of("g", repeats)), *operand[dim + 1 :])
     return OpRule((operand,), (result,), sizes | {"g": repeats}, linear=_LINEAR)
@@ -128,7 +128,7 @@ def repeat_interleave(call: OpCall) -> OpRule | None:
 def _repeat_interleave_local(call: OpCall, local: Local) -> Any:
     source, repeats = call.operand_shapes[0], call.argument("repeats")
     if local.decision.factor == "g":
-        dim = call.argument("dim") % len(source)
+        dim = (call.argument("dim") or 0) % len(source)
         repeats = local.result_shapes[0][dim] // source[dim]
     return local.run(call, repeats=repeats, output_size=None)
 

@@ -110,17 +110,18 @@ def _simpler(made: fx.Node, rules: RuleTable) -> fx.Node:
         is_all = found is not None and dataflow.shape(operands[0])[place.dim] * found.step == size
         if is_all and found.dim == place.index_dim:
             return simpler(made, place.dim, found.step)
-    if made.target is aten.to.dtype and dataflow.operands(made)[0].target is _REPEAT:
-        x, times, dim = dataflow.operands(made)[0].args
-        return emit_like(made, _REPEAT, emit_like(made, made.target, x, *made.args[1:], **made.kwargs), times, dim)
+    if made.target is aten.to.dtype and (rows := dataflow.operands(made)[0]).target is _REPEAT:
+        call, x = op_call(rows), emit_like(made, made.target, *dataflow.operands(rows), *made.args[1:], **made.kwargs)
+        return emit_like(made, _REPEAT, x, call.argument("repeats"), call.argument("dim"))
     return made
 
 
 def _unrepeated(rows: fx.Node) -> tuple[fx.Node, int]:
     """Rows, each of which ``rows`` has so many times in a row."""
-    if rows.target is _REPEAT and rows.args[2] == 0 and isinstance(rows.args[1], int):
-        return rows.args[0], rows.args[1]
-    return rows, 1
+    call = op_call(rows) if rows.target is _REPEAT else None
+    if call is None or call.argument("dim") not in (0, -2) or not isinstance(call.argument("repeats"), int):
+        return rows, 1
+    return dataflow.operands(rows)[0], call.argument("repeats")
 
 
 def _as_in(node: fx.Node, x: fx.Node) -> fx.Node:
