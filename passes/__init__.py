@@ -25,11 +25,13 @@ from sptransform.passes.normalize.simplify_masks import SimplifyMasks
 from sptransform.passes.normalize.split_biases import SplitBiases
 from sptransform.passes.normalize.split_cross_entropy import SplitCrossEntropy
 from sptransform.passes.normalize.split_means import SplitMeans
+from sptransform.passes.normalize.undo_sorting import UndoSorting
 from sptransform.passes.normalize.unrepeat_key_heads import UnrepeatKeyHeads
 
 # rewrites of the single-device graph, into forms that rules shard best
 NORMALIZE: tuple[Pass, ...] = (
     DropEmptyPieces(),
+    UndoSorting(),
     ReadKernelCalls(),  # before the passes that match the model's own attention op
     ReadScoreMasks(),
     RecognizeAttention(),  # before the passes that match the model's own attention op

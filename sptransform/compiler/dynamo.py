@@ -132,7 +132,8 @@ def _not_captured(error: Exception) -> CaptureError:
                 source=innermost_line(str(error)),
                 found=what,
                 fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
-                "attn_implementation='sdpa', or 'sptransform', see the README",
+                "attn_implementation='sdpa', or 'sptransform', see the README; if it loops over experts that were "
+                "chosen: model.set_experts_implementation('grouped_mm')",
             )
         )
     explanation = next((line for line in more if line.strip().startswith("Explanation: ")), "")

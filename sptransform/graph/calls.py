@@ -17,14 +17,16 @@ from sptransform.sharding.sizes import is_size, size_of
 def op_call(node: fx.Node) -> OpCall:
     """The node's arguments and global shapes. Raises SymbolicSizeError for sizes that rules cannot express."""
     shapes: list[Shape] = []
+    dtypes: list[torch.dtype] = []
 
     def operand(x: fx.Node) -> Operand:
         shapes.append(dataflow.shape(x))
+        dtypes.append(dataflow.value(x).dtype)
         return Operand(len(shapes) - 1)
 
     args, kwargs = dataflow.map_operands(node, operand)
     args, kwargs = map_nodes((args, dict(kwargs)), _as_size)
-    return OpCall(node.target, args, kwargs, tuple(shapes), dataflow.shapes(node))
+    return OpCall(node.target, args, kwargs, tuple(shapes), dataflow.shapes(node), tuple(dtypes))
 
 
 def arguments_of(node: fx.Node) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,6 +6,7 @@ each rank computes one term of a pending sum.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ import torch
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.rules.einsum import rule
 from sptransform.rules.factors import dim_of, dims_and_sizes
-from sptransform.rules.rule import OpCall, Operand, OpRule, RuleFn
+from sptransform.rules.rule import Dims, OpCall, Operand, OpRule, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
-from sptransform.sharding.sizes import broadcast
+from sptransform.sharding.sizes import Size, broadcast
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
+
+# dtypes of indices that say which entries are read, not where they are
+_MASKS = (torch.bool, torch.uint8)
 
 
 def embedding(call: OpCall) -> OpRule | None:
@@ -76,35 +80,59 @@ def index_select(call: OpCall) -> OpRule:
     return OpRule((operand, index), (result,), sizes, replicated=frozenset({f"i{dim}"}), linear=(frozenset({0}),))
 
 
-def index(call: OpCall) -> OpRule | None:
-    """Advanced indexing by integers: ``x[i, j]``. None for boolean indices, whose result has no fixed size."""
+@dataclass(frozen=True)
+class Indexed:
+    """What an advanced index reads or writes, as factors: of the operand, of every index, and of the entries."""
+
+    operand: Dims
+    indices: dict[int, Dims]  # by operand
+    entries: Dims
+    shape: Shape  # of the entries
+    sizes: dict[str, Size]
+    spread: tuple[str, ...]  # the factors of all indices together
+    indexed: frozenset[str]  # factors of the dimensions that are indexed
+
+
+def indexed(call: OpCall) -> Indexed | None:
+    """``x[i, j]`` by integers; None for boolean indices, which read as many entries as are true."""
     shape = call.operand_shapes[0]
     positions = {d: leaf.index for d, leaf in enumerate(call.argument("indices")) if isinstance(leaf, Operand)}
-    if not positions:
+    if not positions or any(call.operand_dtypes[i] in _MASKS for i in positions.values()):
         return None
-    indexed = sorted(positions)
-    index_shapes = [call.operand_shapes[i] for i in positions.values()]
-    spread_shape = broadcast(*index_shapes)
+    dims = sorted(positions)
+    spread_shape = broadcast(*(call.operand_shapes[i] for i in positions.values()))
     if spread_shape is None:
         return None
     kept = [d for d in range(len(shape)) if d not in positions]
-    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
-    at = indexed[0] if adjacent else 0
-    new_shape = [shape[d] for d in kept]
-    if (*new_shape[:at], *spread_shape, *new_shape[at:]) != call.result_shapes[0]:
-        return None  # a boolean index
+    adjacent = dims == list(range(dims[0], dims[-1] + 1))
+    at = dims[0] if adjacent else 0
     operand, sizes = dims_and_sizes(shape)
     num = len(spread_shape)
     spread, spread_sizes = dims_and_sizes(spread_shape, [f"b{num - i}" for i in range(num)])
-    operands = {0: operand}
+    indices = {}
     for position in positions.values():
         own = call.operand_shapes[position]
         tail = spread[num - len(own) :]
-        operands[position] = tuple(f if size != 1 else () for f, size in zip(tail, own, strict=True))
-    passed = [operand[d] for d in kept]
-    result = (*passed[:at], *spread, *passed[at:])
-    replicated = frozenset(f"i{d}" for d in indexed)
-    return OpRule(tuple(operands[i] for i in sorted(operands)), (result,), sizes | spread_sizes, replicated=replicated)
+        indices[position] = tuple(f if size != 1 else () for f, size in zip(tail, own, strict=True))
+    passed, passed_shape = [operand[d] for d in kept], [shape[d] for d in kept]
+    return Indexed(
+        operand,
+        indices,
+        (*passed[:at], *spread, *passed[at:]),
+        (*passed_shape[:at], *spread_shape, *passed_shape[at:]),
+        sizes | spread_sizes,
+        tuple(f for factors in spread for f in factors),
+        frozenset(f for d in dims for f in operand[d]),
+    )
+
+
+def index(call: OpCall) -> OpRule | None:
+    """Advanced indexing by integers: ``x[i, j]``. None for boolean indices, whose result has no fixed size."""
+    found = indexed(call)
+    if found is None:
+        return None
+    operands = (found.operand, *(found.indices[i] for i in sorted(found.indices)))
+    return OpRule(operands, (found.entries,), found.sizes, replicated=found.indexed)
 
 
 def searchsorted(call: OpCall) -> OpRule | None:

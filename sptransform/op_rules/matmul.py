@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import OpEntry
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 _EACH = ((0,), (1,))
@@ -78,6 +79,15 @@ def einsum(call: OpCall) -> OpRule | None:
     return rule(text, reduce=" ".join(summed), linear=each, heavy=bool(summed))(call)
 
 
+def grouped_product(call: OpCall) -> OpRule:
+    """Each row with the matrices of its groups, of which there are ``r`` one after the other; all stay with the row."""
+    rows, text = call.operand_shapes[0][0], "n k, g k f, n -> n f"
+    if call.argument("times") != 1:
+        text = "n k, g k f, r -> r f" if rows == 1 else "n k, g k f, (n r) -> (n r) f"
+    whole = "g" if call.argument("times") == 1 else "g r"
+    return rule(text, reduce="k", replicated=whole, linear=_EACH, heavy=True)(call)
+
+
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.addmm.default, _biased("i k", "k j", "i j")),
     (aten.baddbmm.default, _biased("b i k", "b k j", "b i j")),
@@ -88,4 +98,5 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.matmul.default, matmul),
     (aten.mm.default, rule("i k, k j -> i j", reduce="k", linear=_EACH, heavy=True)),
     (aten.mv.default, rule("i k, k -> i", reduce="k", linear=_EACH, heavy=True)),
+    (sp.grouped_product.default, grouped_product),
 ]

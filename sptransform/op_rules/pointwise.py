@@ -87,6 +87,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.div.Scalar, pointwise(LINEAR)),
     (aten.div.Tensor, pointwise(LINEAR)),
     (aten.dropout.default, OpEntry(pointwise(), _dropout)),
+    (aten.floor_divide.default, pointwise()),
     (aten.gelu.default, pointwise()),
     (aten.leaky_relu.default, pointwise()),
     (aten.lift_fresh_copy.default, pointwise()),

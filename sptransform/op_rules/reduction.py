@@ -50,7 +50,7 @@ def reduction(summed: bool) -> RuleFn:
     return apply
 
 
-def _mean_local(call: OpCall, local: Local) -> Any:
+def mean_local(call: OpCall, local: Local) -> Any:
     """A mean divides by the global count, on every rank."""
     if local.decision.factor not in local.rule.reduce:
         return local.run(call)
@@ -140,7 +140,7 @@ _SOFTMAX = OpEntry(softmax, _softmax_local)
 _JOINED_SOFTMAX = OpEntry(along_dim, sends=_softmax_sends)
 _SUM = reduction(summed=True)
 _WHOLE = reduction(summed=False)
-_MEAN = OpEntry(_SUM, _mean_local)
+_MEAN = OpEntry(_SUM, mean_local)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten._log_softmax.default, _SOFTMAX),
@@ -154,6 +154,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.argmax.default, _WHOLE),
     (aten.argmin.default, _WHOLE),
     (aten.argsort.default, along_dim),
+    (aten.argsort.stable, along_dim),
     (aten.cumprod.default, along_dim),
     (aten.cumsum.default, along_dim),
     (aten.layer_norm.default, norm),
@@ -169,6 +170,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.rms_norm.default, norm),
     (aten.softmax.int, _SOFTMAX),
     (aten.sort.default, along_dim),
+    (aten.sort.stable, along_dim),
     (aten.std.correction, _WHOLE),
     (aten.sum.default, _SUM),
     (aten.sum.dim_IntList, _SUM),

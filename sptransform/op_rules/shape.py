@@ -115,11 +115,11 @@ def _expand_local(call: OpCall, local: Local) -> Any:
 
 
 def repeat_interleave(call: OpCall) -> OpRule | None:
-    """``[.., k, ..] -> [.., (k repeats), ..]``; None for the flattening form."""
-    if call.argument("dim") is None:
+    """``[.., k, ..] -> [.., (k repeats), ..]``; None for the form that flattens several dimensions."""
+    shape, dim = call.operand_shapes[0], call.argument("dim")
+    if dim is None and len(shape) != 1:
         return None
-    shape = call.operand_shapes[0]
-    dim, repeats = call.argument("dim") % len(shape), call.argument("repeats")
+    dim, repeats = (dim or 0) % len(shape), call.argument("repeats")
     operand, sizes = dims_and_sizes(shape)
     result = (*operand[:dim], (*operand[dim], *dim_of("g", repeats)), *operand[dim + 1 :])
     return OpRule((operand,), (result,), sizes | {"g": repeats}, linear=_LINEAR)
@@ -128,7 +128,7 @@ def repeat_interleave(call: OpCall) -> OpRule | None:
 def _repeat_interleave_local(call: OpCall, local: Local) -> Any:
     source, repeats = call.operand_shapes[0], call.argument("repeats")
     if local.decision.factor == "g":
-        dim = call.argument("dim") % len(source)
+        dim = (call.argument("dim") or 0) % len(source)
         repeats = local.result_shapes[0][dim] // source[dim]
     return local.run(call, repeats=repeats, output_size=None)
 
@@ -182,15 +182,15 @@ def slice_(call: OpCall) -> OpRule | None:
         sizes["taken"] = call.result_shapes[0][dim]
         result = (*dims[:dim], dim_of("taken", sizes["taken"]), *dims[dim + 1 :])
         return OpRule((dims,), (result,), sizes, replicated=frozenset({factor, "taken"}), linear=_LINEAR)
-    return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize={("result", 0, factor): _piece(start, stop)})
+    return OpRule((dims,), (dims,), sizes, linear=_LINEAR, resize={("result", 0, factor): piece_of(start, stop)})
 
 
-def _piece(start: Size, stop: Size) -> Resize:
+def piece_of(start: Size, stop: Size) -> Resize:
     """Indices ``start .. stop - 1``: every index keeps its owner."""
     return Resize(lambda p: p.slice(start, stop), start=start)
 
 
-def _num_owned_below(bound: Size, local: Local) -> Size:
+def num_owned_below(bound: Size, local: Local) -> Size:
     owned = local.decision.partition.owned[local.rank]
     return sum(max(min(hi, bound) - lo, 0) for lo, hi in owned)
 
@@ -200,7 +200,7 @@ def _slice_local(call: OpCall, local: Local) -> Any:
     if local.decision.factor != f"i{dim}" or not local.rule.resize:  # without resize the slice is the full dimension
         return local.run(call)
     start, stop, _ = _bounds_of_slice(call, dim)
-    return local.run(call, start=_num_owned_below(start, local), end=_num_owned_below(stop, local))
+    return local.run(call, start=num_owned_below(start, local), end=num_owned_below(stop, local))
 
 
 def select(call: OpCall) -> OpRule:
@@ -220,7 +220,7 @@ def split(call: OpCall) -> OpRule:
     bounds = list(accumulate((piece[dim] for piece in call.result_shapes), initial=0))
     if operand[dim] and all(piece[dim] != 1 for piece in call.result_shapes):
         pieces = enumerate(pairwise(bounds))
-        resize = {("result", index, f"i{dim}"): _piece(start, stop) for index, (start, stop) in pieces}
+        resize = {("result", index, f"i{dim}"): piece_of(start, stop) for index, (start, stop) in pieces}
         return OpRule((operand,), (operand,) * len(call.result_shapes), sizes, linear=_LINEAR, resize=resize)
     results = []
     for index, piece in enumerate(call.result_shapes):
@@ -235,7 +235,7 @@ def _split_local(call: OpCall, local: Local) -> Any:
     if local.decision.factor != f"i{dim}":
         return local.run(call)
     bounds = accumulate((piece[dim] for piece in call.result_shapes), initial=0)
-    sizes = [hi - lo for lo, hi in pairwise(_num_owned_below(bound, local) for bound in bounds)]
+    sizes = [hi - lo for lo, hi in pairwise(num_owned_below(bound, local) for bound in bounds)]
     return local.emit(aten.split_with_sizes.default, (local.operands[0], sizes, dim), {})
 
 

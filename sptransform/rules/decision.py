@@ -153,7 +153,9 @@ class Sharded(Cut):
             return False
         shared = [dims for index, dims in enumerate(rule.results) if index not in rule.own]
         kept = all(any(self.factor in names for names in dims) for dims in shared)
-        return kept or self.factor in rule.reduce
+        is_joined = self.factor in rule.reduce or self.factor in rule.self_reduced
+        # what several ranks own would be counted by each
+        return self.partition.is_exact if is_joined else kept
 
     def communicates(self, rule: OpRule) -> bool:
         return self.factor in rule.self_reduced

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from sptransform.diagnostics.errors import RuleError
@@ -32,13 +33,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One application of an op: its arguments with tensors replaced by :class:`Operand`, and all global shapes."""
+    """One application of an op: its arguments with tensors replaced by :class:`Operand`, all global shapes, and
+    the operands' dtypes.
+    """
 
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     operand_shapes: tuple[Shape, ...]
     result_shapes: tuple[Shape, ...]
+    operand_dtypes: tuple[torch.dtype, ...] = ()
 
     def argument(self, name: str) -> Any:
         """The argument called ``name`` in the op's schema; its default if it was not given."""

@@ -61,7 +61,7 @@ class Local:
     rank: int
     group: str
 
-    def arguments(self, call: OpCall, **changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, call: OpCall, /, **changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments with operands put back and those named in ``changed`` replaced."""
         args, kwargs = map_nodes(
             (call.args, dict(call.kwargs)), lambda x: self.operands[x.index] if isinstance(x, Operand) else x
@@ -78,7 +78,7 @@ class Local:
                     kwargs[argument.name] = changed[argument.name]
         return tuple(args), kwargs
 
-    def run(self, call: OpCall, **changed: Any) -> Any:
+    def run(self, call: OpCall, /, **changed: Any) -> Any:
         """Run the call's own op on the local operands, with the arguments named in ``changed`` replaced."""
         args, kwargs = self.arguments(call, **changed)
         return self.emit(call.target, args, kwargs)

@@ -100,7 +100,8 @@ def lines_of(case: Case) -> list[Line]:
         return x
 
     args, kwargs = map_nodes((case.args, dict(case.kwargs)), operand)
-    call = OpCall(case.target, args, kwargs, tuple(tuple(x.shape) for x in operands), ())
+    shapes, dtypes = tuple(tuple(x.shape) for x in operands), tuple(x.dtype for x in operands)
+    call = OpCall(case.target, args, kwargs, shapes, (), dtypes)
     generator = torch.Generator().manual_seed(_SEED)
     others = [[_randn(x, generator) for x in operands] for _ in range(case.outer - 1)]
     leaves = [_leaves(case, call, xs) for xs in (operands, *others)]

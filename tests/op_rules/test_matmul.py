@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sptransform.op_rules import DEFAULT_RULES
-from tests.support.brute_force import Case, call_of, case, check_case, ids, randn, rule_for
+from tests.support import grouped_kernel
+from tests.support.brute_force import Case, call_of, case, check_case, ids, integers, randn, rule_for
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
+
+
+def grouped(*args: Any, factors: str) -> Case:
+    return case(sp.grouped_product.default, *args, grouped_kernel.NAME, factors=factors)
+
 
 CASES = [
     case(aten.addmm.default, randn(5), randn(4, 6), randn(6, 5), factors="i j"),
@@ -52,6 +60,10 @@ CASES = [
     case(aten.mm.default, randn(4, 6), randn(6, 5), factors="i k j"),
     case(aten.mm.default, randn(1, 6), randn(6, 1), factors="k"),
     case(aten.mv.default, randn(4, 6), randn(6), factors="i k"),
+    grouped(randn(6, 4), randn(3, 4, 5), integers(3, 6), 1, factors="n k f"),
+    grouped(randn(6, 4), randn(3, 4, 5), integers(3, 12), 2, factors="n k f"),
+    grouped(randn(1, 4), randn(3, 4, 5), integers(3, 2), 2, factors="k f"),
+    grouped(randn(1, 4), randn(3, 4, 5), integers(3, 1), 1, factors="k f"),
 ]
 
 

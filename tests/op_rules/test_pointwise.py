@@ -52,6 +52,7 @@ CASES = [
     case(aten.dropout.default, randn(4, 6), 0.5, False),
     case(aten.dropout.default, randn(4, 6), 0.0, True),
     case(aten.dropout.default, randn(4, 6), 1.0, True),
+    case(aten.floor_divide.default, integers(9, 4, 6), 2),
     case(aten.gelu.default, randn(4, 6)),
     case(aten.gelu.default, randn(4, 6), approximate="tanh"),
     case(aten.leaky_relu.default, randn(4, 6)),

@@ -51,6 +51,7 @@ CASES = [
     case(aten.repeat_interleave.self_int, randn(2, 4, 6), 2, -1, output_size=12),
     case(aten.repeat_interleave.self_int, randn(4, 1), 3, 1),
     case(aten.repeat_interleave.self_int, randn(4, 6), 1, 0),
+    case(aten.repeat_interleave.self_int, randn(6), 2, factors="i0 g"),
     case(aten.reshape.default, randn(2, 4, 6), [8, 6], factors="f24 f6 f1"),
     case(aten.reshape.default, randn(8, 6), [2, 4, -1, 3]),
     case(aten.reshape.default, randn(2, 6, 2), [4, 6], factors="f12 f6 f2 f1"),

@@ -66,15 +66,18 @@ class Block(nn.Module):
 class Projections(nn.Module):
     """Queries, keys and values of three linears."""
 
-    def __init__(self, num_heads: int = H, num_key_heads: int = H, bias: bool = True) -> None:
+    def __init__(self, num_heads: int = H, num_key_heads: int = H, bias: bool = True, norm: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm = num_heads, norm
         self.query, self.key, self.value = (
             nn.Linear(WIDTH, n * D, bias=bias) for n in (num_heads, num_key_heads, num_key_heads)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(f(x).unflatten(-1, (-1, D)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        query, key, value = (f(x) for f in (self.query, self.key, self.value))
+        if self.norm:  # over all heads, of which some ranks have one together
+            key = key * torch.rsqrt(key.square().mean(-1, keepdim=True) + 1e-6)
+        return tuple(y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (query, key, value))
 
 
 class Fused(nn.Module):
@@ -128,6 +131,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "without biases": lambda: Block(functools.partial(Projections, bias=False), plain, bias=False),
     "5 query heads, 1 key head": lambda: Block(functools.partial(Projections, 5, 1), plain),
     "6 query heads, 2 key heads": lambda: Block(functools.partial(Projections, 6, 2), plain),
+    "keys normed": lambda: Block(functools.partial(Projections, 4, 2, norm=True), plain),
     "3 heads": lambda: Block(functools.partial(Projections, 3, 3), plain),
     "an MLP of 37": lambda: Block(Projections, lambda: plain(37)),
     "an MLP of 3": lambda: Block(Projections, lambda: plain(3)),
