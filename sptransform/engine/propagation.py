@@ -140,7 +140,7 @@ class Propagation:
                 continue
             atoms = self.axes.factor(node, factor)
             for at, atom in enumerate(atoms):
-                if not wanted(atom) or (factor in resized and len(atoms) > 1):
+                if not wanted(atom) or (factor in resized and at > 0):
                     continue
                 after = prod(a.size for a in atoms[at + 1 :])
                 outer = prod(a.size for a in atoms[:at])

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from sptransform.op_rules import attention, creation, indexing, loss, matmul, pointwise, redistribute, reduction, shape
+from sptransform.op_rules import (
+    attention,
+    convolution,
+    creation,
+    indexing,
+    loss,
+    matmul,
+    pointwise,
+    redistribute,
+    reduction,
+    shape,
+)
 from sptransform.rules.table import RuleTable
 
 TABLES = (
     attention.TABLE,
+    convolution.TABLE,
     creation.TABLE,
     indexing.TABLE,
     loss.TABLE,

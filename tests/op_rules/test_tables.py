@@ -21,6 +21,7 @@ from sptransform.sharding.placement import P, R, Shard
 from sptransform.sharding.sizes import SymbolicSizeError
 from tests.op_rules import (
     test_attention,
+    test_convolution,
     test_creation,
     test_indexing,
     test_loss,
@@ -36,6 +37,7 @@ aten = torch.ops.aten
 
 CASES: list[Case] = [
     *test_attention.CASES,
+    *test_convolution.CASES,
     *test_creation.CASES,
     *test_indexing.CASES,
     *test_loss.CASES,
