@@ -144,7 +144,9 @@ class Propagation:
                     continue
                 after = prod(a.size for a in atoms[at + 1 :])
                 outer = prod(a.size for a in atoms[:at])
-                found.append(Sharded(factor, partition(atom).refine(after), outer))
+                decision = Sharded(factor, partition(atom).refine(after), outer)
+                if decision.is_allowed(rule):
+                    found.append(decision)
         return found
 
     def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:

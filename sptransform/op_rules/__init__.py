@@ -12,6 +12,7 @@ from sptransform.op_rules import (
     pointwise,
     redistribute,
     reduction,
+    scans,
     shape,
 )
 from sptransform.rules.table import RuleTable
@@ -26,6 +27,7 @@ TABLES = (
     pointwise.TABLE,
     redistribute.TABLE,
     reduction.TABLE,
+    scans.TABLE,
     shape.TABLE,
 )
 

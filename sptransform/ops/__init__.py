@@ -11,6 +11,7 @@ from sptransform.ops import (
     lookup,
     redistribute,
     ring,
+    scan,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "lookup",
     "redistribute",
     "ring",
+    "scan",
 ]

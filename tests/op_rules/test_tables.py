@@ -29,6 +29,7 @@ from tests.op_rules import (
     test_pointwise,
     test_redistribute,
     test_reduction,
+    test_scans,
     test_shape,
 )
 from tests.support.brute_force import Case, call_of, case, check_case, randn
@@ -45,6 +46,7 @@ CASES: list[Case] = [
     *test_pointwise.CASES,
     *test_redistribute.CASES,
     *test_reduction.CASES,
+    *test_scans.CASES,
     *test_shape.CASES,
 ]
 
