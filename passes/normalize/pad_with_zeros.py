@@ -37,7 +37,7 @@ class PadWithZeros(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in list(graph.nodes):
-            if node.target is aten.cat.default:
+            if node.target in (aten.cat.default, aten.concatenate.default):
                 _pad(node)
         graph.eliminate_dead_code()
 
