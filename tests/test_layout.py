@@ -24,7 +24,7 @@ LEVELS = (
     ("sharding",),
     ("rules", "ops"),
     ("graph", "op_rules", "integrations"),
-    ("engine", "masks", "agreement", "parameters"),
+    ("engine", "masks", "scans", "agreement", "parameters"),
     ("capture", "strategies", "passes"),
     ("compiler",),
     ("inspection", "frontend", "testing"),

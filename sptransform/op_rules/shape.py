@@ -103,6 +103,12 @@ def _swap(call: OpCall, ndim: int) -> list[int]:
     return order
 
 
+def _moved_dim(call: OpCall, ndim: int) -> list[int]:
+    order, source = list(range(ndim)), call.argument("source") % ndim
+    order.insert(call.argument("destination") % ndim, order.pop(source))
+    return order
+
+
 def expand(call: OpCall) -> OpRule:
     """Dimensions of size 1 grow; the grown ones are factors of the result only."""
     source, target = call.operand_shapes[0], call.result_shapes[0]
@@ -344,6 +350,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.expand.default, OpEntry(expand, _expand_local)),
     (aten.flatten.using_ints, _RESHAPE),
     (aten.mT.default, _SWAP),
+    (aten.movedim.int, OpEntry(_permuted(_moved_dim))),
     (aten.numpy_T.default, _SWAP),
     (aten.pad.default, OpEntry(pad, _pad_local)),
     (aten.permute.default, OpEntry(_permuted(lambda call, ndim: [d % ndim for d in call.argument("dims")]))),

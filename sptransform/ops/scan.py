@@ -8,6 +8,7 @@ dimension. As in the chunks of Mamba-2 (Dao and Gu, arXiv 2405.21060, §6), with
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -29,12 +30,31 @@ def scan(x: Tensor, log_decay: Tensor, dim: int) -> Tensor:
     if not x.numel():
         return x + log_decay
     own = [d for d in range(x.ndim) if log_decay.shape[d] != 1 and d != dim]
+    size, num_matrices = x.shape[dim], prod(x.shape[d] for d in own)
+    if size * size * num_matrices > x.numel():
+        return _doubled(x, log_decay, dim)
     order = [*own, dim, *(d for d in range(x.ndim) if d not in own and d != dim)]
     rows = x.permute(order)
-    flat = rows.reshape(-1, x.shape[dim], rows[(0,) * (len(own) + 1)].numel())
+    flat = rows.reshape(num_matrices, size, -1)
     decays = _decays(log_decay.permute(order).reshape(flat.shape[:2]))
     y = torch.bmm(decays.to(flat.dtype), flat).reshape(rows.shape)
     return y.permute([order.index(d) for d in range(x.ndim)])
+
+
+def _doubled(x: Tensor, log_decay: Tensor, dim: int) -> Tensor:
+    """:func:`scan` where matrices of decays would be larger than the rows: rows reach 1, 2, 4, .. rows further.
+
+    Hillis and Steele, "Data Parallel Algorithms", Communications of the ACM 29(12), 1986.
+    """
+    size, step = x.shape[dim], 1
+    while step < size:
+        later = [part.narrow(dim, step, size - step) for part in (x, log_decay)]
+        earlier = [part.narrow(dim, 0, size - step) for part in (x, log_decay)]
+        first = [part.narrow(dim, 0, step) for part in (x, log_decay)]
+        x = torch.cat([first[0], later[0] + later[1].exp() * earlier[0]], dim)
+        log_decay = torch.cat([first[1], later[1] + earlier[1]], dim)
+        step *= 2
+    return x
 
 
 def _decays(log_decay: Tensor) -> Tensor:

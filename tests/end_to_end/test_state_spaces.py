@@ -15,8 +15,8 @@ from tests.support.tiers import tiered
 pytestmark = pytest.mark.timeout(120)
 
 
-def ranks_of(asked: list[Asked], *, with_attention: bool, length: int) -> tuple[Result, dict[Asked, Ranks]]:
-    model, inputs = model_and_input(with_attention=with_attention, length=length)
+def ranks_of(layers: str, length: int, asked: list[Asked]) -> tuple[Result, dict[Asked, Ranks]]:
+    model, inputs = model_and_input(layers, length)
     loss = model(**inputs)
     loss.backward()
     one = Result(loss.detach(), _grads(model))
@@ -25,20 +25,20 @@ def ranks_of(asked: list[Asked], *, with_attention: bool, length: int) -> tuple[
 
 
 CASES = [
-    (with_attention, length, asked)
-    for with_attention in (False, True)
+    (layers, length, asked)
+    for layers in ("chunks chunks", "chunks attention", "tree tree")
     for length in (24, 32, 23, 9)
     for asked in ((("ulysses", 2), ("ulysses", 3), ("megatron", 2)), (("ring", 3),), (("ring", 4), ("allgather", 3)))
 ]
 
 
 @pytest.mark.parametrize(
-    ("with_attention", "length", "pairs"), tiered(CASES, quick=[(True, 23, (("ring", 3),))])
+    ("layers", "length", "pairs"), tiered(CASES, quick=[("chunks attention", 23, (("ring", 3),))])
 )
-def test_equal_to_one_device(with_attention: bool, length: int, pairs: tuple[tuple[str, int], ...]) -> None:
+def test_equal_to_one_device(layers: str, length: int, pairs: tuple[tuple[str, int], ...]) -> None:
     """Whole chunks on every rank or not, a length that is none of chunks, more ranks than chunks."""
     asked = [Asked(num, strategy) for strategy, num in pairs]
-    one, found = ranks_of(asked, with_attention=with_attention, length=length)
+    one, found = ranks_of(layers, length, asked)
     for ranks in found.values():
         for result in ranks.results():
             assert_equal_to_one_device(one, result, 1e-12)
@@ -53,11 +53,11 @@ def _sent(ranks: Ranks, rank: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "megatron"])
-def test_what_is_sent_does_not_grow_with_the_sequence(strategy: str) -> None:
+@pytest.mark.parametrize(("layers", "strategy"), [("chunks", "ulysses"), ("chunks", "ring"), ("tree", "ring")])
+def test_what_is_sent_does_not_grow_with_the_sequence(layers: str, strategy: str) -> None:
     """Rows at the borders, and states: of 4 ranks the third has both neighbours."""
     asked = Asked(4, strategy)
-    short, long = (ranks_of([asked], with_attention=False, length=length)[1][asked] for length in (32, 128))
+    short, long = (ranks_of(layers, length, [asked])[1][asked] for length in (32, 128))
     assert _sent(short, 2) == _sent(long, 2)
 
 
@@ -65,6 +65,6 @@ def test_what_is_sent_does_not_grow_with_the_sequence(strategy: str) -> None:
 def test_a_hybrid_sends_no_more_for_its_state_spaces() -> None:
     """Under a ring what grows is what the ring sends."""
     asked = Asked(4, "ring")
-    short, long = (ranks_of([asked], with_attention=True, length=length)[1][asked] for length in (32, 128))
+    short, long = (ranks_of("chunks attention", length, [asked])[1][asked] for length in (32, 128))
     grown = _sent(long, 2) - _sent(short, 2)
     assert set(grown) == {"send_recv"}

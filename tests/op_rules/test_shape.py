@@ -39,6 +39,8 @@ CASES = [
     case(aten.expand.default, randn(), [4]),
     case(aten.flatten.using_ints, randn(2, 4, 6)),
     case(aten.flatten.using_ints, randn(2, 4, 6), 1, -1),
+    case(aten.movedim.int, randn(2, 4, 6), -1, 0),
+    case(aten.movedim.int, randn(2, 4, 1), 0, 1),
     case(aten.pad.default, randn(4, 6), [0, 1], value=-100.0, factors="i0 i1"),
     case(aten.pad.default, integers(9, 2, 6), [0, 1], value=-100),
     case(aten.pad.default, randn(4, 6), [2, 0, 0, 3], "constant", 1.5),

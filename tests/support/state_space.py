@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +54,47 @@ class StateSpace(nn.Module):
         return self.out((within + before).reshape(batch, -1, HEADS * WIDTH)[:, :length])
 
 
+def tree_scan(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``y[i] = a[i] * y[i - 1] + x[i]`` the products of ``a`` and ``y``, as torch's associative scan writes it out."""
+    size = len(a)
+    if size < 2:
+        return a, x
+
+    def combined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    odd = tree_scan(*combined((a[:-1:2], x[:-1:2]), (a[1::2], x[1::2])))
+    before = odd if size % 2 else tuple(each[:-1] for each in odd)
+    even = combined(before, (a[2::2], x[2::2]))
+    joined = []
+    for first, evens, odds in zip((a, x), even, odd, strict=True):
+        evens = torch.cat([first[:1], evens])
+        if len(odds) < len(evens):
+            odds = F.pad(odds, (0, 0) * (odds.ndim - 1) + (0, 1))
+        joined.append(torch.flatten(torch.stack([evens, odds], 1), 0, 1)[:size])
+    return joined[0], joined[1]
+
+
+class SelectiveScan(nn.Module):
+    """What Mamba computes: a recurrence of each channel, which starts from a causal convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(width, width, KERNEL, padding=KERNEL - 1, groups=width)
+        self.step = nn.Linear(width, width)
+        self.rates = nn.Parameter(torch.rand(width, STATE))
+        self.into = nn.Linear(width, 2 * STATE)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        x = F.silu(self.convolution(hidden.transpose(1, 2))[..., :length]).transpose(1, 2)
+        step = F.softplus(self.step(x))[..., None]
+        b, c = self.into(x).split(STATE, -1)
+        decays, entering = torch.exp(-self.rates.exp() * step), step * b[:, :, None] * x[..., None]
+        _, states = tree_scan(decays.movedim(1, 0), entering.movedim(1, 0))
+        return torch.einsum("sbdn,bsn->bsd", states, c)
+
+
 class Attention(nn.Module):
     """Causal attention of two heads."""
 
@@ -65,12 +108,12 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers with a residual stream; returns a loss. ``with_attention``: the second of them attends."""
+    """Layers with a residual stream; returns a loss."""
 
-    def __init__(self, *, with_attention: bool, width: int = 8, chunk: int = 4) -> None:
+    def __init__(self, layers: str, width: int = 8) -> None:
         super().__init__()
-        second = Attention(width) if with_attention else StateSpace(width, chunk)
-        self.layers = nn.ModuleList([StateSpace(width, chunk), second])
+        kinds = {"attention": Attention, "chunks": partial(StateSpace, chunk=4), "tree": SelectiveScan}
+        self.layers = nn.ModuleList([kinds[kind](width) for kind in layers.split()])
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
@@ -78,7 +121,7 @@ class Model(nn.Module):
         return hidden.square().mean()
 
 
-def model_and_input(*, with_attention: bool, length: int, batch: int = 2) -> tuple[Model, dict[str, Tensor]]:
+def model_and_input(layers: str, length: int) -> tuple[Model, dict[str, Tensor]]:
+    """``layers`` are names of kinds: attention, chunks, tree."""
     torch.manual_seed(0)
-    model = Model(with_attention=with_attention).double()
-    return model, {"hidden": torch.randn(batch, length, 8, dtype=torch.float64)}
+    return Model(layers).double(), {"hidden": torch.randn(2, length, 8, dtype=torch.float64)}
