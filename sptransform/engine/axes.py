@@ -20,6 +20,9 @@ from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
 
 
+_AGES = count()
+
+
 class Atom:
     """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided.
 
@@ -28,11 +31,9 @@ class Atom:
 
     __slots__ = ("age", "merged", "parts", "size")
 
-    _ages = count()
-
     def __init__(self, size: Size, age: int | None = None) -> None:
         self.size = size
-        self.age = next(Atom._ages) if age is None else age
+        self.age = next(_AGES) if age is None else age
         self.merged: Atom | None = None
         self.parts: tuple[Atom, ...] | None = None
 
@@ -214,7 +215,7 @@ class Axes:
         return self._partitions[atom]
 
     def _root(self, atom: Atom) -> Partition:
-        """``divide`` of the axis' size; where a padded or cut form of the axis is divided in blocks, of their number."""
+        """``divide`` of the axis' size; where a padded or cut form of it is divided in blocks, of their number."""
         granule = self._granule(atom)
         if granule == 1:
             return self.divide(atom.size)

@@ -25,7 +25,8 @@ def _ends(x: Tensor, source: str, target: str) -> tuple[Shard, Shard]:
     # open sizes (``?``) are cut evenly, so x has the part size of both ends
     ends = Shard.parse(source, part=x), Shard.parse(target, part=x)
     if not repartitions(*ends) and not repartitions(*reversed(ends)):
-        raise ValueError(f"a repartition keeps the axis and one owner of each index at one end, not {source} to {target}")
+        what = "a repartition keeps the axis and one owner of each index at one end"
+        raise ValueError(f"{what}, not {source} to {target}")
     return ends
 
 

@@ -1,7 +1,7 @@
 """Finds the logarithms behind a matrix of decays: ``D[i, j] = exp(a[j + 1] + .. + a[i])`` for ``j <= i``, else 0.
 
-Between ``a`` and the matrix are sums, exponentials and constant masks only, see :mod:`sptransform.scans.analytic`. Batch
-dimensions are given sizes of their own, which tell where each of them ends up.
+Between ``a`` and the matrix are sums, exponentials and constant masks only, see :mod:`sptransform.scans.analytic`.
+Batch dimensions are given sizes of their own, which tell where each of them ends up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds a linear recurrence behind a tree of products: ``y[i] = a[i] * y[i - 1] + x[i]``.
 
-An associative scan combines rows pair by pair, then pairs of pairs, and interleaves what comes back. The region between the
-rows and the result is products and sums of slices, see :mod:`sptransform.scans.analytic`.
+An associative scan combines rows pair by pair, then pairs of pairs, and interleaves what comes back. The region between
+the rows and the result is products and sums of slices, see :mod:`sptransform.scans.analytic`.
 """
 
 from __future__ import annotations

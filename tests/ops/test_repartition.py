@@ -97,7 +97,8 @@ def test_every_index_comes_to_its_new_owners_and_only_those_travel(ends: tuple[S
         start = next(steps(rank))
         assert start.sent == [entry * len(before[rank] & own) * (to != rank) for to, own in enumerate(after)]
         assert start.received == [entry * len(own & after[rank]) * (by != rank) for by, own in enumerate(before)]
-        assert counted(source, target, x, rank) == [x.element_size() * sum(sizes) for sizes in (start.sent, start.received)]
+        away = [x.element_size() * sum(sizes) for sizes in (start.sent, start.received)]
+        assert counted(source, target, x, rank) == away
 
 
 FOLDED, BLOCKS = Shard(1, Partition.zigzag(8, 2)), Shard(1, Partition.contiguous(8, 2))

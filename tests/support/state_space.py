@@ -55,7 +55,7 @@ class StateSpace(nn.Module):
 
 
 def tree_scan(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``y[i] = a[i] * y[i - 1] + x[i]`` the products of ``a`` and ``y``, as torch's associative scan writes it out."""
+    """Products of ``a``, and ``y[i] = a[i] * y[i - 1] + x[i]``, as torch's associative scan writes it out."""
     size = len(a)
     if size < 2:
         return a, x
