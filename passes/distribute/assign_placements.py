@@ -1,7 +1,7 @@
 """Give every node its rule, a decision, and every tensor a placement.
 
 1. Rules are looked up and applied to global shapes; axes are inferred from them. Where neither attention nor an input
-   says what is a sequence, convolutions, cumulative sums and scans do. Sequences they run along are cut into blocks.
+   says what is a sequence, convolutions, cumulative sums and scans do. Along sums and scans ranks get blocks in order.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
    Sharded parameters and inputs are S.
 3. Where weights are cut, inner axes are found (see :mod:`sptransform.engine.inner_axes`).
@@ -47,7 +47,8 @@ class AssignPlacements(Pass):
         ordered = _ordered(graph, light)
         if not axes.has_sequence:
             axes.add_sequences(ordered)
-        context.result.is_ordered = any(axes.is_sequence(axes.factor(node, name)[0]) for node, name in ordered)
+        joined = ((node, name) for node, name in ordered if name in notes.note(node).rule.self_reduced)
+        context.result.is_ordered = any(axes.is_sequence(axes.factor(node, name)[0]) for node, name in joined)
         if not any(rule.roles for rule in rules) and not axes.has_sequence:
             raise UsageError(
                 describe(

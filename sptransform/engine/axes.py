@@ -19,7 +19,6 @@ from sptransform.rules.rule import Dims, OpRule, Resize
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
 
-
 _AGES = count()
 
 
@@ -231,7 +230,7 @@ class Axes:
                 for _, source, target in self._links()
                 if source == [atom] and target[0].age > atom.age
             )
-            self._granules[atom] = lcm(*younger)
+            self._granules[atom] = lcm(*(granule for granule in younger if isinstance(granule, int)))
         return self._granules[atom]
 
     def _links(self) -> Iterator[tuple[Link, list[Atom], list[Atom]]]:

@@ -92,7 +92,7 @@ class OpRule:
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
         ordered: factors along which every entry depends on its neighbours or on all entries before it: a sequence, if
-            nothing else says what is one. Ranks should have blocks of it, in order.
+            nothing else says what is one. Those of ``self_reduced`` can only be cut in blocks, in the order of ranks.
         roles: for attention ops: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
         unrepeatable: running the op again gives another result, because it draws random numbers.
         own: results that differ per rank and that only the op's backward reads (a seed); they have no factors.

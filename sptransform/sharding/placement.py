@@ -160,7 +160,7 @@ def cut_alike(source: Placement, target: Placement) -> bool:
 
 
 def repartitions(source: Placement, target: Placement) -> bool:
-    """Whether indices only move between ranks: same axis, one owner of each index before. Later ranks may share some."""
+    """Whether indices only move between ranks: same axis, and before it one owner of each index."""
     if not isinstance(source, Shard) or not isinstance(target, Shard) or not cut_alike(source, target):
         return False
     before, after = source.partition, target.partition
