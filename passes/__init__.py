@@ -18,9 +18,11 @@ from sptransform.passes.finish.restore_output_order import RestoreOutputOrder
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
+from sptransform.passes.normalize.pad_with_zeros import PadWithZeros
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
 from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
+from sptransform.passes.normalize.recognize_scans import RecognizeScans
 from sptransform.passes.normalize.simplify_masks import SimplifyMasks
 from sptransform.passes.normalize.split_biases import SplitBiases
 from sptransform.passes.normalize.split_cross_entropy import SplitCrossEntropy
@@ -39,6 +41,8 @@ NORMALIZE: tuple[Pass, ...] = (
     CastAttentionInputs(),  # after UnrepeatKeyHeads, to cast the unrepeated keys
     AttendByPosition(),  # after the passes that match the model's own attention op
     SimplifyMasks(),
+    PadWithZeros(),
+    RecognizeScans(),
     SplitMeans(),
     SplitCrossEntropy(),  # after SplitMeans, as it handles no means
     SplitBiases(),

@@ -7,24 +7,32 @@ whatever is unified with, or linked to, the query or key factor of an attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
+from math import lcm, prod
 
 from torch import fx
 
 from sptransform.graph import dataflow, notes
 from sptransform.rules.rule import Dims, OpRule, Resize
 from sptransform.sharding.partition import Partition
-from sptransform.sharding.sizes import Size, quotient
+from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
+
+_AGES = count()
 
 
 class Atom:
-    """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided."""
+    """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided.
 
-    __slots__ = ("merged", "parts", "size")
+    ``age`` orders atoms as they are first met in the graph.
+    """
 
-    def __init__(self, size: Size) -> None:
+    __slots__ = ("age", "merged", "parts", "size")
+
+    def __init__(self, size: Size, age: int | None = None) -> None:
         self.size = size
+        self.age = next(_AGES) if age is None else age
         self.merged: Atom | None = None
         self.parts: tuple[Atom, ...] | None = None
 
@@ -60,12 +68,13 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
             continue
         if x.size == y.size:
             y.merged = x
+            x.age = min(x.age, y.age)
         elif (rest := quotient(x.size, y.size)) is not None:
-            x.parts = (Atom(y.size), Atom(rest))
+            x.parts = (Atom(y.size, x.age), Atom(rest, x.age))
             a.extend(resolve([x])[::-1])
             b.append(y)
         elif (rest := quotient(y.size, x.size)) is not None:
-            y.parts = (Atom(x.size), Atom(rest))
+            y.parts = (Atom(x.size, y.age), Atom(rest, y.age))
             b.extend(resolve([y])[::-1])
             a.append(x)
         else:
@@ -129,6 +138,7 @@ class Axes:
                 self._sequences.extend(self._dims[node, 0][sequence_dims[name]])
         self._family = self._close_over_links()
         self._partitions: dict[Atom, Partition] = {}
+        self._granules: dict[Atom, int] = {}
 
     def _apply(self, node: fx.Node, rule: OpRule) -> None:
         factors = {name: atoms_of(size) for name, size in rule.sizes.items()}
@@ -147,7 +157,7 @@ class Axes:
         for names, atoms in zip(dims, own, strict=True):
             factors = [atom for name in names for atom in self._factors[node][name]]
             resized = [rule.resize[side, index, name] for name in names if (side, index, name) in rule.resize]
-            if not resized:
+            if all(resize.halo for resize in resized):
                 unify(atoms, factors)
             else:
                 self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node))
@@ -155,15 +165,20 @@ class Axes:
     def _close_over_links(self) -> set[Atom]:
         family = set(resolve(self._sequences))
         links = [link.ends for link in self.links if link.resize.links]
+        outer = [(source[0], target[0]) for source, target in links if source and target]
         grown = True
         while grown:
             grown = False
-            for source, target in links:
-                inside = [not family.isdisjoint(end) for end in (source, target)]
-                if len(source) == len(target) == 1 and any(inside) and not all(inside):
-                    family.update(source, target)
+            for ends in outer:
+                if not family.isdisjoint(ends) and not family.issuperset(ends):
+                    family.update(ends)
                     grown = True
         return family
+
+    def add_sequences(self, factors: Iterable[tuple[fx.Node, str]]) -> None:
+        """Take factors of nodes for sequences."""
+        self._sequences.extend(atom for node, name in factors for atom in self._factors[node][name])
+        self._family = self._close_over_links()
 
     @property
     def has_sequence(self) -> bool:
@@ -187,14 +202,46 @@ class Axes:
         return resolve(self._factors[node][name])
 
     def partition(self, atom: Atom) -> Partition:
-        """Partition of a sequence axis: derived from another axis if a link says so, else ``divide`` of its size."""
+        """Partition of a sequence axis: derived from an older axis if a link says so, else :meth:`_root`."""
         if atom not in self._partitions:
-            self._partitions[atom] = self.divide(atom.size)
-            for link in self.links:
-                if link.node in self._ignored or not link.resize.links:
-                    continue
-                source, target = link.ends
-                if target == [atom] and len(source) == 1 and source != target:
-                    self._partitions[atom] = link.resize.partition(self.partition(source[0]))
-                    break
+            derived = (
+                link.resize.partition(self.partition(source[0]).refine(_inner(source))).coarsen(_inner(target))
+                for link, source, target in self._links()
+                if target[0] is atom and source[0].age < atom.age and source[0] in self._family
+            )
+            found = next(derived, None)
+            self._partitions[atom] = self._root(atom) if found is None else found
         return self._partitions[atom]
+
+    def _root(self, atom: Atom) -> Partition:
+        """``divide`` of the axis' size; where a padded or cut form of it is divided in blocks, of their number."""
+        granule = self._granule(atom)
+        if granule == 1:
+            return self.divide(atom.size)
+        if not isinstance(atom.size, int):
+            raise SymbolicSizeError(f"cannot divide {atom.size} in blocks of {granule}")
+        return self.divide(-(-atom.size // granule)).refine(granule).slice(0, atom.size)
+
+    def _granule(self, atom: Atom) -> int:
+        """How many consecutive indices of an axis should stay together: those of one block of an axis made from it."""
+        if atom not in self._granules:
+            younger = (
+                _inner(target) * self._granule(target[0])
+                for _, source, target in self._links()
+                if source == [atom] and target[0].age > atom.age
+            )
+            self._granules[atom] = lcm(*(granule for granule in younger if isinstance(granule, int)))
+        return self._granules[atom]
+
+    def _links(self) -> Iterator[tuple[Link, list[Atom], list[Atom]]]:
+        """Links with both ends, between axes that ranks share."""
+        for link in self.links:
+            if link.node not in self._ignored and link.resize.links:
+                source, target = link.ends
+                if source and target:
+                    yield link, source, target
+
+
+def _inner(atoms: list[Atom]) -> Size:
+    """How many indices of a product of axes one index of its outermost axis has."""
+    return prod(atom.size for atom in atoms[1:])

@@ -32,6 +32,7 @@ class Result:
         fallbacks: ops that run replicated because they have no rule; one list for all mesh dims.
         output_placements: placement of each graph output; None for outputs that are not tensors.
         is_causal: whether any attention of the graph is causal. All sequences get one layout. None before placement.
+        is_ordered: whether an op scans a sequence, so that ranks have blocks in order, whatever the strategy.
         is_even: whether every shard is even (all ranks have equal shares). None before the mesh dim is distributed.
         mesh_dims: for a whole compile, the contexts of its mesh dims that are distributed, in order.
     """
@@ -39,6 +40,7 @@ class Result:
     fallbacks: list[Fallback] = field(default_factory=list)
     output_placements: tuple[Placement | None, ...] = ()
     is_causal: bool | None = None
+    is_ordered: bool = False
     is_even: bool | None = None
     mesh_dims: tuple[Context, ...] = ()
 
@@ -69,11 +71,13 @@ class Context:
     result: Result = field(default_factory=Result)
 
     def divide(self, size: Size) -> Partition:
-        """Partition of a sequence of ``size``; valid once ``result.is_causal`` is set.
+        """Partition of a sequence of ``size``; valid once ``result.is_causal`` and ``result.is_ordered`` are set.
 
         Raises:
             UsageError: the strategy gives an index to no rank, or to several.
         """
+        if self.result.is_ordered:
+            return Partition.contiguous(size, self.mesh.size)
         found = self.strategy.partition(size, self.mesh.size, self.result.is_causal)
         if found.size != size or found.num_ranks != self.mesh.size or not found.is_exact:
             raise UsageError(

@@ -116,8 +116,8 @@ class Propagation:
         atoms = self.axes.factor(node, factor)
         if self.inner is not None and atoms[0] in self.inner:
             return self.inner.partition(atoms[0]).refine(prod(atom.size for atom in atoms[1:]))
-        if len(atoms) == 1 and (partition := self.axes.partition(atoms[0])).is_exact:
-            return partition
+        if self.axes.is_sequence(atoms[0]) and (partition := self.axes.partition(atoms[0])).is_exact:
+            return partition.refine(prod(atom.size for atom in atoms[1:]))
         return self.axes.divide(prod(atom.size for atom in atoms))
 
     def sequence_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:
@@ -140,7 +140,7 @@ class Propagation:
                 continue
             atoms = self.axes.factor(node, factor)
             for at, atom in enumerate(atoms):
-                if not wanted(atom) or (factor in resized and len(atoms) > 1):
+                if not wanted(atom) or (factor in resized and at > 0):
                     continue
                 after = prod(a.size for a in atoms[at + 1 :])
                 outer = prod(a.size for a in atoms[:at])

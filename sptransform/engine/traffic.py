@@ -3,7 +3,7 @@
 The count is what `ops/` sends, padding included, without what stays on the rank:
 
 - all-to-all: this rank's part of every tensor, once for each other rank that needs it; along one axis, only the
-  indices that leave this rank;
+  indices that other ranks have;
 - an op that communicates itself (a ring): what its table entry says;
 - all-gather, reduce-scatter: one part for each other rank, padded to the largest part;
 - all-reduce: 2(N-1)/N of the buffer, as a reduce-scatter and an all-gather; a library may split it differently.
@@ -202,8 +202,9 @@ def _sent_by_exchange(
 ) -> int:
     assert isinstance(source, Shard) and isinstance(target, Shard)
     if cut_alike(source, target):
-        kept = intersection(source.partition.owned[rank], target.partition.owned[rank])
-        leaving = source.partition.local_size(rank) - sum(hi - lo for lo, hi in kept)
+        own = source.partition.owned[rank]
+        others = (owned for other, owned in enumerate(target.partition.owned) if other != rank)
+        leaving = sum(hi - lo for owned in others for lo, hi in intersection(own, owned))
         return element_size * source.outer * leaving * prod(n for dim, n in enumerate(shape) if dim != source.dim)
     entry = element_size * source.outer * target.outer
     entry *= prod(size for dim, size in enumerate(shape) if dim not in (source.dim, target.dim))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sptransform.op_rules import (
     attention,
     below_autograd,
+    convolution,
     creation,
     indexing,
     loss,
@@ -12,6 +13,7 @@ from sptransform.op_rules import (
     pointwise,
     redistribute,
     reduction,
+    scans,
     scatter,
     shape,
 )
@@ -20,6 +22,7 @@ from sptransform.rules.table import RuleTable
 TABLES = (
     attention.TABLE,
     below_autograd.TABLE,
+    convolution.TABLE,
     creation.TABLE,
     indexing.TABLE,
     loss.TABLE,
@@ -27,6 +30,7 @@ TABLES = (
     pointwise.TABLE,
     redistribute.TABLE,
     reduction.TABLE,
+    scans.TABLE,
     scatter.TABLE,
     shape.TABLE,
 )

@@ -1,4 +1,4 @@
-"""Reductions, norms, softmax, scans."""
+"""Reductions, norms, softmax, sorts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def mean_local(call: OpCall, local: Local) -> Any:
 
 
 def along_dim(call: OpCall) -> OpRule:
-    """Softmax, scans, sorts: the shape is kept, and the dimension they run along must be whole."""
+    """Softmax, sorts: the shape is kept, and the dimension they run along must be whole."""
     shape = call.operand_shapes[0]
     dims, sizes = dims_and_sizes(shape)
     dim = call.argument("dim") % max(len(shape), 1)
@@ -155,8 +155,6 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.argmin.default, _WHOLE),
     (aten.argsort.default, along_dim),
     (aten.argsort.stable, along_dim),
-    (aten.cumprod.default, along_dim),
-    (aten.cumsum.default, along_dim),
     (aten.layer_norm.default, norm),
     (aten.log_softmax.int, _SOFTMAX),
     (aten.logsumexp.default, _WHOLE),

@@ -12,6 +12,7 @@ import torch
 from sptransform.rules.factors import dim_of, dims_and_sizes, dims_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
+from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import Size, order, quotient
 
 aten = torch.ops.aten
@@ -99,6 +100,12 @@ def _swap(call: OpCall, ndim: int) -> list[int]:
         return [*order[:-2], order[-1], order[-2]]
     a, b = call.argument("dim0") % ndim, call.argument("dim1") % ndim
     order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _moved_dim(call: OpCall, ndim: int) -> list[int]:
+    order, source = list(range(ndim)), call.argument("source") % ndim
+    order.insert(call.argument("destination") % ndim, order.pop(source))
     return order
 
 
@@ -278,7 +285,8 @@ def stack(call: OpCall) -> OpRule:
 def pad(call: OpCall) -> OpRule | None:
     """Constant padding: a padded dimension keeps its axis; the owners of its ends own the padding.
 
-    None for other modes, for negative amounts, and if a padded dimension has size 0 or 1.
+    Negative amounts cut. A dimension that is padded at one end and cut at the other is shifted: it is ordered. None for
+    other modes, and if a padded dimension has or gets size 0 or 1.
     """
     if call.target is aten.pad.default and call.argument("mode") != "constant":
         return None
@@ -287,10 +295,16 @@ def pad(call: OpCall) -> OpRule | None:
     dims, sizes = dims_and_sizes(shape)
     resize = {}
     for dim, (before, after) in amounts.items():
-        if before < 0 or after < 0 or shape[dim] in (0, 1):
+        if shape[dim] in (0, 1) or call.result_shapes[0][dim] in (0, 1):
             return None
-        resize["result", 0, f"i{dim}"] = Resize(lambda p, before=before, after=after: p.pad(before, after))
-    return OpRule((dims,), (dims,), sizes, resize=resize)
+        resize["result", 0, f"i{dim}"] = Resize(lambda p, before=before, after=after: _padded(p, before, after))
+    ordered = frozenset(f"i{dim}" for dim, (before, after) in amounts.items() if before * after < 0)
+    return OpRule((dims,), (dims,), sizes, resize=resize, ordered=ordered)
+
+
+def _padded(partition: Partition, before: int, after: int) -> Partition:
+    found = partition.pad(max(before, 0), max(after, 0))
+    return found.slice(max(-before, 0), found.size - max(-after, 0)) if min(before, after) < 0 else found
 
 
 def _pad_amounts(call: OpCall) -> dict[int, tuple[int, int]]:
@@ -306,12 +320,19 @@ def _pad_local(call: OpCall, local: Local) -> Any:
     ndim = len(call.operand_shapes[0])
     for dim in _pad_amounts(call):
         if local.decision.factor == f"i{dim}":
-            owned = local.decision.partition.owned[local.rank]
+            partition = local.decision.partition
+            owned = partition.owned[local.rank]
             at = 2 * (ndim - 1 - dim)
-            if not owned or owned[0][0] != 0:
-                flat[at] = 0
-            if not owned or owned[-1][1] != local.decision.partition.size:
-                flat[at + 1] = 0
+            before, after = flat[at : at + 2]
+            flat[at], flat[at + 1] = (
+                amount if owned and owned[end][end] == edge else min(amount, 0)
+                for amount, end, edge in ((before, 0, 0), (after, -1, partition.size))
+            )
+            # of what is cut, this rank has a part
+            if before < 0:
+                flat[at] = -num_owned_below(-before, local)
+            if after < 0:
+                flat[at + 1] = num_owned_below(partition.size + after, local) - partition.local_size(local.rank)
     return local.run(call, pad=flat)
 
 
@@ -324,10 +345,12 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten._unsafe_view.default, _RESHAPE),
     (aten.cat.default, cat),
     (aten.chunk.default, _SPLIT),
+    (aten.concatenate.default, cat),
     (aten.constant_pad_nd.default, OpEntry(pad, _pad_local)),
     (aten.expand.default, OpEntry(expand, _expand_local)),
     (aten.flatten.using_ints, _RESHAPE),
     (aten.mT.default, _SWAP),
+    (aten.movedim.int, OpEntry(_permuted(_moved_dim))),
     (aten.numpy_T.default, _SWAP),
     (aten.pad.default, OpEntry(pad, _pad_local)),
     (aten.permute.default, OpEntry(_permuted(lambda call, ndim: [d % ndim for d in call.argument("dims")]))),

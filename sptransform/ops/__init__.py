@@ -13,6 +13,7 @@ from sptransform.ops import (
     lookup,
     redistribute,
     ring,
+    scan,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "lookup",
     "redistribute",
     "ring",
+    "scan",
 ]

@@ -151,6 +151,8 @@ class Sharded(Cut):
     def is_allowed(self, rule: OpRule | None) -> bool:
         if rule is None or (self.factor in rule.replicated and self.factor not in rule.self_reduced):
             return False
+        if self.factor in rule.self_reduced & rule.ordered and not self.partition.is_in_order:
+            return False
         shared = [dims for index, dims in enumerate(rule.results) if index not in rule.own]
         kept = all(any(self.factor in names for names in dims) for dims in shared)
         is_joined = self.factor in rule.reduce or self.factor in rule.self_reduced

@@ -71,12 +71,14 @@ class Resize:
     """For a tensor on which a factor has another extent: maps the factor's partition to that tensor.
 
     ``links``: it is still the same axis (a slice of it), so if one is a sequence, both are. ``start``: the tensor has
-    consecutive indices of the factor, beginning at ``start``.
+    consecutive indices of the factor, beginning at ``start``. ``halo``: the tensor has all of the factor; the partition
+    is of the indices that a rank reads, and ranks may read the same one.
     """
 
     partition: Callable[[Partition], Partition]
     links: bool = True
     start: Size | None = None
+    halo: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class OpRule:
         is_causal: for attention ops: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
+        ordered: factors along which every entry depends on its neighbours or on all entries before it: a sequence, if
+            nothing else says what is one. Those of ``self_reduced`` can only be cut in blocks, in the order of ranks.
         roles: for attention ops: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
         unrepeatable: running the op again gives another result, because it draws random numbers.
         own: results that differ per rank and that only the op's backward reads (a seed); they have no factors.
@@ -112,6 +116,7 @@ class OpRule:
     is_causal: bool = False
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
+    ordered: frozenset[str] = frozenset()
     roles: Mapping[str, str] = field(default_factory=dict)
     unrepeatable: bool = False
     own: frozenset[int] = frozenset()

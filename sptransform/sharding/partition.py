@@ -245,6 +245,12 @@ class Partition:
         return self.is_blocks or self.is_zigzag or (self.stripe is not None and self.is_even)
 
     @cached_property
+    def is_in_order(self) -> bool:
+        """Rank r owns one block at most, before those of ranks after it."""
+        bounds = [bound for own in self.owned for interval in own for bound in interval]
+        return all(len(own) <= 1 for own in self.owned) and bounds == sorted(bounds)
+
+    @cached_property
     def is_contiguous(self) -> bool:
         """Rank r owns the r-th chunk of ``torch.chunk``, as in DTensor."""
         return self.is_blocks or (isinstance(self.size, int) and self == self.contiguous(self.size, self.num_ranks))

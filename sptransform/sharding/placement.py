@@ -160,12 +160,12 @@ def cut_alike(source: Placement, target: Placement) -> bool:
 
 
 def repartitions(source: Placement, target: Placement) -> bool:
-    """Whether indices only move between ranks: same axis, exactly one owner per index before and after."""
+    """Whether indices only move between ranks: same axis, and before it one owner of each index."""
     if not isinstance(source, Shard) or not isinstance(target, Shard) or not cut_alike(source, target):
         return False
     before, after = source.partition, target.partition
     same_axis = source.outer == target.outer and before.size == after.size
-    return same_axis and before.is_exact and after.is_exact
+    return same_axis and before.is_exact
 
 
 def keeps_own(source: Placement, target: Placement) -> bool:

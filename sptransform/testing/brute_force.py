@@ -194,7 +194,8 @@ def check_case(case: Case, rules: RuleTable) -> list[str]:
     for factor in [*shardable, *sorted(rule.self_reduced & set(present))]:
         for num_ranks in (2, 3):
             for decision in decisions(rule, factor, num_ranks):
-                _check_decision(case, entry, rule, decision, lines)
+                if decision.is_allowed(rule):
+                    _check_decision(case, entry, rule, decision, lines)
     for linear in rule.linear:
         if all(lines[0].operands[i].dtype != torch.bool for i in linear):  # they are never pending
             _check_linear(case, linear, lines)

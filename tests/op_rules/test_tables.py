@@ -22,6 +22,7 @@ from sptransform.sharding.sizes import SymbolicSizeError
 from tests.op_rules import (
     test_attention,
     test_below_autograd,
+    test_convolution,
     test_creation,
     test_indexing,
     test_loss,
@@ -29,6 +30,7 @@ from tests.op_rules import (
     test_pointwise,
     test_redistribute,
     test_reduction,
+    test_scans,
     test_scatter,
     test_shape,
 )
@@ -39,6 +41,7 @@ aten = torch.ops.aten
 CASES: list[Case] = [
     *test_attention.CASES,
     *test_below_autograd.CASES,
+    *test_convolution.CASES,
     *test_creation.CASES,
     *test_indexing.CASES,
     *test_loss.CASES,
@@ -47,6 +50,7 @@ CASES: list[Case] = [
     *test_redistribute.CASES,
     *test_reduction.CASES,
     *test_scatter.CASES,
+    *test_scans.CASES,
     *test_shape.CASES,
 ]
 

@@ -69,9 +69,10 @@ def test_what_only_gives_indices_other_owners() -> None:
     blocks, zigzag = (Shard(1, form(8, 2)) for form in (Partition.contiguous, Partition.zigzag))
     assert repartitions(blocks, zigzag) and repartitions(zigzag, blocks)
     shared = Shard(1, Partition.of(8, [[(0, 8)], [(4, 8)]]))
-    others = (I, Shard(2, zigzag.partition), replace(zigzag, outer=2), Shard(1, Partition.contiguous(6, 2)), shared)
+    others = (I, Shard(2, zigzag.partition), replace(zigzag, outer=2), Shard(1, Partition.contiguous(6, 2)))
     for other in others:
         assert not repartitions(blocks, other) and not repartitions(other, blocks)
+    assert repartitions(blocks, shared) and not repartitions(shared, blocks)
 
 
 @pytest.mark.parametrize(

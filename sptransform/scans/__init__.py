@@ -1,0 +1,1 @@
+"""Recurrences along a dimension, found by what the graph computes."""

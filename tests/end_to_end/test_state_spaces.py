@@ -1,0 +1,70 @@
+"""Sequences that nothing attends to: state spaces, convolutions along a sequence, and hybrids, on ranks in lockstep."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from sptransform.engine.traffic import count_collectives
+from tests.support.equality import Result, _grads, assert_equal_to_one_device
+from tests.support.rewritten import Asked, Ranks, on_pretended_ranks
+from tests.support.state_space import model_and_input
+from tests.support.tiers import tiered
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def ranks_of(layers: str, length: int, asked: list[Asked]) -> tuple[Result, dict[Asked, Ranks]]:
+    model, inputs = model_and_input(layers, length)
+    loss = model(**inputs)
+    loss.backward()
+    one = Result(loss.detach(), _grads(model))
+    model.zero_grad()
+    return one, on_pretended_ranks(model, inputs, asked)
+
+
+CASES = [
+    (layers, length, asked)
+    for layers in ("chunks chunks", "chunks attention", "tree tree")
+    for length in (24, 32, 23, 9)
+    for asked in ((("ulysses", 2), ("ulysses", 3), ("megatron", 2)), (("ring", 3),), (("ring", 4), ("allgather", 3)))
+]
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "pairs"), tiered(CASES, quick=[("chunks attention", 23, (("ring", 3),))])
+)
+def test_equal_to_one_device(layers: str, length: int, pairs: tuple[tuple[str, int], ...]) -> None:
+    """Whole chunks on every rank or not, a length that is none of chunks, more ranks than chunks."""
+    asked = [Asked(num, strategy) for strategy, num in pairs]
+    one, found = ranks_of(layers, length, asked)
+    for ranks in found.values():
+        for result in ranks.results():
+            assert_equal_to_one_device(one, result, 1e-12)
+
+
+def _sent(ranks: Ranks, rank: int) -> Counter[str]:
+    context = ranks.graphs[rank].context
+    found: Counter[str] = Counter()
+    for collective in count_collectives(ranks.graphs[rank].graph_module.graph, context.mesh):
+        found[collective.kind] += collective.bytes_sent
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "strategy"), [("chunks", "ulysses"), ("chunks", "ring"), ("tree", "ring")])
+def test_what_is_sent_does_not_grow_with_the_sequence(layers: str, strategy: str) -> None:
+    """Rows at the borders, and states: of 4 ranks the third has both neighbours."""
+    asked = Asked(4, strategy)
+    short, long = (ranks_of(layers, length, [asked])[1][asked] for length in (32, 128))
+    assert _sent(short, 2) == _sent(long, 2)
+
+
+@pytest.mark.slow
+def test_a_hybrid_sends_no_more_for_its_state_spaces() -> None:
+    """Under a ring what grows is what the ring sends."""
+    asked = Asked(4, "ring")
+    short, long = (ranks_of("chunks attention", length, [asked])[1][asked] for length in (32, 128))
+    grown = _sent(long, 2) - _sent(short, 2)
+    assert set(grown) == {"send_recv"}
