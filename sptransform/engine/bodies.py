@@ -161,7 +161,8 @@ def _forward(node: fx.Node, firm: Mapping[int, Placement], is_backward: bool) ->
     if rule is None or rule.unrepeatable:
         return Replicate(R)
     pending = frozenset(i for i, placement in firm.items() if placement == P)
-    if pending in rule.linear or (pending and is_backward and node.target in _CASTS):
+    is_cast = node.target in _CASTS and dataflow.value(node).dtype.is_floating_point
+    if pending in rule.linear or (pending and is_backward and is_cast):
         return Pending(pending)
     for index, placement in firm.items():
         if isinstance(placement, Shard):

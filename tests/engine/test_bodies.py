@@ -54,6 +54,12 @@ def free(rule: OpRule) -> set[int]:
          "gradients(%4, %6)", [(S, H), (H,)], {S, H}),
         (SCALED + "%4 = aten.sum.dim_IntList(%3, [0]); %5 = aten.abs.default(%4); gradients(%3, %5)",
          [(S, H), (H,)], {H}),
+        (SCALED + "%4 = aten.sum.dim_IntList(%3, [0]); %5 = aten._to_copy.default(%4, dtype=torch.float64); "
+         "gradients(%3, %5)", [(S, H), (H,)], {S, H}),
+        (SCALED + "%4 = aten.sum.dim_IntList(%3, [0]); %5 = aten._to_copy.default(%4, dtype=torch.int64); "
+         "gradients(%3, %5)", [(S, H), (H,)], {H}),
+        (SCALED + "%4 = aten.sum.dim_IntList(%3, [0]); %5 = aten.add.Tensor(%4, %1); gradients(%3, %5)",
+         [(S, H), (H,)], {H}),
         (SCALED + "%4 = aten.abs.default(%1); gradients(%3, %4)", [(S, H), (H,)], {H}),
         # rows go through the forward alone
         ("operands(%0); %1 = aten.exp.default(%0); results(%1); given(%2); %3 = aten.sum.dim_IntList(%2, [0], True); "
