@@ -42,9 +42,14 @@ class Built:
     inputs: dict[str, Any]
     reference: Result
 
+    buffers: dict[str, Tensor]
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    def run(self) -> Result:
+        return one_device(self.model, self.inputs, self.buffers)
 
 
 def built(architecture: Architecture) -> Built:
@@ -60,6 +65,7 @@ def built(architecture: Architecture) -> Built:
             return _built(architecture, share, layers)
         except NotBuilt as error:
             reasons.append(error.args)
+    torch.set_default_dtype(torch.float64)
     raise NotBuilt(*max(reasons, key=lambda reason: reason[0]))
 
 
@@ -103,9 +109,9 @@ def _run(model: WithLoss, inputs: Inputs) -> Built:
         if model.training:
             return _run(model.eval(), inputs)
         raise ValueError("two runs give different losses, in eval mode too")
-    if not first.grads:
+    if not any(grad.any() for grad in first.grads.values()):
         raise ValueError("nothing has a gradient")
-    return Built(model, given, first)
+    return Built(model, given, first, state)
 
 
 def one_device(model: nn.Module, inputs: Inputs, state: dict[str, Tensor]) -> Result:
@@ -124,9 +130,8 @@ def one_device(model: nn.Module, inputs: Inputs, state: dict[str, Tensor]) -> Re
 
 def first_output(output: Any) -> Tensor:
     """The first output that can have a gradient."""
-    values = output if isinstance(output, Tensor) else pytree.tree_leaves(output if isinstance(output, tuple | list | dict) else output.to_tuple())
-    leaves = [values] if isinstance(values, Tensor) else values
-    return next(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    return next(x for x in pytree.tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def add_noise(model: nn.Module) -> None:

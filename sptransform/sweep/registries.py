@@ -71,6 +71,10 @@ def _version(name: str) -> str | None:
         return None
 
 
+def is_installed(library: str) -> bool:
+    return _version(library) is not None
+
+
 def _imported(module: str) -> Any:
     library = module.split(".")[0]
     try:

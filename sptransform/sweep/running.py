@@ -1,0 +1,116 @@
+"""Run the sweep: every architecture in a process of its own, some at a time, under limits of time and memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from sptransform.sweep.records import Record, Status
+from sptransform.sweep.registries import Architecture, versions
+from sptransform.sweep.worker import work
+from sptransform.testing.pretended import Asked
+
+# a process is forked from one that has these, and starts at once
+PRELOADED = ["sptransform.sweep.worker", "transformers.models.auto.modeling_auto", "diffusers.models.transformers"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one architecture: seconds, bytes of address space."""
+
+    seconds: float = 240.0
+    memory: int = 16 << 30
+
+
+@dataclass
+class _Running:
+    """One process, and what is still to come from it."""
+
+    architecture: Architecture
+    left: list[Asked]
+    process: multiprocessing.process.BaseProcess
+    receiver: Connection
+    deadline: float
+
+    def received(self) -> Iterator[Record]:
+        """What has come; at its end, what never will."""
+        with suppress(EOFError):
+            while self.receiver.poll():
+                record: Record = self.receiver.recv()
+                done = (record.strategy, record.ranks)
+                all_at_once = record.status is Status.NOT_BUILT
+                self.left = [] if all_at_once else [a for a in self.left if (str(a.strategy), a.num_ranks) != done]
+                yield record
+            return
+        self.process.join()
+        yield from self.lost(f"the process ended with code {self.process.exitcode}")
+
+    def lost(self, reason: str) -> Iterator[Record]:
+        """Stop it; what is left has crashed."""
+        self.process.kill()
+        self.process.join()
+        self.receiver.close()
+        name, family = self.architecture.name, self.architecture.family
+        for each in self.left:
+            yield Record(name, family, str(each.strategy), each.num_ranks, Status.CRASHED, versions(), reason=reason)
+        self.left = []
+
+
+def run(
+    todo: Sequence[tuple[Architecture, list[Asked]]], jobs: int, limits: Limits, log: Path
+) -> Iterator[tuple[Architecture, Record | None]]:
+    """Records as they come; None after the last of an architecture."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    waiting, running = list(todo), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_started(context, *waiting.pop(0), limits, log))
+        wait([each.receiver for each in running], timeout=1.0)
+        for each in list(running):
+            for record in each.received():
+                yield each.architecture, record
+            if each.left and time.monotonic() > each.deadline:
+                for record in each.lost(f"not done in {limits.seconds:.0f} s"):
+                    yield each.architecture, record
+            if not each.left:
+                each.process.kill()
+                each.process.join()
+                running.remove(each)
+                yield each.architecture, None
+
+
+def _started(
+    context: multiprocessing.context.ForkServerContext,
+    architecture: Architecture,
+    asked: list[Asked],
+    limits: Limits,
+    log: Path,
+) -> _Running:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(architecture, asked, limits.memory, sender, str(log)), daemon=True)
+    process.start()
+    sender.close()
+    return _Running(architecture, list(asked), process, receiver, time.monotonic() + limits.seconds)
+
+
+def pending(
+    architectures: Sequence[Architecture], asked: Sequence[Asked], known: Sequence[Record], again: frozenset[Status]
+) -> list[tuple[Architecture, list[Asked]]]:
+    """What is still to do; records of a status in ``again`` count as not done."""
+    now = versions()
+    keys = {record.key for record in known if record.status not in again}
+    found = []
+    for architecture in architectures:
+        blank = Record(architecture.name, architecture.family, "", 0, Status.NOT_BUILT, now)
+        if blank.key in keys:
+            continue
+        left = [a for a in asked if replace(blank, strategy=str(a.strategy), ranks=a.num_ranks).key not in keys]
+        if left:
+            found.append((architecture, left))
+    return found
