@@ -12,10 +12,15 @@ from torch.utils import _pytree as pytree
 
 from sptransform.sweep.inputs import Inputs, Maker
 from sptransform.sweep.registries import Architecture, model_of
+from sptransform.sweep.shrinking import Form
 from sptransform.testing.equality import Result
 
 NOISE = 0.1
 MOST_PARAMETERS = 60_000_000
+# tried in this order
+FORMS = (
+    Form(), Form(share=False), Form(filled=True), Form(layers=4), Form(layers=4, share=False), Form(head_size=32),
+)  # fmt: skip
 
 
 class NotBuilt(Exception):
@@ -59,25 +64,25 @@ def built(architecture: Architecture) -> Built:
         NotBuilt: none runs.
     """
     reasons: list[tuple[int, str]] = []
-    for dtype, layers, share in itertools.product((torch.float64, torch.float32), (2, 4), (True, False)):
+    for dtype, form in itertools.product((torch.float64, torch.float32), FORMS):
         torch.set_default_dtype(dtype)
         try:
-            return _built(architecture, share, layers)
+            return _built(architecture, form)
         except NotBuilt as error:
             reasons.append(error.args)
     torch.set_default_dtype(torch.float64)
     raise NotBuilt(*max(reasons, key=lambda reason: reason[0]))
 
 
-def _built(architecture: Architecture, share: bool, layers: int) -> Built:
+def _built(architecture: Architecture, form: Form) -> Built:
     """Raises NotBuilt with how far it came, and why no further."""
     try:
         with torch.device("meta"):
-            number = sum(p.numel() for p in model_of(architecture, share, layers)[0].parameters())
+            number = sum(p.numel() for p in model_of(architecture, form)[0].parameters())
         if number > MOST_PARAMETERS:
             raise NotBuilt(0, f"{number:,} parameters in the small configuration")
         torch.manual_seed(0)
-        model, tree = model_of(architecture, share, layers)
+        model, tree = model_of(architecture, form)
     except NotBuilt:
         raise
     except Exception as error:

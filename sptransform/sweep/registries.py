@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.sweep.shrinking import Tree, shrunk
+from sptransform.sweep.shrinking import Form, Tree, shrunk
 
 # family -> the registry of transformers
 REGISTRIES = {
@@ -87,17 +87,22 @@ def _imported(module: str) -> Any:
         ) from error
 
 
-def model_of(architecture: Architecture, share: bool, layers: int) -> tuple[nn.Module, Tree]:
-    """The architecture, made small, and its configuration; see :func:`shrunk`."""
+def model_of(architecture: Architecture, form: Form) -> tuple[nn.Module, Tree]:
+    """The architecture, made small, and its configuration."""
     built = _of_transformers if architecture.library == "transformers" else _of_diffusers
-    return built(architecture, lambda tree: shrunk(tree, share, layers))
+    return built(architecture, form)
 
 
-def _of_transformers(architecture: Architecture, small: Callable[[Tree], Tree]) -> tuple[nn.Module, Tree]:
+# what a family asks of the configurations that have these fields
+_SETTINGS = {"causal-lm": {"is_decoder": True}, "embedding": {"is_encoder_decoder": False}}
+
+
+def _of_transformers(architecture: Architecture, form: Form) -> tuple[nn.Module, Tree]:
     library = _imported("transformers")
     kind = getattr(library, architecture.name)
     config = kind.config_class()
-    tree = small(_tree(config, library.PreTrainedConfig))
+    tree = shrunk(_tree(config, library.PreTrainedConfig), form)
+    tree |= {name: v for name, v in _SETTINGS.get(architecture.family, {}).items() if name in tree}
     _assign(config, tree)
     model = kind(config)
     experts = getattr(model, "set_experts_implementation", None)
@@ -109,11 +114,11 @@ def _of_transformers(architecture: Architecture, small: Callable[[Tree], Tree]) 
     return model, tree
 
 
-def _of_diffusers(architecture: Architecture, small: Callable[[Tree], Tree]) -> tuple[nn.Module, Tree]:
+def _of_diffusers(architecture: Architecture, form: Form) -> tuple[nn.Module, Tree]:
     kind = getattr(_imported("diffusers.models.transformers"), architecture.name)
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    tree = small({name: list(v) if isinstance(v, tuple) else v for name, v in defaults.items()})
+    tree = shrunk({name: list(v) if isinstance(v, tuple) else v for name, v in defaults.items()}, form)
     given = {name: tuple(tree[name]) if isinstance(v, tuple) else tree[name] for name, v in defaults.items()}
     return kind(**given), tree
 
@@ -122,8 +127,17 @@ def _of_diffusers(architecture: Architecture, small: Callable[[Tree], Tree]) -> 
 _ASIDE = {"id2label", "label2id", "architectures", "transformers_version"}
 
 
+# of a field whose value is another in some layers: the list of all layers' values
+_BY_LAYER = "by_layer_"
+
+
 def _tree(config: Any, configuration: type) -> Tree:
-    return dict(_leaves(vars(config), configuration))
+    tree = dict(_leaves(vars(config), configuration))
+    if getattr(config, "is_heterogeneous", False):
+        layers = [vars(layer) for layer in config.per_layer_config]
+        varying = [name for name in tree if any(layer[name] != tree[name] for layer in layers)]
+        tree |= {_BY_LAYER + name: [layer[name] for layer in layers] for name in varying}
+    return tree
 
 
 def _leaves(values: Mapping[str, Any], configuration: type) -> Iterator[tuple[str, Any]]:
@@ -140,8 +154,13 @@ def _leaves(values: Mapping[str, Any], configuration: type) -> Iterator[tuple[st
 
 def _assign(config: Any, tree: Tree) -> None:
     """Put the values where they came from; a dict keeps what is no leaf of the tree."""
+    by_layer = {name.removeprefix(_BY_LAYER): v for name, v in tree.items() if name.startswith(_BY_LAYER)}
+    if by_layer:
+        config.per_layer_config = None
     for name, value in tree.items():
-        old = config[name] if isinstance(config, dict) else getattr(config, name)
+        if name.startswith(_BY_LAYER):
+            continue
+        old = config[name] if isinstance(config, dict) else vars(config)[name]
         if isinstance(value, dict) and old is not None:
             _assign(old, value)
         elif (value := tuple(value) if isinstance(old, tuple) else value) != old:
@@ -149,3 +168,6 @@ def _assign(config: Any, tree: Tree) -> None:
                 config[name] = value
             else:
                 setattr(config, name, value)
+    if by_layer:
+        layers = zip(*by_layer.values(), strict=True)
+        config.per_layer_config = {at: dict(zip(by_layer, values, strict=True)) for at, values in enumerate(layers)}

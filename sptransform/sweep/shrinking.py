@@ -25,7 +25,8 @@ POSITIONS = 144  # a square: some count the patches of an image
 WINDOW = 16
 IMAGE, STAGED_IMAGE, PATCH, PATCHES = 24, 64, 4, 6
 EXPERTS, GROUPS = 8, 4
-LEAST_HEADS, LEAST_HEAD_SIZE, LEAST_WIDTH = 4, 8, 32
+CODES, CHANNELS = 64, 4
+LEAST_HEADS, LEAST_WIDTH = 4, 32
 
 Tree = dict[str, Any]
 
@@ -55,7 +56,8 @@ def kind_of(name: str) -> str | None:
 KINDS = (
     ("token", r"(_token|^(unk|mask|pad|bos|eos|sep|cls|lang))_?(id|ids|index)$|_token_(id|index)|^(boi|eoi|eoa|boa)_"),
     ("random", r"drop|jitter|_pdrop|^mask_(time|feature)_prob|^apply_spec_augment"),
-    ("vocabulary", r"vocab|codebook_size|num_embeds|num_buckets_|hash_byte_group_vocab"),
+    ("codes", r"codebook_size"),
+    ("vocabulary", r"vocab_sizes?|_vocab$|num_embeds"),
     ("kept", r"num_labels|mel_bins|feat_per_channel|kernel|stride|norm_num_groups|^num_labels|pretraining_tp|sampling"
              r"|label_names|theta|conv_pos_embedding|feature_size|input_feat_size|interpolation_scale|ratio|time_step_(min|max)"),
     ("period", r"period$|interval$|_step$|every_n_layers$|sliding_window_pattern$|frequency$"),
@@ -76,11 +78,29 @@ KINDS = (
 )
 
 
-def shrunk(tree: Tree, share: bool, layers: int = 2) -> Tree:
-    """The configuration made small. ``share``: all its parts are divided alike, so that widths that meet stay equal."""
-    common = divisors_of(list(nodes(tree)))
-    tokens = _renumbered(tree)
-    return _shrunk(tree, common if share else None, tokens, layers)
+@dataclass(frozen=True)
+class Form:
+    """How small, and how; where one form of an architecture does not run, another may.
+
+    Attributes:
+        layers: the least number of layers.
+        head_size: the least size of a head.
+        share: all parts of the configuration are divided alike, so that widths that meet stay equal; else each by itself.
+        filled: fields that are None get what their kind has elsewhere.
+    """
+
+    layers: int = 2
+    head_size: int = 8
+    share: bool = True
+    filled: bool = False
+
+
+def shrunk(tree: Tree, form: Form) -> Tree:
+    """The configuration made small."""
+    if form.filled:
+        tree = _filled(tree)
+    common = divisors_of(list(nodes(tree)), form.head_size) if form.share else None
+    return _shrunk(tree, form, common, _renumbered(tree))
 
 
 def nodes(tree: Tree) -> Iterator[Tree]:
@@ -91,14 +111,14 @@ def nodes(tree: Tree) -> Iterator[Tree]:
             yield from nodes(dict(value))
 
 
-def _shrunk(tree: Tree, common: Divisors | None, tokens: dict[int, int], layers: int) -> Tree:
-    divisors = common or divisors_of([tree])
-    kept = kept_layers(tree, layers)
+def _shrunk(tree: Tree, form: Form, common: Divisors | None, tokens: dict[int, int]) -> Tree:
+    divisors = common or divisors_of([tree], form.head_size)
+    kept = kept_layers(tree, form.layers)
     staged = any(kind_of(name) == "layers" and isinstance(value, list) for name, value in tree.items())
     found: Tree = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found[name] = _shrunk(dict(value), common, tokens, layers)
+            found[name] = _shrunk(dict(value), form, common, tokens)
         elif isinstance(value, list) and kept and len(value) == kept[0]:
             found[name] = [_value(name, value[at], divisors, tokens, kept[1], staged) for at in kept[1]]
             if _numbers_of_layers(name, value, kept[0]):
@@ -144,7 +164,7 @@ def _value(name: str, value: Any, divisors: Divisors, tokens: dict[int, int], ke
         case "image":
             return min(value, STAGED_IMAGE if staged else IMAGE)
     most = {
-        "vocabulary": VOCABULARY, "positions": POSITIONS, "window": WINDOW, "experts": EXPERTS, "groups": GROUPS,
+        "vocabulary": VOCABULARY, "codes": CODES, "positions": POSITIONS, "window": WINDOW, "experts": EXPERTS, "groups": GROUPS,
         "chosen": 2,
     }.get(kind or "")  # fmt: skip
     return value if most is None else min(value, most)
@@ -156,15 +176,17 @@ def _divided(value: int, divisor: int) -> int:
 
 
 def _parts(values: list[Any], divisor: int) -> list[Any]:
-    """Parts of the size of a head, or of half of it, divided; the last gets what is left of their sum."""
-    if not all(isinstance(value, int) for value in values) or sum(values) < divisor:
+    """Parts of the size of a head, or of half of it, divided, and even if they were; the first gets what is left."""
+    if not all(isinstance(value, int) for value in values) or sum(values) // divisor < len(values):
         return values
-    found = [max(value // divisor, 1) for value in values]
-    found[0] += sum(values) // divisor - sum(found)
+    total = sum(values) // divisor
+    even = all(value % 2 == 0 for value in values) and total >= 2 * len(values)
+    found = [max(value // divisor // 2 * 2, 2) if even else max(value // divisor, 1) for value in values]
+    found[0] += total - sum(found)
     return found
 
 
-def divisors_of(trees: list[Tree]) -> Divisors:
+def divisors_of(trees: list[Tree], head_size: int) -> Divisors:
     """The largest by which all heads, and all sizes of heads, can be divided and are not too few, or too small."""
     heads, sizes = [], []
     for tree in trees:
@@ -173,7 +195,7 @@ def divisors_of(trees: list[Tree]) -> Divisors:
         heads += [v for name, v in ints if kind_of(name) == "heads"]
         sizes += [v for name, v in ints if kind_of(name) == "head size"]
         sizes += [width // number for width, number in _hidden_and_heads(tree) if width % number == 0]
-    return Divisors(_largest(heads, LEAST_HEADS, 2), _largest(sizes, LEAST_HEAD_SIZE, 4))
+    return Divisors(_largest(heads, LEAST_HEADS, 2), _largest(sizes, head_size, 4))
 
 
 def _largest(values: list[int], most: int, least: int) -> int:
@@ -232,3 +254,17 @@ def _renumbered(tree: Tree) -> dict[int, int]:
                 if kind_of(name) == "token" and isinstance(each, int) and each >= VOCABULARY - 1:
                     found.setdefault(each, VOCABULARY - 2 - len(found))
     return found
+
+
+def _filled(tree: Tree) -> Tree:
+    """What is None by what its kind has elsewhere in the configuration: heads as heads, widths as the hidden size."""
+    hidden, heads = next(_hidden_and_heads(tree), (None, None))
+    usual = {
+        "vocabulary": VOCABULARY, "experts": EXPERTS, "chosen": 2, "heads": heads, "width": hidden, "channels": CHANNELS,
+        "patch": 2, "image": IMAGE,
+    }  # fmt: skip
+    if isinstance(hidden, int) and isinstance(heads, int):
+        usual["head size"] = hidden // heads
+    found = {name: _filled(dict(v)) if isinstance(v, Mapping) else v for name, v in tree.items()}
+    kinds = {name: "channels" if name.endswith("channels") else kind_of(name) for name in tree}
+    return {name: usual.get(kinds[name] or "") if v is None else v for name, v in found.items()}
