@@ -1,7 +1,7 @@
 """The command: ``python -m sptransform.sweep [--family F] [--only NAME] [--strategies ..] [--ranks ..] [--jobs N]``.
 
-Results are kept in a file of JSON lines, by architecture, strategy, ranks and versions of packages; what is there is not
-done again, so a sweep that was stopped goes on. At its end the page of all results is written.
+Results are kept in a file of JSON lines, by architecture, strategy, ranks and versions of packages; what is there is
+not done again, so a sweep that was stopped goes on. At its end the page of all results is written.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ from sptransform.testing.pretended import Asked
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m sptransform.sweep", description="Every architecture against one device.")
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="only these; default: all that are installed")
+    parser = argparse.ArgumentParser(
+        "python -m sptransform.sweep", description="Every architecture against one device."
+    )
+    parser.add_argument(
+        "--family", action="append", choices=FAMILIES, help="only these; default: all that are installed"
+    )
     parser.add_argument("--only", action="append", metavar="NAME", help="only the classes of these names")
     parser.add_argument("--strategies", nargs="+", default=["ulysses", "ring", "megatron"], metavar="STRATEGY")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3], metavar="N")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1)")
     parser.add_argument("--time-limit", type=float, default=240.0, help="seconds for one architecture (240)")
-    parser.add_argument("--memory-limit", type=float, default=16.0, help="GiB of address space for one architecture (16)")
+    parser.add_argument(
+        "--memory-limit", type=float, default=16.0, help="GiB of address space for one architecture (16)"
+    )
     parser.add_argument("--again", nargs="*", default=[], choices=[status.name.lower() for status in Status],
                         help="do results of these kinds again")  # fmt: skip
     parser.add_argument("--results", type=Path, default=Path(".sweep/results.jsonl"), help="the file of results")
@@ -46,7 +52,9 @@ def chosen(options: argparse.Namespace) -> list[Architecture]:
     found = architectures(families)
     unknown = set(options.only or ()) - {each.name for each in found}
     if unknown:
-        raise UsageError(describe("no such architecture", found=", ".join(sorted(unknown)), fix="a class of the registries"))
+        raise UsageError(
+            describe("no such architecture", found=", ".join(sorted(unknown)), fix="a class of the registries")
+        )
     return [each for each in found if options.only is None or each.name in options.only]
 
 
@@ -60,7 +68,13 @@ def main(given: Sequence[str]) -> int:
     console = Console(stderr=True)
     limits = Limits(options.time_limit, int(options.memory_limit * 2**30))
     statuses: Counter[str] = Counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(todo))
         options.results.parent.mkdir(parents=True, exist_ok=True)

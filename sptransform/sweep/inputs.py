@@ -1,8 +1,8 @@
 """Inputs for a model, from the signature of its forward and its configuration: one rule for every architecture.
 
-An input's name says what it holds: token ids, a mask, pixels, sound, the latents of a diffusion model. Where that leaves
-several shapes, all are given in turn, likely ones first; what runs on one device is right. Two sequences each, the
-second of them padded where there is a mask; lengths that are no multiple of anything.
+An input's name says what it holds: token ids, a mask, pixels, sound, the latents of a diffusion model. Where that
+leaves several shapes, all are given in turn, likely ones first; what runs on one device is right. Each has two
+sequences, the second of them padded where there is a mask; lengths are no multiples of anything.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from sptransform.sweep.shrinking import Tree, kind_of, nodes
 BATCH, LENGTH, PADDED, TARGET, TEXT = 2, 44, 31, 18, 11
 MOST = 200
 IGNORED = -100
+# fields with the width of what a diffusion model is told, likely ones first
+CONTEXTS = (
+    "joint_attention_dim", "cross_attention_dim", "caption_channels", "caption_dim", "context_in_dim", "text_embed_dim",
+    "text_dim", "text_hidden_dim", "cap_feat_dim", "text_in_channels", "encoder_hidden", "in_text_dim", "context_dim",
+    "encoder_dim", "text", "hidden_size",
+)  # fmt: skip
 
 Inputs = dict[str, Any]
 
@@ -39,7 +45,9 @@ class Maker:
 
     def all_of(self, forward: Callable[..., Any]) -> Iterator[Inputs]:
         """Inputs to try, at most ``MOST`` of them, the likeliest first."""
-        parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        parameters = [
+            p for p in inspect.signature(forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
         required = {p.name for p in parameters if p.default is p.empty} | {self.main} - {None}
         choices: dict[str, list[Any]] = {}
         for name in sorted((p.name for p in parameters), key=lambda name: name != self.main):
@@ -104,13 +112,17 @@ class Maker:
 
     def sound(self) -> list[Tensor]:
         mel = self.sizes("num_mel_bins", "input_feat_per_channel", "feature_size", "input_size") or [80]
-        frames = [2 * n for n in self.sizes("max_source_positions")] + self.sizes("max_length") + [2 * LENGTH, 8 * LENGTH]
+        frames = (
+            [2 * n for n in self.sizes("max_source_positions")] + self.sizes("max_length") + [2 * LENGTH, 8 * LENGTH]
+        )
         spectra = [self.normal(BATCH, n, m) for n in frames for m in mel]
         return [*spectra, *(x.mT.contiguous() for x in spectra)]
 
     def latents(self) -> list[Tensor]:
         """Of images, of videos, of sounds, and sequences of them."""
-        channels = self.sizes("in_channels", "latent_channels", "in_chans", "in_dim", "in_visual_dim", "audio_in_channels")
+        channels = self.sizes(
+            "in_channels", "latent_channels", "in_chans", "in_dim", "in_visual_dim", "audio_in_channels"
+        )
         edges = [(6, 10), *((e, e) for e in self.sizes("sample_size", "image_size")), (8, 8), (16, 16)]
         found = []
         for c in channels or [4]:
@@ -122,9 +134,7 @@ class Maker:
         return found
 
     def contexts(self) -> list[Tensor]:
-        widths = self.numbers("joint_attention_dim", "cross_attention_dim", "caption_channels", "caption_dim", "context_in_dim",
-                              "text_embed_dim", "text_dim", "text_hidden_dim", "cap_feat_dim", "text_in_channels",
-                              "encoder_hidden", "in_text_dim", "context_dim", "encoder_dim", "text", "hidden_size")  # fmt: skip
+        widths = self.numbers(*CONTEXTS)
         return [self.normal(BATCH, TEXT, width) for width in widths if width > 3]
 
     def labels(self) -> list[Tensor | None]:

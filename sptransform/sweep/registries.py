@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -82,7 +83,9 @@ def _imported(module: str) -> Any:
     except ImportError as error:
         raise UsageError(
             describe(
-                f"the sweep needs {library} for this", found=str(error), fix=f"pip install {library}, or --family others"
+                f"the sweep needs {library} for this",
+                found=str(error),
+                fix=f"pip install {library}, or --family others",
             )
         ) from error
 
@@ -107,10 +110,9 @@ def _of_transformers(architecture: Architecture, form: Form) -> tuple[nn.Module,
     model = kind(config)
     experts = getattr(model, "set_experts_implementation", None)
     if experts is not None and torch.get_default_dtype() == torch.float64:
-        try:
-            experts("batched_mm")  # the default has no float64
-        except ValueError:  # of a model whose experts are no parameters that this could read
-            pass
+        # the default has no float64; of experts that cannot be set to another, float32 is what runs
+        with suppress(ValueError):
+            experts("batched_mm")
     return model, tree
 
 

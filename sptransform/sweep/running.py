@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -113,4 +114,10 @@ def pending(
         left = [a for a in asked if replace(blank, strategy=str(a.strategy), ranks=a.num_ranks).key not in keys]
         if left:
             found.append((architecture, left))
-    return found
+    # one of each family in turn, so that a sweep that is stopped knows something of all
+    turns: Counter[str] = Counter()
+    ordered = []
+    for architecture, left in found:
+        ordered.append((turns[architecture.family], architecture, left))
+        turns[architecture.family] += 1
+    return [(architecture, left) for _, architecture, left in sorted(ordered, key=lambda each: each[0])]

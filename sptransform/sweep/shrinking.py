@@ -1,14 +1,14 @@
 """Make a configuration small: one rule for every architecture, by what the fields of configurations are called.
 
-Values are divided, so that ratios and products stay as they are. With ``heads`` and ``head_size`` the divisors of the number
-of heads and of their size, any other width is divided by their product: heads x head size is then the hidden size where it
-was before, key heads are the same share of heads, and towers that meet still fit.
+Values are divided, so that ratios and products stay as they are. With ``heads`` and ``head_size`` the divisors of the
+number of heads and of their size, any other width is divided by their product: heads x head size is then the hidden
+size where it was before, key heads are the same share of heads, and towers that meet still fit.
 
-1. Layers: two, or as many as show each kind once, where lists say of each layer what it is. Of all those lists the same
-   layers are kept, and lists of layers' numbers are numbered anew.
+1. Layers: two, or as many as show each kind once, where lists say of each layer what it is. Of all those lists the
+   same layers are kept, and lists of layers' numbers are numbered anew.
 2. Heads, their sizes, widths: divided as above. Parts of a head (rotary sections) keep their ratio.
-3. Vocabularies, positions, windows, experts, periods of layers, images: at most so many. Tokens with a meaning get numbers
-   inside of the vocabulary, different ones as before.
+3. Vocabularies, positions, windows, experts, periods of layers, images: at most so many. Tokens with a meaning get
+   numbers inside of the vocabulary, different ones as before.
 4. What makes a step random, and caches for generation: off.
 """
 
@@ -58,8 +58,12 @@ KINDS = (
     ("random", r"drop|jitter|_pdrop|^mask_(time|feature)_prob|^apply_spec_augment"),
     ("codes", r"codebook_size"),
     ("vocabulary", r"vocab_sizes?|_vocab$|num_embeds"),
-    ("kept", r"num_labels|mel_bins|feat_per_channel|kernel|stride|norm_num_groups|^num_labels|pretraining_tp|sampling"
-             r"|label_names|theta|conv_pos_embedding|feature_size|input_feat_size|interpolation_scale|ratio|time_step_(min|max)"),
+    (
+        "kept",
+        r"num_labels|mel_bins|feat_per_channel|kernel|stride|norm_num_groups|^num_labels|pretraining_tp|sampling"
+        r"|label_names|theta|conv_pos_embedding|feature_size|input_feat_size|interpolation_scale|ratio"
+        r"|time_step_(min|max)",
+    ),
     ("period", r"period$|interval$|_step$|every_n_layers$|sliding_window_pattern$|frequency$"),
     ("offset", r"^first_k_|_offset$|layer_start_index|^num_dense_layers"),
     ("experts", r"experts$|expert_num$|experts_num"),
@@ -68,13 +72,22 @@ KINDS = (
     ("parts", r"section|axes_dims?|axes_lens"),
     ("head size", r"head_?(dim|size)|dim_head|d_head|^d_kv$|kv_channels|rotary_dim"),
     ("heads", r"heads?(_per_layer)?$|num_query_groups"),
-    ("layers", r"layers?$|^depths?$|num_(encoder_|decoder_)?(single_|double_)?blocks$|_layers_per_|^n_blocks$|layers_per_stack"
-               r"|stage_num_blocks|num_block_repeats|block_sizes|n_attn_blocks"),
+    (
+        "layers",
+        r"layers?$|^depths?$|num_(encoder_|decoder_)?(single_|double_)?blocks$|_layers_per_|^n_blocks$|layers_per_stack"
+        r"|stage_num_blocks|num_block_repeats|block_sizes|n_attn_blocks",
+    ),
     ("patch", r"^(patch_size|encoder_stride)$"),
     ("image", r"^(image|img|crop|sample)_size$"),
     ("window", r"window|chunk|local_attention$"),
-    ("positions", r"position_embeddings|positions$|^n_ctx$|seq_len|max_length|context_length|max_pos_emb|image_seq_length"),
-    ("width", r"size|dims?$|width|^d_|hidden|channels?|rank|ffn|inner|features$|units|embd|intermediate|latents$|dff|planes"),
+    (
+        "positions",
+        r"position_embeddings|positions$|^n_ctx$|seq_len|max_length|context_length|max_pos_emb|image_seq_length",
+    ),
+    (
+        "width",
+        r"size|dims?$|width|^d_|hidden|channels?|rank|ffn|inner|features$|units|embd|intermediate|latents$|dff|planes",
+    ),
 )
 
 
@@ -85,7 +98,8 @@ class Form:
     Attributes:
         layers: the least number of layers.
         head_size: the least size of a head.
-        share: all parts of the configuration are divided alike, so that widths that meet stay equal; else each by itself.
+        share: all parts of the configuration are divided alike, so that widths that meet stay equal; else each by
+            itself.
         filled: fields that are None get what their kind has elsewhere.
     """
 
@@ -225,7 +239,7 @@ def _hidden_and_heads(tree: Tree) -> Iterator[tuple[int, int]]:
 
 
 def kept_layers(tree: Tree, least: int) -> tuple[int, list[int]] | None:
-    """The number of layers, and those that are kept: the first of every kind, and at least so many; None without layers."""
+    """The number of layers, and those that are kept: the first of every kind, at least so many. None without layers."""
     counts = [v for name, v in tree.items() if kind_of(name) == "layers" and isinstance(v, int) and v > 1]
     if not counts:
         return None

@@ -14,7 +14,6 @@ from sptransform.sweep.registries import Architecture
 from sptransform.testing.pretended import Asked
 
 
-
 def work(architecture: Architecture, asked: list[Asked], memory: int, sender: Connection, log: str) -> None:
     """Send a record for each that is asked. What libraries print goes to the file ``log``."""
     with open(log, "a") as file:
