@@ -16,8 +16,8 @@ from sptransform.sweep.registries import Architecture, versions
 from sptransform.sweep.worker import work
 from sptransform.testing.pretended import Asked
 
-# a process is forked from one that has these, and starts at once
-PRELOADED = ["sptransform.sweep.worker", "transformers.models.auto.modeling_auto", "diffusers.models.transformers"]
+# processes are forked from one that has these; what is not installed is passed over
+PRELOADED = ["transformers.models.auto.modeling_auto", "diffusers.models.transformers", "sptransform.sweep.warm"]
 
 
 @dataclass(frozen=True)
