@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from sptransform.compiler.rewrite import Rewritten
-from sptransform.diagnostics.errors import SPTransformError
+from sptransform.diagnostics.errors import SPTransformError, VerificationError
 from sptransform.inspection.reader import explanation_of
 from sptransform.op_rules import DEFAULT_RULES
 from sptransform.sweep.one_device import Built, NotBuilt, built, said
@@ -73,7 +73,9 @@ def _outcome(record: Record, model: Built, asked: Asked, ranks: Ranks | Exceptio
 
 
 def failed(record: Record, error: BaseException) -> Record:
-    """Refused, if the error is one of ours; else it crashed."""
+    """Refused, if the error is one of ours and blames the model; else it crashed."""
+    if isinstance(error, VerificationError):
+        return replace(record, status=Status.CRASHED, reason=" ".join(str(error).splitlines()[:3]))
     if not isinstance(error, SPTransformError):
         return replace(record, status=Status.CRASHED, reason=said(error))
     fixes = [line.removeprefix("  fix: ") for line in str(error).splitlines() if line.startswith("  fix: ")]
