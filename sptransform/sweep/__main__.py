@@ -35,7 +35,9 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strategies", nargs="+", default=["ulysses", "ring", "megatron"], metavar="STRATEGY")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3], metavar="N")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1)")
-    parser.add_argument("--time-limit", type=float, default=240.0, help="seconds for one architecture (240)")
+    parser.add_argument(
+        "--time-limit", type=int, default=240, help="seconds of processor time for one architecture (240)"
+    )
     parser.add_argument(
         "--memory-limit", type=float, default=16.0, help="GiB of address space for one architecture (16)"
     )

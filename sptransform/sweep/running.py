@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,15 @@ from sptransform.testing.pretended import Asked
 # processes are forked from one that has these; what is not installed is passed over
 PRELOADED = ["transformers.models.auto.modeling_auto", "diffusers.models.transformers", "sptransform.sweep.warm"]
 
+# how much longer than its processor time a process may take, before it is taken to hang
+PATIENCE = 30
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one architecture: seconds, bytes of address space."""
+    """Of one architecture: seconds of processor time, so that a busy machine finds the same; bytes of address space."""
 
-    seconds: float = 240.0
+    seconds: int = 240
     memory: int = 16 << 30
 
 
@@ -49,7 +53,8 @@ class _Running:
                 yield record
             return
         self.process.join()
-        yield from self.lost(f"the process ended with code {self.process.exitcode}")
+        code = self.process.exitcode
+        yield from self.lost("not done in time" if code == -signal.SIGXCPU else f"the process ended with code {code}")
 
     def lost(self, reason: str) -> Iterator[Record]:
         """Stop it; what is left has crashed."""
@@ -77,7 +82,7 @@ def run(
             for record in each.received():
                 yield each.architecture, record
             if each.left and time.monotonic() > each.deadline:
-                for record in each.lost(f"not done in {limits.seconds:.0f} s"):
+                for record in each.lost("it hangs"):
                     yield each.architecture, record
             if not each.left:
                 each.process.kill()
@@ -94,10 +99,11 @@ def _started(
     log: Path,
 ) -> _Running:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(architecture, asked, limits.memory, sender, str(log)), daemon=True)
+    arguments = (architecture, asked, limits.seconds, limits.memory, sender, str(log))
+    process = context.Process(target=work, args=arguments, daemon=True)
     process.start()
     sender.close()
-    return _Running(architecture, list(asked), process, receiver, time.monotonic() + limits.seconds)
+    return _Running(architecture, list(asked), process, receiver, time.monotonic() + PATIENCE * limits.seconds)
 
 
 def pending(

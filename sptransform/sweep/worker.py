@@ -14,13 +14,16 @@ from sptransform.sweep.registries import Architecture
 from sptransform.testing.pretended import Asked
 
 
-def work(architecture: Architecture, asked: list[Asked], memory: int, sender: Connection, log: str) -> None:
+def work(
+    architecture: Architecture, asked: list[Asked], seconds: int, memory: int, sender: Connection, log: str
+) -> None:
     """Send a record for each that is asked. What libraries print goes to the file ``log``."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     warnings.filterwarnings("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     torch.set_num_threads(1)
     for record in judged(architecture, asked):
         sender.send(record)
