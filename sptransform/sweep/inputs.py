@@ -18,7 +18,7 @@ from torch import Tensor
 from sptransform.sweep.shrinking import Tree, kind_of, nodes
 
 BATCH, LENGTH, PADDED, TARGET, TEXT = 2, 44, 31, 18, 11
-MOST = 200
+MOST = 300
 IGNORED = -100
 # fields with the width of what a diffusion model is told, likely ones first
 CONTEXTS = (
@@ -55,8 +55,12 @@ class Maker:
                 choices[name] = self._required(name)
             elif name in OPTIONAL and (found := OPTIONAL[name](self)):
                 choices[name] = found
-        for values in itertools.islice(itertools.product(*choices.values()), MOST):
-            yield {name: value for name, value in zip(choices, values, strict=True) if value is not None}
+        places = itertools.product(*(range(len(each)) for each in choices.values()))
+        # few that are not the likeliest, first
+        ordered = sorted(places, key=lambda place: (sum(map(bool, place)), sum(place)))
+        for place in ordered[:MOST]:
+            values = {name: each[at] for (name, each), at in zip(choices.items(), place, strict=True)}
+            yield {name: value for name, value in values.items() if value is not None}
 
     def _required(self, name: str) -> list[Any]:
         make = REQUIRED.get(name) or OPTIONAL.get(name)
@@ -177,7 +181,7 @@ REQUIRED: dict[str, Callable[[Maker], list[Any]]] = {
     "inputs": lambda m: [m.ids(LENGTH), *m.images()],
     "inputs_embeds": lambda m: [m.normal(BATCH, TEXT, w) for w in m.sizes("hidden_size")],
     "pixel_values": Maker.images,
-    "position_ids": lambda m: [torch.arange(LENGTH).expand(BATCH, LENGTH)],
+    "position_ids": lambda m: [torch.arange(LENGTH).expand(BATCH, LENGTH), m.normal(35 + TEXT, 3).abs() * 5],
     "proj_embedding": lambda m: [m.normal(BATCH, w) for w in m.numbers("embedding_dim")],
     "timestep": _steps,
     "timestep_r": _steps,

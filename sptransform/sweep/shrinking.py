@@ -69,7 +69,7 @@ KINDS = (
     ("experts", r"experts$|expert_num$|experts_num"),
     ("chosen", r"experts?_per_tok|top_?k(_group)?$|moe_k$"),
     ("groups", r"n_group$|expert_groups?$"),
-    ("parts", r"section|axes_dims?|axes_lens"),
+    ("parts", r"section|axes_dims?|axes_lens|rope_dim|_dims_rope"),
     ("head size", r"head_?(dim|size)|dim_head|d_head|^d_kv$|kv_channels|rotary_dim"),
     ("heads", r"heads?(_per_layer)?$|num_query_groups"),
     (
