@@ -38,6 +38,14 @@ ROUNDINGS = 8.0
 
 def judged(architecture: Architecture, asked: Sequence[Asked]) -> Iterator[Record]:
     """A record for each that is asked, as soon as it is known; or one that says why there are none."""
+    before = torch.get_default_dtype()
+    try:
+        yield from _judged(architecture, asked)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _judged(architecture: Architecture, asked: Sequence[Asked]) -> Iterator[Record]:
     start = time.monotonic()
     blank = Record(architecture.name, architecture.family, "", 0, Status.NOT_BUILT, versions())
     try:

@@ -55,7 +55,7 @@ class Built:
 
 
 def built(architecture: Architecture) -> Built:
-    """The first form that runs: in float64, with every part divided alike, two layers, if that will do.
+    """The first form that runs, in float64 if one does; its dtype is then the default one.
 
     Raises:
         NotBuilt: none runs.

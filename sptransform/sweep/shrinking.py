@@ -20,12 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-VOCABULARY = 96
-POSITIONS = 144  # a square: some count the patches of an image
-WINDOW = 16
+# at most; 144 positions are a square, since some count the patches of an image
+MOST = {"vocabulary": 96, "codes": 64, "positions": 144, "window": 16, "experts": 8, "groups": 4, "chosen": 2}
 IMAGE, STAGED_IMAGE, PATCH, PATCHES = 24, 64, 4, 6
-EXPERTS, GROUPS = 8, 4
-CODES, CHANNELS = 64, 4
 LEAST_HEADS, LEAST_WIDTH = 4, 32
 
 Tree = dict[str, Any]
@@ -177,10 +174,7 @@ def _value(name: str, value: Any, divisors: Divisors, tokens: dict[int, int], ke
             return value if staged else min(value, PATCH)
         case "image":
             return min(value, STAGED_IMAGE if staged else IMAGE)
-    most = {
-        "vocabulary": VOCABULARY, "codes": CODES, "positions": POSITIONS, "window": WINDOW, "experts": EXPERTS, "groups": GROUPS,
-        "chosen": 2,
-    }.get(kind or "")  # fmt: skip
+    most = MOST.get(kind or "")
     return value if most is None else min(value, most)
 
 
@@ -265,18 +259,15 @@ def _renumbered(tree: Tree) -> dict[int, int]:
     for node in nodes(tree):
         for name, value in node.items():
             for each in value if isinstance(value, list) else [value]:
-                if kind_of(name) == "token" and isinstance(each, int) and each >= VOCABULARY - 1:
-                    found.setdefault(each, VOCABULARY - 2 - len(found))
+                if kind_of(name) == "token" and isinstance(each, int) and each >= MOST["vocabulary"] - 1:
+                    found.setdefault(each, MOST["vocabulary"] - 2 - len(found))
     return found
 
 
 def _filled(tree: Tree) -> Tree:
     """What is None by what its kind has elsewhere in the configuration: heads as heads, widths as the hidden size."""
     hidden, heads = next(_hidden_and_heads(tree), (None, None))
-    usual = {
-        "vocabulary": VOCABULARY, "experts": EXPERTS, "chosen": 2, "heads": heads, "width": hidden, "channels": CHANNELS,
-        "patch": 2, "image": IMAGE,
-    }  # fmt: skip
+    usual = {**MOST, "heads": heads, "width": hidden, "channels": 4, "patch": 2, "image": IMAGE}
     if isinstance(hidden, int) and isinstance(heads, int):
         usual["head size"] = hidden // heads
     found = {name: _filled(dict(v)) if isinstance(v, Mapping) else v for name, v in tree.items()}
