@@ -3,12 +3,16 @@
 Every dimension is a product of atoms. A rule that names one factor on two dimensions unifies their atoms; a reshape
 splits an atom into several. A slice or a pad *links* two atoms: another extent of the same axis. The sequence is then
 whatever is unified with, or linked to, the query or key factor of an attention op. Op-agnostic.
+
+A link is of single atoms. Where it leads from a sequence to a dimension that a reshape elsewhere divides (the tokens of
+an image, joined with text, then laid out as rows), the dimension is kept whole, and the reshape shares no axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -19,19 +23,20 @@ from sptransform.sharding.sizes import Size, quotient
 
 
 class Atom:
-    """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided."""
+    """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided. ``whole``: it never is."""
 
-    __slots__ = ("merged", "parts", "size")
+    __slots__ = ("merged", "parts", "size", "whole")
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, whole: bool = False) -> None:
         self.size = size
+        self.whole = whole
         self.merged: Atom | None = None
         self.parts: tuple[Atom, ...] | None = None
 
 
-def atoms_of(size: Size) -> list[Atom]:
+def atoms_of(size: Size, whole: bool = False) -> list[Atom]:
     """A dimension or factor of this size as atoms: one, or none if the size is 1."""
-    return [Atom(size)] if size != 1 else []
+    return [Atom(size, whole)] if size != 1 else []
 
 
 def resolve(atoms: list[Atom]) -> list[Atom]:
@@ -60,11 +65,12 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
             continue
         if x.size == y.size:
             y.merged = x
-        elif (rest := quotient(x.size, y.size)) is not None:
+            x.whole = x.whole or y.whole
+        elif not x.whole and (rest := quotient(x.size, y.size)) is not None:
             x.parts = (Atom(y.size), Atom(rest))
             a.extend(resolve([x])[::-1])
             b.append(y)
-        elif (rest := quotient(y.size, x.size)) is not None:
+        elif not y.whole and (rest := quotient(y.size, x.size)) is not None:
             y.parts = (Atom(x.size), Atom(rest))
             b.extend(resolve([y])[::-1])
             a.append(x)
@@ -75,18 +81,28 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
     return True
 
 
+# (node, name of a factor), or (node, index of a result, dimension)
+Place = tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Link:
-    """A factor of ``node``'s rule and a tensor dimension on which its extent differs, both as atoms."""
+    """A factor of ``node``'s rule and a tensor dimension on which its extent differs, as atoms; and their places."""
 
     factor: tuple[Atom, ...]
     dim: tuple[Atom, ...]
     resize: Resize
     node: fx.Node
+    places: tuple[Place, Place]
 
     @property
     def ends(self) -> tuple[list[Atom], list[Atom]]:
         return resolve(list(self.factor)), resolve(list(self.dim))
+
+
+def _divides(rule: OpRule) -> bool:
+    """Whether a dimension is a product of several factors."""
+    return any(len(factors) > 1 for _, _, dims in rule.tensors() for factors in dims)
 
 
 class Axes:
@@ -107,10 +123,20 @@ class Axes:
         ignored: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.divide = divide
+        self._ignored = ignored
+        whole: set[Place] = set()
+        self._infer(graph, sequence_dims, whole)
+        while torn := set(self._torn()) - whole:
+            whole |= torn
+            self._infer(graph, sequence_dims, whole)
+        self._partitions: dict[Atom, Partition] = {}
+
+    def _infer(self, graph: fx.Graph, sequence_dims: Mapping[str, int], whole: Collection[Place]) -> None:
+        """Unify all that rules equate; what is at ``whole`` stays one atom."""
+        self._whole = whole
         self._dims: dict[tuple[fx.Node, int], list[list[Atom]]] = {}
         self._factors: dict[fx.Node, dict[str, list[Atom]]] = {}
         self.links: list[Link] = []
-        self._ignored = ignored
         self._sequences: list[Atom] = []
         for node in graph.nodes:
             picked = dataflow.projection(node)
@@ -118,20 +144,31 @@ class Axes:
                 self._dims[node, 0] = self._dims[picked]
                 continue
             for index, shape in enumerate(dataflow.shapes(node)):
-                self._dims[node, index] = list(map(atoms_of, shape))
-        for node in graph.nodes:
-            rule = notes.note(node).rule
-            if rule is not None:
-                self._apply(node, rule)
+                self._dims[node, index] = [
+                    atoms_of(size, (node, index, dim) in whole) for dim, size in enumerate(shape)
+                ]
+        rules = {node: rule for node in graph.nodes if (rule := notes.note(node).rule) is not None}
+        # what divides dimensions comes last, when it is known which stay whole
+        for node in sorted(rules, key=lambda node: _divides(rules[node])) if whole else rules:
+            self._apply(node, rules[node])
+        if whole:
+            at = {node: position for position, node in enumerate(rules)}
+            self.links.sort(key=lambda link: at[link.node])
         for node in graph.nodes:
             name = notes.note(node).input_name
             if name in sequence_dims:
                 self._sequences.extend(self._dims[node, 0][sequence_dims[name]])
         self._family = self._close_over_links()
-        self._partitions: dict[Atom, Partition] = {}
+
+    def _torn(self) -> Iterator[Place]:
+        """Where links lead from a sequence to what is several atoms."""
+        for link in self.links:
+            for one, other, place in zip(link.ends, link.ends[::-1], link.places[::-1], strict=True):
+                if link.resize.links and len(other) > 1 and len(one) == 1 and one[0] in self._family:
+                    yield place
 
     def _apply(self, node: fx.Node, rule: OpRule) -> None:
-        factors = {name: atoms_of(size) for name, size in rule.sizes.items()}
+        factors = {name: atoms_of(size, (node, name) in self._whole) for name, size in rule.sizes.items()}
         self._factors[node] = factors
         operands = dataflow.operands(node)
         for side, index, dims in rule.tensors():
@@ -144,13 +181,16 @@ class Axes:
     def _equate(
         self, node: fx.Node, rule: OpRule, side: str, index: int, dims: Dims, own: list[list[Atom]]
     ) -> None:
-        for names, atoms in zip(dims, own, strict=True):
+        for dim, (names, atoms) in enumerate(zip(dims, own, strict=True)):
             factors = [atom for name in names for atom in self._factors[node][name]]
             resized = [rule.resize[side, index, name] for name in names if (side, index, name) in rule.resize]
             if not resized:
                 unify(atoms, factors)
             else:
-                self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node))
+                owner = (dataflow.operands(node)[index], 0) if side == "operand" else (node, index)
+                owner = dataflow.projection(owner[0]) or owner
+                places = (node, names[0]), (*owner, dim)
+                self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node, places))
 
     def _close_over_links(self) -> set[Atom]:
         family = set(resolve(self._sequences))
