@@ -5,6 +5,7 @@ from __future__ import annotations
 from sptransform.op_rules import (
     attention,
     below_autograd,
+    convolution,
     creation,
     indexing,
     loss,
@@ -20,6 +21,7 @@ from sptransform.rules.table import RuleTable
 TABLES = (
     attention.TABLE,
     below_autograd.TABLE,
+    convolution.TABLE,
     creation.TABLE,
     indexing.TABLE,
     loss.TABLE,

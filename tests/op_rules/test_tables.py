@@ -22,6 +22,7 @@ from sptransform.sharding.sizes import SymbolicSizeError
 from tests.op_rules import (
     test_attention,
     test_below_autograd,
+    test_convolution,
     test_creation,
     test_indexing,
     test_loss,
@@ -39,6 +40,7 @@ aten = torch.ops.aten
 CASES: list[Case] = [
     *test_attention.CASES,
     *test_below_autograd.CASES,
+    *test_convolution.CASES,
     *test_creation.CASES,
     *test_indexing.CASES,
     *test_loss.CASES,
