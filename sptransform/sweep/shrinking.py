@@ -201,8 +201,11 @@ def divisors_of(trees: list[Tree], head_size: int) -> Divisors:
         flat = [(name, v) for name, value in tree.items() for v in (value if isinstance(value, list) else [value])]
         ints = [(name, v) for name, v in flat if isinstance(v, int) and not isinstance(v, bool) and v > 0]
         heads += [v for name, v in ints if kind_of(name) == "heads"]
-        sizes += [v for name, v in ints if kind_of(name) == "head size"]
-        sizes += [width // number for width, number in _hidden_and_heads(tree) if width % number == 0]
+        own = [v for name, v in ints if kind_of(name) == "head size"]
+        sizes += own or [width // number for width, number in _hidden_and_heads(tree) if width % number == 0]
+    if not heads and not sizes:  # layers without attention: the hidden size is one head
+        sizes = [width for tree in trees for width in _hidden(tree)]
+        head_size = LEAST_WIDTH
     return Divisors(_largest(heads, LEAST_HEADS, 2), _largest(sizes, head_size, 4))
 
 
@@ -218,18 +221,18 @@ def _largest(values: list[int], most: int, least: int) -> int:
     )
 
 
+def _hidden(tree: Tree) -> list[int]:
+    """The hidden size; of models in stages, that of each."""
+    found = next((tree[n] for n in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim") if tree.get(n)), [])
+    return [x for x in (found if isinstance(found, list) else [found]) if isinstance(x, int)]
+
+
 def _hidden_and_heads(tree: Tree) -> Iterator[tuple[int, int]]:
     """Widths of which heads are parts, with the number of heads."""
-    hidden = next((tree[n] for n in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim") if tree.get(n)), None)
-    heads = [value for name, value in tree.items() if kind_of(name) == "heads" and value]
-    lists = [x if isinstance(x, list) else [x] for x in (hidden, *heads) if x is not None]
-    if hidden is not None and len(lists) > 1:
-        for number in lists[1:2]:
-            yield from (
-                (width, each)
-                for width, each in zip(lists[0] * len(number), number, strict=False)
-                if isinstance(width, int) and isinstance(each, int)
-            )
+    heads = next((value for name, value in tree.items() if kind_of(name) == "heads" and value), [])
+    numbers = [x for x in (heads if isinstance(heads, list) else [heads]) if isinstance(x, int)]
+    widths = _hidden(tree)
+    yield from zip(widths * len(numbers) if len(widths) == 1 else widths, numbers, strict=False)
 
 
 def kept_layers(tree: Tree, least: int) -> tuple[int, list[int]] | None:
