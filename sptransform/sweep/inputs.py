@@ -56,8 +56,8 @@ class Maker:
             elif name in OPTIONAL and (found := OPTIONAL[name](self)):
                 choices[name] = found
         places = itertools.product(*(range(len(each)) for each in choices.values()))
-        # few that are not the likeliest, first
-        ordered = sorted(places, key=lambda place: (sum(map(bool, place)), sum(place)))
+        # few that are not the likeliest, first; the main input last, since some models keep what they were first given
+        ordered = sorted(places, key=lambda place: (sum(map(bool, place)), place))
         for place in ordered[:MOST]:
             values = {name: each[at] for (name, each), at in zip(choices.items(), place, strict=True)}
             yield {name: value for name, value in values.items() if value is not None}
@@ -144,6 +144,8 @@ class Maker:
     def labels(self) -> list[Tensor | None]:
         """Of tokens, of a decoder, of what is heard or seen; none, if none will do."""
         classes = self.classes(2)
+        if self.main == "pixel_values":
+            return [classes, None]
         if self.main != "input_ids":
             return [self.ids(5), self.ids(TARGET), classes, None]
         target = self.ids(TARGET)

@@ -126,9 +126,12 @@ def _shrunk(tree: Tree, form: Form, common: Divisors | None, tokens: dict[int, i
     divisors = common or divisors_of([tree], form.head_size)
     kept = kept_layers(tree, form.layers)
     staged = any(kind_of(name) == "layers" and isinstance(value, list) for name, value in tree.items())
+    windowed = any(kind_of(name) == "window" for name in tree)  # an image of as many windows as before
     found: Tree = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if staged and windowed and kind_of(name) == "image":
+            found[name] = value
+        elif isinstance(value, Mapping):
             found[name] = _shrunk(dict(value), form, common, tokens)
         elif isinstance(value, list) and kept and len(value) == kept[0]:
             found[name] = [_value(name, value[at], divisors, tokens, kept[1], staged) for at in kept[1]]
