@@ -24,7 +24,14 @@ TEXT = {
     "pad_token_id": 0,
     "rope_parameters": {"mrope_section": [16, 24, 24]},
 }
-VISION = {"hidden_size": 1024, "num_heads": 16, "out_hidden_size": 4096, "depth": 24, "patch_size": 14, "image_size": 224}
+VISION = {
+    "hidden_size": 1024,
+    "num_heads": 16,
+    "out_hidden_size": 4096,
+    "depth": 24,
+    "patch_size": 14,
+    "image_size": 224,
+}
 
 
 def test_heads_and_widths_keep_their_ratios() -> None:
@@ -67,7 +74,8 @@ def test_what_is_none_is_filled_by_its_kind() -> None:
     [
         ("num_hidden_layers", "layers"), ("num_attention_heads", "heads"), ("qk_rope_head_dim", "head size"),
         ("moe_intermediate_size", "width"), ("image_token_id", "token"), ("num_experts_per_tok", "chosen"),
-        ("sliding_window", "window"), ("sliding_window_pattern", "period"), ("num_mel_bins", "kept"), ("rms_norm_eps", None),
+        ("sliding_window", "window"), ("sliding_window_pattern", "period"), ("num_mel_bins", "kept"),
+        ("rms_norm_eps", None),
     ],
 )  # fmt: skip
 def test_a_field_is_known_by_its_name(name: str, kind: str | None) -> None:
