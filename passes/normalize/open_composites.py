@@ -51,7 +51,7 @@ class OpenComposites(Pass):
 def _traced(node: fx.Node) -> fx.Graph | None:
     """What the op is, as a graph of its tensors; None if it stays."""
     inputs = node.all_input_nodes
-    values = [value for x in inputs for value in dataflow.values(x)]
+    values = [value for x in (node, *inputs) for value in dataflow.values(x)]
     if any(isinstance(size, torch.SymInt) for value in values for size in value.shape):
         return None
 
