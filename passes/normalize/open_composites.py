@@ -12,8 +12,9 @@ after::
 
 1. An op with a rule for this call stays: attention and linears are composites, too.
 2. An op that torch defines by others (``CompositeImplicitAutograd``) becomes these: below autograd it is not seen. Its
-   gradient is theirs on one device too.
-3. A composite stays if it writes, or makes constants; under autocast, which treats it as one op; and on open lengths.
+   gradient is theirs on one device too. Ops of others may have a gradient of their own, and stay.
+3. A composite stays if it writes, makes constants, or has parts without a rule; under autocast, which treats it as one
+   op; and on open lengths.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import rule_at
 from sptransform.graph.edit import emit_like, succeed, succeed_outputs
 from sptransform.rules.rule import map_nodes
+from sptransform.rules.table import RuleTable
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class OpenComposites(Pass):
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for node in list(graph.nodes):
-            if not dataflow.handles_tensors(node) or not dataflow.is_op(node.target):
+            if not dataflow.handles_tensors(node) or getattr(node.target, "namespace", None) != "aten":
                 continue
             if node.target in context.rules and rule_at(node, context.rules) is not None:
                 continue
             if (traced := _traced(node)) is not None:
-                _put_in_place(node, traced)
+                _put_in_place(node, traced, context.rules)
 
 
 def _traced(node: fx.Node) -> fx.Graph | None:
@@ -78,13 +80,19 @@ def _leaf(node: fx.Node) -> Any:
     return value.detach().requires_grad_(notes.note(node).differentiable and value.dtype.is_floating_point)
 
 
-def _put_in_place(node: fx.Node, traced: fx.Graph) -> None:
+def _put_in_place(node: fx.Node, traced: fx.Graph, rules: RuleTable) -> None:
     placeholders = traced.find_nodes(op="placeholder")
     copies = dict(zip(placeholders, node.all_input_nodes, strict=True))
+    emitted = []
     for inner in traced.nodes:
         if inner.op == "call_function":
             args, kwargs = fx.map_arg((inner.args, dict(inner.kwargs)), copies.__getitem__)
             copies[inner] = emit_like(node, inner.target, *args, **kwargs)
+            emitted.append(copies[inner])
+    if any(dataflow.handles_tensors(new) and rule_at(new, rules) is None for new in emitted):
+        for new in reversed(emitted):
+            node.graph.erase_node(new)
+        return
     (returned,) = traced.output_node().args
     if not isinstance(returned, fx.Node):
         succeed_outputs(node, [copies[each] for each in returned])

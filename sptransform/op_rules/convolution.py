@@ -16,31 +16,26 @@ aten = torch.ops.aten
 def convolution(call: OpCall) -> OpRule | None:
     """A convolution whose windows share nothing: a product with every patch, ``[n, c, (i k)] -> [n, o, i]``.
 
-    Windows that overlap, or leave a rest, need neighbours: those dimensions stay whole. So do channels, since a bias
-    would be added by every rank, and groups. None for transposed ones, and where a batch of one is left out.
+    Channels stay whole, since a bias would be added by every rank, and groups have channels of their own. None where
+    windows overlap, or leave a rest; for transposed convolutions, and where a batch of one is left out.
     """
     x, weight, result = call.operand_shapes[0], call.operand_shapes[1], call.result_shapes[0]
     if call.argument("transposed") or len(x) != len(weight):
         return None
+    batch, channels = dim_of("n", x[0]), dim_of("o", weight[0])
     sizes = {"n": x[0], "c": x[1], "w": weight[1], "o": weight[0]}
-    operand, kernel, out = [dim_of("n", x[0]), dim_of("c", x[1])], [dim_of("o", weight[0]), dim_of("w", weight[1])], []
-    whole = {"c", "w", "o"}
-    settings = (call.argument(name) for name in ("stride", "padding", "dilation"))
-    for d, (stride, padding, dilation) in enumerate(zip(*settings, strict=True)):
-        width, source, target = weight[d + 2], x[d + 2], result[d + 2]
-        apart = stride == width and padding == 0 and dilation == 1 and source == target * width
-        names = (f"i{d}", f"k{d}") if apart else (f"r{d}", f"k{d}")
-        sizes |= {names[0]: target, names[1]: width}
-        operand.append((*dim_of(names[0], target), *dim_of(names[1], width)) if apart else dim_of(f"s{d}", source))
-        kernel.append(dim_of(names[1], width))
-        out.append(dim_of(names[0], target))
-        whole.add(names[1])
-        if not apart:
-            sizes[f"s{d}"] = source
-            whole |= {f"r{d}", f"s{d}"}
-    operands = [tuple(operand), tuple(kernel), *([(dim_of("o", weight[0]),)] if len(call.operand_shapes) == 3 else [])]
-    results = ((dim_of("n", x[0]), dim_of("o", weight[0]), *out),)
-    return OpRule(tuple(operands), results, sizes, replicated=frozenset(whole & set(sizes)), heavy=True)
+    operand, kernel, out = [batch, dim_of("c", x[1])], [channels, dim_of("w", weight[1])], [batch, channels]
+    settings = zip(*(call.argument(name) for name in ("stride", "padding", "dilation")), strict=True)
+    for d, (setting, source, width, target) in enumerate(zip(settings, x[2:], weight[2:], result[2:], strict=True)):
+        if setting != (width, 0, 1) or source != target * width:
+            return None
+        sizes |= {f"i{d}": target, f"k{d}": width}
+        operand.append((*dim_of(f"i{d}", target), *dim_of(f"k{d}", width)))
+        kernel.append(dim_of(f"k{d}", width))
+        out.append(dim_of(f"i{d}", target))
+    operands = [tuple(operand), tuple(kernel), *([(channels,)] if len(call.operand_shapes) == 3 else [])]
+    whole = frozenset(name for name in sizes if name[0] in "cwok")
+    return OpRule(tuple(operands), (tuple(out),), sizes, replicated=whole, heavy=True)
 
 
 def _convolution_local(call: OpCall, local: Local) -> Any:
