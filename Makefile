@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: help demo test test-all mutants times lint bench clean
+.PHONY: help demo test test-all mutants times lint sweep bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make mutants   make small mistakes in the sources, and see whether the tests notice"
 	@echo "make times     show where the processor time of the tests goes"
 	@echo "make lint      run ruff"
+	@echo "make sweep     compare every architecture of transformers and diffusers with one device; goes on where it stopped"
 	@echo "make bench     measure the time of the transform, attention beside others, and memory"
 	@echo "make clean     remove .venv and caches"
 
@@ -44,6 +45,9 @@ times: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 
+sweep: $(VENV)/.installed-sweep
+	$(RUN) -m sptransform.sweep $(ARGS)
+
 bench: $(VENV)/.installed-examples
 	$(RUN) benchmarks/transform_time.py
 	$(RUN) benchmarks/attention.py
@@ -58,5 +62,5 @@ $(VENV)/.installed-%: pyproject.toml | $(RUN)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from sptransform.passes.finish.restore_output_order import RestoreOutputOrder
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
+from sptransform.passes.normalize.open_composites import OpenComposites
 from sptransform.passes.normalize.pad_with_zeros import PadWithZeros
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
 from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
@@ -32,6 +33,7 @@ from sptransform.passes.normalize.unrepeat_key_heads import UnrepeatKeyHeads
 
 # rewrites of the single-device graph, into forms that rules shard best
 NORMALIZE: tuple[Pass, ...] = (
+    OpenComposites(),  # before all that match ops
     DropEmptyPieces(),
     UndoSorting(),
     ReadKernelCalls(),  # before the passes that match the model's own attention op

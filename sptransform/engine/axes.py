@@ -3,14 +3,18 @@
 Every dimension is a product of atoms. A rule that names one factor on two dimensions unifies their atoms; a reshape
 splits an atom into several. A slice or a pad *links* two atoms: another extent of the same axis. The sequence is then
 whatever is unified with, or linked to, the query or key factor of an attention op. Op-agnostic.
+
+A link is of single atoms. Where it leads from a sequence to a dimension that a reshape elsewhere divides (the tokens of
+an image, joined with text, then laid out as rows), the dimension is kept whole, and the reshape shares no axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from math import lcm, prod
+from typing import Any
 
 from torch import fx
 
@@ -25,21 +29,22 @@ _AGES = count()
 class Atom:
     """An axis not yet divided; ``merged`` or ``parts`` is set once it is merged or divided.
 
-    ``age`` orders atoms as they are first met in the graph.
+    ``age`` orders atoms as they are first met in the graph. ``whole``: it is never divided.
     """
 
-    __slots__ = ("age", "merged", "parts", "size")
+    __slots__ = ("age", "merged", "parts", "size", "whole")
 
-    def __init__(self, size: Size, age: int | None = None) -> None:
+    def __init__(self, size: Size, age: int | None = None, whole: bool = False) -> None:
         self.size = size
         self.age = next(_AGES) if age is None else age
+        self.whole = whole
         self.merged: Atom | None = None
         self.parts: tuple[Atom, ...] | None = None
 
 
-def atoms_of(size: Size) -> list[Atom]:
+def atoms_of(size: Size, whole: bool = False) -> list[Atom]:
     """A dimension or factor of this size as atoms: one, or none if the size is 1."""
-    return [Atom(size)] if size != 1 else []
+    return [Atom(size, whole=whole)] if size != 1 else []
 
 
 def resolve(atoms: list[Atom]) -> list[Atom]:
@@ -69,11 +74,12 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
         if x.size == y.size:
             y.merged = x
             x.age = min(x.age, y.age)
-        elif (rest := quotient(x.size, y.size)) is not None:
+            x.whole = x.whole or y.whole
+        elif not x.whole and (rest := quotient(x.size, y.size)) is not None:
             x.parts = (Atom(y.size, x.age), Atom(rest, x.age))
             a.extend(resolve([x])[::-1])
             b.append(y)
-        elif (rest := quotient(y.size, x.size)) is not None:
+        elif not y.whole and (rest := quotient(y.size, x.size)) is not None:
             y.parts = (Atom(x.size, y.age), Atom(rest, y.age))
             b.extend(resolve([y])[::-1])
             a.append(x)
@@ -84,18 +90,28 @@ def unify(left: list[Atom], right: list[Atom]) -> bool:
     return True
 
 
+# (node, name of a factor), or (node, index of a result, dimension)
+Place = tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Link:
-    """A factor of ``node``'s rule and a tensor dimension on which its extent differs, both as atoms."""
+    """A factor of ``node``'s rule and a tensor dimension on which its extent differs, as atoms; and their places."""
 
     factor: tuple[Atom, ...]
     dim: tuple[Atom, ...]
     resize: Resize
     node: fx.Node
+    places: tuple[Place, Place]
 
     @property
     def ends(self) -> tuple[list[Atom], list[Atom]]:
         return resolve(list(self.factor)), resolve(list(self.dim))
+
+
+def _divides(rule: OpRule) -> bool:
+    """Whether a dimension is a product of several factors."""
+    return any(len(factors) > 1 for _, _, dims in rule.tensors() for factors in dims)
 
 
 class Axes:
@@ -116,32 +132,55 @@ class Axes:
         ignored: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.divide = divide
+        self._ignored = ignored
+        whole: set[Place] = set()
+        self._infer(graph, sequence_dims, whole)
+        while torn := set(self._torn()) - whole:
+            whole |= torn
+            self._infer(graph, sequence_dims, whole)
+
+    def _infer(self, graph: fx.Graph, sequence_dims: Mapping[str, int], whole: Collection[Place]) -> None:
+        """Unify all that rules equate; what is at ``whole`` stays one atom."""
+        self._whole = whole
         self._dims: dict[tuple[fx.Node, int], list[list[Atom]]] = {}
         self._factors: dict[fx.Node, dict[str, list[Atom]]] = {}
         self.links: list[Link] = []
-        self._ignored = ignored
         self._sequences: list[Atom] = []
+        self._partitions: dict[Atom, Partition] = {}
+        self._granules: dict[Atom, int] = {}
         for node in graph.nodes:
             picked = dataflow.projection(node)
             if picked is not None:
                 self._dims[node, 0] = self._dims[picked]
                 continue
             for index, shape in enumerate(dataflow.shapes(node)):
-                self._dims[node, index] = list(map(atoms_of, shape))
-        for node in graph.nodes:
-            rule = notes.note(node).rule
-            if rule is not None:
-                self._apply(node, rule)
+                self._dims[node, index] = [
+                    atoms_of(size, (node, index, dim) in whole) for dim, size in enumerate(shape)
+                ]
+        rules = {node: rule for node in graph.nodes if (rule := notes.note(node).rule) is not None}
+        # what divides dimensions comes last, when it is known which stay whole
+        for node in sorted(rules, key=lambda node: _divides(rules[node])) if whole else rules:
+            self._apply(node, rules[node])
+        if whole:
+            at = {node: position for position, node in enumerate(rules)}
+            self.links.sort(key=lambda link: at[link.node])
         for node in graph.nodes:
             name = notes.note(node).input_name
             if name in sequence_dims:
                 self._sequences.extend(self._dims[node, 0][sequence_dims[name]])
         self._family = self._close_over_links()
-        self._partitions: dict[Atom, Partition] = {}
-        self._granules: dict[Atom, int] = {}
+
+    def _torn(self) -> Iterator[Place]:
+        """Where links lead from a sequence to what is several atoms, and ranks do not share the outermost of these."""
+        for link in self.links:
+            source, target = link.ends
+            for one, other, place in ((source, target, link.places[1]), (target, source, link.places[0])):
+                if link.resize.links and len(other) > 1 and len(one) == 1 and one[0] in self._family:
+                    if self._derived(link, source, target) != self.partition(target[0]):
+                        yield place
 
     def _apply(self, node: fx.Node, rule: OpRule) -> None:
-        factors = {name: atoms_of(size) for name, size in rule.sizes.items()}
+        factors = {name: atoms_of(size, (node, name) in self._whole) for name, size in rule.sizes.items()}
         self._factors[node] = factors
         operands = dataflow.operands(node)
         for side, index, dims in rule.tensors():
@@ -154,13 +193,16 @@ class Axes:
     def _equate(
         self, node: fx.Node, rule: OpRule, side: str, index: int, dims: Dims, own: list[list[Atom]]
     ) -> None:
-        for names, atoms in zip(dims, own, strict=True):
+        for dim, (names, atoms) in enumerate(zip(dims, own, strict=True)):
             factors = [atom for name in names for atom in self._factors[node][name]]
             resized = [rule.resize[side, index, name] for name in names if (side, index, name) in rule.resize]
             if all(resize.halo for resize in resized):
                 unify(atoms, factors)
             else:
-                self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node))
+                owner = (dataflow.operands(node)[index], 0) if side == "operand" else (node, index)
+                owner = dataflow.projection(owner[0]) or owner
+                places = (node, names[0]), (*owner, dim)
+                self.links.append(Link(tuple(factors), tuple(atoms), resized[0], node, places))
 
     def _close_over_links(self) -> set[Atom]:
         family = set(resolve(self._sequences))
@@ -179,6 +221,8 @@ class Axes:
         """Take factors of nodes for sequences."""
         self._sequences.extend(atom for node, name in factors for atom in self._factors[node][name])
         self._family = self._close_over_links()
+        self._partitions.clear()
+        self._granules.clear()
 
     @property
     def has_sequence(self) -> bool:
@@ -205,13 +249,17 @@ class Axes:
         """Partition of a sequence axis: derived from an older axis if a link says so, else :meth:`_root`."""
         if atom not in self._partitions:
             derived = (
-                link.resize.partition(self.partition(source[0]).refine(_inner(source))).coarsen(_inner(target))
+                self._derived(link, source, target)
                 for link, source, target in self._links()
                 if target[0] is atom and source[0].age < atom.age and source[0] in self._family
             )
             found = next(derived, None)
             self._partitions[atom] = self._root(atom) if found is None else found
         return self._partitions[atom]
+
+    def _derived(self, link: Link, source: list[Atom], target: list[Atom]) -> Partition | None:
+        """The partition of the outermost atom at the link's dimension, as its factor says; None if it has none."""
+        return link.resize.partition(self.partition(source[0]).refine(_inner(source))).coarsen(_inner(target))
 
     def _root(self, atom: Atom) -> Partition:
         """``divide`` of the axis' size; where a padded or cut form of it is divided in blocks, of their number."""

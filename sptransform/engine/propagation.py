@@ -28,6 +28,7 @@ from sptransform.rules.decision import Decision, Pending, Replicate, Sharded, de
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import I, P, Placement, R, Shard
+from sptransform.sharding.sizes import order
 
 
 @dataclass
@@ -85,7 +86,9 @@ class Propagation:
             return Pending(pending)  # one reduction of the sum instead of one per term
         candidates = candidates or self.sequence_decisions(node, rule)
         if candidates:
-            return max(candidates, key=lambda decision: self._preference(node, rule, decision))
+            best = max(candidates, key=lambda decision: self._preference(node, rule, decision))
+            if not self._reads_all_of_it(node, rule, best):
+                return best
         return Pending(pending) if pending and pending in rule.linear else Replicate(I)
 
     def _place_attention(self, node: fx.Node, rule: OpRule) -> Decision:
@@ -148,6 +151,18 @@ class Propagation:
                 if decision.is_allowed(rule):
                     found.append(decision)
         return found
+
+    def _reads_all_of_it(self, node: fx.Node, rule: OpRule, decision: Sharded) -> bool:
+        """Whether ops like this one, of which each gives a pending sum, read their operand entry by entry.
+
+        One gather for all of them is then less than their sums: a loop over the steps of a sequence.
+        """
+        if decision.factor not in rule.reduce or rule.heavy or len(rule.operands) != 1:
+            return False
+        (producer,) = dataflow.operands(node)
+        alike = [user for user in producer.users if user.target == node.target]
+        total = sum(prod(dataflow.shape(user)) for user in alike)
+        return len(alike) > 1 and order(total) >= order(prod(dataflow.shape(producer)))
 
     def _preference(self, node: fx.Node, rule: OpRule, decision: Sharded) -> tuple[bool, int]:
         kept = any(decision.factor in factors for dims in rule.results for factors in dims)

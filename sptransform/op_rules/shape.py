@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 
+import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.rules.factors import dim_of, dims_and_sizes, dims_of
 from sptransform.rules.rule import Dims, OpCall, OpRule, Resize, RuleFn, Shape
 from sptransform.rules.table import Local, OpEntry
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import Size, order, quotient
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 _LINEAR = (frozenset({0}),)
@@ -211,39 +213,73 @@ def _slice_local(call: OpCall, local: Local) -> Any:
 
 
 def select(call: OpCall) -> OpRule:
-    """Other dimensions pass; the selected one must be whole."""
+    """Other dimensions pass. The owner of the selected entry has it, others zeros: a pending sum."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     operand, sizes = dims_and_sizes(shape)
     result = (*operand[:dim], *operand[dim + 1 :])
-    return OpRule((operand,), (result,), sizes, replicated=frozenset({f"i{dim}"}), linear=_LINEAR)
+    return OpRule((operand,), (result,), sizes, reduce=frozenset({f"i{dim}"} & set(sizes)), linear=_LINEAR)
+
+
+def _select_local(call: OpCall, local: Local) -> Any:
+    dim = call.argument("dim") % len(call.operand_shapes[0])
+    if local.decision.factor != f"i{dim}":
+        return local.run(call)
+    entry = _owned_entry(local, dim, call.argument("index") % call.operand_shapes[0][dim])
+    return local.emit(aten.squeeze.dim, (entry, dim), {})
+
+
+def _owned_entry(local: Local, dim: int, index: int) -> Any:
+    """Entry ``index`` of the whole operand along ``dim``, or zeros where another rank owns it."""
+    emit, x = local.emit, local.operands[0]
+    partition = local.decision.partition.tiled(local.decision.outer)
+    if not partition.local_size(local.rank):  # there has to be an entry to read; it is masked below
+        flat = [0] * (2 * (len(local.operand_shapes[0]) - dim))
+        x = emit(aten.constant_pad_nd.default, (x, [*flat[:-1], 1]), {})
+    wanted = emit(aten.new_full.default, (x, [1], index), {"dtype": torch.int64})
+    at = emit(sp.local_index.default, (wanted, str(partition), local.group), {})
+    entry = emit(aten.index_select.default, (x, dim, emit(aten.clamp.default, (at, 0), {})), {})
+    shape = [1] * len(local.operand_shapes[0])
+    is_own = emit(aten.reshape.default, (emit(aten.ge.Scalar, (at, 0), {}), shape), {})
+    return emit(aten.where.ScalarOther, (is_own, entry, 0.0), {})
 
 
 def split(call: OpCall) -> OpRule:
-    """Other dimensions pass. Each piece is a slice of the split one, which must be whole if a piece has one entry."""
+    """Other dimensions pass. Each piece is a slice of the split one; a piece of one entry is as from :func:`select`.
+
+    If no piece has more, the split dimension must be whole.
+    """
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     operand, sizes = dims_and_sizes(shape)
     bounds = list(accumulate((piece[dim] for piece in call.result_shapes), initial=0))
-    if operand[dim] and all(piece[dim] != 1 for piece in call.result_shapes):
-        pieces = enumerate(pairwise(bounds))
-        resize = {("result", index, f"i{dim}"): piece_of(start, stop) for index, (start, stop) in pieces}
-        return OpRule((operand,), (operand,) * len(call.result_shapes), sizes, linear=_LINEAR, resize=resize)
-    results = []
-    for index, piece in enumerate(call.result_shapes):
-        sizes[f"p{index}"] = piece[dim]
-        results.append((*operand[:dim], dim_of(f"p{index}", piece[dim]), *operand[dim + 1 :]))
-    replicated = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(results)))})
-    return OpRule((operand,), tuple(results), sizes, replicated=replicated, linear=_LINEAR)
+    single = (*operand[:dim], (), *operand[dim + 1 :])
+    results = tuple(single if piece[dim] == 1 else operand for piece in call.result_shapes)
+    if operand not in results or operand == single:
+        replicated = frozenset({f"i{dim}"})
+        return OpRule((operand,), results, sizes, replicated=replicated, linear=_LINEAR)
+    pieces = zip(results, pairwise(bounds), strict=True)
+    resize = {
+        ("result", index, f"i{dim}"): piece_of(start, stop) for index, (_, (start, stop)) in enumerate(pieces)
+        if results[index] is operand
+    }  # fmt: skip
+    reduce = frozenset({f"i{dim}"} if single in results else ())
+    return OpRule((operand,), results, sizes, linear=_LINEAR, resize=resize, reduce=reduce)
 
 
 def _split_local(call: OpCall, local: Local) -> Any:
     dim = call.argument("dim") % len(call.operand_shapes[0])
     if local.decision.factor != f"i{dim}":
         return local.run(call)
-    bounds = accumulate((piece[dim] for piece in call.result_shapes), initial=0)
+    bounds = list(accumulate((piece[dim] for piece in call.result_shapes), initial=0))
     sizes = [hi - lo for lo, hi in pairwise(num_owned_below(bound, local) for bound in bounds)]
-    return local.emit(aten.split_with_sizes.default, (local.operands[0], sizes, dim), {})
+    split = local.emit(aten.split_with_sizes.default, (local.operands[0], sizes, dim), {})
+    if all(piece[dim] != 1 for piece in call.result_shapes):
+        return split
+    return [
+        _owned_entry(local, dim, start) if piece[dim] == 1 else local.emit(operator.getitem, (split, index), {})
+        for index, (piece, start) in enumerate(zip(call.result_shapes, bounds, strict=False))
+    ]
 
 
 def unbind(call: OpCall) -> OpRule:
@@ -256,19 +292,41 @@ def unbind(call: OpCall) -> OpRule:
 
 
 def cat(call: OpCall) -> OpRule | None:
-    """Other dimensions pass; the concatenated one must be whole. None with old-style empty 1-D operands."""
+    """Other dimensions pass. Every operand is a slice of the result along the concatenated one; one entry is whole.
+
+    None with old-style empty 1-D operands. With empty ones of more dimensions the concatenated one must be whole.
+    """
     target = call.result_shapes[0]
     if any(len(shape) != len(target) for shape in call.operand_shapes):
         return None
     dim = call.argument("dim") % len(target)
     result, sizes = dims_and_sizes(target)
-    operands = []
-    for index, shape in enumerate(call.operand_shapes):
-        sizes[f"p{index}"] = shape[dim]
-        operands.append((*result[:dim], dim_of(f"p{index}", shape[dim]), *result[dim + 1 :]))
-    replicated = frozenset({f"i{dim}", *(f"p{i}" for i in range(len(operands)))})
+    bounds = accumulate((shape[dim] for shape in call.operand_shapes), initial=0)
+    single = (*result[:dim], (), *result[dim + 1 :])
+    operands = tuple(single if shape[dim] == 1 else result for shape in call.operand_shapes)
+    resize, replicated = {}, frozenset()
+    if len(operands) > 1:
+        for index, (start, stop) in enumerate(pairwise(bounds)):
+            if operands[index] is result:
+                resize["operand", index, f"i{dim}"] = piece_of(start, stop)
+    if any(shape[dim] == 0 for shape in call.operand_shapes):
+        replicated = frozenset({f"i{dim}"})
     everything = (frozenset(range(len(operands))),)
-    return OpRule(tuple(operands), (result,), sizes, replicated=replicated, linear=everything)
+    return OpRule(operands, (result,), sizes, replicated=replicated, linear=everything, resize=resize)
+
+
+def _cat_local(call: OpCall, local: Local) -> Any:
+    """Of an operand with one entry, which all ranks have, those that do not own it take an empty slice."""
+    dim = call.argument("dim") % len(call.result_shapes[0])
+    if local.decision.factor != f"i{dim}":
+        return local.run(call)
+    bounds = accumulate((shape[dim] for shape in call.operand_shapes), initial=0)
+    parts = list(local.operands)
+    for index, (start, stop) in enumerate(pairwise(bounds)):
+        if call.operand_shapes[index][dim] == 1:
+            num = num_owned_below(stop, local) - num_owned_below(start, local)
+            parts[index] = local.emit(aten.slice.Tensor, (parts[index], dim, 0, num), {})
+    return local.emit(aten.cat.default, (parts, dim), {})
 
 
 def stack(call: OpCall) -> OpRule:
@@ -343,7 +401,7 @@ _SWAP = OpEntry(_permuted(_swap))
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten._reshape_alias.default, _RESHAPE),
     (aten._unsafe_view.default, _RESHAPE),
-    (aten.cat.default, cat),
+    (aten.cat.default, OpEntry(cat, _cat_local)),
     (aten.chunk.default, _SPLIT),
     (aten.concatenate.default, cat),
     (aten.constant_pad_nd.default, OpEntry(pad, _pad_local)),
@@ -357,7 +415,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.repeat.default, OpEntry(repeat, _repeat_local)),
     (aten.repeat_interleave.self_int, OpEntry(repeat_interleave, _repeat_interleave_local)),
     (aten.reshape.default, _RESHAPE),
-    (aten.select.int, select),
+    (aten.select.int, OpEntry(select, _select_local)),
     (aten.slice.Tensor, OpEntry(slice_, _slice_local)),
     (aten.split.Tensor, _SPLIT),
     (aten.split_with_sizes.default, _SPLIT),

@@ -211,3 +211,27 @@ def test_lengths_that_ranks_do_not_divide(length: int) -> None:
         return functional.scaled_dot_product_attention(y, y, y, is_causal=True)[:, :, 1:].sin().mean()
 
     check(model, heads(length), torch.randn(2, 2, dtype=torch.float64, requires_grad=True), num_ranks=4)
+
+
+def test_one_token_is_a_sum_over_ranks() -> None:
+    first = Through(lambda y: y[:, 0].square().sum())
+    assert moves(first, hidden_states()) == ["I->S", "S->S", "S->S", "P->I"]
+    check(first, hidden_states(), num_ranks=3)
+
+
+def test_a_loop_over_all_tokens_gathers_once() -> None:
+    every = Through(lambda y: sum((y[:, at] ** (at + 1)).sum() for at in range(y.shape[1])))
+    assert moves(every, hidden_states()) == ["I->S", "S->S", "S->S", "S->I"]
+    check(every, hidden_states(), num_ranks=3)
+
+
+def test_sequences_that_are_joined_keep_their_owners() -> None:
+    """One token before them, a part of them after them: no rank gets all rows."""
+
+    def joined(y: torch.Tensor) -> torch.Tensor:
+        longer = torch.cat([y.mean(1, keepdim=True), y, y[:, 2:]], 1)
+        return longer.softmax(-1).square().sum()
+
+    found = moves(Through(joined), hidden_states())
+    assert "S->R" not in found and "S->I" not in found
+    check(Through(joined), hidden_states(), num_ranks=3)

@@ -18,6 +18,7 @@ def grouped(*args: Any, factors: str) -> Case:
     return case(sp.grouped_product.default, *args, grouped_kernel.NAME, factors=factors)
 
 
+
 CASES = [
     case(aten.addmm.default, randn(5), randn(4, 6), randn(6, 5), factors="i j"),
     case(aten.addmm.default, randn(4, 5), randn(4, 6), randn(6, 5), factors="i j"),

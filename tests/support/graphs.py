@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ from torch._guards import TracingContext
 
 import sptransform.ops  # noqa: F401 - registers the ops a rewritten graph calls
 from sptransform.capture.capture import capture
-from sptransform.compiler.dynamo import configured
-from sptransform.diagnostics.errors import SPTransformError
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass, run_passes
 from sptransform.op_rules import DEFAULT_RULES
@@ -27,36 +24,11 @@ from sptransform.ops.groups import pretend
 from sptransform.passes import PIPELINE
 from sptransform.sharding.mesh import PRETENDED_GROUP, Mesh
 from sptransform.strategies.ulysses import Ulysses
+from sptransform.testing.capturing import compiled_with as compiled_with
+from sptransform.testing.capturing import copied, while_captured
 from sptransform.testing.lockstep import in_lockstep
 
 Tensors = list[torch.Tensor | None]
-
-
-class _Stop(SPTransformError):
-    """Ends the model's call once its graph is captured, before Dynamo makes guards that nobody will check."""
-
-
-def compiled_with(
-    model: Callable[..., Any], backend: Callable[[fx.GraphModule, list[Any]], Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Call `model` compiled with `backend`, in the configuration of the library."""
-    torch._dynamo.reset()
-    return configured(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))(*args, **kwargs)
-
-
-def while_captured(
-    model: Callable[..., Any], use: Callable[[fx.GraphModule, list[Any]], Any], *args: Any, **kwargs: Any
-) -> Any:
-    """What `use` makes of the captured graph and its inputs, while Dynamo's context is open; nothing is run."""
-    made: list[Any] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        made.append(use(gm, inputs))
-        raise _Stop
-
-    with contextlib.suppress(_Stop):
-        compiled_with(model, backend, *args, **kwargs)
-    return made[0]
 
 
 @dataclass(frozen=True)
@@ -121,11 +93,6 @@ class Run:
 
     outputs: Tensors
     grads: Tensors
-
-
-def copied(inputs: Sequence[Any]) -> list[Any]:
-    """Leaves of the same values, so that runs share no gradient and no buffer."""
-    return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
 def run_once(call: Callable[..., Any], inputs: Sequence[Any], grad_enabled: bool = True) -> Run:

@@ -5,10 +5,7 @@ A graph takes Dynamo's inputs, parameters among them, in Dynamo's order; only a 
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,41 +13,21 @@ from torch import fx, nn
 
 from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import Rewritten, rewrite_graph, rewritten_for
-from sptransform.engine.context import Context
-from sptransform.graph import notes
-from sptransform.ops.groups import pretend
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
-from sptransform.testing.lockstep import in_lockstep
+from sptransform.testing.pretended import Asked, Ranks, Runnable, for_ranks, parameter_names
+from sptransform.testing.pretended import on_pretended_ranks as on_pretended_ranks
 from tests.support.equality import Result
-from tests.support.graphs import DynamoGraph, copied, dynamo_graph, while_captured
+from tests.support.graphs import DynamoGraph, dynamo_graph, while_captured
 from tests.support.models import LAYERS, Inputs, build
 from tests.support.simulated import per_rank, simulate, to_ranks
-
-T = TypeVar("T")
-Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class Runnable:
-    """A rewritten graph, its inputs, and what it was compiled to; `names` has an input's name if it is a parameter."""
-
-    graph_module: fx.GraphModule
-    context: Context
-    inputs: list[Any]
-    names: list[str | None]
-    compiled: Callable[..., Any] | None = None
-
-    @property
-    def call(self) -> Callable[..., Any]:
-        return self.compiled or self.graph_module
 
 
 def runnables(model: nn.Module, inputs: Inputs, meshes: Sequence[Mesh], **options: Any) -> list[Runnable]:
     """The model's graph, captured once and rewritten for each of `meshes`, whose groups need not exist yet."""
 
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> list[Runnable]:
-        return _for_meshes(gm, example_inputs, _parameter_names(model, example_inputs), meshes, options)
+        return _for_meshes(gm, example_inputs, parameter_names(model, example_inputs), meshes, options)
 
     return while_captured(model, use, **inputs)
 
@@ -82,59 +59,12 @@ def _on_ranks(x: Any, num_ranks: int) -> Any:
     return to_ranks(x, num_ranks, requires_grad=x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The rewritten graph of every rank, pretended; the same object where all ranks have the same."""
-
-    graphs: list[Runnable]
-
-    @property
-    def context(self) -> Context:
-        return self.graphs[0].context
-
-    def run(self, call: Callable[[Runnable], T], seed: int = 0) -> list[T]:
-        """``call`` with its graph on every rank, in lockstep."""
-        parts = self.context.result.mesh_dims
-        inner = parts[1].mesh.size if len(parts) == 2 else 1
-        return in_lockstep(len(self.graphs), lambda rank: call(self.graphs[rank]), seed=seed, inner=inner)
-
-    def results(self) -> list[Result]:
-        """One forward and backward; of what the graph returns, the loss is the scalar."""
-        return [replace(result, rank=rank) for rank, result in enumerate(self.run(_forward_and_backward))]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A strategy on a number of ranks; of a mesh of two dims, on so many of each."""
-
-    num_ranks: int | tuple[int, ...]
-    strategy: StrategyLike
-
-    def __str__(self) -> str:
-        return f"{self.strategy} on {self.num_ranks}"
-
-
-def on_pretended_ranks(
-    model: nn.Module, inputs: Inputs, asked: Sequence[Asked], compiler: Compiler | None = None, **options: Any
-) -> dict[Asked, Ranks]:
-    """The model's graphs for all that is asked, captured once; one for all ranks where these share evenly.
-
-    ``compiler`` is an inner backend; without, graphs run as they are.
-    """
-
-    def use(gm: fx.GraphModule, example_inputs: list[Any]) -> dict[Asked, Ranks]:
-        names = _parameter_names(model, example_inputs)
-        return {each: _for_ranks(gm, example_inputs, names, each, compiler, options) for each in asked}
-
-    return while_captured(model, use, **inputs)
-
-
 @functools.cache
 def dynamo_graph_of(name: str, layers: int, seq_len: int) -> tuple[DynamoGraph, list[str | None]]:
     """The graph of a model of `tests/support/models.py`, made once, and its inputs' parameter names."""
     model, inputs = build(name, layers=layers, seq_len=seq_len)
     graph = dynamo_graph(model, **inputs)
-    return graph, _parameter_names(model, graph.inputs)
+    return graph, parameter_names(model, graph.inputs)
 
 
 def model_on_pretended_ranks(
@@ -143,7 +73,7 @@ def model_on_pretended_ranks(
     """As `on_pretended_ranks`, of a model of `tests/support/models.py`."""
     graph, names = dynamo_graph_of(name, layers, seq_len)
     return {
-        each: graph.use(lambda gm, inputs, each=each: _for_ranks(gm, inputs, names, each, None, options))
+        each: graph.use(lambda gm, inputs, each=each: for_ranks(gm, inputs, names, each, None, options))
         for each in asked
     }
 
@@ -171,11 +101,6 @@ def rewritten_model(
     return graph.use(lambda gm, inputs: rewritten_for(mesh, gm, inputs, chosen))
 
 
-def _parameter_names(model: nn.Module, inputs: Sequence[Any]) -> list[str | None]:
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [by_identity.get(id(x)) for x in inputs]
-
-
 def _for_meshes(
     gm: fx.GraphModule, inputs: list[Any], names: list[str | None], meshes: Sequence[Mesh], options: dict[str, Any]
 ) -> list[Runnable]:
@@ -189,36 +114,6 @@ def function_on_ranks(function: Callable[..., Any], inputs: Sequence[Any], asked
     placeholders = [graph.placeholder(f"x{i}") for i in range(len(inputs))]
     graph.output((graph.call_function(function, tuple(placeholders)),))
     names = [None] * len(inputs)
-    return _for_ranks(fx.GraphModule({}, graph), list(inputs), names, asked, None, {"outputs": "full"} | options)
+    return for_ranks(fx.GraphModule({}, graph), list(inputs), names, asked, None, {"outputs": "full"} | options)
 
 
-def _for_ranks(
-    gm: fx.GraphModule,
-    inputs: list[Any],
-    names: list[str | None],
-    asked: Asked,
-    compiler: Compiler | None,
-    options: dict[str, Any],
-) -> Ranks:
-    request = Options(**{"strategy": asked.strategy, "outputs": "dtensor"} | options)
-    graphs: list[Runnable] = []
-    shape = asked.num_ranks if isinstance(asked.num_ranks, tuple) else (asked.num_ranks,)
-    for rank in range(prod(shape)):
-        if graphs and notes.is_even(graphs[0].graph_module.graph):
-            graphs.append(graphs[0])
-        else:
-            made, context = rewrite_graph(gm, inputs, request, Mesh.pretended(shape, rank))
-            with ExitStack() as stack:
-                for part in context.result.mesh_dims:
-                    stack.enter_context(pretend(part.mesh.group, part.mesh.rank))
-                call = None if compiler is None else compiler(made, inputs)
-            graphs.append(Runnable(made, context, inputs, names, call))
-    return Ranks(graphs)
-
-
-def _forward_and_backward(graph: Runnable) -> Result:
-    arguments = copied(graph.inputs)
-    (loss,) = [x for x in graph.call(*arguments) if isinstance(x, torch.Tensor) and x.ndim == 0]
-    loss.backward()
-    pairs = zip(graph.names, arguments, strict=True)
-    return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})
