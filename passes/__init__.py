@@ -22,6 +22,7 @@ from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
 from sptransform.passes.normalize.pad_with_zeros import PadWithZeros
 from sptransform.passes.normalize.drop_sequences import DropSequences
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
+from sptransform.passes.normalize.read_linear_cross_entropy import ReadLinearCrossEntropy
 from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
 from sptransform.passes.normalize.recognize_scans import RecognizeScans
@@ -46,6 +47,7 @@ NORMALIZE: tuple[Pass, ...] = (
     PadWithZeros(),
     RecognizeScans(),
     DropSequences(),  # once attention shows what sequences are; before ChunkLosses: logits that are returned are needed
+    ReadLinearCrossEntropy(),
     SplitMeans(),
     ChunkLosses(),  # after SplitMeans, as it handles no means
     SplitCrossEntropy(),  # likewise, and what ChunkLosses leaves

@@ -159,11 +159,15 @@ class InnerAxes:
 
 
 def _ends(rule: OpRule, weight: int) -> tuple[list[str], list[str]]:
-    """The weight's factors that the op contracts, and those that only the weight brings into the result.
+    """The weight's factors that the op contracts, and those that what it is multiplied with does not have.
 
-    The latter may be reduced again in the same op, by itself.
+    The latter are in the result, or the op reduces them again, by itself.
     """
-    own = [factor for factors in rule.operands[weight] for factor in factors]
-    others = {f for i, dims in enumerate(rule.operands) if i != weight for factors in dims for f in factors}
     results = {f for dims in rule.results for factors in dims for f in factors} | rule.self_reduced
-    return [f for f in own if f not in results], [f for f in own if f in results and f not in others]
+    own, *others = (
+        [factor for factors in dims for factor in factors]
+        for dims in (rule.operands[weight], *rule.operands[:weight], *rule.operands[weight + 1 :])
+    )
+    contracted = [f for f in own if f not in results]
+    multiplied = {f for factors in others if not set(contracted).isdisjoint(factors) for f in factors}
+    return contracted, [f for f in own if f in results and f not in multiplied]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import fx
@@ -42,12 +42,11 @@ class Reader:
 
     def replace_by(self, values: fx.Node, index: fx.Node | None, at: fx.Node) -> None:
         """Let the losses, or logsumexps, of tokens take the place of the node; ``index`` are the labels."""
-        emit, call = emitted_at(at), op_call(self.node)
+        emit, call = partial(emit_like, at), op_call(self.node)
         dtype = dataflow.value(self.node).dtype
         if self.weight is not None:
-            is_valid = emit(aten.ne.Scalar, index, self.labels.ignore_index)
-            classes = emit(aten.where.ScalarOther, is_valid, index, 0)
-            values = emit(aten.mul.Tensor, values, emit(aten.index.Tensor, self.weight, [classes]))
+            weights = class_weights(self.weight, index, self.labels.ignore_index, at)
+            values = emit(aten.mul.Tensor, values, weights)
         if dataflow.value(values).dtype != dtype:
             values = emit(aten.to.dtype, values, dtype)
         if self.node.target in (aten.cross_entropy_loss.default, aten.nll_loss_nd.default):
@@ -77,8 +76,11 @@ def readers_at(user: fx.Node, logits: Logits) -> Iterator[Reader | fx.Node]:
         yield _of_logits(user, logits) or user
 
 
-def emitted_at(at: fx.Node) -> Any:
-    return lambda target, *args, **kwargs: emit_like(at, target, *args, **kwargs)
+def class_weights(weight: fx.Node, labels: fx.Node, ignore_index: int, at: fx.Node) -> fx.Node:
+    """The weight of each label's class, emitted in front of ``at``; of ignored labels any."""
+    is_valid = emit_like(at, aten.ne.Scalar, labels, ignore_index)
+    classes = emit_like(at, aten.where.ScalarOther, is_valid, labels, 0)
+    return emit_like(at, aten.index.Tensor, weight, [classes])
 
 
 def _in_region(node: fx.Node, logits: Logits) -> bool:
