@@ -57,20 +57,21 @@ class ChunkLosses(Pass):
             return
         graph.eliminate_dead_code()  # a reader of the logits that nobody reads
         products = [product_at(node, context.rules) for node in graph.nodes]
-        for product in products:
-            if product is not None:
-                _chunk(product, context)
+        found = [_chunk(product, context) for product in products if product is not None]
+        if context.loss_chunk != "auto" and not any(found):
+            log.warning("loss_chunk=%s has no effect: no linear is read by a cross-entropy alone", context.loss_chunk)
         graph.eliminate_dead_code()
 
 
-def _chunk(product: Product, context: Context) -> None:
+def _chunk(product: Product, context: Context) -> bool:
+    """Replace the product and what reads it, if that can be; whether it was."""
     found = [found for pair in all_logits(product, context.rules) for found in readers_at(*pair)]
     readers = [reader for reader in found if isinstance(reader, Reader)]
     if not any(reader.labels for reader in readers):
-        return
-    chunk = _chunk_size(product.node, context)
+        return False
+    chunk = chunk_size(product.node, context)
     if chunk is None:
-        return
+        return False
     others = [node for node in found if isinstance(node, fx.Node)]
     groups = list(_by_tokens(readers).values())
     if others:
@@ -84,6 +85,8 @@ def _chunk(product: Product, context: Context) -> None:
     else:
         for group in groups:
             _replace(group, chunk)
+        return True
+    return False
 
 
 def _leave(product: Product, reason: str) -> None:
@@ -91,7 +94,7 @@ def _leave(product: Product, reason: str) -> None:
     log.info("the logits %%%s exist for all tokens at once: %s; at %s", product.node.name, reason, where)
 
 
-def _chunk_size(logits: fx.Node, context: Context) -> int | None:
+def chunk_size(logits: fx.Node, context: Context) -> int | None:
     """Tokens of a chunk; None if chunks save too little."""
     if context.loss_chunk != "auto":
         return context.loss_chunk

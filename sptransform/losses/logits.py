@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -26,6 +27,7 @@ from sptransform.op_rules.mask_ops import CONVERT, RETYPED
 from sptransform.op_rules.rearrangement import RESHAPES
 from sptransform.ops.mask_gradients import without_gradient
 from sptransform.ops.mask_program import MaskProgram, Ref, Step, is_elementwise
+from sptransform.ops.ring.kernels.interface import compute_dtype
 from sptransform.rules.rule import OpRule, map_nodes
 from sptransform.rules.table import RuleTable
 from sptransform.sharding.sizes import Size
@@ -107,6 +109,14 @@ class Logits:
         """Whether classes are the last dimension."""
         return self.dim == len(dataflow.shape(self.node)) - 1
 
+    @cached_property
+    def _needed(self) -> tuple[tuple[Step, torch.dtype], ...]:
+        """The steps without a last conversion to the dtype in which the op computes anyway."""
+        *before, (last, dtype) = (None, dataflow.value(self.product.node).dtype), *self.steps
+        if before and last.target is CONVERT and dtype == compute_dtype(before[-1][1]):
+            return self.steps[:-1]
+        return self.steps
+
     @property
     def tokens(self) -> tuple[Any, ...]:
         """What determines which tokens these are, in which order; and what was made of their logits."""
@@ -115,7 +125,7 @@ class Logits:
             for node, _ in self.moves
             if node.target not in RESHAPES or not self.is_last
         ]
-        return self.steps, self.columns, tuple(moved), self.pieces
+        return self._needed, self.columns, tuple(moved), self.pieces
 
     def after(self, user: fx.Node, rules: RuleTable) -> Logits | None:
         """What ``user`` makes of them; None if that is something else."""
@@ -185,7 +195,7 @@ class Logits:
 
         steps = [
             Step(step.target, tuple(refer(x, at) for x in step.args), tuple((k, refer(x, at)) for k, x in step.kwargs))
-            for at, (step, _) in enumerate(self.steps)
+            for at, (step, _) in enumerate(self._needed)
         ]
         program = MaskProgram(first, tuple(steps))
         if without_gradient(program, [0]) is not None:
@@ -193,7 +203,7 @@ class Logits:
         with dataflow.fake_mode(self.node.graph), torch.no_grad():
             operands = [dataflow.value(x).new_empty(0) for x in (self.product.node, *self.columns)]
             found = [x.dtype for x in program.values(operands)[first:]]
-        return program if found == [dtype for _, dtype in self.steps] else None
+        return program if found == [dtype for _, dtype in self._needed] else None
 
     def emit_operands(self, at: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, list[fx.Node]]:
         """x with the tokens of these logits, weight, bias and columns; emitted in front of ``at``."""
