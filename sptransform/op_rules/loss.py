@@ -23,6 +23,7 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 NONE, MEAN, SUM = 0, 1, 2
+LINEAR_CROSS_ENTROPY = sp.linear_cross_entropy.default
 _IGNORED = -100  # not a class index on any rank
 
 
@@ -114,7 +115,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.nll_loss_nd.default, OpEntry(nll, _nll_local)),
     (aten.smooth_l1_loss.default, elementwise_loss),
     (
-        sp.linear_cross_entropy.default,
+        LINEAR_CROSS_ENTROPY,
         OpEntry(linear_cross_entropy, _linear_cross_entropy_local, _linear_cross_entropy_sends),
     ),
 ]
