@@ -56,7 +56,8 @@ class ChunkLosses(Pass):
         if context.loss_chunk is None:
             return
         graph.eliminate_dead_code()  # a reader of the logits that nobody reads
-        products = [product_at(node, context.rules) for node in graph.nodes]
+        large = [node for node in graph.nodes if dataflow.handles_tensors(node) and chunk_size(node, context)]
+        products = [product_at(node, context.rules) for node in large]
         found = [_chunk(product, context) for product in products if product is not None]
         if context.loss_chunk != "auto" and not any(found):
             log.warning("loss_chunk=%s has no effect: no linear is read by a cross-entropy alone", context.loss_chunk)
@@ -68,9 +69,6 @@ def _chunk(product: Product, context: Context) -> bool:
     found = [found for pair in all_logits(product, context.rules) for found in readers_at(*pair)]
     readers = [reader for reader in found if isinstance(reader, Reader)]
     if not any(reader.labels for reader in readers):
-        return False
-    chunk = chunk_size(product.node, context)
-    if chunk is None:
         return False
     others = [node for node in found if isinstance(node, fx.Node)]
     groups = list(_by_tokens(readers).values())
@@ -84,7 +82,7 @@ def _chunk(product: Product, context: Context) -> bool:
         _leave(product, "labels are made after the logits are read")
     else:
         for group in groups:
-            _replace(group, chunk)
+            _replace(group, chunk_size(product.node, context))
         return True
     return False
 
@@ -98,9 +96,10 @@ def chunk_size(logits: fx.Node, context: Context) -> int | None:
     """Tokens of a chunk; None if chunks save too little."""
     if context.loss_chunk != "auto":
         return context.loss_chunk
-    *tokens, classes = dataflow.shape(logits)
-    if not isinstance(classes, int):
+    shapes = dataflow.shapes(logits)
+    if len(shapes) != 1 or len(shapes[0]) < 2 or not isinstance(shapes[0][-1], int) or not shapes[0][-1]:
         return None
+    *tokens, classes = shapes[0]
     row = classes * max(dataflow.value(logits).dtype.itemsize, 4)
     chunk = max(FEWEST, CHUNK // row)
     num_tokens = prod(tokens)
