@@ -17,7 +17,7 @@ after, where no tensor has more logits than a chunk::
    ``losses/readers.py``: cross-entropy with class indices, spelled with a log-softmax too, and the logsumexp beside it.
 2. Everything that reads the product has to be of this kind. A product of which logits are returned is left.
 3. With ``loss_chunk="auto"`` only where the logits of a rank have 64 MiB or more; then a chunk has 32 MiB, and at least
-   256 tokens. If the number of tokens is open, it is taken to be large.
+   256 tokens. A number of tokens that is open counts as 4096 a rank.
 4. Readers of the same tokens share one op.
 """
 
@@ -44,7 +44,7 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 
 log = logging.getLogger(__name__)
 
-LARGE, CHUNK, FEWEST = 64 << 20, 32 << 20, 256
+LARGE, CHUNK, FEWEST, OPEN = 64 << 20, 32 << 20, 256, 4096
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def chunk_size(logits: fx.Node, context: Context) -> int | None:
     row = classes * max(dataflow.value(logits).dtype.itemsize, 4)
     chunk = max(FEWEST, CHUNK // row)
     num_tokens = prod(tokens)
-    own = num_tokens // context.mesh.size if isinstance(num_tokens, int) else chunk * LARGE // CHUNK
+    own = num_tokens // context.mesh.size if isinstance(num_tokens, int) else OPEN
     return chunk if own * row >= LARGE and own > chunk else None
 
 

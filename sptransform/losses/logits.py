@@ -129,16 +129,18 @@ class Logits:
 
     def after(self, user: fx.Node, rules: RuleTable) -> Logits | None:
         """What ``user`` makes of them; None if that is something else."""
-        if [x for x in user.all_input_nodes if x is self.node] != [self.node] or _num_uses(user, self.node) != 1:
+        if _num_uses(user, self.node) != 1:
             return None
         if notes.region_of(user).grad_enabled != notes.region_of(self.product.node).grad_enabled:
+            return None
+        if is_elementwise(user.target) and user.target not in RETYPED:
+            return self._computed(user)
+        if user.args[:1] != (self.node,):  # only its dtype is read
             return None
         if user.target in RETYPED and user.target is not aten.detach.default:
             same_device = dataflow.value(user).device == dataflow.value(self.node).device
             return self.converted(dataflow.value(user).dtype, user) if same_device else None
-        if user.target in _MOVES:
-            return self._moved(user, rule_at(user, rules))
-        return self._computed(user) if is_elementwise(user.target) else None
+        return self._moved(user, rule_at(user, rules)) if user.target in _MOVES else None
 
     def converted(self, dtype: torch.dtype, node: fx.Node | None = None) -> Logits:
         """The same in another dtype."""

@@ -65,7 +65,7 @@ def readers_at(user: fx.Node, logits: Logits) -> Iterator[Reader | fx.Node]:
         yield user
     elif user.target is aten.log_softmax.int:
         call = op_call(user)
-        if user.args[0] is not logits.node or _dim(call, logits) != logits.dim:
+        if user.args[:1] != (logits.node,) or _dim(call, logits) != logits.dim:
             yield user
             return
         logits = logits.converted(dataflow.value(user).dtype)
@@ -92,7 +92,7 @@ def _dim(call: OpCall, logits: Logits) -> int:
 
 
 def _of_logits(user: fx.Node, logits: Logits) -> Reader | None:
-    if user.args[0] is not logits.node:
+    if user.args[:1] != (logits.node,):
         return None
     call = op_call(user) if dataflow.handles_tensors(user) else None
     if user.target is aten.cross_entropy_loss.default:
@@ -105,7 +105,7 @@ def _of_logits(user: fx.Node, logits: Logits) -> Reader | None:
 
 
 def _of_log_softmax(user: fx.Node, logs: fx.Node, logits: Logits) -> Reader | None:
-    if user.args[0] is not logs:
+    if user.args[:1] != (logs,):
         return None
     call = op_call(user) if dataflow.handles_tensors(user) else None
     if user.target is aten.nll_loss_nd.default:
@@ -125,6 +125,6 @@ def _cross_entropy(user: fx.Node, call: OpCall, logits: Logits) -> Reader | None
     num_dims = len(dataflow.shape(logits.node))
     if call.argument("reduction") == MEAN or num_dims < 2 or logits.dim != 1:
         return None
-    if dataflow.value(labels).is_floating_point() or (weight and (smoothing or notes.note(weight[0]).differentiable)):
+    if dataflow.value(labels).dtype != torch.int64 or (weight and (smoothing or notes.note(weight[0]).differentiable)):
         return None
     return Reader(user, logits, Labels(labels, call.argument("ignore_index"), smoothing), *weight)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.ops.logit_sums import sum_dtype
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
@@ -101,7 +102,9 @@ def _linear_cross_entropy_local(call: OpCall, local: Local) -> Any:
 def _linear_cross_entropy_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
     """Forward a maximum, and three sums as one; nothing backward."""
     num_ranks = Partition.parse(call.argument("classes")).num_ranks
-    num_bytes = 4 * prod(call.result_shapes[0]) * max(operands[0].dtype.itemsize, 4)
+    has_bias = call.operand("bias") is not None
+    dtype = sum_dtype(operands[0], operands[3 + has_bias :], call.argument("program"))
+    num_bytes = 4 * prod(call.result_shapes[0]) * dtype.itemsize
     return Sent("all_reduce", 2, 2 * num_bytes * (num_ranks - 1) // num_ranks), Sent("all_reduce", 0, 0)
 
 

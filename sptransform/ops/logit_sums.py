@@ -29,6 +29,11 @@ def _logits(
     return product, logits.to(compute_dtype(logits.dtype))
 
 
+def sum_dtype(x: Tensor, columns: Sequence[Tensor], program: str) -> torch.dtype:
+    """The dtype of what :func:`logit_sums` gives; the tensors may be fake."""
+    return compute_dtype(parse(program).run([each.new_empty(0) for each in (x, *columns)]).dtype)
+
+
 def _chunks(num_rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk))
 
@@ -39,8 +44,8 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, columns: list[Tensor], **options: Any):
-    _, logits = _logits(x[:0], weight, bias, columns, options["program"])
-    return tuple(x.new_empty(x.shape[0], dtype=logits.dtype) for _ in range(4))
+    dtype = sum_dtype(x, columns, options["program"])
+    return tuple(x.new_empty(x.shape[0], dtype=dtype) for _ in range(4))
 
 
 # Of every row of logits [n, classes]: the largest logit; the logarithm of the sum of the exponentials of the others'
@@ -71,9 +76,9 @@ def logit_sums(
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(x.shape[0], chunk):
             largest, logsum, picked, total = (out[rows] for out in found)
-            _, logits = _logits(x[rows], weight, bias, columns, program)
+            logits = _logits(x[rows], weight, bias, columns, program)[1]
             torch.amax(logits, 1, out=largest)
-            logits = logits - _finite(largest)[:, None]
+            logits.sub_(_finite(largest)[:, None])
             own = labels[rows]
             picked.copy_(logits.gather(1, own.clamp(min=0)[:, None])[:, 0].masked_fill_(own < 0, 0.0))
             if summed:

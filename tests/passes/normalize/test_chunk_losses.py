@@ -160,7 +160,13 @@ def detached(head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
     return loss * functional.cross_entropy(logits.detach().flatten(0, 1), labels.flatten())
 
 
-LEFT = [returned, read_by_others, trained_scale, normed, other_tokens, two_labels, detached]
+def read_for_its_dtype(head: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+    logits = head(x)
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return loss + functional.cross_entropy(x.type_as(logits).flatten(0, 1), labels.flatten().clamp(max=HIDDEN - 1))
+
+
+LEFT = [read_for_its_dtype, returned, read_by_others, trained_scale, normed, other_tokens, two_labels, detached]
 
 
 @pytest.mark.slow
