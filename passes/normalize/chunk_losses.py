@@ -58,18 +58,21 @@ class ChunkLosses(Pass):
         graph.eliminate_dead_code()  # a reader of the logits that nobody reads
         large = [node for node in graph.nodes if dataflow.handles_tensors(node) and chunk_size(node, context)]
         products = [product_at(node, context.rules) for node in large]
-        found = [_chunk(product, context) for product in products if product is not None]
-        if context.loss_chunk != "auto" and not any(found):
+        for product in products:
+            if product is not None:
+                _chunk(product, context)
+        is_found = graph.find_nodes(op="call_function", target=sp.linear_cross_entropy.default)
+        if context.loss_chunk != "auto" and not is_found:
             log.warning("loss_chunk=%s has no effect: no linear is read by a cross-entropy alone", context.loss_chunk)
         graph.eliminate_dead_code()
 
 
-def _chunk(product: Product, context: Context) -> bool:
-    """Replace the product and what reads it, if that can be; whether it was."""
+def _chunk(product: Product, context: Context) -> None:
+    """Replace the product and what reads it, if that can be."""
     found = [found for pair in all_logits(product, context.rules) for found in readers_at(*pair)]
     readers = [reader for reader in found if isinstance(reader, Reader)]
     if not any(reader.labels for reader in readers):
-        return False
+        return
     others = [node for node in found if isinstance(node, fx.Node)]
     groups = list(_by_tokens(readers).values())
     if others:
@@ -83,8 +86,6 @@ def _chunk(product: Product, context: Context) -> bool:
     else:
         for group in groups:
             _replace(group, chunk_size(product.node, context))
-        return True
-    return False
 
 
 def _leave(product: Product, reason: str) -> None:
@@ -100,7 +101,7 @@ def chunk_size(logits: fx.Node, context: Context) -> int | None:
     if len(shapes) != 1 or len(shapes[0]) < 2 or not isinstance(shapes[0][-1], int) or not shapes[0][-1]:
         return None
     *tokens, classes = shapes[0]
-    row = classes * max(dataflow.value(logits).dtype.itemsize, 4)
+    row = classes * max(dataflow.values(logits)[0].dtype.itemsize, 4)
     chunk = max(FEWEST, CHUNK // row)
     num_tokens = prod(tokens)
     own = num_tokens // context.mesh.size if isinstance(num_tokens, int) else OPEN
