@@ -19,8 +19,8 @@ from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
 from sptransform.passes.normalize.chunk_losses import ChunkLosses
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
-from sptransform.passes.normalize.pad_with_zeros import PadWithZeros
 from sptransform.passes.normalize.drop_sequences import DropSequences
+from sptransform.passes.normalize.pad_with_zeros import PadWithZeros
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
 from sptransform.passes.normalize.read_linear_cross_entropy import ReadLinearCrossEntropy
 from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
