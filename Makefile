@@ -52,6 +52,7 @@ bench: $(VENV)/.installed-examples
 	$(RUN) benchmarks/transform_time.py
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/memory.py
+	$(RUN) benchmarks/loss_memory.py
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)

@@ -17,10 +17,13 @@ from sptransform.passes.finish.merge_gradient_sums import MergeGradientSums
 from sptransform.passes.finish.restore_output_order import RestoreOutputOrder
 from sptransform.passes.normalize.attend_by_position import AttendByPosition
 from sptransform.passes.normalize.cast_attention_inputs import CastAttentionInputs
+from sptransform.passes.normalize.chunk_losses import ChunkLosses
 from sptransform.passes.normalize.drop_empty_pieces import DropEmptyPieces
+from sptransform.passes.normalize.drop_sequences import DropSequences
 from sptransform.passes.normalize.open_composites import OpenComposites
 from sptransform.passes.normalize.pad_with_zeros import PadWithZeros
 from sptransform.passes.normalize.read_kernel_calls import ReadKernelCalls
+from sptransform.passes.normalize.read_linear_cross_entropy import ReadLinearCrossEntropy
 from sptransform.passes.normalize.read_score_masks import ReadScoreMasks
 from sptransform.passes.normalize.recognize_attention import RecognizeAttention
 from sptransform.passes.normalize.recognize_scans import RecognizeScans
@@ -45,8 +48,11 @@ NORMALIZE: tuple[Pass, ...] = (
     SimplifyMasks(),
     PadWithZeros(),
     RecognizeScans(),
+    DropSequences(),  # once attention shows what sequences are; before ChunkLosses: logits that are returned are needed
+    ReadLinearCrossEntropy(),
     SplitMeans(),
-    SplitCrossEntropy(),  # after SplitMeans, as it handles no means
+    ChunkLosses(),  # after SplitMeans, as it handles no means
+    SplitCrossEntropy(),  # likewise, and what ChunkLosses leaves
     SplitBiases(),
 )
 

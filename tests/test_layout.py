@@ -24,7 +24,7 @@ LEVELS = (
     ("sharding",),
     ("rules", "ops"),
     ("graph", "op_rules", "integrations"),
-    ("engine", "masks", "routing", "scans", "agreement", "parameters"),
+    ("engine", "losses", "masks", "routing", "scans", "agreement", "parameters"),
     ("capture", "strategies", "passes"),
     ("compiler",),
     ("inspection", "frontend", "testing"),

@@ -101,6 +101,7 @@ def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
         "inner backend": options.backend,
         "outputs": options.outputs,
         "grad_sync": options.grad_sync,
+        "loss_chunk": options.loss_chunk,
         "sequence_dims": dict(sorted(options.sequence_dims.items())),
         **options.custom,
     }

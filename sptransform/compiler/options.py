@@ -24,7 +24,7 @@ from sptransform.rules.rule import RuleFn
 from sptransform.rules.table import OpEntry, RuleTable
 from sptransform.strategies.names import StrategyLike, strategy_of
 
-OUTPUTS = ("dtensor", "full", "local")
+OUTPUTS = ("dtensor", "full", "local", "loss")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Options:
     check_timeout: float = 300.0
     rules: Mapping[Any, OpEntry | RuleFn] = field(default_factory=dict)
     passes: Sequence[Pass] = ()
+    loss_chunk: int | str | None = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_of(self.strategy))
@@ -64,6 +65,11 @@ class Options:
         if not isinstance(self.check_timeout, int | float) or not self.check_timeout > 0:
             raise UsageError(
                 describe("check_timeout is a number of seconds", found=repr(self.check_timeout), fix="300.0")
+            )
+        is_number = isinstance(self.loss_chunk, int) and not isinstance(self.loss_chunk, bool) and self.loss_chunk > 0
+        if not is_number and self.loss_chunk not in ("auto", None):
+            raise UsageError(
+                describe("loss_chunk is a number of tokens", found=repr(self.loss_chunk), fix="1024, 'auto' or None")
             )
         if not isinstance(self.sequence_dims, Mapping):
             raise UsageError(

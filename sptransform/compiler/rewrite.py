@@ -89,6 +89,7 @@ def _rewrite_graph(
         strict=options.strict,
         shard_parameters=shard_parameters,
         sequence_dims=options.sequence_dims,
+        loss_chunk=options.loss_chunk,
     )
     captured = capture(gm, inputs)
     check_sequence_dims(captured.graph, options.sequence_dims, full_model)
@@ -160,7 +161,7 @@ def rewrite(
         world_size: number of ranks, or a tuple with the size of each mesh dim; for one rank, the captured graph.
         rank: the rank whose graph is returned; with even partitions all ranks have the same.
         options: further options of :func:`parallelize` (``outputs``, ``grad_sync``, ``strict``, ``sequence_dims``,
-            ``rules``, ``passes``).
+            ``rules``, ``passes``, ``loss_chunk``).
 
     Raises:
         UsageError: an argument is wrong.

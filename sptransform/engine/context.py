@@ -50,13 +50,14 @@ class Context:
     """What the passes are asked for, over one mesh dim or all; ``result`` is what they find.
 
     Attributes:
-        outputs: "dtensor" or "local" let outputs keep a sharded sequence; "full" gathers them in the graph; "kept", for
-            mesh dims before the last, leaves shards as they are.
+        outputs: "dtensor" or "local" let outputs keep a sharded sequence; "full" gathers them in the graph; "loss" has
+            none with a sequence, and gathers; "kept", for mesh dims before the last, leaves shards as they are.
         grad_sync: whether parameter gradients are reduced over the ranks in the graph.
         strict: whether an op without a rule is an error.
         shard_parameters: whether parameters not yet sharded on this mesh dim are read as if each rank kept a shard.
         num_ranks: ranks of all mesh dims together; 0 for a whole compile.
         sequence_dims: placeholder name -> its sequence dimension.
+        loss_chunk: of how many tokens the logits of a loss exist at a time; None: of all; "auto": as memory asks.
     """
 
     mesh: Mesh
@@ -68,6 +69,7 @@ class Context:
     shard_parameters: bool = False
     num_ranks: int = 0
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
+    loss_chunk: int | str | None = None
     result: Result = field(default_factory=Result)
 
     def divide(self, size: Size) -> Partition:

@@ -75,10 +75,10 @@ class InnerAxes:
             if rule is None or not rule.heavy or rule.roles:
                 continue
             weights = [i for i, x in enumerate(dataflow.operands(node)) if x in of_parameters]
-            if len(weights) == 1:
-                ends = [self._atoms(node, factors) for factors in _ends(rule, weights[0])]
-                if all(ends):
-                    yield ends[0], ends[1]
+            ends = [[self._atoms(node, factors) for factors in _ends(rule, weight)] for weight in weights]
+            ends = [pair for pair in ends if all(pair)]  # a bias has one end
+            if len(ends) == 1:
+                yield ends[0][0], ends[0][1]
 
     def _atoms(self, node: fx.Node, factors: list[str]) -> list[Atom]:
         return [atom for factor in factors for atom in self._axes.factor(node, factor)]
@@ -159,8 +159,15 @@ class InnerAxes:
 
 
 def _ends(rule: OpRule, weight: int) -> tuple[list[str], list[str]]:
-    """The weight's factors that the op contracts, and those that only the weight brings into the result."""
-    own = [factor for factors in rule.operands[weight] for factor in factors]
-    others = {f for i, dims in enumerate(rule.operands) if i != weight for factors in dims for f in factors}
-    results = {f for dims in rule.results for factors in dims for f in factors}
-    return [f for f in own if f not in results], [f for f in own if f in results and f not in others]
+    """The weight's factors that the op contracts, and those that what it is multiplied with does not have.
+
+    The latter are in the result, or the op reduces them again, by itself.
+    """
+    results = {f for dims in rule.results for factors in dims for f in factors} | rule.self_reduced
+    own, *others = (
+        [factor for factors in dims for factor in factors]
+        for dims in (rule.operands[weight], *rule.operands[:weight], *rule.operands[weight + 1 :])
+    )
+    contracted = [f for f in own if f not in results]
+    multiplied = {f for factors in others if not set(contracted).isdisjoint(factors) for f in factors}
+    return contracted, [f for f in own if f in results and f not in multiplied]

@@ -153,7 +153,9 @@ def _may_pass_gradients(node: fx.Node) -> bool:
     return note.placements is None or any(dataflow.projection(user) is not None for user in node.users)
 
 
-def _of_op(node: fx.Node, sent: Sent, direction: str) -> Collective:
+def _of_op(node: fx.Node, sent: Sent, direction: str) -> Collective | None:
+    if not sent.count:
+        return None
     return Collective(sent.kind, direction, sent.bytes_sent, provenance.module_path(node), node.name, sent.count)
 
 

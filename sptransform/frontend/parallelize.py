@@ -46,6 +46,7 @@ def parallelize(
     check_timeout: float = 300.0,
     rules: Mapping[Any, OpEntry | RuleFn] | None = None,
     passes: Sequence[Pass] = (),
+    loss_chunk: int | str | None = "auto",
 ) -> ModuleT:
     """Split the sequence of ``model`` over the ranks of ``mesh``; loss and gradients stay those of one device.
 
@@ -65,6 +66,8 @@ def parallelize(
         backend: inner ``torch.compile`` backend that compiles the rewritten graph.
         outputs: how sharded outputs are returned: "dtensor" (``.full_tensor()`` gathers), "full" (gathered in the
             graph), "local" (this rank's part). Others, such as the loss, are plain tensors, equal on all ranks.
+            "loss": only tensors without a sequence are returned, the others are None and what only they need is not
+            computed: best for training, since then logits exist for no more than a chunk (``loss_chunk``).
             Default: "dtensor"; with ``fullgraph=False`` only "full" is possible.
         grad_sync: True: ``.grad`` of every parameter is complete on every rank. False: ``.grad`` is this rank's term
             of a sum over the ranks, which the caller reduces.
@@ -83,6 +86,9 @@ def parallelize(
         rules: op -> its sharding rule (:func:`sptransform.rule`, or :class:`OpEntry` with a form for shards), for ops
             that have none; before ours, if there is one. Check them with :func:`sptransform.testing.check_rule`.
         passes: :class:`Pass` objects, each of which runs at the place that its ``after`` names.
+        loss_chunk: of how many tokens the logits of a cross-entropy exist at a time, forward and backward, where
+            nothing else reads them. They are computed twice. "auto": where a rank's logits have 64 MiB or more. None:
+            all at once.
 
     Raises:
         UsageError: an argument is wrong; the module is left as it was.
@@ -107,6 +113,7 @@ def parallelize(
         check_timeout=check_timeout,
         rules={} if rules is None else rules,
         passes=passes,
+        loss_chunk=loss_chunk,
     )
     if not fullgraph and options.outputs != "full":
         raise UsageError(

@@ -31,6 +31,7 @@ class Section:
     sentences: Sequence[str] = ()
     numbers: frozenset[str] = frozenset(
         {"bytes back", "bytes each", "bytes sent", "count", "hops", "hops back", "over the mean", "pairs", "parameters"}
+        | {"tokens", "classes", "of a chunk", "its bytes"}
     )
 
 
@@ -51,6 +52,7 @@ def sections(facts: Facts) -> list[Section]:
         _rings(facts),
         *_expanded(facts),
         _parameter_gradients(facts),
+        _losses(facts),
         _fallbacks(facts),
         _gathered(facts),
         _outputs(facts),
@@ -125,6 +127,22 @@ def _rings(facts: Facts) -> Section:
         for key, group in groups.items()
     ]
     return Section("Ring attention: keys and values go round the ranks", columns, rows)
+
+
+def _losses(facts: Facts) -> Section:
+    columns = ("module", "tokens", "of a chunk", "classes", "its bytes", "line")
+    rows = [
+        (
+            loss.layer or "(model)",
+            loss.tokens,
+            str(loss.chunk),
+            loss.classes,
+            "" if loss.chunk_bytes is None else f"{loss.chunk_bytes:,}",
+            _short(loss.source_line),
+        )
+        for loss in facts.losses
+    ]
+    return Section("Logits of losses, for a chunk of tokens at a time, and again in the backward", columns, rows)
 
 
 def _alike(redistributions: Iterable[Redistribution]) -> list[tuple[str, int, Redistribution]]:

@@ -16,8 +16,9 @@ from sptransform.graph.edit import fake_arguments
 from sptransform.graph.printer import op_name, tensor_type
 from sptransform.inspection.attended_work import Documents
 from sptransform.inspection.explanation import Explanation
-from sptransform.inspection.records import Gathered, Output, Redistribution, RingPass
+from sptransform.inspection.records import ChunkedLoss, Gathered, Output, Redistribution, RingPass
 from sptransform.inspection.work_of_ranks import work_of_ranks
+from sptransform.op_rules.loss import LINEAR_CROSS_ENTROPY
 from sptransform.ops.ring.conditions import is_decided
 from sptransform.ops.ring.kernels.table import kernel_name
 from sptransform.sharding.placement import Shard
@@ -44,6 +45,22 @@ def explanation_of(rewritten: Rewritten, documents: Documents | None = None) -> 
         rewritten=rewritten,
         attention=tuple(work_of_ranks(rewritten, documents)),
         documents=documents,
+        losses=tuple(map(_chunked_loss, graph.find_nodes(op="call_function", target=LINEAR_CROSS_ENTROPY))),
+    )
+
+
+def _chunked_loss(node: fx.Node) -> ChunkedLoss:
+    _, weight, labels, *_ = dataflow.operands(node)
+    tokens, classes = prod(dataflow.shape(labels)), dataflow.shape(weight)[0]
+    chunk, itemsize = node.kwargs["chunk"], dataflow.values(node)[0].element_size()
+    return ChunkedLoss(
+        node=node.name,
+        layer=provenance.module_path(node),
+        source_line=provenance.source_line(node),
+        tokens=str(tokens),
+        classes=str(classes),
+        chunk=chunk,
+        chunk_bytes=chunk * classes * itemsize if isinstance(classes, int) else None,
     )
 
 

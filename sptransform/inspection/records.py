@@ -91,6 +91,26 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class ChunkedLoss:
+    """A loss whose logits exist for a chunk of tokens at a time, forward and, computed again, backward.
+
+    Attributes:
+        node, layer, source_line: as in :class:`Redistribution`.
+        tokens, classes: of this rank; where their number is open, as printed.
+        chunk: the tokens of a chunk.
+        chunk_bytes: the size of a chunk's logits, in the dtype in which the loss is computed.
+    """
+
+    node: str
+    layer: str
+    source_line: str | None
+    tokens: str
+    classes: str
+    chunk: int
+    chunk_bytes: int | None
+
+
+@dataclass(frozen=True)
 class AttentionWork:
     """What every rank computes of one attention, in its forward, over all its heads and rows.
 
@@ -149,6 +169,7 @@ class Facts:
         rewritten: the graph itself.
         expanded: with ``explain(..., expand=True)``, the steps of every ring.
         attention: the work of every rank in each attention that has a rule, in the graph's order.
+        losses: the losses whose logits exist in chunks, in the graph's order.
         documents: with ``explain(..., documents=..)``, the lengths of packed documents by row, that it is counted for.
     """
 
@@ -166,6 +187,7 @@ class Facts:
     expanded: tuple[ExpandedRing, ...] = ()
     attention: tuple[AttentionWork, ...] = ()
     documents: Documents | None = None
+    losses: tuple[ChunkedLoss, ...] = ()
 
     @property
     def attended_pairs(self) -> tuple[int, ...]:

@@ -1,21 +1,30 @@
-"""Losses with ``reduction`` "none" or "sum"; ``passes/normalize/split_means.py`` writes a mean as sum / count first."""
+"""Losses with ``reduction`` "none" or "sum"; ``passes/normalize/split_means.py`` writes a mean as sum / count first.
+
+And the cross-entropy of a linear's logits, token by token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.ops.logit_sums import sum_dtype
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
-from sptransform.rules.table import Local, OpEntry
+from sptransform.rules.table import Local, OpEntry, Sent
+from sptransform.sharding.partition import Partition
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 
 
 NONE, MEAN, SUM = 0, 1, 2
+LINEAR_CROSS_ENTROPY = sp.linear_cross_entropy.default
 _IGNORED = -100  # not a class index on any rank
 
 
@@ -76,6 +85,29 @@ def elementwise_loss(call: OpCall) -> OpRule:
     return rule(f"{operands} -> {out}", **kinds)(call)
 
 
+def linear_cross_entropy(call: OpCall) -> OpRule:
+    """The classes are whole, or are cut and the op reduces over the ranks itself: every rank then has the results."""
+    num_vectors = len(call.operand_shapes) - 3  # bias and columns
+    operands = ", ".join(["... k", "v k", "...", *["v"] * num_vectors])
+    found = rule(f"{operands} -> ..., ...", replicated="k v", heavy=True)(call)
+    return found if call.argument("classes") else replace(found, self_reduced=frozenset({"v"}))
+
+
+def _linear_cross_entropy_local(call: OpCall, local: Local) -> Any:
+    if local.decision.factor != "v":
+        return local.run(call)
+    return local.run(call, classes=str(local.decision.partition), group_name=local.group)
+
+
+def _linear_cross_entropy_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
+    """Forward a maximum, and three sums as one; nothing backward."""
+    num_ranks = Partition.parse(call.argument("classes")).num_ranks
+    has_bias = call.operand("bias") is not None
+    dtype = sum_dtype(operands[0], operands[3 + has_bias :], call.argument("program"))
+    num_bytes = 4 * prod(call.result_shapes[0]) * dtype.itemsize
+    return Sent("all_reduce", 2, 2 * num_bytes * (num_ranks - 1) // num_ranks), Sent("all_reduce", 0, 0)
+
+
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.binary_cross_entropy_with_logits.default, elementwise_loss),
     (aten.cross_entropy_loss.default, cross_entropy),
@@ -85,4 +117,8 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.mse_loss.default, elementwise_loss),
     (aten.nll_loss_nd.default, OpEntry(nll, _nll_local)),
     (aten.smooth_l1_loss.default, elementwise_loss),
+    (
+        LINEAR_CROSS_ENTROPY,
+        OpEntry(linear_cross_entropy, _linear_cross_entropy_local, _linear_cross_entropy_sends),
+    ),
 ]

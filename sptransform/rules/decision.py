@@ -116,7 +116,10 @@ class Cut(Decision):
         return self.shard(rule, "operand", index) or R
 
     def outcome(self, rule: OpRule | None, index: int) -> Placement:
-        return R if index in rule.own else self.shard(rule, "result", index) or P
+        if index in rule.own:
+            return R
+        # without the cut factor a result is a term of a sum, unless the op has summed over the ranks itself
+        return self.shard(rule, "result", index) or (I if self.factor in rule.self_reduced else P)
 
     def shard(self, rule: OpRule, side: str, index: int) -> Shard | None:
         """The shard of one tensor; None if none of its factors is cut. ``side`` is "operand" or "result"."""

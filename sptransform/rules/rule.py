@@ -92,6 +92,7 @@ class OpRule:
         replicated: factors that cannot be sharded.
         ring_factors: those of ``replicated`` whose parts the op itself can pass around a ring of ranks (keys).
         self_reduced: those of ``replicated`` along which the op still runs on shards, because it combines them itself.
+            Results without the factor are then whole on every rank, and so are their gradients.
         is_causal: for attention ops: later queries see more keys.
         linear: sets of operands in which the op is jointly linear: a pending sum passes through them.
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".

@@ -27,7 +27,7 @@ from sptransform.rules.decision import Pending, RingDecision, Sharded, decision_
 from sptransform.rules.rule import OpCall, Operand, OpRule, map_nodes
 from sptransform.rules.table import Local, OpEntry, RuleTable
 from sptransform.sharding.mesh import Mesh
-from sptransform.sharding.placement import P, Placement, R, Shard, local_shape
+from sptransform.sharding.placement import I, P, Placement, R, Shard, local_shape
 from sptransform.testing.cuts import decisions, present_factors
 from sptransform.testing.lockstep import in_lockstep
 
@@ -259,13 +259,16 @@ def _check_decision(
         if case.same_values:
             for index, (y, placement) in enumerate(zip(line.results, given, strict=True)):
                 parts = [ys[index] for ys, _ in own]
-                if not isinstance(placement, Shard):
+                if placement == I:
+                    for rank, part in enumerate(parts):
+                        _assert_close(case, part, y, f"{what}: result {index} of rank {rank}")
+                elif not isinstance(placement, Shard):
                     is_sum = placement == P and y.dtype == torch.bool
                     assert not is_sum, f"{what}: result {index} is no sum: it is boolean"
                     _assert_close(case, together(parts, placement), y, f"{what}: result {index}")
-                    continue
-                for rank, part in enumerate(parts):
-                    _assert_close(case, part, _part(y, placement, rank), f"{what}: result {index} of rank {rank}")
+                else:
+                    for rank, part in enumerate(parts):
+                        _assert_close(case, part, _part(y, placement, rank), f"{what}: result {index} of rank {rank}")
         for index, (g, placement) in enumerate(zip(line.grads, asked, strict=True)):
             # of S every rank holds the gradient of its part; of R a pending sum
             whole = together([grads[index] for _, grads in own], placement)

@@ -72,7 +72,7 @@ def test_passes_at_one_place_run_in_order() -> None:
 def test_a_pipeline_prints_its_phases() -> None:
     text = str(PIPELINE.with_passes([named("Mine", "SplitMeans")]))
     assert [line.split(":")[0] for line in text.splitlines()] == ["normalize", "distribute", "finish"]
-    assert "SplitMeans > Mine > SplitCrossEntropy" in text
+    assert "SplitMeans > Mine > ChunkLosses" in text
 
 
 REFUSED: dict[str, Callable[[], list[Any]]] = {

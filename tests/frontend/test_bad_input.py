@@ -146,6 +146,8 @@ TABLE: dict[str, Bad] = {
     "option_outputs_after_break": Bad(lambda m: parallel(m, outputs="local", fullgraph=False)),
     "option_grad_sync": Bad(lambda m: parallel(m, grad_sync="yes")),
     "option_strict": Bad(lambda m: parallel(m, strict=1)),
+    "option_loss_chunk": Bad(lambda m: parallel(m, loss_chunk=0)),
+    "option_loss_chunk_type": Bad(lambda m: parallel(m, loss_chunk=True)),
     "option_fullgraph": Bad(lambda m: parallel(m, fullgraph=None)),
     "option_check_timeout": Bad(lambda m: parallel(m, check_timeout=0)),
     "option_check_timeout_type": Bad(lambda m: parallel(m, check_timeout="5 s")),

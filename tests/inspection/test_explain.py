@@ -18,9 +18,11 @@ from sptransform import USP, AllGatherKV, Explanation, Ring, Strategy, explanati
 from sptransform.compiler.compile_log import summary
 from sptransform.diagnostics.errors import UnsupportedOpError
 from sptransform.inspection.pages import Section, plain
+from tests.passes.blocks import hidden_states
 from tests.support.collective_counts import CountCollectives, by_message
 from tests.support.gloo_pool import get_pool
 from tests.support.golden import Golden
+from tests.support.heads import WithLoss, some_labels
 from tests.support.models import Inputs
 from tests.support.shapes import build_shape
 
@@ -235,6 +237,22 @@ def test_dict_is_plain_data() -> None:
     lines = [r["source_line"] for r in data["redistributions"] if r["forward"] and r["forward"]["kind"] == "all_to_all"]
     assert len(lines) == 2
     assert "shapes.py" in lines[0] and "scaled_dot_product_attention" in lines[0]
+
+
+@pytest.mark.slow
+def test_losses_in_chunks() -> None:
+    """Of 16 tokens and 7 of 13 classes; what ranks send is in float32, as the logits that they sum."""
+
+    def loss(head: nn.Linear, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(head(x).float().flatten(0, 1), labels.flatten())
+
+    inputs = hidden_states(), some_labels()
+    explanation = sptransform.explain(WithLoss(loss), "megatron", inputs, world_size=2, loss_chunk=4)
+    (found,) = explanation.losses
+    assert (found.tokens, found.classes, found.chunk, found.chunk_bytes) == ("16", "7", 4, 4 * 7 * 4)
+    sent = [c for c in explanation.collectives if c.node == found.node]
+    assert [(c.kind, c.direction, c.count, c.bytes_sent) for c in sent] == [("all_reduce", "forward", 2, 4 * 16 * 4)]
+    assert "for a chunk of tokens" in str(explanation) and explanation.to_dict()["losses"][0]["chunk"] == 4
 
 
 def test_rich_shows_what_the_text_says() -> None:

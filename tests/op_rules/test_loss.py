@@ -11,6 +11,11 @@ from tests.support.brute_force import Case, booleans, case, check_case, ids, int
 
 aten = torch.ops.aten
 cross_entropy = aten.cross_entropy_loss.default
+joint = torch.ops.sptransform.linear_cross_entropy.default
+# class 4 is masked; a softcap before that
+PADDED = torch.tensor([False, False, False, False, True])
+HIDDEN = "%2 = masked_fill.Scalar(%0, %1, -inf)"
+CAPPED = "%2 = tanh(%0); %3 = mul.Tensor(%2, 2.0); %4 = masked_fill.Scalar(%3, %1, -1e9)"
 
 
 def labels(num_classes: int, *shape: int) -> Tensor:
@@ -70,6 +75,11 @@ CASES = [
     case(aten.nll_loss_nd.default, log_probabilities(5), integers(5), positive(5), SUM, factors="c"),
     case(aten.smooth_l1_loss.default, randn(4, 6), randn(4, 6), SUM, 0.5),
     case(aten.smooth_l1_loss.default, randn(4, 6), randn(4, 6), NONE),
+    case(joint, randn(4, 2, 3), randn(5, 3), labels(5, 4, 2), None, [], chunk=3, factors=".1 .2"),
+    case(joint, randn(6, 3), randn(5, 3), labels(5, 6), randn(5), [], chunk=6, label_smoothing=0.1, factors=".1"),
+    case(joint, randn(6, 3), randn(5, 3), integers(5, 6), None, [PADDED], chunk=4, program=CAPPED, ignore_index=2),
+    # a rank's classes are all masked
+    case(joint, randn(4, 3), randn(2, 3), torch.tensor([0, 0, -100, 0]), None, [PADDED[3:]], chunk=3, program=HIDDEN),
 ]
 
 

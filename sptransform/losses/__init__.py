@@ -1,0 +1,1 @@
+"""Losses of logits, read from the graph."""
