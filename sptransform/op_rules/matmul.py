@@ -54,6 +54,13 @@ def _biased(left: str, right: str, out: str) -> RuleFn:
     return apply
 
 
+def solved(call: OpCall) -> OpRule | None:
+    """A triangular system for each entry of the batch, and each right-hand side; None for systems from the right."""
+    if not call.argument("left"):
+        return None
+    return rule("... i j, ... j k -> ... i k", replicated="i j", linear=((1,),), heavy=True)(call)
+
+
 def einsum(call: OpCall) -> OpRule | None:
     """``torch.einsum``, whose equation is the rule.
 
@@ -94,6 +101,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.bmm.default, rule("b i k, b k j -> b i j", reduce="k", linear=_EACH, heavy=True)),
     (aten.dot.default, rule("k, k -> ", reduce="k", linear=_EACH)),
     (aten.einsum.default, einsum),
+    (aten.linalg_solve_triangular.default, solved),
     (aten.linear.default, linear),
     (aten.matmul.default, matmul),
     (aten.mm.default, rule("i k, k j -> i j", reduce="k", linear=_EACH, heavy=True)),

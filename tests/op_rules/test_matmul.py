@@ -42,6 +42,7 @@ CASES = [
     case(aten.einsum.default, "ij->", [randn(4, 6)]),
     case(aten.einsum.default, "bij,jk,bk->i", [randn(2, 4, 3), randn(3, 5), randn(2, 5)]),
     case(aten.einsum.default, "bij,bj->bi", [randn(1, 4, 3), randn(2, 3)]),
+    case(aten.linalg_solve_triangular.default, randn(4, 3, 3), randn(4, 3, 6), upper=False, factors=".1 k"),
     case(aten.linear.default, randn(2, 4, 6), randn(5, 6), factors=".1 .2 k o"),
     case(aten.linear.default, randn(2, 4, 6), randn(5, 6), randn(5), factors=".1 .2 o"),
     case(aten.linear.default, randn(6), randn(5, 6)),
@@ -76,6 +77,7 @@ def test_rule(case: Case) -> None:
 NO_RULE = [
     case(aten.einsum.default, "ii->i", [randn(4, 4)]),
     case(aten.einsum.default, "...ij->ij", [randn(3, 4, 5)]),
+    case(aten.linalg_solve_triangular.default, randn(4, 3, 3), randn(4, 2, 3), upper=True, left=False),
     case(aten.linear.default, randn(4, 6), randn(6)),
 ]
 
