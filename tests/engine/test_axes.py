@@ -172,3 +172,24 @@ def test_labels_of_real_models_carry_the_sequence() -> None:
         gm, axes = inferred(lambda ids, labels, model=model: model(input_ids=ids, labels=labels).loss, *inputs.values())
         for which in ("ids", "labels"):
             assert sequences(axes, placeholder(gm, which)) == [(False,), (True,)], (name, which)
+
+
+def in_chunks(x: torch.Tensor) -> torch.Tensor:
+    """A causal convolution, then chunks of 4, the last of them padded."""
+    mixed = functional.conv1d(x, x.new_ones(HIDDEN, 1, 3), padding=2, groups=HIDDEN)[..., : x.shape[-1]]
+    return functional.pad(mixed, (0, -x.shape[-1] % 4)).unflatten(-1, (-1, 4)).sum(-1).cumsum(-1)
+
+
+def test_a_sequence_in_chunks_is_divided_in_whole_ones() -> None:
+    """Also before what makes the chunks, and by no hint."""
+    gm, axes = inferred(in_chunks, torch.randn(BATCH, HIDDEN, 14))
+    (convolution,) = nodes_of(gm, aten.conv1d.default)
+    assert not axes.has_sequence
+    axes.add_sequences([(convolution, "i0")])
+    owned = {}
+    (pad,), (cumsum,) = nodes_of(gm, aten.pad.default), nodes_of(gm, aten.cumsum.default)
+    for node in (placeholder(gm, "x"), convolution, pad, cumsum):
+        (atom, *_) = axes.dims(node)[-1]
+        assert axes.is_sequence(atom), node
+        owned[node.name] = str(axes.partition(atom))
+    assert list(owned.values()) == ["14[0:8|8:14]", "16/2", "4/2", "4/2"]

@@ -358,3 +358,17 @@ def test_parse_refuses_a_size_that_is_not_cut_so() -> None:
     for text, part in (("?/2s/2", 3), ("?/2s4", 4)):
         with pytest.raises(ValueError):
             Partition.parse(text, part=part)
+
+
+@pytest.mark.parametrize(
+    ("owned", "in_order"),
+    [
+        ([[(0, 3)], [(3, 8)]], True),
+        ([[(0, 3)], [], [(3, 8)]], True),
+        ([[(3, 8)], [(0, 3)]], False),
+        ([[(0, 2), (6, 8)], [(2, 6)]], False),
+        ([[(0, 5)], [(4, 8)]], False),
+    ],
+)
+def test_is_in_order(owned: list[list[tuple[int, int]]], in_order: bool) -> None:
+    assert Partition.of(8, owned).is_in_order == in_order
