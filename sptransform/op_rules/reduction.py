@@ -71,7 +71,7 @@ def mean_local(call: OpCall, local: Local) -> Any:
 
 
 def along_dim(call: OpCall) -> OpRule:
-    """Softmax, sorts: the shape is kept, and the dimension they run along must be whole."""
+    """Softmax, sorts: the dimension they run along must be whole; its extent may be another after it."""
     shape = call.operand_shapes[0]
     dims, sizes = dims_and_sizes(shape)
     dim = call.argument("dim") % max(len(shape), 1)
@@ -79,12 +79,22 @@ def along_dim(call: OpCall) -> OpRule:
     results = []
     for result_shape in call.result_shapes:
         own = list(dims)
-        if shape and result_shape[dim] != shape[dim]:  # topk
+        if shape and result_shape[dim] != shape[dim]:  # topk, glu
             own[dim] = dim_of("k", result_shape[dim])
             sizes["k"] = result_shape[dim]
             replicated.add("k")
         results.append(tuple(own))
     return OpRule((dims,), tuple(results), sizes, replicated=frozenset(replicated))
+
+
+def along_dims(call: OpCall) -> OpRule | None:
+    """Flips and rolls: several dimensions must be whole. None for a roll of the flattened tensor."""
+    shape, along = call.operand_shapes[0], call.argument("dims")
+    if not along and call.target is aten.roll.default:
+        return None
+    dims, sizes = dims_and_sizes(shape)
+    replicated = {f"i{dim % len(shape)}" for dim in along} & set(sizes)
+    return OpRule((dims,), (dims,), sizes, replicated=frozenset(replicated), linear=(frozenset({0}),))
 
 
 def softmax(call: OpCall) -> OpRule:
@@ -155,6 +165,8 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.argmin.default, _WHOLE),
     (aten.argsort.default, along_dim),
     (aten.argsort.stable, along_dim),
+    (aten.flip.default, along_dims),
+    (aten.glu.default, along_dim),
     (aten.layer_norm.default, norm),
     (aten.log_softmax.int, _SOFTMAX),
     (aten.logsumexp.default, _WHOLE),
@@ -166,6 +178,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.min.dim, _WHOLE),
     (aten.prod.default, _WHOLE),
     (aten.rms_norm.default, norm),
+    (aten.roll.default, along_dims),
     (aten.softmax.int, _SOFTMAX),
     (aten.sort.default, along_dim),
     (aten.sort.stable, along_dim),

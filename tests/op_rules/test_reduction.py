@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.brute_force import OUTER, Case, booleans, case, check_case, ids, positive, randn, rule_for
+from sptransform.op_rules import DEFAULT_RULES
+from tests.support.brute_force import OUTER, Case, booleans, call_of, case, check_case, ids, positive, randn, rule_for
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 
@@ -25,6 +26,9 @@ CASES = [
     case(aten.argmin.default, randn(4, 6), 0, True),
     case(aten.argsort.default, randn(4, 6), 0),
     case(aten.argsort.stable, randn(4, 6), stable=True, dim=0),
+    case(aten.flip.default, randn(4, 6, 5), [0, -1], factors="i1"),
+    case(aten.glu.default, randn(4, 6), -1, factors="i0"),
+    case(aten.roll.default, randn(4, 6, 5), [2, 1], [1, 2], factors="i0"),
     case(aten.layer_norm.default, randn(2, 4, 6), [6], randn(6), randn(6), factors="i0 i1"),
     case(aten.layer_norm.default, randn(2, 4, 6), [4, 6], randn(4, 6), randn(4, 6), factors="i0"),
     case(aten.layer_norm.default, randn(4, 1, 6), [1, 6], randn(1, 6), randn(1, 6), factors="i0"),
@@ -92,3 +96,8 @@ def test_softmax_joins_what_must_be_whole() -> None:
     for each in CASES:
         _, rule = rule_for(each)
         assert rule.self_reduced == (rule.replicated if each.target in joining else frozenset()), str(each)
+
+
+def test_a_roll_of_the_flattened_tensor_has_no_rule() -> None:
+    call, _, _ = call_of(case(aten.roll.default, randn(4, 6), [2]))
+    assert DEFAULT_RULES.rule_of(call) is None
