@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
+import transformers
 
 from sptransform.engine.traffic import count_collectives
 from tests.support.equality import Result, _grads, assert_equal_to_one_device
@@ -42,6 +44,41 @@ def test_equal_to_one_device(layers: str, length: int, pairs: tuple[tuple[str, i
     for ranks in found.values():
         for result in ranks.results():
             assert_equal_to_one_device(one, result, 1e-12)
+
+
+SMALL = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+STATES = {"n_groups": 1, "d_state": 8, "chunk_size": 4, "expand": 2}
+REAL = {
+    "mamba2": lambda: transformers.Mamba2Config(
+        **SMALL, state_size=8, expand=2, head_dim=8, num_heads=8, n_groups=2, chunk_size=4
+    ),
+    "bamba": lambda: transformers.BambaConfig(
+        **SMALL, **HEADS, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8,
+        **{f"mamba_{name}": value for name, value in STATES.items()},
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**SMALL, **HEADS, layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("length", [24, 23])
+def test_models_of_transformers(name: str, length: int) -> None:
+    """They compute their states in float32, whatever their dtype."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(REAL[name]()).double()
+    ids = torch.randint(48, (2, length))
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    loss = model(**inputs).loss
+    loss.backward()
+    one = Result(loss.detach(), _grads(model))
+    model.zero_grad()
+    asked = [Asked(2, "ulysses"), Asked(3, "ring"), Asked(2, "megatron")]
+    for ranks in on_pretended_ranks(model, inputs, asked).values():
+        assert not ranks.context.result.fallbacks
+        for result in ranks.results():
+            assert_equal_to_one_device(one, result, 1e-6)
 
 
 def _sent(ranks: Ranks, rank: int) -> Counter[str]:

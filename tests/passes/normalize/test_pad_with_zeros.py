@@ -30,6 +30,7 @@ def test_zeros_are_padding(function: Callable[[Tensor], Tensor], padding: list[i
     assert torch.equal(gm(X)[0], function(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [

@@ -11,6 +11,7 @@ from torch import Tensor
 from sptransform.passes.normalize.recognize_scans import RecognizeScans
 from tests.support.graphs import after, nodes_of
 from tests.support.state_space import segment_sums, tree_scan
+from tests.support.tiers import tiered
 
 PASS = (RecognizeScans(),)
 aten, sp = torch.ops.aten, torch.ops.sptransform
@@ -46,7 +47,7 @@ def computed(a: Tensor, x: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("name", tiered(SCANS, quick=["segment sums"]))
 def test_a_matrix_of_decays(name: str) -> None:
     gm, _ = after(PASS, SCANS[name], A, X)
     assert len(nodes_of(gm, sp.scan.default)) == 1 and not nodes_of(gm, aten.einsum.default)
@@ -69,14 +70,14 @@ NO_SCANS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_SCANS)
+@pytest.mark.parametrize("name", tiered(NO_SCANS, quick=["an entry without decay"]))
 def test_other_products_stay(name: str) -> None:
     gm, _ = after(PASS, NO_SCANS[name], A, X)
     assert not nodes_of(gm, sp.scan.default)
     assert torch.equal(gm(A, X)[0], NO_SCANS[name](A, X))
 
 
-@pytest.mark.parametrize("length", [2, 3, 6, 7, 8])
+@pytest.mark.parametrize("length", tiered([2, 3, 6, 7, 8], quick=[7]))
 def test_a_tree_of_products(length: int) -> None:
     a, x = A.movedim(-1, 0).repeat(2, 1, 1)[:length], torch.randn(length, 2, 3, dtype=torch.float64)
 
@@ -88,6 +89,7 @@ def test_a_tree_of_products(length: int) -> None:
     torch.testing.assert_close(gm(a, x)[0], function(a, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [lambda a, x: tree_scan(a, x)[1], lambda a, x: tree_scan(a.exp(), x)[0] + x],
