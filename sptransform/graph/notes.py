@@ -141,11 +141,15 @@ def passes_gradients(node: fx.Node) -> bool:
 
 
 def is_even(graph: fx.Graph) -> bool:
-    """Whether every shard in the graph is even: all ranks have equal shares."""
+    """Whether all ranks have equal shares of every tensor, and so the same graph.
+
+    Where ranks read rows of their neighbours, what they pad depends on the rank, be their shares equal or not.
+    """
     every = [note(node) for node in graph.nodes]
     ends = [end for found in every for transition in found.transitions for end in transition]
     placements = [*ends, *(placement for found in every for placement in found.placements or ())]
-    return all(placement.partition.is_even for placement in placements if isinstance(placement, Shard))
+    partitions = {placement.partition for placement in placements if isinstance(placement, Shard)}
+    return all(partition.is_even and not partition.is_overlapping for partition in partitions)
 
 
 def forget_placements(graph: fx.Graph) -> None:

@@ -89,8 +89,8 @@ def joined_cumsum(x: Tensor, dim: int, dtype: torch.dtype, outer: int, num_ranks
     """``cumsum`` of which each rank has a block, of each of ``outer`` parts of the dimension."""
     # one device rounds each sum once, where its kernel sums in float64; here the sums before would be rounded too
     wide = torch.float64 if dtype == torch.float32 else dtype
-    found = _joined(x.to(wide), dim, outer, num_ranks, group_name, torch.cumsum, lambda x, dim: x.sum(dim), torch.add, 0)
-    return found.to(dtype)
+    given = x.to(wide), dim, outer, num_ranks, group_name
+    return _joined(*given, torch.cumsum, lambda x, dim: x.sum(dim), torch.add, 0).to(dtype)
 
 
 @composite("joined_cumprod(Tensor x, int dim, ScalarType dtype, int outer, int num_ranks, str group_name) -> Tensor")

@@ -191,9 +191,17 @@ class Partition:
 
     @property
     def is_even(self) -> bool:
-        """Every rank owns the same number of indices, so the graph is the same on all ranks."""
+        """Every rank owns the same number of indices, so its shards have the same shape on all ranks."""
         first, *others = self.local_sizes
         return all(size == first for size in others)
+
+    @cached_property
+    def is_overlapping(self) -> bool:
+        """Some ranks share some of their indices, and not all, as where they read rows of their neighbours."""
+        if self.is_uniform:
+            return False
+        intervals = sorted(interval for own in set(self.owned) for interval in own)
+        return any(after[0] < before[1] for before, after in pairwise(intervals))
 
     @cached_property
     def is_exact(self) -> bool:

@@ -12,12 +12,14 @@ from torch.nn import functional
 
 import sptransform
 from sptransform.diagnostics.errors import CaptureError, UnsupportedOpError, UsageError
+from tests.support.equality import assert_equal_to_one_device, run_one_device
 from tests.support.gloo_pool import get_pool
 from tests.support.graphs import assert_ranks_equal_one_device, on_ranks
 
 pytestmark = pytest.mark.timeout(200)
 
 BATCH, LENGTH, HEADS, HIDDEN = 2, 12, 4, 8
+from tests.support.rewritten import Asked, on_pretended_ranks
 
 
 def attend(x: Tensor) -> Tensor:
@@ -158,6 +160,27 @@ def test_strict_refuses_trainable_work_without_a_rule_wherever_it_stands() -> No
         sptransform.rewrite(Model(), "ulysses", (inputs(),), world_size=2, strict=True)
     (fallback,) = sptransform.rewrite(Model(), "ulysses", (inputs(),), world_size=2).context.result.fallbacks
     assert "conv_transpose1d" in fallback.op
+
+
+class LooksBothWays(nn.Module):
+    """Of two ranks each reads one row of the other, so that shares are equal; what they pad is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(self.mix(x.transpose(1, 2)).transpose(1, 2)).sum()
+
+
+def test_equal_shares_need_not_be_equal_graphs() -> None:
+    torch.manual_seed(0)
+    model, asked = LooksBothWays(), Asked(2, "ulysses")
+    ranks = on_pretended_ranks(model, {"x": inputs()}, [asked])[asked]
+    assert len({id(graph) for graph in ranks.graphs}) == 2
+    reference = run_one_device(model, {"x": inputs()})
+    for result in ranks.results():
+        assert_equal_to_one_device(reference, result, 1e-12)
 
 
 class Scaled(nn.Module):
