@@ -15,11 +15,11 @@ from sptransform.diagnostics.errors import CaptureError, UnsupportedOpError, Usa
 from tests.support.equality import assert_equal_to_one_device, run_one_device
 from tests.support.gloo_pool import get_pool
 from tests.support.graphs import assert_ranks_equal_one_device, on_ranks
+from tests.support.rewritten import Asked, on_pretended_ranks
 
 pytestmark = pytest.mark.timeout(200)
 
 BATCH, LENGTH, HEADS, HIDDEN = 2, 12, 4, 8
-from tests.support.rewritten import Asked, on_pretended_ranks
 
 
 def attend(x: Tensor) -> Tensor:
@@ -110,8 +110,16 @@ def _rewrite(program: Callable[[Tensor], Tensor], **options: Any) -> sptransform
         under_no_grad,
     ],
     ids=[
-        "every other", "pad nothing", "pad what was cut off", "sum narrower", "mean", "where", "autograd.Function",
-        "vmap", "vmaps", "gradient without gradients",
+        "every other",
+        "pad nothing",
+        "pad what was cut off",
+        "sum narrower",
+        "mean",
+        "where",
+        "autograd.Function",
+        "vmap",
+        "vmaps",
+        "gradient without gradients",
     ],
 )
 def test_programs_equal_one_device(program: Callable[[Tensor], Tensor], num_ranks: int) -> None:
