@@ -60,8 +60,12 @@ class _Window:
         return Partition.of(self.outputs, ([(first(lo), first(hi)) for lo, hi in own] for own in rows.owned))
 
     def read(self, rows: Partition) -> Partition:
-        """The rows that each rank reads for its outputs."""
-        return Partition.of(self.size, (_united(map(self.rows, own)) for own in self.owned(rows).owned))
+        """The rows that each rank reads for its outputs; of its own also those that no window reaches."""
+        found = [_united(map(self.rows, own)) for own in self.owned(rows).owned]
+        read = Partition.of(self.size, found)
+        if read.is_covering:
+            return read
+        return Partition.of(self.size, (_united((*a, *b)) for a, b in zip(found, rows.owned, strict=True)))
 
     def rows(self, outputs: Interval) -> Interval:
         """The rows that an interval of outputs reads; the padding is none."""
