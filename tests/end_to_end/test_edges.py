@@ -121,6 +121,7 @@ def _rewrite(program: Callable[[Tensor], Tensor], **options: Any) -> sptransform
         "vmap",
         "vmaps",
         "gradient without gradients",
+        "rows that no window reaches",
     ],
 )
 def test_programs_equal_one_device(program: Callable[[Tensor], Tensor], num_ranks: int) -> None:
