@@ -33,7 +33,9 @@ from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow
 from sptransform.graph.calls import arguments_of
 from sptransform.graph.edit import succeed
+from sptransform.op_rules.mask_ops import RETYPED
 from sptransform.op_rules.row_ops import ENTRYWISE, LAST_DIMS
+from sptransform.rules.rule import map_nodes
 from sptransform.sharding.sizes import broadcast
 
 aten = torch.ops.aten
@@ -78,6 +80,8 @@ class _Spreader(UnderMasks):
         super().__init__()
         self.graph = graph
         self.found: dict[fx.Node, _Rows | _Places] = {}
+        self._first: dict[str, fx.Node] = {}
+        self._texts: dict[fx.Node, str] = {}
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -100,10 +104,10 @@ class _Spreader(UnderMasks):
         """What the node's op makes of picked rows; a node, if its size is no longer data."""
         target, args = node.target, list(node.args)
         if target in (aten.nonzero.default, aten.where.default, aten.nonzero_numpy.default):
-            return _Places(self.as_mask(args[0]))
+            return _Places(self._one_of(self.as_mask(args[0])))
         if target is aten.masked_select.default:
             x, mask = (self.expanded(each, broadcast(*map(dataflow.shape, args))) for each in args)
-            return self._picked(x, mask, 0)
+            return self._picked(x, self._one_of(mask), 0)
         if target is aten.index.Tensor:
             return self._index(args[0], args[1])
         if target is aten.index_put.default:
@@ -149,7 +153,7 @@ class _Spreader(UnderMasks):
         given = {dim: index for dim, index in enumerate(indices) if index is not None}
         first = min(given)
         if len(given) == 1 and self._is_mask(given[first]):
-            return self._picked(x, given[first], first)
+            return self._picked(x, self._one_of(given[first]), first)
         rows = [self.found.get(index) for index in given.values()]
         if not all(isinstance(each, _Rows) and each.dim == 0 for each in rows) or x in self.found:
             return None
@@ -284,7 +288,7 @@ class _Spreader(UnderMasks):
         given = {dim: index for dim, index in enumerate(indices) if index is not None}
         first = min(given)
         if len(given) == 1 and self._is_mask(given[first]):
-            mask = given[first]
+            mask = self._one_of(given[first])
         else:
             rows = [self.found.get(index) for index in given.values()]
             coordinates = [each.coordinate if isinstance(each, _Rows) else None for each in rows]
@@ -307,7 +311,11 @@ class _Spreader(UnderMasks):
         shape, own = dataflow.shape(x), dataflow.shape(mask)
         if source in self.found:
             rows = self.found[source]
-            is_same = isinstance(rows, _Rows) and rows.mask is mask and own == shape == dataflow.shape(rows.whole)
+            is_same = (
+                isinstance(rows, _Rows)
+                and rows.mask is self._one_of(mask)
+                and own == shape == dataflow.shape(rows.whole)
+            )
             return self.where(mask, 0, rows.whole, x) if is_same else None
         if broadcast(shape, own) != shape or len(own) != len(shape):
             return None
@@ -333,6 +341,23 @@ class _Spreader(UnderMasks):
         others = [dim + d for d in range(len(dataflow.shape(mask))) if d != at.coordinate]
         total = self.emit(aten.sum.dim_IntList, masked, others) if others else masked
         return self.emit(aten.add.Tensor, args["self"], total, alpha=args["alpha"])
+
+    def _one_of(self, mask: fx.Node) -> fx.Node:
+        """The first node that computes the same mask: a model may compute it anew wherever it picks rows."""
+        return self._first.setdefault(self._computed(mask), mask)
+
+    def _computed(self, x: Any) -> str:
+        """What is computed, as text; nodes whose ops may compute something else each time stand for themselves."""
+        if not isinstance(x, fx.Node) or x.op != "call_function" or not dataflow.is_tensor(x):
+            return str(x)
+        if torch.Tag.nondeterministic_seeded in getattr(x.target, "tags", ()):
+            return x.name
+        if x not in self._texts:
+            value, same = dataflow.value(x), dataflow.value(x.args[0]) if x.target in RETYPED else None
+            is_copy = same is not None and (same.dtype, same.device) == (value.dtype, value.device)
+            args = map_nodes((x.args, dict(x.kwargs)), self._computed)
+            self._texts[x] = self._computed(x.args[0]) if is_copy else f"{x.target}{args}"
+        return self._texts[x]
 
     def _is_mask(self, x: Any) -> bool:
         return x not in self.found and dtype_of(x) == torch.bool
