@@ -71,6 +71,9 @@ def _scan(node: fx.Node, matrix: fx.Node, of_matrix: str, x: fx.Node, of_x: str,
     (source,), (target,) = summed, own
     if len({*of_matrix}) != len(of_matrix) or len({*of_x}) != len(of_x):
         return None
+    order = [of_x.index(source if name == target else name) for name in result]
+    if [dataflow.shape(x)[dim] for dim in order] != [*dataflow.shape(node)]:
+        return None  # one row that many decays multiply
     found = decays_of(matrix, row=of_matrix.index(target), column=of_matrix.index(source))
     if found is None or not notes.passes_gradients(matrix):
         return None
@@ -82,7 +85,7 @@ def _scan(node: fx.Node, matrix: fx.Node, of_matrix: str, x: fx.Node, of_x: str,
     for dim, name in enumerate(result):
         if name not in shared:
             log_decay = emit_like(node, aten.unsqueeze.default, log_decay, dim)
-    x = emit_like(node, aten.permute.default, x, [of_x.index(source if name == target else name) for name in result])
+    x = emit_like(node, aten.permute.default, x, order)
     new = emit_like(node, sp.scan.default, x, log_decay, result.index(target))
     return new if dataflow.value(new).dtype == dataflow.value(node).dtype else None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sptransform.graph import dataflow
+from sptransform.graph import dataflow, notes
 from sptransform.rules.rule import map_nodes
 
 aten = torch.ops.aten
@@ -57,11 +57,14 @@ ANALYTIC = {
 
 
 class NotAnalyticError(Exception):
-    """A node depends on something else, or by other ops."""
+    """A node depends on something else, or by other ops; or its gradient does not reach what it depends on."""
 
 
 class Region:
-    """Computes nodes from the values ``given`` for some; other inputs must be constants. Dtypes are not converted."""
+    """Computes nodes from the values ``given`` for some; other inputs must be constants.
+
+    Precision is not converted: what varies stays as exact as it is given.
+    """
 
     def __init__(self, given: Mapping[fx.Node, Tensor]) -> None:
         self._varying = dict(given)
@@ -84,6 +87,9 @@ class Region:
                 raise NotAnalyticError
             self._constant[node] = self._run(node, values)
             return
+        # whole numbers are rounded, and what is detached has the value alone
+        if not dataflow.value(node).is_floating_point() or not notes.passes_gradients(node):
+            raise NotAnalyticError
         if node.target in CONVERSIONS:
             self._varying[node] = values[varying[0]]
         elif node.target in ANALYTIC:

@@ -1,7 +1,8 @@
 """Finds the logarithms behind a matrix of decays: ``D[i, j] = exp(a[j + 1] + .. + a[i])`` for ``j <= i``, else 0.
 
 Between ``a`` and the matrix are sums, exponentials and constant masks only, see :mod:`sptransform.scans.analytic`.
-Batch dimensions are given sizes of their own, which tell where each of them ends up.
+Batch dimensions are given sizes of their own, which tell where each of them ends up. The logarithms are of either sign,
+so that no product of many decays is too small to be compared.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _places(matrix: fx.Node, row: int, column: int, node: fx.Node, along: int) -
     if size * torch.Size(shape).numel() > _MAX_ENTRIES:
         return None
     generator = torch.Generator().manual_seed(0)
-    a = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.7
+    a = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
     try:
         with torch.no_grad():
             found = Region({node: a}).value(matrix)
@@ -69,10 +70,13 @@ def _places(matrix: fx.Node, row: int, column: int, node: fx.Node, along: int) -
     dims = [row if d == along else _only(found.shape, shape[d]) for d in range(ndim)]
     if None in dims or len({*dims, column}) != found.ndim:
         return None
+    own, all_dims = dataflow.shape(node), dataflow.shape(matrix)
+    if any(own[d] != all_dims[dims[d]] for d in range(ndim)):
+        return None  # a part of the batch, which the sizes here do not show
     total = a.cumsum(along).movedim(along, -1)
     expected = (total[..., :, None] - total[..., None, :]).exp().tril()
     batch = [d for i, d in enumerate(dims) if i != along]
-    same = torch.allclose(found.permute([*batch, row, column]), expected, rtol=1e-9, atol=1e-12)
+    same = torch.allclose(found.permute([*batch, row, column]), expected, rtol=1e-9, atol=0)
     return dims if same else None
 
 

@@ -70,7 +70,10 @@ def _is_recurrence(node: fx.Node, a: fx.Node, x: fx.Node) -> bool:
     if not isinstance(shape[0], int):
         return False
     generator = torch.Generator().manual_seed(0)
-    factors, summands = torch.rand([2, shape[0], *[1] * (len(shape) - 1)], generator=generator, dtype=torch.float64)
+    # other dimensions have sizes that differ, so that none is moved or turned unseen; no product of factors vanishes
+    sizes = [2, shape[0], *range(2, len(shape) + 1)]
+    logarithms, summands = torch.rand(sizes, generator=generator, dtype=torch.float64)
+    factors = (logarithms - 0.5).exp()
     try:
         with torch.no_grad():
             found = Region({a: factors, x: summands}).value(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -54,16 +55,18 @@ class StateSpace(nn.Module):
         return self.out((within + before).reshape(batch, -1, HEADS * WIDTH)[:, :length])
 
 
-def tree_scan(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of ``a``, and ``y[i] = a[i] * y[i - 1] + x[i]``, as torch's associative scan writes it out."""
+def tree_scan(
+    a: Tensor, x: Tensor, moved: Callable[[Tensor], Tensor] = lambda row: row
+) -> tuple[Tensor, Tensor]:
+    """Products of ``a``, and ``y[i] = a[i] * moved(y[i - 1]) + x[i]``, as torch's associative scan writes it out."""
     size = len(a)
     if size < 2:
         return a, x
 
     def combined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return left[0] * right[0], right[0] * left[1] + right[1]
+        return left[0] * right[0], right[0] * moved(left[1]) + right[1]
 
-    odd = tree_scan(*combined((a[:-1:2], x[:-1:2]), (a[1::2], x[1::2])))
+    odd = tree_scan(*combined((a[:-1:2], x[:-1:2]), (a[1::2], x[1::2])), moved)
     before = odd if size % 2 else tuple(each[:-1] for each in odd)
     even = combined(before, (a[2::2], x[2::2]))
     joined = []

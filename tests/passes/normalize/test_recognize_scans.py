@@ -56,6 +56,18 @@ def test_a_matrix_of_decays(name: str) -> None:
         torch.testing.assert_close(gm(A, X)[0], computed(A, X), rtol=1e-12, atol=1e-12)
 
 
+def under_no_grad(a: Tensor) -> Tensor:
+    """The value is that of decays, the gradient is not: half of it is lost."""
+    with torch.no_grad():
+        before = a.cumsum(-1)
+    below = torch.arange(6)[:, None] >= torch.arange(6)
+    return torch.where(below, a.cumsum(-1)[..., :, None] - before[..., None, :], -torch.inf).exp()
+
+
+def some_heads(a: Tensor) -> Tensor:
+    return segment_sums(a.repeat(1, 2, 1)).exp()[:, :3]
+
+
 def without_the_last(a: Tensor) -> Tensor:
     """Almost: what leaves the last entry is forgotten."""
     return segment_sums(a).exp() * (torch.arange(6) != 5)
@@ -66,15 +78,34 @@ NO_SCANS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sums, not decays": lambda a, x: torch.einsum("bhcz,bzhp->bchp", segment_sums(a).exp().log1p(), x),
     "a mask by data": lambda a, x: torch.einsum("bhcz,bzhp->bchp", segment_sums(a).exp() * (a[..., None] < -0.5), x),
     "an entry without decay": lambda a, x: torch.einsum("bhcz,bzhp->bchp", without_the_last(a), x),
+    "whole numbers": lambda a, x: torch.einsum("bhcz,bzhp->bchp", segment_sums(a).exp().bool().to(x.dtype), x),
+    "detached in part": lambda a, x: torch.einsum("bhcz,bzhp->bchp", under_no_grad(a), x),
+    "some of the heads": lambda a, x: torch.einsum("bhcz,bzhp->bchp", some_heads(a), x),
+    "many decays of one row": lambda a, x: torch.einsum("bhcz,bzhp->bchp", segment_sums(a).exp(), x[:1]),
     "another product": lambda a, x: torch.einsum("bhcz,bzhp->bhcp", torch.einsum("bhc,bhz->bhcz", a, a), x),
 }
 
 
 @pytest.mark.parametrize("name", tiered(NO_SCANS, quick=["an entry without decay"]))
 def test_other_products_stay(name: str) -> None:
-    gm, _ = after(PASS, NO_SCANS[name], A, X)
+    a = A.clone().requires_grad_()
+    gm, _ = after(PASS, NO_SCANS[name], a, X)
     assert not nodes_of(gm, sp.scan.default)
-    assert torch.equal(gm(A, X)[0], NO_SCANS[name](A, X))
+    assert torch.equal(gm(a, X)[0], NO_SCANS[name](a, X))
+
+
+@pytest.mark.slow
+def test_a_far_band_of_decays_stays() -> None:
+    """Decays over many rows are small where all are less than 1, but they need not be."""
+    a, x = torch.zeros(1, 1, 260, dtype=torch.float64), torch.randn(1, 260, 1, 1, dtype=torch.float64)
+
+    def function(a: Tensor, x: Tensor) -> Tensor:
+        rows = torch.arange(260)
+        near = rows[:, None] - rows < 200
+        return torch.einsum("bhcz,bzhp->bchp", segment_sums(a).exp() * near, x)
+
+    gm, _ = after(PASS, function, a, x)
+    assert not nodes_of(gm, sp.scan.default)
 
 
 @pytest.mark.parametrize("length", tiered([2, 3, 6, 7, 8], quick=[7]))
@@ -89,11 +120,15 @@ def test_a_tree_of_products(length: int) -> None:
     torch.testing.assert_close(gm(a, x)[0], function(a, x), rtol=1e-12, atol=1e-12)
 
 
+def channels_turned(a: Tensor, x: Tensor) -> Tensor:
+    return tree_scan(a.exp(), x, lambda row: row.flip(-1))[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
-    [lambda a, x: tree_scan(a, x)[1], lambda a, x: tree_scan(a.exp(), x)[0] + x],
-    ids=["factors of any sign", "products alone"],
+    [lambda a, x: tree_scan(a, x)[1], lambda a, x: tree_scan(a.exp(), x)[0] + x, channels_turned],
+    ids=["factors of any sign", "products alone", "channels turned"],
 )
 def test_other_trees_stay(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     a, x = A.movedim(-1, 0), torch.randn(6, 2, 3, dtype=torch.float64)
