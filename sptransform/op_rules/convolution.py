@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import OpCall, OpRule, Resize
 from sptransform.rules.table import Local, OpEntry
-from sptransform.sharding.partition import Interval, Intervals, Partition, storage_offsets
+from sptransform.sharding.partition import Interval, Intervals, Partition, intersection, storage_offsets
 from sptransform.sharding.sizes import Size, SymbolicSizeError
 
 aten = torch.ops.aten
@@ -60,12 +61,12 @@ class _Window:
         return Partition.of(self.outputs, ([(first(lo), first(hi)) for lo, hi in own] for own in rows.owned))
 
     def read(self, rows: Partition) -> Partition:
-        """The rows that each rank reads for its outputs; of its own also those that no window reaches."""
-        found = [_united(map(self.rows, own)) for own in self.owned(rows).owned]
-        read = Partition.of(self.size, found)
-        if read.is_covering:
-            return read
-        return Partition.of(self.size, (_united((*a, *b)) for a, b in zip(found, rows.owned, strict=True)))
+        """The rows that each rank reads for its outputs. Rows that no output reads stay where they are."""
+        read = [list(map(self.rows, own)) for own in self.owned(rows).owned]
+        bounds = [0, *(bound for interval in _united(chain(*read)) for bound in interval), self.size]
+        unread = tuple(zip(bounds[::2], bounds[1::2], strict=True))
+        found = (_united([*own, *intersection(had, unread)]) for own, had in zip(read, rows.owned, strict=True))
+        return Partition.of(self.size, found)
 
     def rows(self, outputs: Interval) -> Interval:
         """The rows that an interval of outputs reads; the padding is none."""
@@ -184,12 +185,14 @@ def _named(sizes: dict[str, Size], *names: str) -> tuple[str, ...]:
 
 def _convolution_local(call: OpCall, local: Local) -> Any:
     """The padding is that at this rank's borders; each interval of outputs is a convolution of its own rows."""
-    if 0 in local.result_shapes[0] or 0 in local.operand_shapes[0]:
-        return _nothing(local)
     factor = local.decision.factor
+    is_halo = any(name == factor for _, _, name in local.rule.resize)
+    # outputs without rows may read padding alone
+    if 0 in local.result_shapes[0] or (0 in local.operand_shapes[0] and not is_halo):
+        return _nothing(local)
     if factor == "groups":
         return local.run(call, groups=local.operand_shapes[0][-1 - len(_windows(call))] // call.operand_shapes[1][1])
-    if not any(name == factor for _, _, name in local.rule.resize):
+    if not is_halo:
         return local.run(call)
     at = int(factor.removeprefix("i"))
     windows = _windows(call)

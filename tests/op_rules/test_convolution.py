@@ -16,6 +16,10 @@ CASES = [
     case(aten.conv1d.default, randn(2, 4, 12), randn(6, 4, 2), None, [3], [0], [2], factors="batch in out i0"),
     case(aten.conv1d.default, randn(2, 4, 5), randn(6, 4, 7), None, [1], [9], factors="batch in out i0"),
     case(aten.conv1d.default, randn(2, 4, 5), randn(6, 4, 5), None, factors="batch in out"),
+    # outputs of padding alone; rows that no output reads, between others and at the end
+    case(aten.conv1d.default, randn(2, 4, 8), randn(6, 4, 2), randn(6), [2], [9], factors="batch out i0"),
+    case(aten.conv1d.default, randn(2, 4, 8), randn(6, 4, 2), None, [5], factors="batch in out i0"),
+    case(aten.conv1d.default, randn(2, 4, 8), randn(6, 4, 5), None, [2], factors="batch in out i0"),
     case(aten.conv1d.default, randn(2, 4, 7), randn(6, 4, 1), None, factors="batch in out i0"),
     case(aten.conv1d.padding, randn(2, 4, 9), randn(6, 4, 4), None, [1], "same", [2], factors="batch in out i0"),
     case(aten.conv2d.default, randn(2, 3, 6, 8), randn(4, 3, 2, 4), randn(4), [2, 4], factors="batch out i0 i1"),
