@@ -33,7 +33,7 @@ class Result:
         output_placements: placement of each graph output; None for outputs that are not tensors.
         is_causal: whether any attention of the graph is causal. All sequences get one layout. None before placement.
         is_ordered: whether an op scans a sequence, so that ranks have blocks in order, whatever the strategy.
-        is_even: whether every shard is even (all ranks have equal shares). None before the mesh dim is distributed.
+        is_even: whether all ranks have equal shares and the same graph. None before the mesh dim is distributed.
         mesh_dims: for a whole compile, the contexts of its mesh dims that are distributed, in order.
     """
 

@@ -141,15 +141,20 @@ def passes_gradients(node: fx.Node) -> bool:
 
 
 def is_even(graph: fx.Graph) -> bool:
-    """Whether all ranks have equal shares of every tensor, and so the same graph.
-
-    Where ranks read rows of their neighbours, what they pad depends on the rank, be their shares equal or not.
-    """
+    """Whether all ranks have equal shares of every shard in the graph, and do the same to them."""
     every = [note(node) for node in graph.nodes]
     ends = [end for found in every for transition in found.transitions for end in transition]
     placements = [*ends, *(placement for found in every for placement in found.placements or ())]
-    partitions = {placement.partition for placement in placements if isinstance(placement, Shard)}
-    return all(partition.is_even and not partition.is_overlapping for partition in partitions)
+    is_even = all(placement.partition.is_even for placement in placements if isinstance(placement, Shard))
+    return is_even and not any(map(_differs_at_borders, every))
+
+
+def _differs_at_borders(found: Note) -> bool:
+    """Whether what a rank does depends on where its part of the node's factor begins and ends."""
+    if found.rule is None or found.decision is None:
+        return False
+    resized = ((found.decision.partition_of(name), resize) for (_, _, name), resize in found.rule.resize.items())
+    return any(partition is not None and not resize.is_alike(partition) for partition, resize in resized)
 
 
 def forget_placements(graph: fx.Graph) -> None:

@@ -355,7 +355,9 @@ def pad(call: OpCall) -> OpRule | None:
     for dim, (before, after) in amounts.items():
         if shape[dim] in (0, 1) or call.result_shapes[0][dim] in (0, 1):
             return None
-        resize["result", 0, f"i{dim}"] = Resize(lambda p, before=before, after=after: _padded(p, before, after))
+        resize["result", 0, f"i{dim}"] = Resize(
+            lambda p, before=before, after=after: _padded(p, before, after), padded=True
+        )
     ordered = frozenset(f"i{dim}" for dim, (before, after) in amounts.items() if before * after < 0)
     return OpRule((dims,), (dims,), sizes, resize=resize, ordered=ordered)
 

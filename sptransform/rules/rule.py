@@ -72,13 +72,21 @@ class Resize:
 
     ``links``: it is still the same axis (a slice of it), so if one is a sequence, both are. ``start``: the tensor has
     consecutive indices of the factor, beginning at ``start``. ``halo``: the tensor has all of the factor; the partition
-    is of the indices that a rank reads, and ranks may read the same one.
+    is of the indices that a rank reads, and ranks may read the same one. ``padded``: the tensor has more or fewer
+    indices at the ends, which the owners of these add or cut.
     """
 
     partition: Callable[[Partition], Partition]
     links: bool = True
     start: Size | None = None
     halo: bool = False
+    padded: bool = False
+
+    def is_alike(self, partition: Partition) -> bool:
+        """Whether ranks that have equal shares of both extents do the same to theirs, wherever these begin and end."""
+        if partition.num_ranks == 1:
+            return True
+        return not self.halo and not self.padded and (self.start is None or partition.slice(0, self.start).is_even)
 
 
 @dataclass(frozen=True)

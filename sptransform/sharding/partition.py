@@ -196,14 +196,6 @@ class Partition:
         return all(size == first for size in others)
 
     @cached_property
-    def is_overlapping(self) -> bool:
-        """Some ranks share some of their indices, and not all, as where they read rows of their neighbours."""
-        if self.is_uniform:
-            return False
-        intervals = sorted(interval for own in set(self.owned) for interval in own)
-        return any(after[0] < before[1] for before, after in pairwise(intervals))
-
-    @cached_property
     def is_exact(self) -> bool:
         """Every index is owned by one rank only."""
         return self.is_covering and sum(self.local_sizes) == self.size

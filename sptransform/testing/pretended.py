@@ -17,7 +17,6 @@ from torch import fx, nn
 from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import rewrite_graph
 from sptransform.engine.context import Context
-from sptransform.graph import notes
 from sptransform.ops.groups import pretend
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
@@ -108,7 +107,7 @@ def for_ranks(
     graphs: list[Runnable] = []
     shape = asked.num_ranks if isinstance(asked.num_ranks, tuple) else (asked.num_ranks,)
     for rank in range(prod(shape)):
-        if graphs and notes.is_even(graphs[0].graph_module.graph):
+        if graphs and all(part.result.is_even for part in graphs[0].context.result.mesh_dims):
             graphs.append(graphs[0])
         else:
             made, context = rewrite_graph(gm, inputs, request, Mesh.pretended(shape, rank))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import fx
 
+from sptransform.compiler.options import Options
+from sptransform.compiler.rewrite import rewrite_graph
 from sptransform.engine.traffic import count_collectives
+from sptransform.sharding.mesh import Mesh
+from sptransform.strategies.usp import USP
 from tests.support.equality import Result, _grads, assert_equal_to_one_device
+from tests.support.graphs import while_captured
 from tests.support.rewritten import Asked, Ranks, on_pretended_ranks
 from tests.support.state_space import model_and_input
 from tests.support.tiers import tiered
@@ -32,11 +39,11 @@ CASES = [
     for length in (24, 32, 23, 9)
     for asked in ((("ulysses", 2), ("ulysses", 3), ("megatron", 2)), (("ring", 3),), (("ring", 4), ("allgather", 3)))
 ]
+# ranks that have equal shares, and do not the same at their borders
+CASES += [("blur attention", 16, (("ring", 2), ("ulysses", 2))), ("shift attention", 16, (("ring", 2), ("ring", 4)))]
 
 
-@pytest.mark.parametrize(
-    ("layers", "length", "pairs"), tiered(CASES, quick=[("chunks attention", 23, (("ring", 3),))])
-)
+@pytest.mark.parametrize(("layers", "length", "pairs"), tiered(CASES, quick=[("chunks attention", 23, (("ring", 3),))]))
 def test_equal_to_one_device(layers: str, length: int, pairs: tuple[tuple[str, int], ...]) -> None:
     """Whole chunks on every rank or not, a length that is none of chunks, more ranks than chunks."""
     asked = [Asked(num, strategy) for strategy, num in pairs]
@@ -54,7 +61,11 @@ REAL = {
         **SMALL, state_size=8, expand=2, head_dim=8, num_heads=8, n_groups=2, chunk_size=4
     ),
     "bamba": lambda: transformers.BambaConfig(
-        **SMALL, **HEADS, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8,
+        **SMALL,
+        **HEADS,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=8,
         **{f"mamba_{name}": value for name, value in STATES.items()},
     ),
     "lfm2": lambda: transformers.Lfm2Config(**SMALL, **HEADS, layer_types=["conv", "full_attention"]),
@@ -79,6 +90,21 @@ def test_models_of_transformers(name: str, length: int) -> None:
         assert not ranks.context.result.fallbacks
         for result in ranks.results():
             assert_equal_to_one_device(one, result, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["blur attention", "shift attention"])
+def test_ranks_of_two_mesh_dims_agree(layers: str) -> None:
+    """Where ranks of the first dim have equal shares, and do not the same at their borders."""
+    model, inputs = model_and_input(layers, 16)
+
+    def use(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
+        options = Options(strategy=USP(2, 2), outputs="dtensor")
+        for rank in range(4):
+            _, context = rewrite_graph(gm, example_inputs, options, Mesh.pretended((2, 2), rank))
+            assert not context.result.mesh_dims[0].result.is_even
+
+    while_captured(model, use, **inputs)
 
 
 def _sent(ranks: Ranks, rank: int) -> Counter[str]:

@@ -110,12 +110,37 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(-2)
 
 
+class Blur(nn.Module):
+    """A convolution that reads both neighbours."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(width, width, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.convolution(hidden.transpose(1, 2)).transpose(1, 2)
+
+
+class Shift(nn.Module):
+    """Each token sees the one before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.into(F.pad(hidden, (0, 0, 1, -1)))
+
+
 class Model(nn.Module):
     """Layers with a residual stream; returns a loss."""
 
     def __init__(self, layers: str, width: int = 8) -> None:
         super().__init__()
-        kinds = {"attention": Attention, "chunks": partial(StateSpace, chunk=4), "tree": SelectiveScan}
+        kinds = {
+            "attention": Attention, "blur": Blur, "chunks": partial(StateSpace, chunk=4), "shift": Shift,
+            "tree": SelectiveScan,
+        }  # fmt: skip
         self.layers = nn.ModuleList([kinds[kind](width) for kind in layers.split()])
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -125,6 +150,6 @@ class Model(nn.Module):
 
 
 def model_and_input(layers: str, length: int) -> tuple[Model, dict[str, Tensor]]:
-    """``layers`` are names of kinds: attention, chunks, tree."""
+    """``layers`` are names of kinds: attention, blur, chunks, shift, tree."""
     torch.manual_seed(0)
     return Model(layers).double(), {"hidden": torch.randn(2, length, 8, dtype=torch.float64)}
