@@ -25,6 +25,12 @@ def running(call: OpCall) -> OpRule:
     return replace(found, self_reduced=found.replicated, ordered=found.replicated)
 
 
+def joined(call: OpCall) -> OpRule:
+    """Joined over the ranks of the mesh dim before; over those of this one the dimension it runs along is whole."""
+    found = along_dim(call)
+    return replace(found, ordered=found.replicated)
+
+
 def _running_local(call: OpCall, local: Local) -> Any:
     decision = local.decision
     if decision.factor not in local.rule.self_reduced:
@@ -75,7 +81,7 @@ _JOINED = {
     aten.cumsum.default: sp.joined_cumsum.default,
 }
 _RUNNING = OpEntry(running, _running_local)
-_JOINED_RUNNING = OpEntry(along_dim, sends=_sends)
+_JOINED_RUNNING = OpEntry(joined, sends=_sends)
 
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.cumprod.default, _RUNNING),

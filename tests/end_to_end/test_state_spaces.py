@@ -14,6 +14,7 @@ from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import rewrite_graph
 from sptransform.engine.traffic import count_collectives
 from sptransform.sharding.mesh import Mesh
+from sptransform.strategies.names import StrategyLike
 from sptransform.strategies.usp import USP
 from tests.support.equality import Result, _grads, assert_equal_to_one_device
 from tests.support.graphs import while_captured
@@ -41,10 +42,15 @@ CASES = [
 ]
 # ranks that have equal shares, and do not the same at their borders
 CASES += [("blur attention", 16, (("ring", 2), ("ulysses", 2))), ("shift attention", 16, (("ring", 2), ("ring", 4)))]
+# over two mesh dims, the sums of the first say what is the sequence of the second
+CASES += [("sums", 14, ((USP(2, 2), (2, 2)),))]
+
+
+Pairs = tuple[tuple[StrategyLike, int | tuple[int, int]], ...]
 
 
 @pytest.mark.parametrize(("layers", "length", "pairs"), tiered(CASES, quick=[("chunks attention", 23, (("ring", 3),))]))
-def test_equal_to_one_device(layers: str, length: int, pairs: tuple[tuple[str, int], ...]) -> None:
+def test_equal_to_one_device(layers: str, length: int, pairs: Pairs) -> None:
     """Whole chunks on every rank or not, a length that is none of chunks, more ranks than chunks."""
     asked = [Asked(num, strategy) for strategy, num in pairs]
     one, found = ranks_of(layers, length, asked)

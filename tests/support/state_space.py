@@ -132,6 +132,17 @@ class Shift(nn.Module):
         return self.into(F.pad(hidden, (0, 0, 1, -1)))
 
 
+class Sums(nn.Module):
+    """Each token sees the sum of those before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.into(hidden).tanh().cumsum(1)
+
+
 class Model(nn.Module):
     """Layers with a residual stream; returns a loss."""
 
@@ -139,7 +150,7 @@ class Model(nn.Module):
         super().__init__()
         kinds = {
             "attention": Attention, "blur": Blur, "chunks": partial(StateSpace, chunk=4), "shift": Shift,
-            "tree": SelectiveScan,
+            "sums": Sums, "tree": SelectiveScan,
         }  # fmt: skip
         self.layers = nn.ModuleList([kinds[kind](width) for kind in layers.split()])
 
@@ -150,6 +161,6 @@ class Model(nn.Module):
 
 
 def model_and_input(layers: str, length: int) -> tuple[Model, dict[str, Tensor]]:
-    """``layers`` are names of kinds: attention, blur, chunks, shift, tree."""
+    """``layers`` are names of kinds: attention, blur, chunks, shift, sums, tree."""
     torch.manual_seed(0)
     return Model(layers).double(), {"hidden": torch.randn(2, length, 8, dtype=torch.float64)}
