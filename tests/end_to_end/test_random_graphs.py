@@ -152,7 +152,7 @@ class Steps(nn.Module):
         elif option == 1:
             x.transpose(1, 2)[:, 0].add_(1.0)
         elif option == 2:
-            x[:, 1:].copy_(x[:, :-1].sin())
+            x[:, 1:].copy_(x[:, :-1].clone().sin())
         elif option == 3:
             x[0] += y[-1, : x.shape[1], :1] if y.shape[1] >= x.shape[1] else 1.0
         elif option == 4:
