@@ -57,7 +57,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         if picked is not None and notes.note(node).differentiable:
             notes.note(picked[0]).differentiable = True  # ops with several outputs have no metadata of their own
         if node.op == "get_attr" and isinstance(constant := getattr(traced, node.target), torch.Tensor):
-            if isinstance(constant, FakeTensor):
+            if isinstance(constant, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(constant):
                 raise _untraced(node)
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
