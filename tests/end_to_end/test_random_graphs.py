@@ -159,7 +159,7 @@ class Steps(nn.Module):
             x.view(BATCH, -1)[:, 0] = 0.3
         else:
             top, _ = x.topk(1, -1)
-            top /= 1 + top.abs().sum(1, keepdim=True)
+            top /= 1 + top.detach().abs().sum(1, keepdim=True)
             x = x * top
         return x
 
