@@ -129,7 +129,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "._local_tensors": lambda: LocalTensor({0: torch.ones(2)}),
     "._orig_mod": lambda: torch.compile(nn.Linear(2, 2)),
     "._opoverload": lambda: rms_norm,
-    "._overloadname": lambda: torch.ops.aten.add.Tensor,
     "._parameters": lambda: nn.Linear(2, 2),
     "._post_accumulate_grad_hooks": lambda: torch.ones(2, requires_grad=True),
     "._rename": lambda: fx.Graph().placeholder("x"),
@@ -149,7 +148,6 @@ def test_an_attribute_is_there(name: str) -> None:
 def test_attributes_mean_what_they_meant() -> None:
     overload = torch.ops.aten.add.Tensor
     assert [argument.name for argument in overload._schema.arguments] == ["self", "other", "alpha"]
-    assert overload._overloadname == "Tensor"
     x = torch.ones(2)
     assert x.untyped_storage()._cdata == x.view(1, 2).untyped_storage()._cdata
     module = nn.Linear(2, 2)

@@ -17,7 +17,7 @@ from torch import fx
 
 # Private API: the fake mode Dynamo traced with. Fake tensors of different modes cannot be mixed.
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import TensorMetadata
@@ -26,6 +26,7 @@ from sptransform.capture.checks_on_data import check_tensors
 from sptransform.capture.functionalize import functionalize
 from sptransform.capture.interpreter import Inliner, InParts
 from sptransform.capture.picked_rows import spread_picked_rows
+from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import rename
 from sptransform.graph.regions import Region
@@ -56,6 +57,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         if picked is not None and notes.note(node).differentiable:
             notes.note(picked[0]).differentiable = True  # ops with several outputs have no metadata of their own
         if node.op == "get_attr" and isinstance(constant := getattr(traced, node.target), torch.Tensor):
+            if isinstance(constant, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(constant):
+                raise _untraced(node)
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     origins = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -73,6 +76,17 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         spread_picked_rows(traced.graph)
         check_tensors(traced.graph)
     return traced
+
+
+def _untraced(node: fx.Node) -> CaptureError:
+    return CaptureError(
+        describe(
+            "the model makes a tensor in a way that no graph shows",
+            node=next(iter(node.users), node),
+            found="an operand that torch's tracer takes for a constant",
+            fix="make it with torch ops: x.detach() for what has no gradient",
+        )
+    )
 
 
 def _symbols_of_its_own(mode: FakeTensorMode) -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ This works on the graph, after tracing: torch's own functionalization runs below
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import sympy
@@ -45,6 +46,8 @@ class _Functionalizer:
             if node.op == "output":
                 self._write_back_inputs(node)
             written = _written(node) if dataflow.writes(node) else None
+            if written is not None and self._hides_from_autograd(node, written):
+                raise _hidden(node)
             self._note_alias(node)
             node.args = fx.map_arg(node.args, lambda x, at=node: self._read(x, at))
             node.kwargs = fx.map_arg(node.kwargs, lambda x, at=node: self._read(x, at))
@@ -54,6 +57,13 @@ class _Functionalizer:
                 self._view_in_place(node, written)
             else:
                 self._write(node, written)
+
+    def _hides_from_autograd(self, node: fx.Node, target: fx.Node) -> bool:
+        """Whether this writes, under ``no_grad``, what has a gradient: it keeps that of the value it had before."""
+        if notes.region_of(node).grad_enabled or torch.Tag.inplace_view in node.target.tags:
+            return False
+        related = [target, *self._chain(target), self._root(target)]
+        return any(notes.note(self.current.get(x, x)).differentiable for x in related)
 
     def _root(self, node: fx.Node) -> fx.Node:
         while node in self.base:
@@ -151,6 +161,7 @@ class _Functionalizer:
             notes.fork(at, node)
             compute_value(node)
         notes.derive_differentiable(node)
+        notes.note(node).differentiable &= notes.region_of(node).grad_enabled
         return node
 
     def _set(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
@@ -217,22 +228,25 @@ def _functional_form(node: fx.Node) -> Any:
     """The overload that returns what the node's op writes. Raises CaptureError if there is none."""
     schema = node.target._schema
     name = schema.name.split("::")[1]
-    packet = getattr(aten, name.removesuffix("_"), None)
-    if "out" in node.kwargs:
-        read = [(x.name, str(x.type)) for x in schema.arguments if not x.is_write]
-        overloads = [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
-        forms = [x for x in overloads if [(a.name, str(a.type)) for a in x._schema.arguments] == read]
-        overload = forms[0] if forms else None
-    else:
-        overload = getattr(packet, node.target._overloadname, None) if name.endswith("_") else None
-    if overload is None:
+    has_out = "out" in node.kwargs
+    plain = re.sub(r"^__i(\w+__)$", r"__\1", name) if name.startswith("__") else name.removesuffix("_")
+    packet = getattr(aten, plain, None) if has_out or plain != name else None
+    read = [(x.name, str(x.type)) for x in schema.arguments if not (has_out and x.is_write)]
+    overloads = [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
+    forms = [x for x in overloads if [(a.name, str(a.type)) for a in x._schema.arguments] == read]
+    if not forms:
         raise _no_form(node)
-    return overload
+    return forms[0]
 
 
 def _no_form(node: fx.Node) -> CaptureError:
     message = "an op writes in place and has no out-of-place form"
     return CaptureError(describe(message, node=node, fix="write out of place there"))
+
+
+def _hidden(node: fx.Node) -> CaptureError:
+    message = "an op under no_grad writes into a tensor that has a gradient, which stays that of the old value"
+    return CaptureError(describe(message, node=node, fix="write out of place there, or outside of torch.no_grad()"))
 
 
 def _not_written_back(view: fx.Node, at: fx.Node) -> CaptureError:

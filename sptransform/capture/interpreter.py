@@ -63,6 +63,8 @@ class Inliner(fx.Interpreter):
             return flex_attention.attended(self._at, args)
         if target is full_tensor:
             return args[0].tensor
+        if target is torch._C._autograd._get_data_attr:  # torch's tracer would take x.data for a constant
+            return args[0].detach()
         # torch's tracer would record these two calls but not run them; torch.autocast is recorded and also takes effect
         if target is torch.amp.autocast_mode._enter_autocast:
             self._autocasts.append(torch.autocast(*args, **kwargs))

@@ -103,17 +103,19 @@ class _Spreader(UnderMasks):
     def _made(self, node: fx.Node) -> fx.Node | _Rows | _Places | None:
         """What the node's op makes of picked rows; a node, if its size is no longer data."""
         target, args = node.target, list(node.args)
-        if target in (aten.nonzero.default, aten.where.default, aten.nonzero_numpy.default):
+        is_first = all(map(_is_plain, node.all_input_nodes))
+        if target in (aten.nonzero.default, aten.where.default, aten.nonzero_numpy.default) and is_first:
             return _Places(self._one_of(self.as_mask(args[0])))
-        if target is aten.masked_select.default:
+        if target is aten.masked_select.default and is_first:
             x, mask = (self.expanded(each, broadcast(*map(dataflow.shape, args))) for each in args)
             return self._picked(x, self._one_of(mask), 0)
+        writes = {aten.index_put.default: self._index_put, aten.masked_scatter.default: self._masked_scatter}
+        if (target is aten.index.Tensor or target in writes) and not _is_plain(args[0]):
+            return None
         if target is aten.index.Tensor:
             return self._index(args[0], args[1])
-        if target is aten.index_put.default:
-            return self._index_put(*args)
-        if target is aten.masked_scatter.default:
-            return self._masked_scatter(*args)
+        if target in writes:
+            return writes[target](*args)
         sources = [self.found[x] for x in node.all_input_nodes if x in self.found]
         if not sources:
             return None
@@ -155,7 +157,7 @@ class _Spreader(UnderMasks):
         if len(given) == 1 and self._is_mask(given[first]):
             return self._picked(x, self._one_of(given[first]), first)
         rows = [self.found.get(index) for index in given.values()]
-        if not all(isinstance(each, _Rows) and each.dim == 0 for each in rows) or x in self.found:
+        if not all(isinstance(each, _Rows) and each.dim == 0 for each in rows):
             return None
         if len({each.mask for each in rows}) > 1 or list(given) != list(range(first, first + len(given))):
             return None
@@ -163,9 +165,9 @@ class _Spreader(UnderMasks):
         extents = dataflow.shape(mask)
         by = {each.coordinate: dim for dim, each in zip(given, rows, strict=True)}
         if None in by or len(by) < len(rows) or any(shape[dim] != extents[at] for at, dim in by.items()):
-            return _Rows(
-                mask, first, self.emit(aten.index.Tensor, x, [*[None] * first, *(each.whole for each in rows)])
-            )
+            # an index that is not picked may be out of range
+            at = [self.where(mask, 0, each.whole, 0) for each in rows]
+            return _Rows(mask, first, self.emit(aten.index.Tensor, x, [*[None] * first, *at]))
         order = [*range(first), *(by[at] for at in sorted(by)), *range(first + len(by), len(shape))]
         whole = x if order == sorted(order) else self.emit(aten.permute.default, x, order)
         for at in range(len(extents)):
@@ -205,11 +207,13 @@ class _Spreader(UnderMasks):
             return self._reduced(node, args, first)
         return None
 
-    def _entrywise(self, node: fx.Node, mask: fx.Node) -> _Rows:
+    def _entrywise(self, node: fx.Node, mask: fx.Node) -> _Rows | None:
         dims = {self.found[x].dim - ndim_of(x) for x in node.all_input_nodes if x in self.found}
         (place,) = dims if len(dims) == 1 else (None,)
         if place is None:
             raise _by_data(node, node)
+        if not all(x in self.found or _is_plain(x) for x in node.all_input_nodes):
+            return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: self._whole(x, mask, -place - 1))
         return _Rows(mask, ndim_of(node) + place, self.emit(node.target, *args, **kwargs))
 
@@ -291,6 +295,8 @@ class _Spreader(UnderMasks):
             mask = self._one_of(given[first])
         else:
             rows = [self.found.get(index) for index in given.values()]
+            if len({getattr(each, "mask", None) for each in rows}) > 1:
+                return None
             coordinates = [each.coordinate if isinstance(each, _Rows) else None for each in rows]
             if None in coordinates or coordinates != list(range(len(dataflow.shape(rows[0].mask)))):
                 return None
@@ -317,7 +323,7 @@ class _Spreader(UnderMasks):
                 and own == shape == dataflow.shape(rows.whole)
             )
             return self.where(mask, 0, rows.whole, x) if is_same else None
-        if broadcast(shape, own) != shape or len(own) != len(shape):
+        if not _is_plain(source) or broadcast(shape, own) != shape or len(own) != len(shape):
             return None
         strides = dataflow.value(mask).stride()
         num_outer = len(own)
@@ -335,7 +341,7 @@ class _Spreader(UnderMasks):
         at, rows, dim = self.found.get(args["index"]), self.found.get(args["source"]), args["dim"]
         if not isinstance(at, _Rows) or at.coordinate is None or not isinstance(rows, _Rows) or rows.dim != dim:
             return None
-        if dataflow.shape(args["self"])[dim] != dataflow.shape(mask)[at.coordinate]:
+        if not _is_plain(args["self"]) or dataflow.shape(args["self"])[dim] != dataflow.shape(mask)[at.coordinate]:
             return None
         masked = self.where(mask, dim, rows.whole, 0)
         others = [dim + d for d in range(len(dataflow.shape(mask))) if d != at.coordinate]
@@ -356,11 +362,11 @@ class _Spreader(UnderMasks):
             value, same = dataflow.value(x), dataflow.value(x.args[0]) if x.target in RETYPED else None
             is_copy = same is not None and (same.dtype, same.device) == (value.dtype, value.device)
             args = map_nodes((x.args, dict(x.kwargs)), self._computed)
-            self._texts[x] = self._computed(x.args[0]) if is_copy else f"{x.target}{args}"
+            self._texts[x] = self._computed(x.args[0]) if is_copy else f"{x.target}{args}:{value.dtype}"
         return self._texts[x]
 
     def _is_mask(self, x: Any) -> bool:
-        return x not in self.found and dtype_of(x) == torch.bool
+        return x not in self.found and _is_plain(x) and dtype_of(x) == torch.bool
 
     def _whole(self, x: fx.Node, mask: fx.Node, behind: int) -> fx.Node | None:
         """Rows, with ``behind`` dimensions behind theirs, as a whole tensor; or what broadcasts to it."""
@@ -368,7 +374,14 @@ class _Spreader(UnderMasks):
             rows = self.found[x]
             fits = isinstance(rows, _Rows) and rows.mask is mask and ndim_of(x) - rows.dim - 1 == behind
             return rows.whole if fits else None
+        if not _is_plain(x):
+            return None
         return x if ndim_of(x) <= behind else self.spread(x, ndim_of(x) - behind - 1, mask)
+
+
+def _is_plain(x: fx.Node) -> bool:
+    """Whether this is a tensor whose size is not data."""
+    return dataflow.is_tensor(x) and not _is_sized_by_data(x)
 
 
 def _is_sized_by_data(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ runs as what that gives::
     %out = _remove_batch_dim(%y, 1, 8, 0);  _vmap_decrement_nesting()
 
 becomes ``%out = aten.mul(%x, aten.unsqueeze(%w, 0))``. Autograd then works on these ops. Those of an inner ``grad`` or
-``jvp`` may be detached from what they are computed from: it is refused where gradients pass.
+``jvp`` may be detached from what they are computed from: it is refused where gradients pass, and so is a ``no_grad``.
 """
 
 from __future__ import annotations
@@ -77,21 +77,27 @@ class Transformed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output([copies[x] for x in self.outputs])
         LOADING()
-        flat = flat_graph(fx.Interpreter(fx.GraphModule(gm, graph)).run, [*tensors.values()])
+        run = fx.Interpreter(fx.GraphModule(gm, graph)).run
+        flat = flat_graph(run, [*tensors.values()], grad_enabled=torch.is_grad_enabled())
         flat.graph.eliminate_dead_code()  # batching takes a look at single entries
         return fx.Interpreter(flat).run(*tensors.values())
 
     def _check(self, values: Sequence[Any]) -> None:
         has_gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
         for node in self.nodes:
-            is_nested = has_gradients and _ENTERING.get(node.target, "vmap") != "vmap"
+            is_switch = node.target is torch._C._set_grad_enabled  # which the ops do not show
+            is_nested = has_gradients and (is_switch or _ENTERING.get(node.target, "vmap") != "vmap")
             if is_nested or isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise CaptureError(
                     describe(
                         "the graph cannot show what a transform of functorch does here",
                         node=node,
                         found=f"{node.target}" + (", of tensors that need gradients" if is_nested else " inside of it"),
-                        fix="write out the derivative, or call it under torch.no_grad()" if is_nested else "torch ops",
+                        fix="x.detach() instead of torch.no_grad() inside of it"
+                        if is_switch
+                        else "write out the derivative, or call it under torch.no_grad()"
+                        if is_nested
+                        else "torch ops",
                     )
                 )
 

@@ -73,4 +73,6 @@ class UnderMasks:
             self._checked.add((mask, shape[dim], fits))
             message = f"there are {shape[dim]} rows, and not as many true entries in the mask: {place(self.at)}"
             self.emit(aten._assert_async.msg, self.emit(fits, self.count(mask), shape[dim]), message)
+        if shape[dim] == 0:  # a row for the places that have none
+            x = self.emit(aten.constant_pad_nd.default, x, [*[0, 0] * (ndim_of(x) - dim - 1), 0, 1])
         return self.emit(aten.index.Tensor, x, [*[None] * dim, self._ordinals[mask]])

@@ -116,12 +116,10 @@ def written_by_number(views: Sequence[fx.Node], root: fx.Node, current: fx.Node,
     device = dataflow.value(root).device
     numbers = emit(aten.arange.default, prod(shape), device=device)
     numbers = emit(aten.reshape.default, numbers, shape)
-    source = root
     for view in views:
-        numbers = emit(
-            view.target, *fx.map_arg(view.args, lambda x, s=source, n=numbers: n if x is s else x), **view.kwargs
-        )
-        source = view
+        base = view.all_input_nodes[0]
+        args = fx.map_arg(view.args, lambda x, b=base, n=numbers: n if x is b else x)
+        numbers = emit(view.target, *args, **view.kwargs)
     whole = emit(aten.reshape.default, current, [-1])
     at, rows = (emit(aten.reshape.default, x, [-1]) for x in (numbers, new))
     return emit(aten.reshape.default, emit(aten.scatter.src, whole, 0, at, rows), shape)

@@ -31,12 +31,20 @@ def _is_mark(tensor: Any, value: Any) -> bool:
 
 def _set(self: Any, tx: Any, obj: Any, name: Any, value: Any) -> Any:
     if name.is_python_constant() and name.as_python_constant() == "requires_grad" and _is_mark(obj, value):
+        _noted(obj)
         return ConstantVariable.create(None)
     return _set_attribute(self, tx, obj, name, value)
 
 
 def _mark(self: Any, tx: Any, requires_grad: Any = True) -> Any:
-    return self if _is_mark(self, requires_grad) else _require_grad(self, tx, requires_grad)
+    return _noted(self) if _is_mark(self, requires_grad) else _require_grad(self, tx, requires_grad)
+
+
+def _noted(tensor: Any) -> Any:
+    """The tensor, of which the model can read that it requires gradients, and what is computed from it does."""
+    tensor.as_proxy().node.meta["example_value"].requires_grad_(True)
+    tensor.requires_grad = True
+    return tensor
 
 
 @contextmanager

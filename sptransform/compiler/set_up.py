@@ -6,12 +6,15 @@ function that takes a lock at every call is not a set-up, and is refused.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any, NoReturn
+
+import torch
 
 # Private: where Dynamo gives up on a context manager; it has no hook.
 from torch._dynamo.exc import Unsupported
@@ -22,6 +25,7 @@ from sptransform.diagnostics.errors import CaptureError, describe
 
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _UNKNOWN = object()
+_REBINDING = ("STORE_FAST", "DELETE_FAST", "STORE_DEREF", "DELETE_DEREF")
 
 
 class TakesLock(Unsupported):
@@ -84,19 +88,33 @@ def _call_of(translator: Any) -> Callable[[], Any] | None:
     if code.co_freevars or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
         return None
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if any(step.argval in names for step in dis.get_instructions(code) if step.opname in _REBINDING):
+        return None  # what it was called with is no longer known
     values = [_value_of(translator.symbolic_locals[name], translator) for name in names]
     if any(value is _UNKNOWN for value in values):
         return None
     function = FunctionType(code, translator.f_globals)
     positional, named = values[: code.co_argcount], names[code.co_argcount :]
-    return lambda: function(*positional, **dict(zip(named, values[code.co_argcount :], strict=True)))
+    is_recording = torch.is_grad_enabled()
+
+    def call() -> Any:
+        with torch.set_grad_enabled(is_recording):
+            return function(*positional, **dict(zip(named, values[code.co_argcount :], strict=True)))
+
+    return call
 
 
 def _value_of(variable: Any, translator: Any) -> Any:
-    """The object that a variable of Dynamo stands for; not that of a tensor, which is not there yet."""
+    """The object that a variable of Dynamo stands for; not that of a tensor, which is not there yet.
+
+    Nor one that the model has changed, since Dynamo writes that back when the call is over.
+    """
     variable = variable.realize()
     if isinstance(variable, CellVariable):  # a function that the set-up makes reads it too
         variable = translator.output.side_effects.load_cell(variable)
+    if translator.output.side_effects.has_pending_mutation(variable):
+        return _UNKNOWN
     if variable.is_python_constant():
-        return variable.as_python_constant()
+        found = variable.as_python_constant()
+        return _UNKNOWN if isinstance(found, dict | list | set) else found  # a copy of the model's own
     return getattr(variable, "value", _UNKNOWN)

@@ -5,6 +5,8 @@ Only ops that give finite values and gradients for finite operands: they also ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -60,9 +62,15 @@ ENTRYWISE = RETYPED | frozenset(
     }
 )
 
+
+def _adds_to_zero(eps: Sequence[float | None]) -> bool:
+    """Whether a norm divides by something else than the zero of a row of zeros."""
+    return not eps or eps[0] is None or eps[0] > 0
+
+
 # Along the last dimensions of the first operand: op -> how many they are
 LAST_DIMS: dict[Any, Any] = {
-    aten.layer_norm.default: lambda args: len(args[1]),
+    aten.layer_norm.default: lambda args: len(args[1]) if _adds_to_zero(args[4:5]) else inf,
     aten.linear.default: lambda args: 1,
-    aten.rms_norm.default: lambda args: len(args[1]),
+    aten.rms_norm.default: lambda args: len(args[1]) if _adds_to_zero(args[3:4]) else inf,
 }

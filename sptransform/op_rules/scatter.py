@@ -12,7 +12,7 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.op_rules.indexing import indexed
-from sptransform.op_rules.shape import num_owned_below, piece_of
+from sptransform.op_rules.shape import num_owned_below, piece_of, start_of_slice
 from sptransform.rules.einsum import rule
 from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
@@ -108,8 +108,7 @@ def slice_scatter(call: OpCall) -> OpRule | None:
     shape, source = call.operand_shapes
     dim = call.argument("dim") % len(shape)
     x, sizes = dims_and_sizes(shape)
-    start, step = call.argument("start") or 0, call.argument("step")
-    start = start if start >= 0 else start + shape[dim]
+    start, step = start_of_slice(call, dim), call.argument("step")
     if source == shape:
         return OpRule((x, x), (x,), sizes, linear=_JOINTLY)
     if step == 1 and x[dim] and source[dim] != 1:

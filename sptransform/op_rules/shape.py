@@ -163,13 +163,16 @@ def _repeat_local(call: OpCall, local: Local) -> Any:
     return local.run(call, repeats=repeats)
 
 
+def start_of_slice(call: OpCall, dim: int) -> Size:
+    size, start = call.operand_shapes[0][dim], call.argument("start") or 0
+    if isinstance(size, int) and isinstance(start, int):
+        return slice(start, None).indices(size)[0]
+    return size + start if isinstance(start, int) and start < 0 else start
+
+
 def _bounds_of_slice(call: OpCall, dim: int) -> tuple[Size, Size, int]:
     """Start, stop and step. ``stop`` is computed from the result's size; it is exact for step 1."""
-    size, start, step = call.operand_shapes[0][dim], call.argument("start") or 0, call.argument("step")
-    if isinstance(size, int) and isinstance(start, int):
-        start = slice(start, None).indices(size)[0]
-    elif isinstance(start, int) and start < 0:
-        start = size + start
+    start, step = start_of_slice(call, dim), call.argument("step")
     return start, start + call.result_shapes[0][dim] * step, step
 
 

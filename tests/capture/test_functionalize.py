@@ -252,7 +252,47 @@ def into_out(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return h * x
 
 
+def windows_written_twice(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The second write is through a view of what the first one wrote."""
+    h = x * 2
+    found = h.unfold(1, 2, 2)
+    found[..., 0].mul_(2.0)
+    found[..., 1] = v[:2]
+    return h.sin()
+
+
+def other_overloads(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """In place they are called otherwise than out of place."""
+    h = x * 2
+    h.pow_(2)
+    h.transpose_(0, 1)
+    positions, seen = torch.arange(4), x.t() > 0
+    positions[1:] //= 2
+    seen &= h > 0.5
+    seen |= h > 2
+    return h * positions[:, None] * seen
+
+
+def masked_under_no_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What is computed under no_grad has no gradient to lose."""
+    with torch.no_grad():
+        scale = torch.zeros(3, 4, dtype=torch.float64)
+        scale.add_(x * v)
+        scale[0] = v
+        scale.mul_(2.0)
+    return x * scale
+
+
+def data(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * v
+    return h * h.data
+
+
 PROGRAMS = [
+    windows_written_twice,
+    other_overloads,
+    masked_under_no_grad,
+    data,
     pieces,
     one_of_several_results,
     repeated_memory,
@@ -409,6 +449,36 @@ def test_a_write_through_detach_is_refused() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         h = x * 2
         h.detach().add_(1.0)
+        return h.sin()
+
+    with pytest.raises(CaptureError, match=r"aten\.detach"):
+        captured(program, torch.randn(4, 4, requires_grad=True))
+
+
+def scaled_under_no_grad(x: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    with torch.no_grad():
+        h[0].mul_(2.0)
+    return h.sin()
+
+
+def input_scaled_under_no_grad(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        x.mul_(2.0)
+    return x.sin()
+
+
+@pytest.mark.parametrize("program", [scaled_under_no_grad, input_scaled_under_no_grad])
+def test_a_write_under_no_grad_into_what_has_a_gradient_is_refused(program: Callable[..., torch.Tensor]) -> None:
+    """As through detach."""
+    with pytest.raises(CaptureError, match="under no_grad"):
+        captured(program, torch.randn(4, 4, requires_grad=True))
+
+
+def test_a_write_through_data_is_refused() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        h.data.mul_(2.0)
         return h.sin()
 
     with pytest.raises(CaptureError, match=r"aten\.detach"):

@@ -120,10 +120,23 @@ def infinite_elsewhere(x, features, weight, mask, labels):  # type: ignore[no-un
     return (x[mask] * features).sum()
 
 
+def next_rows(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    """Those behind the last ones are no rows, and are not picked."""
+    row, token = torch.where(mask & (torch.arange(5) < 4))
+    return (x[row, token + 1] * x[row, token]).sum() * features.sum()
+
+
+def no_features(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    """As of a text without an image."""
+    x = x * 2
+    x[mask & (labels < 0)] = features[:0] * weight[0]
+    return x.sin()
+
+
 PROGRAMS = [
     deepstack, write_rows, write_a_number, write_by_places, add_by_one_index, places_of_nonzero, means,
     cross_entropy_of_rows, a_mask_computed_twice, in_a_row, select, scatter_features, scatter_entries, checked_count,
-    infinite_elsewhere,
+    infinite_elsewhere, next_rows, no_features,
 ]  # fmt: skip
 
 
@@ -170,7 +183,35 @@ def unique(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
     return torch.unique(labels).sum()
 
 
-@pytest.mark.parametrize("program", [by_number, returned, reordered, reshaped, unique], ids=lambda each: each.__name__)
+def places_of_two_masks(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    x = x * 2
+    x[torch.where(mask)[0], torch.where(mask.flip(1))[1]] = features[0]
+    return x
+
+
+def rows_of_rows(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    rows = x[mask]
+    return rows[rows[:, 0] > 0].sum()
+
+
+def normed_by_zero(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    """Of rows that are not picked it would be infinite."""
+    return F.layer_norm(x[mask], (3,), eps=0.0).sum()
+
+
+def beside_unknown_rows(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    x = x * 2
+    x[mask] = x[mask] + x[mask].cumsum(-1)
+    return x
+
+
+REFUSED = [
+    by_number, returned, reordered, reshaped, unique, places_of_two_masks, rows_of_rows, normed_by_zero,
+    beside_unknown_rows,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", REFUSED, ids=lambda each: each.__name__)
 def test_other_sizes_of_data_are_refused(program: Function, golden: Golden) -> None:
     with pytest.raises(CaptureError) as caught:
         captured(program, *the_inputs())

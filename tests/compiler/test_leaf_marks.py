@@ -23,6 +23,14 @@ def by_method(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return ((x * 2).requires_grad_() * weight).sin()
 
 
+def read_again(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What the model reads of the mark is what it wrote."""
+    hidden = x * 2
+    hidden.requires_grad_()
+    product = hidden.cos()
+    return (product * weight).sin() if hidden.requires_grad and product.requires_grad else product + weight
+
+
 def of_an_input(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x.requires_grad = True
     return x * weight
@@ -35,7 +43,7 @@ def leaf_of_a_computed_tensor(x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return hidden * weight
 
 
-@pytest.mark.parametrize("program", [by_attribute, by_method])
+@pytest.mark.parametrize("program", [by_attribute, by_method, read_again])
 def test_values_and_gradients(program: Function) -> None:
     inputs = [torch.randn(4), torch.randn(4, requires_grad=True)]
     reference = run_once(program, inputs)

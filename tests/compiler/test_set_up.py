@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -51,6 +52,54 @@ class LocksForATensor(SetsUp):
         return locked_sum(self.inner(x))
 
 
+def set_factor(module: nn.Module, factor: float) -> None:
+    """Called anew with what it has now, it would double twice."""
+    factor *= 2
+    with _lock:
+        module.factor = factor
+
+
+class RebindsArgument(SetsUp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self.inner, "factor"):
+            set_factor(self.inner, 3.0)
+        return self.inner(x) * self.inner.factor
+
+
+def count_in(module: nn.Module, found: Sequence[int]) -> None:
+    with _lock:
+        module.count = len(found) * module.step
+
+
+class ChangesArgument(SetsUp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self.inner, "count"):
+            self.inner.step = 2
+            count_in(self.inner, (1, 2))
+        return self.inner(x) * self.inner.count
+
+
+class MakesList(SetsUp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = [1, 2]
+        if not hasattr(self.inner, "count"):
+            count_in(self.inner, found)
+        return self.inner(x) * self.inner.count
+
+
+def note_mode(module: nn.Module) -> None:
+    if not hasattr(module, "recorded"):
+        with _lock:
+            module.recorded = torch.is_grad_enabled()
+
+
+class WithoutGradients(SetsUp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            note_mode(self.inner)
+        return self.inner(x) * (3 if self.inner.recorded else 2)
+
+
 def compiled(model: nn.Module, x: torch.Tensor) -> Any:
     return compiled_with(model, lambda gm, inputs: gm, x)
 
@@ -61,6 +110,17 @@ def test_a_set_up_runs_first() -> None:
     assert model.inner.installed and len(model.inner._forward_hooks) == 1
     torch.testing.assert_close(found, model(x))
     torch.testing.assert_close(found, 3 * (x @ model.inner.weight.t() + model.inner.bias))
+
+
+def test_a_set_up_runs_in_the_grad_mode_of_its_place() -> None:
+    model, x = WithoutGradients(), torch.randn(2, 4)
+    torch.testing.assert_close(compiled(model, x), 2 * model.inner(x))
+
+
+@pytest.mark.parametrize("kind", [RebindsArgument, ChangesArgument, MakesList])
+def test_a_set_up_whose_arguments_are_not_those_of_its_call_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(CaptureError, match="whose arguments the model computes"):
+        compiled(kind(), torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("kind", [AlwaysLocks, LocksForATensor])

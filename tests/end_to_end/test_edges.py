@@ -64,6 +64,27 @@ def under_no_grad(x: Tensor) -> Tensor:
     return (attend(x) * slopes).sum(1)
 
 
+def of_a_detached_tensor(x: Tensor) -> Tensor:
+    return attend(x) + torch.func.grad(lambda y: y.tanh().pow(2).sum())(x.detach())
+
+
+def partly_without_gradients(x: Tensor) -> Tensor:
+    def row(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = y.sin()
+        return y * scale
+
+    return torch.vmap(row)(attend(x)).sum()
+
+
+def by_a_pullback(x: Tensor) -> Tensor:
+    """It is called where its transform has ended."""
+    with torch.no_grad():
+        _, pullback = torch.func.vjp(torch.sin, x)
+        (slopes,) = pullback(x)
+    return (attend(x) * slopes).sum()
+
+
 def hooked(x: Tensor) -> Tensor:
     y = attend(x)
     y.register_hook(lambda grad: grad * 3)
@@ -76,9 +97,11 @@ def hooked(x: Tensor) -> Tensor:
         lambda x: torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (attend(x),)).sum(),
         lambda x: torch.func.vmap(torch.func.grad(lambda row: row.tanh().sum()))(attend(x)).sum(),
         lambda x: InPlace.apply(attend(x) * 2).sum(),
+        partly_without_gradients,
+        by_a_pullback,
         hooked,
     ],
-    ids=["cond", "gradient of a gradient", "mark_dirty", "hook"],
+    ids=["cond", "gradient of a gradient", "mark_dirty", "no_grad in vmap", "vjp", "hook"],
 )
 def test_what_would_be_lost_is_refused(program: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"fix: "):
@@ -109,6 +132,7 @@ def _rewrite(program: Callable[[Tensor], Tensor], **options: Any) -> sptransform
         lambda x: torch.vmap(torch.vmap(torch.outer, (0, None)), (1, 0), 1)(attend(x), x[0]).sum(1),
         under_no_grad,
         lambda x: functional.conv1d(attend(x).mT, torch.ones(1, HIDDEN, 2, dtype=x.dtype) / 3, stride=3),
+        of_a_detached_tensor,
     ],
     ids=[
         "every other",
@@ -122,6 +146,7 @@ def _rewrite(program: Callable[[Tensor], Tensor], **options: Any) -> sptransform
         "vmaps",
         "gradient without gradients",
         "rows that no window reaches",
+        "gradient of a detached tensor",
     ],
 )
 def test_programs_equal_one_device(program: Callable[[Tensor], Tensor], num_ranks: int) -> None:

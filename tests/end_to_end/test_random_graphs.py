@@ -152,14 +152,14 @@ class Steps(nn.Module):
         elif option == 1:
             x.transpose(1, 2)[:, 0].add_(1.0)
         elif option == 2:
-            x[:, 1:].copy_(x[:, :-1].sin())
+            x[:, 1:].copy_(x[:, :-1].clone().sin())
         elif option == 3:
             x[0] += y[-1, : x.shape[1], :1] if y.shape[1] >= x.shape[1] else 1.0
         elif option == 4:
             x.view(BATCH, -1)[:, 0] = 0.3
         else:
             top, _ = x.topk(1, -1)
-            top /= 1 + top.abs().sum(1, keepdim=True)
+            top /= 1 + top.detach().abs().sum(1, keepdim=True)
             x = x * top
         return x
 

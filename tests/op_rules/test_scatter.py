@@ -50,6 +50,7 @@ CASES = [
     case(aten.select_scatter.default, randn(4, 6, 3), randn(4, 3), 1, 2, factors="i0 i2"),
     case(aten.slice_scatter.default, randn(4, 6), randn(4, 3), 1, 2, 5, factors="i0 i1"),
     case(aten.slice_scatter.default, randn(4, 6), randn(4, 3), 1, -3, factors="i0 i1"),
+    case(aten.slice_scatter.default, randn(4, 6), randn(4, 2), 1, -9, 2, factors="i0 i1"),
     case(aten.slice_scatter.default, randn(4, 6), randn(4, 6), 1, factors="i0 i1"),
     case(aten.slice_scatter.default, randn(4, 6), randn(4, 1), 1, 2, 3, factors="i0"),
     case(aten.slice_scatter.default, randn(4, 6), randn(4, 3), 1, 0, 6, 2, factors="i0"),
