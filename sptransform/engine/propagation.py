@@ -120,7 +120,9 @@ class Propagation:
         if self.inner is not None and atoms[0] in self.inner:
             return self.inner.partition(atoms[0]).refine(prod(atom.size for atom in atoms[1:]))
         if self.axes.is_sequence(atoms[0]) and (partition := self.axes.partition(atoms[0])).is_exact:
-            return partition.refine(prod(atom.size for atom in atoms[1:]))
+            # blocks of tokens that ranks do not share evenly would be shared less evenly than tokens
+            if len(atoms) == 1 or partition.is_even:
+                return partition.refine(prod(atom.size for atom in atoms[1:]))
         return self.axes.divide(prod(atom.size for atom in atoms))
 
     def sequence_decisions(self, node: fx.Node, rule: OpRule) -> list[Sharded]:

@@ -11,7 +11,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from sptransform import rule
 from sptransform.diagnostics.errors import UnsupportedOpError
 from tests.support.equality import assert_equal_to_one_device, run_one_device
-from tests.support.functions import CALLS, Rolled, model_of
+from tests.support.functions import CALLS, Accumulated, model_of
 from tests.support.gloo_pool import get_pool
 from tests.support.models import FLOAT64
 from tests.support.rewritten import Asked, Ranks, on_pretended_ranks
@@ -27,7 +27,7 @@ WHOLE = {
     "by_position": "ByPosition",
     "cross_entropy": "CrossEntropy",
     "linear_cross_entropy": "LinearCrossEntropy",
-    "rolled": "Rolled",
+    "accumulated": "Accumulated",
 }
 
 
@@ -83,9 +83,9 @@ def step_on_rank(rank: int, world_size: int, backend: str) -> None:
 
 
 def test_a_rule_of_the_user_is_for_the_class() -> None:
-    model, inputs = model_of("rolled")
-    with pytest.raises(UnsupportedOpError, match=r"(?s)Rolled has no .*fix: .*rules=\{tests.support.functions.Rolled"):
+    model, inputs = model_of("accumulated")
+    with pytest.raises(UnsupportedOpError, match=r"(?s)Accumulated has no .*fix: .*rules=\{tests.support.functions.Accumulated"):
         on_pretended_ranks(model, inputs, FEW, strict=True)
-    rules = {Rolled: rule("b s h, h -> b s h", replicated="h")}
+    rules = {Accumulated: rule("b s h, h -> b s h", replicated="h")}
     for ranks in assert_exact(model, inputs, FEW, rules=rules, strict=True).values():
         assert ranks.context.result.fallbacks == []

@@ -43,7 +43,8 @@ def free(rule: OpRule) -> set[int]:
         (ROW.format("%1 = aten.exp.default(%0)"), [(S, H)], {S, H}),
         (ROW.format("%1 = aten._softmax.default(%0, 1, False)"), [(S, H)], {S}),
         (ROW.format("%1 = aten.cumsum.default(%0, 0)"), [(S, H)], {H}),
-        (ROW.format("%1 = aten.roll.default(%0, [1], [1])"), [(S, H)], set()),  # no rule
+        (ROW.format("%1 = aten.roll.default(%0, [1], [1])"), [(S, H)], {S}),
+        (ROW.format("%1 = aten.logcumsumexp.default(%0, 1)"), [(S, H)], set()),  # no rule
         # of sizes; in another order; of positions
         (ROW.format(f"%4 = aten.ones.default([{S}, 1]); %1 = aten.mul.Tensor(%0, %4)"), [(S, H)], {S, H}),
         (ROW.format(f"%4 = aten.reshape.default(%0, [{S * H}]); %1 = aten.reshape.default(%4, [{S}, {H}])"), [(S, H)],

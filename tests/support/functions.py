@@ -212,19 +212,20 @@ class AcrossTokens(torch.autograd.Function):
         return dy * 2 + dy.mean(1, keepdim=True)
 
 
-class Rolled(torch.autograd.Function):
+class Accumulated(torch.autograd.Function):
     """Calls an op that has no rule, and reads its operands in another order than it takes them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        scale = weight.exp()
-        ctx.save_for_backward(x, scale)
-        return torch.roll(x, 1, -1) * scale
+        scale, sums = weight.exp(), torch.logcumsumexp(x, -1)
+        ctx.save_for_backward(x, scale, sums)
+        return sums * scale
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
-        return torch.roll(dy * scale, -1, -1), (torch.roll(x, 1, -1) * dy).sum((0, 1)) * scale
+        x, scale, sums = ctx.saved_tensors
+        later = (dy * scale * (-sums).exp()).flip(-1).cumsum(-1).flip(-1)
+        return x.exp() * later, (sums * dy).sum((0, 1)) * scale
 
 
 class Mixed(torch.autograd.Function):
@@ -299,7 +300,7 @@ CALLS: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "mlp": lambda model, x: model.mlp(x),
     "reversal": lambda model, x: Reversal.apply(x, 0.3),
     "rms_norm": lambda model, x: RMSNorm.apply(x, model.weight, 1e-6, 1.0),
-    "rolled": lambda model, x: Rolled.apply(x, model.weight),
+    "accumulated": lambda model, x: Accumulated.apply(x, model.weight),
     "rotary": lambda model, x: x,
     "straight_through": lambda model, x: StraightThrough.apply(x),
 }
