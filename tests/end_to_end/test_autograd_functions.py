@@ -84,7 +84,8 @@ def step_on_rank(rank: int, world_size: int, backend: str) -> None:
 
 def test_a_rule_of_the_user_is_for_the_class() -> None:
     model, inputs = model_of("accumulated")
-    with pytest.raises(UnsupportedOpError, match=r"(?s)Accumulated has no .*fix: .*rules=\{tests.support.functions.Accumulated"):
+    named = r"(?s)Accumulated has no .*fix: .*rules=\{tests.support.functions.Accumulated"
+    with pytest.raises(UnsupportedOpError, match=named):
         on_pretended_ranks(model, inputs, FEW, strict=True)
     rules = {Accumulated: rule("b s h, h -> b s h", replicated="h")}
     for ranks in assert_exact(model, inputs, FEW, rules=rules, strict=True).values():
