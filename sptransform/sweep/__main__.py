@@ -89,7 +89,7 @@ def main(given: Sequence[str]) -> int:
             counts = ", ".join(f"{number} {status}" for status, number in statuses.most_common())
             progress.update(task, description=f"{architecture.name}: {counts}")
     records = read(options.results)
-    options.page.write_text(page(records))
+    options.page.write_text(page(records, [each.name for each in architectures()]))
     return int(any(record.status in (Status.WRONG, Status.CRASHED) for record in records))
 
 
