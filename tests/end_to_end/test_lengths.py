@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from tests.support.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.support.gloo_pool import get_pool
 from tests.support.models import FLOAT64, MODELS, VOCAB, build
+from tests.support.tiers import tiered
 from tests.support.tiny import attention, attention_with_loss
 
 pytestmark = pytest.mark.timeout(300)
@@ -116,7 +117,8 @@ def test_a_dozen_lengths_of_a_masked_model_compile_at_most_twice(name: str, stra
 
 
 @pytest.mark.parametrize(
-    ("lengths", "limit", "num_warnings"), [([9, 11, 16, 13, 12, 15, 20, 17], 3, 1), ([9, 16, 12, 8, 20], 3, 0)]
+    ("lengths", "limit", "num_warnings"),
+    tiered([([9, 11, 16, 13, 12, 15, 20, 17], 3, 1), ([9, 16, 12, 8, 20], 3, 0)], quick=[([9, 16, 12, 8, 20], 3, 0)]),
 )
 def test_uneven_lengths_are_not_refused_for_their_number(lengths: list[int], limit: int, num_warnings: int) -> None:
     """Each is a compile, beside the one or two of all others; more of them than Dynamo's limit are a warning."""

@@ -65,6 +65,7 @@ def compiled(rank: int, world_size: int) -> Result:
 
 
 @pytest.mark.inductor
+@pytest.mark.slow
 def test_a_ring_under_inductor() -> None:
     reference = run_one_device(attention_with_loss().float(), token_inputs())
     for result in get_pool(2).run(compiled, timeout=200):

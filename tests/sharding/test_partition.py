@@ -127,7 +127,7 @@ def test_a_rank_gets_so_many_stripes_by_default(size: int, block: int) -> None:
 
 
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(1, 4), st.integers(1, 3))
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(deadline=None, derandomize=True, max_examples=20)
 def test_a_symbolic_size_is_shared_as_its_values_are(chunk: int, num_ranks: int, factor: int, refined: int) -> None:
     k = sympy.Symbol("k", integer=True, positive=True)
     forms = (

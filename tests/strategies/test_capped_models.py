@@ -85,6 +85,7 @@ def test_a_model_with_a_softcap_is_exact() -> None:
     assert_exact(model, reference)
 
 
+@pytest.mark.slow
 def test_a_model_with_sinks_is_exact() -> None:
     model = made(gpt_oss)
     reference = run_one_device(model, inputs())

@@ -74,6 +74,7 @@ def test_ranks_equal_one_device(
     assert_ranks_equal_one_device(run_once(function, given), found)
 
 
+@pytest.mark.slow
 def test_packed_documents_of_a_model() -> None:
     """Positions that start over, rotary tables, labels shifted by one: Hugging Face's Llama, packed."""
     torch.manual_seed(0)

@@ -299,6 +299,7 @@ class Biased(nn.Module):
         return self.first(x) + self.second(x)
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_learned_is_exact() -> None:
     """Also where masks are read by position."""
     reference = run_one_device(Biased(), inputs())
