@@ -68,7 +68,8 @@ class AssignPlacements(Pass):
         sources = (n for n in graph.nodes if n.op in ("placeholder", "get_attr") and dataflow.values(n))
         inputs = {n: self._input(n, context) for n in sources}
         inner = context.strategy.inner_axes(graph, axes, context.mesh.size, light)
-        propagation = Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light, inner)
+        is_only_dim = context.num_ranks <= context.mesh.size
+        propagation = Propagation(graph, context.strategy, context.mesh.size, inputs, axes, light, inner, is_only_dim)
         propagation.run()
         if context.shard_parameters:
             for node in inputs:

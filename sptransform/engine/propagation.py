@@ -43,6 +43,7 @@ class Propagation:
         axes: see :class:`Axes`.
         light: nodes without heavy work behind them, see :func:`light_nodes`.
         inner: axes to cut in preference to the sequence, see :class:`InnerAxes`; None if only the sequence is cut.
+        is_only_dim: the mesh has no other dim.
     """
 
     graph: fx.Graph
@@ -52,6 +53,7 @@ class Propagation:
     axes: Axes
     light: frozenset[fx.Node]
     inner: InnerAxes | None = None
+    is_only_dim: bool = True
 
     def run(self) -> None:
         nodes = [n for n in self.graph.nodes if n.op != "output" and dataflow.projection(n) is None]
@@ -120,8 +122,8 @@ class Propagation:
         if self.inner is not None and atoms[0] in self.inner:
             return self.inner.partition(atoms[0]).refine(prod(atom.size for atom in atoms[1:]))
         if self.axes.is_sequence(atoms[0]) and (partition := self.axes.partition(atoms[0])).is_exact:
-            # blocks of tokens that ranks do not share evenly would be shared less evenly than tokens
-            if len(atoms) == 1 or partition.is_even:
+            # after uneven shares of blocks of tokens, ranks would each place a second mesh dim by themselves
+            if len(atoms) == 1 or partition.is_even or self.is_only_dim:
                 return partition.refine(prod(atom.size for atom in atoms[1:]))
         return self.axes.divide(prod(atom.size for atom in atoms))
 

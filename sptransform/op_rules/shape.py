@@ -308,12 +308,19 @@ def cat(call: OpCall) -> OpRule | None:
     single = (*result[:dim], (), *result[dim + 1 :])
     operands = tuple(single if shape[dim] == 1 else result for shape in call.operand_shapes)
     resize, replicated = {}, frozenset()
-    if len(operands) > 1:
+    if target[dim] == 1:  # one entry, beside operands without any
+        operands = tuple(
+            single if shape[dim] == 1 else (*result[:dim], ("none",), *result[dim + 1 :])
+            for shape in call.operand_shapes
+        )
+        is_alone = all(shape[dim] == 1 for shape in call.operand_shapes)
+        sizes, replicated = (sizes, replicated) if is_alone else (sizes | {"none": 0}, frozenset({"none"}))
+    elif len(operands) > 1:
         for index, (start, stop) in enumerate(pairwise(bounds)):
             if operands[index] is result:
                 resize["operand", index, f"i{dim}"] = piece_of(start, stop)
-    if any(shape[dim] == 0 for shape in call.operand_shapes):
-        replicated = frozenset({f"i{dim}"})
+        if any(shape[dim] == 0 for shape in call.operand_shapes):
+            replicated = frozenset({f"i{dim}"})
     everything = (frozenset(range(len(operands))),)
     return OpRule(operands, (result,), sizes, replicated=replicated, linear=everything, resize=resize)
 

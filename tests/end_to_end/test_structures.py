@@ -1,4 +1,4 @@
-"""Real models whose structure asks for more than attention and linears: images among text, experts, recurrences.
+"""Real models whose structure asks for more than attention and linears: images among text, experts, shared keys.
 
 Each under three strategies, on ranks in lockstep, in float64 but for what the models compute in float32.
 """
@@ -97,15 +97,6 @@ def experts_with_a_balance_loss_recomputed() -> Made:
     return model, {"input_ids": tokens(), "attention_mask": mask, "labels": labels, "use_cache": False}
 
 
-def gated_delta_and_attention() -> Made:
-    config = transformers.Qwen3NextConfig(
-        **TEXT, **EXPERTS, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
-        linear_num_value_heads=4, shared_expert_intermediate_size=32,
-        layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
-    return transformers.Qwen3NextForCausalLM(config), {"input_ids": tokens(), "labels": tokens(), "use_cache": False}
-
-
 def keys_shared_by_layers() -> Made:
     config = transformers.Gemma4TextConfig(
         **TEXT | {"num_hidden_layers": 4}, global_head_dim=8, num_kv_shared_layers=2, sliding_window=12,
@@ -121,7 +112,6 @@ MODELS: dict[str, Callable[[], Made]] = {
         image_features_among_text,
         features_added_by_a_boolean_index,
         experts_with_a_balance_loss_recomputed,
-        gated_delta_and_attention,
         keys_shared_by_layers,
     )
 }

@@ -29,6 +29,7 @@ CASES = [
     case(aten.cat.default, [randn(1, 5), randn(1, 5)], factors="i0 i1"),
     case(aten.cat.default, [randn(4, 6)], 1, factors="i0 i1"),
     case(aten.cat.default, [randn(4, 0), randn(4, 3)], 1),
+    case(aten.cat.default, [randn(4, 1), randn(4, 0)], 1, factors="i0"),
     case(aten.cat.default, [randn(1, 6), randn(4, 6)], factors="i0 i1"),
     case(aten.chunk.default, randn(4, 6), 2, -1, factors="i0 i1"),
     case(aten.chunk.default, randn(5, 6), 2),
