@@ -138,6 +138,9 @@ class Axes:
         while torn := set(self._torn()) - whole:
             whole |= torn
             self._infer(graph, sequence_dims, whole)
+        # it may be decided only now that ranks get blocks in order
+        self._partitions.clear()
+        self._granules.clear()
 
     def _infer(self, graph: fx.Graph, sequence_dims: Mapping[str, int], whole: Collection[Place]) -> None:
         """Unify all that rules equate; what is at ``whole`` stays one atom."""
