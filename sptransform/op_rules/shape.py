@@ -406,6 +406,7 @@ def _pad_local(call: OpCall, local: Local) -> Any:
     return local.run(call, pad=flat)
 
 
+_CAT = OpEntry(cat, _cat_local)
 _RESHAPE = OpEntry(reshape, _reshape_local)
 _SPLIT = OpEntry(split, _split_local)
 _SWAP = OpEntry(_permuted(_swap))
@@ -413,9 +414,9 @@ _SWAP = OpEntry(_permuted(_swap))
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten._reshape_alias.default, _RESHAPE),
     (aten._unsafe_view.default, _RESHAPE),
-    (aten.cat.default, OpEntry(cat, _cat_local)),
+    (aten.cat.default, _CAT),
     (aten.chunk.default, _SPLIT),
-    (aten.concatenate.default, cat),
+    (aten.concatenate.default, _CAT),
     (aten.constant_pad_nd.default, OpEntry(pad, _pad_local)),
     (aten.expand.default, OpEntry(expand, _expand_local)),
     (aten.flatten.using_ints, _RESHAPE),

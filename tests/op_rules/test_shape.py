@@ -34,6 +34,7 @@ CASES = [
     case(aten.chunk.default, randn(4, 6), 2, -1, factors="i0 i1"),
     case(aten.chunk.default, randn(5, 6), 2),
     case(aten.concatenate.default, [randn(4, 6), randn(4, 3)], 1, factors="i0 i1"),
+    case(aten.concatenate.default, [randn(4, 1), randn(4, 3)], 1, factors="i0 i1"),
     case(aten.constant_pad_nd.default, randn(4, 6), [1, 2], 3.0, factors="i0 i1"),
     case(aten.constant_pad_nd.default, randn(4, 6), [0, 0, 2, 0]),
     case(aten.constant_pad_nd.default, randn(7, 6), [0, -2, -3, 0], factors="i0 i1"),
