@@ -8,15 +8,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from sptransform.capture.written_views import is_view_op, scattered, why_not_by_number, written_by_number
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow, notes
-from sptransform.graph.edit import compute_value, node_of
-from sptransform.rules.rule import map_nodes
+from sptransform.graph.edit import emit_like
 
 aten = torch.ops.aten
 
@@ -152,15 +150,8 @@ class _Functionalizer:
         return new if is_same else self._emit(node, aten.to.dtype, new, written.dtype)
 
     def _emit(self, at: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before ``at`` that inherits its notes, with a fake value."""
-        mode = dataflow.fake_mode(self.graph)
-        with mode, torch.no_grad():
-            args, kwargs = map_nodes((args, kwargs), lambda x: node_of(x, at) if isinstance(x, sympy.Expr) else x)
-            with self.graph.inserting_before(at):
-                node = self.graph.call_function(target, args, kwargs)
-            notes.fork(at, node)
-            compute_value(node)
-        notes.derive_differentiable(node)
+        """A new node before ``at``, which has no gradient under ``no_grad``."""
+        node = emit_like(at, target, *args, **kwargs)
         notes.note(node).differentiable &= notes.region_of(node).grad_enabled
         return node
 

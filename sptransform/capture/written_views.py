@@ -101,7 +101,7 @@ def scattered(view: fx.Node, base: fx.Node, current: fx.Node, new: fx.Node, emit
         order = _order(op)
         return emit(aten.permute.default, new, [order.index(dim) for dim in range(len(order))])
     if op.target in _RESHAPES and prod(dataflow.shape(view)) == prod(dataflow.shape(base)):
-        return emit(aten.reshape.default, new, list(dataflow.value(base).shape))
+        return emit(aten.reshape.default, new, list(dataflow.shape(base)))
     if _is_same(view, base):
         return emit(aten.alias.default, new)
     return None
@@ -112,9 +112,8 @@ def written_by_number(views: Sequence[fx.Node], root: fx.Node, current: fx.Node,
 
     The entries of the root are numbered, and the ops are applied to their numbers.
     """
-    shape = list(dataflow.value(root).shape)
-    device = dataflow.value(root).device
-    numbers = emit(aten.arange.default, prod(shape), device=device)
+    shape = list(dataflow.shape(root))
+    numbers = emit(aten.arange.default, prod(shape), device=dataflow.value(root).device)
     numbers = emit(aten.reshape.default, numbers, shape)
     for view in views:
         base = view.all_input_nodes[0]
