@@ -13,13 +13,14 @@ A result that sums over the axis is a pending sum itself, whose gradient is whol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import fx
 
 from sptransform.engine.axes import Atom, Axes
+from sptransform.engine.decided import decide, demanded
 from sptransform.graph import dataflow, notes
 from sptransform.graph.body_graphs import FUNCTION, BodyGraph, body_of, graph_of
 from sptransform.graph.calls import rule_at
@@ -123,11 +124,12 @@ def _propagate(body: BodyGraph, inputs: Placed, expected: list[tuple[fx.Node, Pl
             firm = _firm(node, light)
             if all(placement == R for placement in firm.values()):
                 light.add(node)
-            _decide(node, _forward(node, firm, node in backward))
+            decide(node, _forward(node, firm, node in backward))
     for node in reversed(nodes):
         if node in light:
-            asked = {*_demanded(node), *(placement for x, placement in expected if x is node)}
-            _decide(node, _backward(node, asked))
+            asked = {placement for placement in demanded(node) if placement is not None}
+            asked |= {placement for x, placement in expected if x is node}
+            decide(node, _backward(node, asked))
     for node in nodes:
         if node not in inputs:
             operands = dataflow.operands(node)
@@ -147,12 +149,6 @@ def _firm(node: fx.Node, light: set[fx.Node]) -> dict[int, Placement]:
         for i, x in enumerate(dataflow.operands(node))
         if i not in unread and (dataflow.projection(x) or (x,))[0] not in light
     }
-
-
-def _decide(node: fx.Node, decision: Decision) -> None:
-    note = notes.note(node)
-    note.decision = decision
-    note.placements = decision.outcomes(note.rule, len(dataflow.values(node)))
 
 
 def _forward(node: fx.Node, firm: Mapping[int, Placement], is_backward: bool) -> Decision:
@@ -188,14 +184,3 @@ def _cut(rule: OpRule, dims: Dims, shard: Shard) -> Sharded | None:
     if decision is None or not decision.is_allowed(rule) or decision.communicates(rule):
         return None
     return None if any(name == decision.factor for _, _, name in rule.resize) else decision
-
-
-def _demanded(node: fx.Node) -> Iterator[Placement]:
-    """What the readers of a node's outputs demand."""
-    for user in node.users:
-        if dataflow.projection(user) is not None:
-            yield from _demanded(user)
-        elif (decision := notes.note(user).decision) is not None:
-            operands = dataflow.operands(user)
-            asked = decision.demands(notes.note(user).rule, len(operands))
-            yield from (want for x, want in zip(operands, asked, strict=True) if x is node and want is not None)

@@ -21,6 +21,7 @@ from torch import fx
 
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.axes import Atom, Axes
+from sptransform.engine.decided import decide, demanded
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.engine.strategy import Strategy
 from sptransform.graph import dataflow, notes
@@ -61,18 +62,13 @@ class Propagation:
             if node in self.inputs:
                 notes.set_placement(node, self.inputs[node])
             elif node not in self.light and dataflow.handles_tensors(node):
-                self._decide(node, self._forward(node))
+                decide(node, self._forward(node))
         for node in reversed(nodes):
             if node in self.light and node not in self.inputs and dataflow.handles_tensors(node):
-                self._decide(node, self._backward(node))
+                decide(node, self._backward(node))
         for node in reversed(nodes):
             if node not in self.inputs and self._gradient_is_pending(node):
-                self._decide(node, Replicate(R))
-
-    def _decide(self, node: fx.Node, decision: Decision) -> None:
-        note = notes.note(node)
-        note.decision = decision
-        note.placements = decision.outcomes(note.rule, len(dataflow.values(node)))
+                decide(node, Replicate(R))
 
     def _forward(self, node: fx.Node) -> Decision:
         rule = notes.note(node).rule
@@ -176,18 +172,7 @@ class Propagation:
 
     def demanded(self, node: fx.Node) -> list[Placement]:
         """Placements that the consumers of a node's output demand; the graph's output demands I."""
-        asked: list[Placement] = []
-        for user in node.users:
-            if user.op == "output":
-                asked.append(I)
-            elif dataflow.projection(user) is not None:
-                asked.extend(self.demanded(user))
-            elif (decision := notes.note(user).decision) is not None:
-                operands = dataflow.operands(user)
-                wanted = decision.demands(notes.note(user).rule, len(operands))
-                pairs = zip(operands, wanted, strict=True)
-                asked.extend(want for producer, want in pairs if producer is node and want is not None)
-        return asked
+        return [I if placement is None else placement for placement in demanded(node)]
 
     def _backward(self, node: fx.Node) -> Decision:
         rule = notes.note(node).rule
