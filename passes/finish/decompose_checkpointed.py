@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sptransform.engine.bodies import has_body
@@ -33,8 +32,8 @@ from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
 from sptransform.graph.edit import rename, succeed
+from sptransform.graph.reruns import below_autograd
 from sptransform.passes.distribute.localize import ranks_of
-from sptransform.rules.rule import map_nodes
 from sptransform.sharding.sizes import SymbolicSizeError
 
 
@@ -95,23 +94,9 @@ def _trace(node: fx.Node, policy: Any) -> fx.Graph:
     if any(isinstance(size, torch.SymInt) for x in inputs for value in dataflow.values(x) for size in value.shape):
         raise SymbolicSizeError("a selective checkpoint policy is asked about ops on tensors of known size")
 
-    def call(*values: Any) -> Any:
-        at = dict(zip(inputs, values, strict=True))
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda x: at[x] if isinstance(x, fx.Node) else x)
-        return node.target(*args, **kwargs)
-
     mode = dataflow.values(node)[0].fake_mode
-    with mode, torch.enable_grad(), fx.traceback.preserve_node_meta(), policy:
-        return make_fx(call, _allow_non_fake_inputs=True)(*map(_leaf, inputs)).graph
-
-
-def _leaf(node: fx.Node) -> Any:
-    """A value to trace with; which kernel an op chooses may depend on whether it needs a gradient."""
-    value = dataflow.value(node)
-    if not isinstance(value, torch.Tensor):
-        return value
-    is_tracked = notes.note(node).differentiable and value.dtype.is_floating_point
-    return value.detach().requires_grad_(is_tracked)
+    with mode, fx.traceback.preserve_node_meta(), policy:
+        return below_autograd(node)
 
 
 def _state(new: fx.Node, old: fx.Node, which: slice) -> None:

@@ -20,18 +20,16 @@ after::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from sptransform.engine.context import Context
 from sptransform.engine.pass_manager import Pass
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import rule_at
 from sptransform.graph.edit import emit_like, succeed, succeed_outputs
-from sptransform.rules.rule import map_nodes
+from sptransform.graph.reruns import below_autograd
 from sptransform.rules.table import RuleTable
 
 
@@ -52,32 +50,18 @@ class OpenComposites(Pass):
 
 def _traced(node: fx.Node) -> fx.Graph | None:
     """What the op is, as a graph of its tensors; None if it stays."""
-    inputs = node.all_input_nodes
-    values = [value for x in (node, *inputs) for value in dataflow.values(x)]
+    values = [value for x in (node, *node.all_input_nodes) for value in dataflow.values(x)]
     if any(isinstance(size, torch.SymInt) for value in values for size in value.shape):
         return None
-
-    def call(*values: Any) -> Any:
-        at = dict(zip(inputs, values, strict=True))
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda x: at[x] if isinstance(x, fx.Node) else x)
-        return node.target(*args, **kwargs)
 
     with notes.region_of(node).autocast():
         if any(torch.is_autocast_enabled(value.device.type) for value in dataflow.values(node)):
             return None
-        with dataflow.fake_mode(node.graph), torch.enable_grad():
-            traced = make_fx(call, _allow_non_fake_inputs=True)(*map(_leaf, inputs)).graph
+        with dataflow.fake_mode(node.graph):
+            traced = below_autograd(node)
     calls = traced.find_nodes(op="call_function", target=node.target)
     stays = any(inner.op == "get_attr" or dataflow.writes(inner) for inner in traced.nodes)
     return None if calls or stays else traced
-
-
-def _leaf(node: fx.Node) -> Any:
-    """A value to trace with; what a composite does may depend on whether a gradient is wanted."""
-    value = dataflow.value(node)
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().requires_grad_(notes.note(node).differentiable and value.dtype.is_floating_point)
 
 
 def _put_in_place(node: fx.Node, traced: fx.Graph, rules: RuleTable) -> None:

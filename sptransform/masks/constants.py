@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from sptransform.graph import dataflow
+from sptransform.graph.reruns import arguments_on_cpu
 from sptransform.masks.closed_forms import ClosedForms, constant_of
 from sptransform.masks.expressions import KEYS, QUERIES, Apply, Expression, Leaf, parts_of
 from sptransform.op_rules.mask_ops import LIKE
-from sptransform.rules.rule import map_nodes
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,7 @@ class Constants:
         values = {x: _shaped_like(x) if x in likes else self.value(x) for x in node.all_input_nodes}
         if any(value is None for value in values.values()):
             return None
-
-        def put(x: Any) -> Any:
-            if isinstance(x, fx.Node):
-                return values[x]
-            return torch.device("cpu") if isinstance(x, torch.device) else x
-
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), put)
+        args, kwargs = arguments_on_cpu(node, values)
         try:
             with torch.no_grad():
                 value = node.target(*args, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from sptransform.graph import dataflow, notes
-from sptransform.rules.rule import map_nodes
+from sptransform.graph.reruns import arguments_on_cpu
 
 aten = torch.ops.aten
 
@@ -98,12 +98,7 @@ class Region:
             raise NotAnalyticError
 
     def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        def put(x: Any) -> Any:
-            if isinstance(x, fx.Node):
-                return values[x]
-            return torch.device("cpu") if isinstance(x, torch.device) else x
-
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), put)
+        args, kwargs = arguments_on_cpu(node, values)
         if node.target is aten.expand.default and node.args[0] in self._varying:
             args = (args[0], _grown(dataflow.shape(node.args[0]), args[1]))
         return node.target(*args, **kwargs)
