@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -30,6 +30,7 @@ from sptransform.sharding.sizes import needs_number
 from sptransform.strategies.names import StrategyLike
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def rewrite_graph(
@@ -139,7 +140,7 @@ class Rewritten:
 
 
 class _Stop(SPTransformError):
-    """Ends the model's call once its graph is rewritten; raised while compiling, so that Dynamo caches nothing."""
+    """Ends the model's call once its graph is used; raised while compiling, so that Dynamo caches nothing."""
 
 
 def rewrite(
@@ -184,10 +185,20 @@ def rewrite_call(
 
     Ignores the mesh of ``options``. Raises UsageError as :func:`rewrite`.
     """
-    found: list[Rewritten] = []
+    return while_captured(model, lambda gm, inputs: rewritten_for(mesh, gm, inputs, options), *args, **kwargs)
 
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        found.append(rewritten_for(mesh, gm, example_inputs, options))
+
+def while_captured(
+    model: Callable[..., Any], use: Callable[[fx.GraphModule, list[Any]], T], *args: Any, **kwargs: Any
+) -> T:
+    """What ``use`` makes of Dynamo's graph of one call and its inputs, while Dynamo's context is open.
+
+    Nothing is run.
+    """
+    found: list[T] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(use(gm, inputs))
         raise _Stop
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)

@@ -27,9 +27,9 @@ from sptransform.op_rules import DEFAULT_RULES
 from sptransform.sweep.one_device import Built, NotBuilt, built, said
 from sptransform.sweep.records import Gathered, Need, Record, Status
 from sptransform.sweep.registries import Architecture, versions
-from sptransform.testing.capturing import copied, while_captured
+from sptransform.testing.capturing import while_captured
 from sptransform.testing.equality import Result, worst_error
-from sptransform.testing.pretended import Asked, Ranks, Runnable, for_ranks, parameter_names
+from sptransform.testing.pretended import Asked, Ranks, Runnable, for_ranks, forward_and_backward, parameter_names
 
 TOLERANCE = 1e-6
 TOLERANCE_IN_DOUBLE = 1e-9
@@ -111,11 +111,7 @@ def _rewritten(asked: Asked, model: Built, gm: fx.GraphModule, inputs: list[Any]
 
 def step(graph: Runnable) -> Result:
     """One forward and backward of the graph, whose first output is the loss."""
-    arguments = copied(graph.inputs)
-    loss = next(x for x in graph.call(*arguments) if isinstance(x, torch.Tensor))
-    loss.backward()
-    pairs = zip(graph.names, arguments, strict=True)
-    return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})
+    return forward_and_backward(graph, lambda outputs: next(x for x in outputs if isinstance(x, torch.Tensor)))
 
 
 def difference(reference: Result, ranks: Ranks) -> tuple[str, float]:

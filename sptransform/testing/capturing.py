@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from sptransform.compiler import rewrite
 from sptransform.compiler.dynamo import configured
-from sptransform.diagnostics.errors import SPTransformError
-
-
-class _Stop(SPTransformError):
-    """Ends the model's call once its graph is captured, before Dynamo makes guards that nobody will check."""
 
 
 def compiled_with(
@@ -29,15 +24,8 @@ def while_captured(
     model: Callable[..., Any], use: Callable[[fx.GraphModule, list[Any]], Any], *args: Any, **kwargs: Any
 ) -> Any:
     """What `use` makes of the captured graph and its inputs, while Dynamo's context is open; nothing is run."""
-    made: list[Any] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        made.append(use(gm, inputs))
-        raise _Stop
-
-    with contextlib.suppress(_Stop):
-        compiled_with(model, backend, *args, **kwargs)
-    return made[0]
+    torch.compiler.reset()
+    return rewrite.while_captured(model, use, *args, **kwargs)
 
 
 def copied(inputs: Sequence[Any]) -> list[Any]:

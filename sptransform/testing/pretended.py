@@ -119,9 +119,15 @@ def for_ranks(
     return Ranks(graphs)
 
 
-def forward_and_backward(graph: Runnable) -> Result:
+def the_scalar(outputs: Sequence[Any]) -> torch.Tensor:
+    (found,) = [x for x in outputs if isinstance(x, torch.Tensor) and x.ndim == 0]
+    return found
+
+
+def forward_and_backward(graph: Runnable, loss_of: Callable[[Sequence[Any]], torch.Tensor] = the_scalar) -> Result:
+    """One step on copies of the graph's inputs; ``loss_of`` picks the loss among what the graph returns."""
     arguments = copied(graph.inputs)
-    (loss,) = [x for x in graph.call(*arguments) if isinstance(x, torch.Tensor) and x.ndim == 0]
+    loss = loss_of(graph.call(*arguments))
     loss.backward()
     pairs = zip(graph.names, arguments, strict=True)
     return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})

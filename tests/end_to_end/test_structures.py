@@ -13,9 +13,8 @@ import torch
 import transformers
 from torch import nn
 
-from tests.support.equality import Result, assert_equal_to_one_device, run_one_device
-from tests.support.graphs import copied
-from tests.support.rewritten import Asked, Runnable, on_pretended_ranks
+from tests.support.equality import assert_equal_to_one_device, run_one_device
+from tests.support.rewritten import Asked, on_pretended_ranks, step_of_first_scalar
 from tests.support.tiers import tiered
 
 Made = tuple[nn.Module, dict[str, Any]]
@@ -127,15 +126,6 @@ QUICK = [
 ]
 
 
-def a_step(graph: Runnable) -> Result:
-    """Forward and backward of the first scalar that the graph returns; balance losses follow it."""
-    arguments = copied(graph.inputs)
-    loss = next(x for x in graph.call(*arguments) if isinstance(x, torch.Tensor) and x.ndim == 0)
-    loss.backward()
-    pairs = zip(graph.names, arguments, strict=True)
-    return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("name", "asked"), tiered(CASES, quick=QUICK), ids=lambda each: str(each).replace(" ", "-"))
 def test_loss_and_gradients(name: str, asked: Asked) -> None:
@@ -144,5 +134,5 @@ def test_loss_and_gradients(name: str, asked: Asked) -> None:
     model = prepared(model)
     ranks = on_pretended_ranks(model, inputs, [asked])[asked]
     reference = run_one_device(model, inputs)
-    for result in ranks.run(a_step):
+    for result in ranks.run(step_of_first_scalar):
         assert_equal_to_one_device(reference, result, TOLERANCE)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sptransform import MegatronSP, Ring
 from tests.support.equality import Result, assert_equal_to_one_device, run_one_device, worst_error
-from tests.support.graphs import copied, nodes_of
+from tests.support.graphs import nodes_of
 from tests.support.models import FLOAT32_PARTS, Inputs
-from tests.support.rewritten import Asked, Runnable, on_pretended_ranks
+from tests.support.rewritten import Asked, Runnable, on_pretended_ranks, step_of_first_scalar
 
 VOCAB, HIDDEN, INNER, LENGTH, BATCH = 96, 32, 16, 40, 2
 SIZES: dict[str, Any] = {
@@ -92,14 +92,6 @@ def one_device(model: nn.Module, inputs: Inputs) -> Result:
     return found
 
 
-def forward_and_backward(graph: Runnable) -> Result:
-    arguments = copied(graph.inputs)
-    loss, *_ = [x for x in graph.call(*arguments) if isinstance(x, Tensor) and x.ndim == 0]  # then parts of it
-    loss.backward()
-    pairs = zip(graph.names, arguments, strict=True)
-    return Result(loss.detach(), {name: x.grad for name, x in pairs if name is not None and x.grad is not None})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "implementation"),
@@ -112,7 +104,7 @@ def test_ranks_equal_one_device(name: str, implementation: str) -> None:
     model.set_experts_implementation(implementation)
     for each, ranks in on_pretended_ranks(model, inputs, ASKED).items():
         assert not ranks.context.result.fallbacks, f"{each}"
-        for result in ranks.run(forward_and_backward):
+        for result in ranks.run(step_of_first_scalar):
             assert_equal_to_one_device(reference, result, FLOAT32_PARTS)
 
 
@@ -143,7 +135,7 @@ def test_each_rank_multiplies_its_own_rows(strategy: str) -> None:
 
     def counted(graph: Runnable) -> int:
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            forward_and_backward(graph)
+            step_of_first_scalar(graph)
         return sum(counter.get_flop_counts()["Global"][op] for op in mapping)
 
     of_a_row = 2 * HIDDEN * 3 * INNER * 3  # up, gate and down; once forward, twice backward

@@ -15,7 +15,7 @@ from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import Rewritten, rewrite_graph, rewritten_for
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
-from sptransform.testing.pretended import Asked, Ranks, Runnable, for_ranks, parameter_names
+from sptransform.testing.pretended import Asked, Ranks, Runnable, for_ranks, forward_and_backward, parameter_names
 from sptransform.testing.pretended import on_pretended_ranks as on_pretended_ranks
 from tests.support.equality import Result
 from tests.support.graphs import DynamoGraph, dynamo_graph, while_captured
@@ -117,3 +117,8 @@ def function_on_ranks(function: Callable[..., Any], inputs: Sequence[Any], asked
     return for_ranks(fx.GraphModule({}, graph), list(inputs), names, asked, None, {"outputs": "full"} | options)
 
 
+def step_of_first_scalar(graph: Runnable) -> Result:
+    """One step of a graph that returns its loss, and then scalars that are parts of it."""
+    return forward_and_backward(
+        graph, lambda outputs: next(x for x in outputs if isinstance(x, torch.Tensor) and x.ndim == 0)
+    )
