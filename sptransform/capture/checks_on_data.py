@@ -58,10 +58,8 @@ def check_tensors(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.item.default:
             tensors[node] = emit_like(node, aten.reshape.default, node.args[0], [])
-        elif node.target in _ON_TENSORS and any(x in tensors for x in node.all_input_nodes):
-            if all(x in tensors for x in node.all_input_nodes):
-                operands = [tensor(node, x) for x in node.args]
-                tensors[node] = emit_like(node, _ON_TENSORS[node.target], *operands)
+        elif node.target in _ON_TENSORS and node.all_input_nodes and tensors.keys() >= {*node.all_input_nodes}:
+            tensors[node] = emit_like(node, _ON_TENSORS[node.target], *(tensor(node, x) for x in node.args))
         elif node.target is aten._assert_scalar.default and node.args[0] in tensors:
             condition = emit_like(node, aten.ne.Scalar, tensors[node.args[0]], 0)
             emit_like(node, aten._assert_async.msg, condition, f"a check of the model failed: {place(node)}")

@@ -40,6 +40,7 @@ from sptransform.sharding.sizes import broadcast
 
 aten = torch.ops.aten
 
+_PICKS = (aten.masked_select.default, aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten._unsafe_view.default)
 
 
@@ -103,19 +104,18 @@ class _Spreader(UnderMasks):
     def _made(self, node: fx.Node) -> fx.Node | _Rows | _Places | None:
         """What the node's op makes of picked rows; a node, if its size is no longer data."""
         target, args = node.target, list(node.args)
-        is_first = all(map(_is_plain, node.all_input_nodes))
-        if target in (aten.nonzero.default, aten.where.default, aten.nonzero_numpy.default) and is_first:
-            return _Places(self._one_of(self.as_mask(args[0])))
-        if target is aten.masked_select.default and is_first:
+        if target in _PICKS and all(map(_is_plain, node.all_input_nodes)):
+            if target is not aten.masked_select.default:
+                return _Places(self._one_of(self.as_mask(args[0])))
             x, mask = (self.expanded(each, broadcast(*map(dataflow.shape, args))) for each in args)
             return self._picked(x, self._one_of(mask), 0)
-        writes = {aten.index_put.default: self._index_put, aten.masked_scatter.default: self._masked_scatter}
-        if (target is aten.index.Tensor or target in writes) and not _is_plain(args[0]):
-            return None
-        if target is aten.index.Tensor:
-            return self._index(args[0], args[1])
-        if target in writes:
-            return writes[target](*args)
+        of_whole = {
+            aten.index.Tensor: self._index,
+            aten.index_put.default: self._index_put,
+            aten.masked_scatter.default: self._masked_scatter,
+        }
+        if target in of_whole:
+            return of_whole[target](*args) if _is_plain(args[0]) else None
         sources = [self.found[x] for x in node.all_input_nodes if x in self.found]
         if not sources:
             return None
@@ -225,9 +225,8 @@ class _Spreader(UnderMasks):
             return None
         if prod(old[: rows.dim]) != 1 or len(before) != 1 or prod(new[: before[0]]) != 1:
             return None
-        if (
-            new[before[0]].node.expr != old[rows.dim].node.expr
-        ):  # compared as they are written: nothing is known of them
+        # compared as they are written: nothing is known of them
+        if new[before[0]].node.expr != old[rows.dim].node.expr:
             return None
         behind = list(new[before[0] + 1 :])
         shape = [*[1] * before[0], *dataflow.shape(rows.mask), *behind]
