@@ -25,8 +25,8 @@ from sptransform.diagnostics import provenance
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import op_call
 from sptransform.rules.table import Sent
+from sptransform.sharding.intervals import intersection
 from sptransform.sharding.mesh import Mesh
-from sptransform.sharding.partition import intersection
 from sptransform.sharding.placement import Placement, Shard, cut_alike, transition
 
 

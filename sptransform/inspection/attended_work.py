@@ -9,7 +9,8 @@ from typing import Any
 
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.ops.ring.plan import attended_pairs
-from sptransform.sharding.partition import Intervals, Partition, intersection
+from sptransform.sharding.intervals import Intervals, intersection
+from sptransform.sharding.partition import Partition
 
 Documents = tuple[tuple[int, ...], ...]
 

@@ -21,7 +21,8 @@ from sptransform.ops.ring.conditions import read, sides_of
 from sptransform.ops.ring.plan import attended_pairs
 from sptransform.rules.decision import Cut, Decision
 from sptransform.rules.rule import OpRule
-from sptransform.sharding.partition import Intervals, Partition
+from sptransform.sharding.intervals import Intervals
+from sptransform.sharding.partition import Partition
 
 
 def work_of_ranks(rewritten: Rewritten, documents: Documents | None = None) -> Iterator[AttentionWork]:

@@ -12,7 +12,8 @@ import torch
 from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import OpCall, OpRule, Resize
 from sptransform.rules.table import Local, OpEntry
-from sptransform.sharding.partition import Interval, Intervals, Partition, intersection, storage_offsets
+from sptransform.sharding.intervals import Interval, intersection, storage_offsets, united
+from sptransform.sharding.partition import Partition
 from sptransform.sharding.sizes import Size, SymbolicSizeError
 
 aten = torch.ops.aten
@@ -63,9 +64,9 @@ class _Window:
     def read(self, rows: Partition) -> Partition:
         """The rows that each rank reads for its outputs. Rows that no output reads stay where they are."""
         read = [list(map(self.rows, own)) for own in self.owned(rows).owned]
-        bounds = [0, *(bound for interval in _united(chain(*read)) for bound in interval), self.size]
+        bounds = [0, *(bound for interval in united(chain(*read)) for bound in interval), self.size]
         unread = tuple(zip(bounds[::2], bounds[1::2], strict=True))
-        found = (_united([*own, *intersection(had, unread)]) for own, had in zip(read, rows.owned, strict=True))
+        found = (united([*own, *intersection(had, unread)]) for own, had in zip(read, rows.owned, strict=True))
         return Partition.of(self.size, found)
 
     def rows(self, outputs: Interval) -> Interval:
@@ -83,17 +84,6 @@ class _Window:
     def _check_number(self) -> None:
         if not isinstance(self.size, int):
             raise SymbolicSizeError(f"cannot say what a convolution reads of an axis of symbolic size {self.size}")
-
-
-def _united(intervals: Any) -> Intervals:
-    """The union, ascending."""
-    found: list[Interval] = []
-    for lo, hi in sorted(interval for interval in intervals if interval[0] < interval[1]):
-        if found and lo <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], hi))
-        else:
-            found.append((lo, hi))
-    return tuple(found)
 
 
 def _windows(call: OpCall) -> list[_Window]:

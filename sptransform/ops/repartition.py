@@ -12,7 +12,7 @@ from torch import Tensor
 from sptransform.ops.communication.slicing import conceal, expose
 from sptransform.ops.communication.steps import Start, Steps, Wait, communicating
 from sptransform.ops.groups import rank_in
-from sptransform.sharding.partition import Intervals, intersection, storage_offsets
+from sptransform.sharding.intervals import Intervals, intersection, storage_offsets
 from sptransform.sharding.placement import Shard, repartitions
 
 _sp = torch.ops.sptransform

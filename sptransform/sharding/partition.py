@@ -10,46 +10,13 @@ from itertools import accumulate, pairwise
 
 import sympy
 
+from sptransform.sharding.intervals import Interval, Intervals, adjoined, intersection, storage_offsets
 from sptransform.sharding.sizes import Size, SymbolicSizeError, quotient
-
-Interval = tuple[Size, Size]
-Intervals = tuple[Interval, ...]
 
 # blocks that a rank gets in the striped layout, unless their size is asked for. A test measures the balance.
 BLOCKS_PER_RANK = 32
 
 _REGULAR = re.compile(r"(\d+|\?)/(\d+)(?:(z)|s([1-9]\d*)|s/([1-9]\d*))?")
-
-
-def adjoined(intervals: Iterable[Interval]) -> Intervals:
-    """Drop empty intervals and join those that touch, keeping the order of the owner's storage."""
-    merged: list[Interval] = []
-    for lo, hi in intervals:
-        if lo >= hi:
-            continue
-        if merged and merged[-1][1] == lo:
-            merged[-1] = (merged[-1][0], hi)
-        else:
-            merged.append((lo, hi))
-    return tuple(merged)
-
-
-def intersection(one: Intervals, other: Intervals) -> Intervals:
-    """The intersection, ascending. Each piece lies within one interval of ``one`` and one of ``other``."""
-    pieces = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
-    return tuple(sorted((lo, hi) for lo, hi in pieces if lo < hi))
-
-
-def storage_offsets(own: Intervals, part: Intervals) -> Intervals:
-    """Storage offsets of ``part`` on a rank that owns ``own``."""
-    places = []
-    for lo, hi in part:
-        before = 0
-        for start, stop in own:
-            if start <= lo < stop:
-                places.append((before + lo - start, before + hi - start))
-            before += stop - start
-    return tuple(places)
 
 
 def _share(size: Size, num: int) -> Size:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sptransform.sharding.partition import BLOCKS_PER_RANK, Partition, intersection
+from sptransform.sharding.intervals import intersection
+from sptransform.sharding.partition import BLOCKS_PER_RANK, Partition
 from sptransform.sharding.sizes import SymbolicSizeError
 
 fast = settings(deadline=None, derandomize=True, max_examples=150)

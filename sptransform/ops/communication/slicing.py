@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sptransform.sharding.partition import Intervals, Partition
+from sptransform.sharding.intervals import Intervals
+from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
 
 

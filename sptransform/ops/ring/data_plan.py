@@ -24,7 +24,7 @@ from torch import Tensor
 from sptransform.ops.ring.conditions import Bound, Conditions, evaluated, read, sides_of
 from sptransform.ops.ring.plan import SPAN, Call, Tile, plan_calls
 from sptransform.ops.ring.segments import Segment, segments, stored
-from sptransform.sharding.partition import Intervals
+from sptransform.sharding.intervals import Intervals
 
 # the most rows and keys of a call that stands for several ones, by default
 SMALL = 64

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from sptransform.sharding.partition import Intervals
+from sptransform.sharding.intervals import Intervals
 
 # rows per call with a computed mask: masks stay small, and a sliding window spends little work on hidden keys
 TILE = 512

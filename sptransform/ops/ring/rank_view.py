@@ -20,7 +20,8 @@ from sptransform.ops.ring.kernels.interface import Case, compute_dtype
 from sptransform.ops.ring.kernels.table import choose, has_windows
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, Tile, plan_calls
-from sptransform.sharding.partition import Intervals, Partition
+from sptransform.sharding.intervals import Intervals
+from sptransform.sharding.partition import Partition
 
 _sp = torch.ops.sptransform
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sptransform.sharding.partition import Intervals
+from sptransform.sharding.intervals import Intervals
 
 
 @dataclass(frozen=True)

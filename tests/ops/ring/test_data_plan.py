@@ -15,7 +15,8 @@ from sptransform.ops.ring import data_plan
 from sptransform.ops.ring.conditions import Bound, Conditions, read
 from sptransform.ops.ring.data_plan import DataPlan
 from sptransform.ops.ring.plan import Call
-from sptransform.sharding.partition import Intervals, Partition
+from sptransform.sharding.intervals import Intervals
+from sptransform.sharding.partition import Partition
 from tests.ops.ring.ranks import Problem, Ring, assert_equal, one_device, visible
 
 SAME = "%2 = eq.Tensor(%0, %1)"

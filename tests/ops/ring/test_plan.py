@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 
 from sptransform.ops.ring.plan import Call, Tile, attended_pairs, plan_calls
-from sptransform.sharding.partition import Intervals, Partition
+from sptransform.sharding.intervals import Intervals
+from sptransform.sharding.partition import Partition
 
 KINDS = ("full", "band", "causal")
 

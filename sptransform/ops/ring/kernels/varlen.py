@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sptransform.ops.ring.kernels.interface import Grads, Pieces, compute_dtype, rows_in_memory
-from sptransform.sharding.partition import adjoined
+from sptransform.sharding.intervals import adjoined
 
 aten = torch.ops.aten
 
