@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sptransform.op_rules import creation, indexing, pointwise, reduction, scatter, shape
+from sptransform.op_rules import creation, indexing, pieces, pointwise, reduction, scatter, shape
 from sptransform.rules.rule import OpCall, Operand
 from sptransform.rules.table import OpEntry
 
@@ -38,8 +38,8 @@ JOINS = frozenset({aten.cat.default, aten.stack.default})
 # Local forms that depend on how much the rank has, and not on where that is. (Embedding: other dimensions than rows.)
 _BY_SIZE = {
     entry.localize
-    for table in (creation.TABLE, indexing.TABLE, pointwise.TABLE, reduction.TABLE, scatter.TABLE, shape.TABLE)
-    for _, entry in table
+    for file in (creation, indexing, pieces, pointwise, reduction, scatter, shape)
+    for _, entry in file.TABLE
     if isinstance(entry, OpEntry)
 }
 _SUMS_BY_SIZE = {reduction.mean_local, scatter.add_local}

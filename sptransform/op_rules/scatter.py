@@ -12,7 +12,7 @@ import torch
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.op_rules.indexing import indexed
-from sptransform.op_rules.shape import num_owned_below, piece_of, start_of_slice
+from sptransform.op_rules.pieces import num_owned_below, piece_of, start_of_slice
 from sptransform.rules.einsum import rule
 from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn

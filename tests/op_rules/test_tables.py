@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from sptransform.diagnostics.errors import RuleError
-from sptransform.op_rules import DEFAULT_RULES, TABLES, attention, creation, pointwise, redistribute, reduction, shape
+from sptransform.op_rules import DEFAULT_RULES, TABLES, attention, creation, pieces, pointwise, redistribute, reduction
 from sptransform.rules.decision import Pending, Replicate, Sharded, decision_for
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, Operand, OpRule, Shape
@@ -27,6 +27,7 @@ from tests.op_rules import (
     test_indexing,
     test_loss,
     test_matmul,
+    test_pieces,
     test_pointwise,
     test_redistribute,
     test_reduction,
@@ -46,6 +47,7 @@ CASES: list[Case] = [
     *test_indexing.CASES,
     *test_loss.CASES,
     *test_matmul.CASES,
+    *test_pieces.CASES,
     *test_pointwise.CASES,
     *test_redistribute.CASES,
     *test_reduction.CASES,
@@ -118,8 +120,8 @@ _QKV = (randn(2, 6, 4, 3), randn(2, 3, 4, 3), randn(2, 3, 4, 3))
         (pointwise.pointwise(((0,),)), case(aten.gelu.default, randn(4, 6))),
         (pointwise.pointwise(((0, 1),)), case(aten.mul.Tensor, randn(4, 6), randn(4, 6))),
         (pointwise.pointwise(((0,),)), case(aten.add.Tensor, randn(4, 6), randn(4, 6))),
-        (shape.slice_, case(aten.slice.Tensor, randn(2, 6), 1, 1, 5)),
-        (shape.pad, case(aten.pad.default, randn(2, 6), [1, 1])),
+        (pieces.slice_, case(aten.slice.Tensor, randn(2, 6), 1, 1, 5)),
+        (pieces.pad, case(aten.pad.default, randn(2, 6), [1, 1])),
         (
             rule("... k, o k, o -> ... o", reduce="k"),
             case(aten.linear.default, randn(4, 6), randn(5, 6), randn(5)),
