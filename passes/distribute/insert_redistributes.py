@@ -96,7 +96,7 @@ class InsertRedistributes(Pass):
 
 def _returned(actual: Placement | None, context: Context) -> Placement:
     """Placement in which the graph returns a tensor placed ``actual``."""
-    if context.outputs in ("full", "loss") or not isinstance(actual, Shard):
+    if context.returns_whole or not isinstance(actual, Shard):
         return I
     if context.outputs == "kept":
         return actual if actual.outer == 1 and actual.partition.is_exact else I

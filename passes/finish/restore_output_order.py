@@ -34,7 +34,7 @@ class RestoreOutputOrder(Pass):
     ensures = frozenset({"functional", "local", "lowered"})
 
     def run(self, graph: fx.Graph, context: Context) -> None:
-        if len(context.result.mesh_dims) < 2 or context.outputs in ("full", "loss"):
+        if len(context.result.mesh_dims) < 2 or context.returns_whole:
             return
         (output,) = graph.find_nodes(op="output")
         leaves = list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]

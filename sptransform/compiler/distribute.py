@@ -36,7 +36,7 @@ def distribute(
     _recognise_shared(gm.graph, [stage.mesh for stage in stages])
     for index, (strategy, mesh, shards_parameters) in enumerate(stages):
         outputs = context.outputs
-        if outputs not in ("full", "loss") and index + 1 < len(stages):
+        if not context.returns_whole and index + 1 < len(stages):
             outputs = "kept"
         elif not all(earlier.result.is_even for earlier in result.mesh_dims):
             outputs = "full"  # after uneven shares, groups may cut differently, so outputs are gathered

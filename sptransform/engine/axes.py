@@ -4,8 +4,9 @@ Every dimension is a product of atoms. A rule that names one factor on two dimen
 splits an atom into several. A slice or a pad *links* two atoms: another extent of the same axis. The sequence is then
 whatever is unified with, or linked to, the query or key factor of an attention op. Op-agnostic.
 
-A link is of single atoms. Where it leads from a sequence to a dimension that a reshape elsewhere divides (the tokens of
-an image, joined with text, then laid out as rows), the dimension is kept whole, and the reshape shares no axis.
+A link may lead from a sequence to a dimension that a reshape divides, if ranks can have whole blocks of that (chunks of
+tokens). Where they cannot (the tokens of an image, joined with text, then laid out as rows), the dimension is kept one
+atom, and the reshape shares no axis.
 """
 
 from __future__ import annotations
@@ -224,8 +225,6 @@ class Axes:
         """Take factors of nodes for sequences."""
         self._sequences.extend(atom for node, name in factors for atom in self._factors[node][name])
         self._family = self._close_over_links()
-        self._partitions.clear()
-        self._granules.clear()
 
     @property
     def has_sequence(self) -> bool:

@@ -72,6 +72,11 @@ class Context:
     loss_chunk: int | str | None = None
     result: Result = field(default_factory=Result)
 
+    @property
+    def returns_whole(self) -> bool:
+        """Whether the graph gathers the shards that it returns."""
+        return self.outputs in ("full", "loss")
+
     def divide(self, size: Size) -> Partition:
         """Partition of a sequence of ``size``; valid once ``result.is_causal`` and ``result.is_ordered`` are set.
 

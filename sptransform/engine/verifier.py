@@ -180,7 +180,7 @@ def _check_operands(node: fx.Node) -> None:
 def _check_outputs(node: fx.Node, context: Context) -> None:
     for x in dataflow.operands(node):
         actual = notes.placement(x)
-        if isinstance(actual, Shard) and context.outputs not in ("full", "loss"):
+        if isinstance(actual, Shard) and not context.returns_whole:
             if not actual.is_contiguous and context.outputs != "kept":
                 raise VerificationError(
                     describe("the graph returns a shard in another order than its tensor", node=x, found=actual.spec)
