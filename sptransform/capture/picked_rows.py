@@ -35,7 +35,6 @@ from sptransform.graph.calls import arguments_of
 from sptransform.graph.edit import succeed
 from sptransform.op_rules.mask_ops import RETYPED
 from sptransform.op_rules.row_ops import ENTRYWISE, LAST_DIMS
-from sptransform.rules.rule import map_nodes
 from sptransform.sharding.sizes import broadcast
 
 aten = torch.ops.aten
@@ -82,7 +81,7 @@ class _Spreader(UnderMasks):
         self.graph = graph
         self.found: dict[fx.Node, _Rows | _Places] = {}
         self._first: dict[str, fx.Node] = {}
-        self._texts: dict[fx.Node, str] = {}
+        self._ones: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -273,9 +272,9 @@ class _Spreader(UnderMasks):
     def _count(self, node: fx.Node, mask: fx.Node) -> fx.Node:
         """The number of rows. That it is from 0 to the number of all, as torch has graphs assert, needs no check."""
         most = prod(dataflow.shape(mask))
-        known = {(operator.ge, 0), (operator.le, most)}
+        known = ((operator.ge, (node, 0)), (operator.le, (node, most)))
         for reader in list(node.users):
-            if (reader.target, reader.args[1]) in known and all(
+            if (reader.target, reader.args) in known and all(
                 x.target is aten._assert_scalar.default for x in reader.users
             ):
                 for check in list(reader.users):
@@ -349,20 +348,25 @@ class _Spreader(UnderMasks):
 
     def _one_of(self, mask: fx.Node) -> fx.Node:
         """The first node that computes the same mask: a model may compute it anew wherever it picks rows."""
-        return self._first.setdefault(self._computed(mask), mask)
+        waiting = [mask]  # no recursion: a mask may be computed from the state of many layers
+        while waiting:
+            node = waiting[-1]
+            unknown = [x for x in node.all_input_nodes if x not in self._ones]
+            waiting += unknown
+            if not unknown:
+                self._ones[waiting.pop()] = self._one_by_inputs(node)
+        return self._ones[mask]
 
-    def _computed(self, x: Any) -> str:
-        """What is computed, as text; nodes whose ops may compute something else each time stand for themselves."""
-        if not isinstance(x, fx.Node) or x.op != "call_function" or not dataflow.is_tensor(x):
-            return str(x)
-        if torch.Tag.nondeterministic_seeded in getattr(x.target, "tags", ()):
-            return x.name
-        if x not in self._texts:
-            value, same = dataflow.value(x), dataflow.value(x.args[0]) if x.target in RETYPED else None
-            is_copy = same is not None and (same.dtype, same.device) == (value.dtype, value.device)
-            args = map_nodes((x.args, dict(x.kwargs)), self._computed)
-            self._texts[x] = self._computed(x.args[0]) if is_copy else f"{x.target}{args}:{value.dtype}"
-        return self._texts[x]
+    def _one_by_inputs(self, node: fx.Node) -> fx.Node:
+        """The same, if it is known of the node's inputs. An op that may compute something else each time is the one."""
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op != "call_function" or not dataflow.is_tensor(node) or is_random:
+            return node
+        value, same = dataflow.value(node), dataflow.value(node.args[0]) if node.target in RETYPED else None
+        if same is not None and (same.dtype, same.device) == (value.dtype, value.device):
+            return self._ones[node.args[0]]
+        arguments = fx.map_arg((node.args, dict(node.kwargs)), self._ones.__getitem__)
+        return self._first.setdefault(f"{node.target}{arguments}:{value.dtype}", node)
 
     def _is_mask(self, x: Any) -> bool:
         return x not in self.found and _is_plain(x) and dtype_of(x) == torch.bool

@@ -133,10 +133,18 @@ def no_features(x, features, weight, mask, labels):  # type: ignore[no-untyped-d
     return x.sin()
 
 
+def a_mask_of_a_deep_state(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    """As patches of bytes begin where another model is not sure."""
+    state = x
+    for _ in range(300):
+        state = torch.maximum(state, state)
+    return x[state[..., 0] > 0].sin().sum() * features.sum() + x[state[..., 0] > 0].sum()
+
+
 PROGRAMS = [
     deepstack, write_rows, write_a_number, write_by_places, add_by_one_index, places_of_nonzero, means,
     cross_entropy_of_rows, a_mask_computed_twice, in_a_row, select, scatter_features, scatter_entries, checked_count,
-    infinite_elsewhere, next_rows, no_features,
+    infinite_elsewhere, next_rows, no_features, a_mask_of_a_deep_state,
 ]  # fmt: skip
 
 
@@ -205,9 +213,15 @@ def beside_unknown_rows(x, features, weight, mask, labels):  # type: ignore[no-u
     return x
 
 
+def joined_to_whole_rows(x, features, weight, mask, labels):  # type: ignore[no-untyped-def]
+    """As the text of an image, without its padding. The sum of sizes is one argument, a list."""
+    joined = torch.cat([x[0], features, x[mask]])
+    return F.pad(joined, (0, 0, 0, 30 - joined.shape[0]))
+
+
 REFUSED = [
     by_number, returned, reordered, reshaped, unique, places_of_two_masks, rows_of_rows, normed_by_zero,
-    beside_unknown_rows,
+    beside_unknown_rows, joined_to_whole_rows,
 ]  # fmt: skip
 
 
