@@ -30,7 +30,7 @@ class Result:
 
 def worst_error(reference: Result, got: Result) -> tuple[str, float]:
     """The tensor ("loss" or a parameter's name) that differs most from the reference, and by how much."""
-    floor = FLOOR * max(float(grad.abs().max()) for grad in reference.grads.values())
+    floor = FLOOR * max(map(_largest, reference.grads.values()))
     errors = {name: _relative_error(grad, got.grads[name], floor) for name, grad in reference.grads.items()}
     errors["loss"] = _relative_error(reference.loss, got.loss, 0.0)
     worst = max(errors, key=errors.__getitem__)
@@ -41,5 +41,10 @@ def _relative_error(reference: torch.Tensor, got: torch.Tensor, floor: float) ->
     """The largest difference over the largest reference value; infinite where there is nothing to compare."""
     if reference.shape != got.shape or not bool(got.isfinite().all()):
         return float("inf")
-    difference = float((reference.double() - got.double()).abs().max())
-    return difference / max(float(reference.abs().max()), floor)
+    difference = _largest(reference.double() - got.double())
+    return difference / max(_largest(reference), floor) if difference else 0.0
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest absolute value; of a tensor without entries, zero."""
+    return float(x.abs().max()) if x.numel() else 0.0
