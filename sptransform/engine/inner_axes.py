@@ -85,14 +85,17 @@ class InnerAxes:
 
     def _colour(self, linears: list[Linear]) -> None:
         stream: set[Atom] = set()
-        grown = -1
-        while grown != len(stream) + len(self._inner):
-            grown = len(stream) + len(self._inner)
-            for pair in linears:
-                for own, other in (pair, pair[::-1]):
+        ends = [each for pair in linears for each in (pair, pair[::-1])]
+        for is_sure in (True, False):  # all that heads make stream, before anything that may be inner is
+            grown = -1
+            while grown != len(stream) + len(self._inner):
+                grown = len(stream) + len(self._inner)
+                for own, other in ends:
                     if not self._inner.isdisjoint(own) and self._inner.isdisjoint(other):
                         stream.update(other)
-                    elif not stream.isdisjoint(own) and stream.isdisjoint(other) and self._inner.isdisjoint(other):
+                    elif is_sure or stream.isdisjoint(own):
+                        continue
+                    elif stream.isdisjoint(other) and self._inner.isdisjoint(other):
                         self._try(other[0], stream)
 
     def _try(self, atom: Atom, stream: set[Atom]) -> None:

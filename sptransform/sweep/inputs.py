@@ -1,33 +1,31 @@
 """Inputs for a model, from the signature of its forward and its configuration: one rule for every architecture.
 
 An input's name says what it holds: token ids, a mask, pixels, sound, the latents of a diffusion model. Where that
-leaves several shapes, all are given in turn, likely ones first; what runs on one device is right. Each has two
-sequences, the second of them padded where there is a mask; lengths are no multiples of anything.
+leaves several shapes, all are tried (`search.py`); what runs on one device is right. Each has two sequences, the second
+of them padded where there is a mask; lengths are no multiples of anything.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sptransform.sweep.shrinking import Tree, kind_of, nodes
+from sptransform.sweep.shrinking import Tree, kind_of, nodes, words
 
 BATCH, LENGTH, PADDED, TARGET, TEXT = 2, 44, 31, 18, 11
-MOST = 300
 IGNORED = -100
 # fields with the width of what a diffusion model is told, likely ones first
 CONTEXTS = (
     "joint_attention_dim", "cross_attention_dim", "caption_channels", "caption_dim", "context_in_dim", "text_embed_dim",
     "text_dim", "text_hidden_dim", "cap_feat_dim", "text_in_channels", "encoder_hidden", "in_text_dim", "context_dim",
-    "encoder_dim", "text", "hidden_size",
+    "encoder_dim", "condition_dim", "cond_token_dim", "text", "hidden_size",
+    "embedding_dim",
 )  # fmt: skip
-
-Inputs = dict[str, Any]
 
 
 class Maker:
@@ -43,8 +41,8 @@ class Maker:
         self.main = main
         self._generator = torch.Generator().manual_seed(1)
 
-    def all_of(self, forward: Callable[..., Any]) -> Iterator[Inputs]:
-        """Inputs to try, at most ``MOST`` of them, the likeliest first."""
+    def choices(self, forward: Callable[..., Any]) -> dict[str, list[Any]]:
+        """What each input may be, likely values first; none for one that no rule makes. The main input is first."""
         parameters = [
             p for p in inspect.signature(forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
@@ -55,16 +53,28 @@ class Maker:
                 choices[name] = self._required(name)
             elif name in OPTIONAL and (found := OPTIONAL[name](self)):
                 choices[name] = found
-        places = itertools.product(*(range(len(each)) for each in choices.values()))
-        # few that are not the likeliest, first; the main input last, since some models keep what they were first given
-        ordered = sorted(places, key=lambda place: (sum(map(bool, place)), place))
-        for place in ordered[:MOST]:
-            values = {name: each[at] for (name, each), at in zip(choices.items(), place, strict=True)}
-            yield {name: value for name, value in values.items() if value is not None}
+            elif self.main is None and (found := self._by_words(name)):  # may be needed, though it has a default
+                choices[name] = [None, *found]
+        return choices
 
     def _required(self, name: str) -> list[Any]:
         make = REQUIRED.get(name) or OPTIONAL.get(name)
-        return [x for x in make(self) if x is not None] if make is not None else []
+        found = [x for x in make(self) if x is not None] if make is not None else []
+        return found or self._by_words(name) or [self.tree[each] for each in (name,) if self.tree.get(each)]
+
+    def _by_words(self, name: str) -> list[Any]:
+        return next((make(self, name) for pattern, make in BY_WORDS if re.search(pattern, name)), [])
+
+    def like(self, name: str) -> list[Tensor]:
+        """Sequences, and single rows, as wide as fields say whose names share words with this one."""
+        shared = {
+            (len(words(field) & words(name)), value)
+            for node in nodes(self.tree)
+            for field, value in node.items()
+            if kind_of(field) == "width" and isinstance(value, int)
+        }
+        widths = [width for number, width in sorted(shared, reverse=True) if number > 0]
+        return [self.normal(*shape, w) for w in widths for shape in ((BATCH, TEXT), (BATCH,), (BATCH, 35))]
 
     # what configurations say
 
@@ -112,7 +122,9 @@ class Maker:
     def images(self) -> list[Tensor]:
         channels = [*self.sizes("num_channels", "in_channels", "in_chans"), 3]
         edges = [*self.sizes("image_size", "img_size", "sample_size"), 24, 64, 96, 128, 224]
-        return [self.normal(BATCH, c, e, e) for e in dict.fromkeys(edges) for c in dict.fromkeys(channels)]
+        found = [self.normal(BATCH, c, e, e) for e in dict.fromkeys(edges) for c in dict.fromkeys(channels)]
+        # as patches in a row
+        return [*found, *(self.normal(BATCH, 35, c * p * p) for p in self.sizes("patch_size") for c in channels)]
 
     def sound(self) -> list[Tensor]:
         mel = self.sizes("num_mel_bins", "input_feat_per_channel", "feature_size", "input_size") or [80]
@@ -125,8 +137,9 @@ class Maker:
     def latents(self) -> list[Tensor]:
         """Of images, of videos, of sounds, and sequences of them."""
         channels = self.sizes(
-            "in_channels", "latent_channels", "in_chans", "in_dim", "in_visual_dim", "audio_in_channels"
-        )
+            "in_channels", "latent_channels", "in_chans", "in_dim", "in_visual_dim", "audio_in_channels", "io_channels",
+            "latent_dim", "embedding_dim",
+        )  # fmt: skip
         edges = [(6, 10), *((e, e) for e in self.sizes("sample_size", "image_size")), (8, 8), (16, 16)]
         found = []
         for c in channels or [4]:
@@ -134,12 +147,13 @@ class Maker:
             found += [self.normal(BATCH, c, *edge) for edge in edges]
             found += [self.normal(BATCH, c, frames, *edge) for frames in (3, 4) for edge in edges[:2]]
             found += [self.normal(BATCH, frames, c, *edge) for frames in (3, 4) for edge in edges[:2]]
-            found.append(self.normal(BATCH, c, 35))
+            found += [self.normal(BATCH, c, 35), self.normal(BATCH, c)]
         return found
 
     def contexts(self) -> list[Tensor]:
         widths = self.numbers(*CONTEXTS)
-        return [self.normal(BATCH, TEXT, width) for width in widths if width > 3]
+        lengths = [TEXT, *self.sizes("max_text_seq_length", "num_embeddings", "text_len"), 35]
+        return [self.normal(BATCH, length, width) for length in lengths for width in widths if width > 3]
 
     def labels(self) -> list[Tensor | None]:
         """Of tokens, of a decoder, of what is heard or seen; none, if none will do."""
@@ -165,6 +179,13 @@ def _steps(maker: Maker) -> list[Tensor]:
     return [steps, steps / 1000, steps.long()]
 
 
+def _ids(maker: Maker) -> list[Tensor]:
+    """Of tokens, and of tokens that have several codes: each a dimension, or a row."""
+    codes = [n + more for n in maker.sizes("num_codebooks") for more in (0, 1)]
+    several = [maker.ids(LENGTH, n) for n in codes]
+    return [maker.ids(LENGTH), *several, *(x.mT.flatten(0, 1) for x in several)]
+
+
 def _masks(maker: Maker) -> list[Tensor | None]:
     mask = torch.ones(BATCH, TEXT, dtype=torch.bool)
     return [mask, mask.long(), None]
@@ -178,9 +199,9 @@ REQUIRED: dict[str, Callable[[Maker], list[Any]]] = {
     "encoder_mask": _masks,
     "hidden_states": Maker.latents,
     "input_features": Maker.sound,
-    "input_ids": lambda m: [m.ids(LENGTH)],
+    "input_ids": _ids,
     "input_values": lambda m: [m.normal(BATCH, 900), m.normal(BATCH, 14_400), *m.sound(), m.normal(BATCH, 1, 14_400)],
-    "inputs": lambda m: [m.ids(LENGTH), *m.images()],
+    "inputs": lambda m: [m.ids(LENGTH), *m.images(), m.normal(BATCH, 900)],
     "inputs_embeds": lambda m: [m.normal(BATCH, TEXT, w) for w in m.sizes("hidden_size")],
     "pixel_values": Maker.images,
     "position_ids": lambda m: [torch.arange(LENGTH).expand(BATCH, LENGTH), m.normal(35 + TEXT, 3).abs() * 5],
@@ -203,12 +224,26 @@ OPTIONAL: dict[str, Callable[[Maker], list[Any]]] = {
     "height": lambda m: [5],
     "img_ids": lambda m: [m.normal(35, n).abs() * 5 for n in (3, 4)],
     "img_shapes": lambda m: [[[(1, 5, 7)]] * BATCH],
+    "input_features": lambda m: [None, *m.sound()] if m.main == "input_ids" else [],
     "labels": Maker.labels,
     "num_frames": lambda m: [1],
     "original_size": lambda m: [torch.full((BATCH, 2), 64.0)],
+    "pixel_attention_mask": lambda m: [None, torch.ones(BATCH, 35, dtype=torch.long)],
     "pooled_projections": lambda m: [m.normal(BATCH, w) for w in m.numbers("pooled_projection_dim")] + [None],
+    "spatial_shapes": lambda m: [None, torch.tensor([[5, 7]] * BATCH)],
     "target_size": lambda m: [torch.full((BATCH, 2), 64.0)],
     "timestep": _steps,
     "txt_ids": lambda m: [m.normal(TEXT, n).abs() * 5 for n in (3, 4)],
     "width": lambda m: [7],
 }
+# by words of names, for those that are in neither
+BY_WORDS: tuple[tuple[str, Callable[[Maker, str], list[Any]]], ...] = (
+    ("mask", lambda m, name: [*_masks(m), torch.ones(BATCH, 35, dtype=torch.bool)]),
+    ("(^|_)(timesteps?|time|sigma)$", lambda m, name: _steps(m)),
+    ("_lens$|_lengths$", lambda m, name: [torch.tensor([TEXT, TEXT - 4])]),
+    ("num_frames$", lambda m, name: [35]),
+    ("pooled|global", lambda m, name: [*m.like(name), m.normal(BATCH, 16)]),
+    ("drop$", lambda m, name: [torch.tensor([False, True])]),
+    ("indices|_ids?$", lambda m, name: [torch.arange(3).expand(BATCH, 3), m.ids(35), m.ids(TEXT)]),
+    ("hidden_states|latents|embeds|cond|text", lambda m, name: [*m.like(name), *m.latents()]),
+)

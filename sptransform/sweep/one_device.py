@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sptransform.sweep.inputs import Inputs, Maker
+from sptransform.sweep.inputs import Maker
 from sptransform.sweep.registries import Architecture, model_of
+from sptransform.sweep.search import Inputs, NothingRuns, Search
 from sptransform.sweep.shrinking import Form
 from sptransform.testing.equality import Result
 
 NOISE = 0.1
 MOST_PARAMETERS = 60_000_000
 # tried in this order
-FORMS = (Form(), Form(filled=True), Form(share=False), Form(layers=4), Form(head_size=32), Form(layers=4, share=False))
+FORMS = (
+    Form(), Form(filled=True), Form(share=False), Form(layers=4), Form(head_size=32), Form(layers=4, share=False),
+    Form(channels=False),
+)  # fmt: skip
 
 
 class NotBuilt(Exception):
@@ -86,14 +90,14 @@ def _built(architecture: Architecture, form: Form) -> Built:
         raise NotBuilt(0, said(error)) from error
     add_noise(model)
     model.to(torch.get_default_dtype()).train()
-    reason = (1, "no rule for one of its inputs")
-    for inputs in Maker(tree, getattr(model, "main_input_name", None)).all_of(model.forward):
-        try:
-            return _run(WithLoss(model), inputs)
-        except Exception as error:
-            if reason[0] == 1:  # the likeliest inputs fail for the reason that tells most
-                reason = (2, said(error))
-    raise NotBuilt(*reason)
+    choices = Maker(tree, getattr(model, "main_input_name", None)).choices(model.forward)
+    missing = [name for name, values in choices.items() if not values]
+    if missing:
+        raise NotBuilt(1, f"no rule for the input {', '.join(missing)}")
+    try:
+        return Search(choices, lambda inputs: _run(WithLoss(model), inputs)).found()
+    except NothingRuns as none:
+        raise NotBuilt(2, said(none.__cause__)) from none
 
 
 def _run(model: WithLoss, inputs: Inputs) -> Built:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.sweep.shrinking import Form, Tree, shrunk
+from sptransform.sweep.shrinking import Form, Tree, nodes, shrunk
 
 # family -> the registry of transformers
 REGISTRIES = {
@@ -107,13 +107,25 @@ def _of_transformers(architecture: Architecture, form: Form) -> tuple[nn.Module,
     tree = shrunk(_tree(config, library.PreTrainedConfig), form)
     tree |= {name: v for name, v in _SETTINGS.get(architecture.family, {}).items() if name in tree}
     _assign(config, tree)
-    model = kind(config)
+    model = _made(kind, config, tree)
     experts = getattr(model, "set_experts_implementation", None)
     if experts is not None and torch.get_default_dtype() == torch.float64:
         # the default has no float64; of experts that cannot be set to another, float32 is what runs
         with suppress(ValueError):
             experts("batched_mm")
     return model, tree
+
+
+def _made(kind: Any, config: Any, tree: Tree) -> nn.Module:
+    """The model. A field that one part of the configuration lacks is as in another that has it."""
+    try:
+        return kind(config)
+    except AttributeError as error:
+        known = [node[error.name] for node in nodes(tree) if error.name in node]
+        if not isinstance(error.obj, _imported("transformers").PreTrainedConfig) or not known:
+            raise
+        setattr(error.obj, error.name, known[0])
+    return _made(kind, config, tree)
 
 
 def _of_diffusers(architecture: Architecture, form: Form) -> tuple[nn.Module, Tree]:

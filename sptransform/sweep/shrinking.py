@@ -66,12 +66,13 @@ KINDS = (
     ("experts", r"experts$|expert_num$|experts_num"),
     ("chosen", r"experts?_per_tok|top_?k(_group)?$|moe_k$"),
     ("groups", r"n_group$|expert_groups?$"),
+    ("head groups", r"^(mamba_)?n_?groups$"),
     ("parts", r"section|axes_dims?|axes_lens|rope_dim|_dims_rope"),
     ("head size", r"head_?(dim|size)|dim_head|d_head|^d_kv$|kv_channels|rotary_dim"),
     ("heads", r"heads?(_per_layer)?$|num_query_groups"),
     (
         "layers",
-        r"layers?$|^depths?$|num_(encoder_|decoder_)?(single_|double_)?blocks$|_layers_per_|^n_blocks$|layers_per_stack"
+        r"layers?$|(^|_)depths?$|^num_(\w+_)?blocks$|_layers_per_|^n_blocks$|layers_per_stack"
         r"|stage_num_blocks|num_block_repeats|block_sizes|n_attn_blocks",
     ),
     ("patch", r"^(patch_size|encoder_stride)$"),
@@ -83,7 +84,7 @@ KINDS = (
     ),
     (
         "width",
-        r"size|dims?$|width|^d_|hidden|channels?|rank|ffn|inner|features$|units|embd|intermediate|latents$|dff|planes",
+        r"size|dims?$|width|^d_|d_ssm|hidden|channels?|rank|ffn|inner|features$|units|embd|intermediate|latents$|dff|planes|groups$|filters$",
     ),
 )
 
@@ -98,12 +99,14 @@ class Form:
         share: all parts of the configuration are divided alike, so that widths that meet stay equal; else each by
             itself.
         filled: fields that are None get what their kind has elsewhere.
+        channels: numbers of channels are divided too; they may be sums that a division by parts does not keep.
     """
 
     layers: int = 2
     head_size: int = 8
     share: bool = True
     filled: bool = False
+    channels: bool = True
 
 
 def shrunk(tree: Tree, form: Form) -> Tree:
@@ -134,7 +137,7 @@ def _shrunk(tree: Tree, form: Form, common: Divisors | None, tokens: dict[int, i
         elif isinstance(value, Mapping):
             found[name] = _shrunk(dict(value), form, common, tokens)
         elif isinstance(value, list) and kept and len(value) == kept[0]:
-            found[name] = [_value(name, value[at], divisors, tokens, kept[1], staged) for at in kept[1]]
+            found[name] = [_value(name, value[at], divisors, tokens, form, staged) for at in kept[1]]
             if _numbers_of_layers(name, value, kept[0]):
                 found[name] = list(range(len(kept[1])))
         elif isinstance(value, list) and kept and _numbers_of_layers(name, value, kept[0]):
@@ -142,17 +145,17 @@ def _shrunk(tree: Tree, form: Form, common: Divisors | None, tokens: dict[int, i
         elif isinstance(value, list) and kind_of(name) == "parts":
             found[name] = _parts(value, divisors.head_size)
         elif isinstance(value, list):
-            found[name] = [_value(name, each, divisors, tokens, (), staged) for each in value]
+            found[name] = [_value(name, each, divisors, tokens, form, staged) for each in value]
         elif kept and kind_of(name) == "layers" and value == kept[0] and not isinstance(value, bool):
             found[name] = len(kept[1])
         else:
-            found[name] = _value(name, value, divisors, tokens, (), staged)
+            found[name] = _value(name, value, divisors, tokens, form, staged)
     if isinstance(tree.get("image_size"), int) and isinstance(tree.get("patch_size"), int) and not staged:
         found["image_size"] = found["patch_size"] * min(PATCHES, tree["image_size"] // tree["patch_size"])
     return found
 
 
-def _value(name: str, value: Any, divisors: Divisors, tokens: dict[int, int], kept: Any, staged: bool) -> Any:
+def _value(name: str, value: Any, divisors: Divisors, tokens: dict[int, int], form: Form, staged: bool) -> Any:
     kind = kind_of(name)
     if kind == "random" and isinstance(value, int | float) and value is not None:
         return type(value)(0)
@@ -163,14 +166,20 @@ def _value(name: str, value: Any, divisors: Divisors, tokens: dict[int, int], ke
     match kind:
         case "token":
             return tokens.get(value, value)
-        case "layers" | "period":
+        case "layers":
+            return min(value, form.layers)
+        case "period":
             return min(value, 2)
         case "offset":
             return 1
         case "heads":
             return max(value // divisors.heads, 1)
+        case "head groups":
+            return max(value // divisors.heads, 2)
         case "head size":
             return _divided(value, divisors.head_size)
+        case "width" if name.endswith("channels") and not form.channels:
+            return value
         case "width" if value >= LEAST_WIDTH:
             return _divided(value, divisors.width)
         case "patch":
@@ -186,9 +195,13 @@ def _divided(value: int, divisor: int) -> int:
     return value // divisor if value % divisor == 0 else 8 * max(1, math.ceil(value / divisor / 8))
 
 
+def _are_ints(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int) for value in values)
+
+
 def _parts(values: list[Any], divisor: int) -> list[Any]:
     """Parts of the size of a head, or of half of it, divided, and even if they were; the first gets what is left."""
-    if not all(isinstance(value, int) for value in values) or sum(values) // divisor < len(values):
+    if not _are_ints(values) or sum(values) // divisor < len(values):
         return values
     total = sum(values) // divisor
     even = all(value % 2 == 0 for value in values) and total >= 2 * len(values)
@@ -205,7 +218,8 @@ def divisors_of(trees: list[Tree], head_size: int) -> Divisors:
         ints = [(name, v) for name, v in flat if isinstance(v, int) and not isinstance(v, bool) and v > 0]
         heads += [v for name, v in ints if kind_of(name) == "heads"]
         own = [v for name, v in ints if kind_of(name) == "head size"]
-        sizes += own or [width // number for width, number in _hidden_and_heads(tree) if width % number == 0]
+        own = own or [width // number for width, number in _hidden_and_heads(tree) if width % number == 0]
+        sizes += own or [sum(v) for name, v in tree.items() if kind_of(name) == "parts" and _are_ints(v)]
     if not heads and not sizes:  # layers without attention: the hidden size is one head
         sizes = [width for tree in trees for width in _hidden(tree)]
         head_size = LEAST_WIDTH
@@ -271,11 +285,15 @@ def _renumbered(tree: Tree) -> dict[int, int]:
 
 
 def _filled(tree: Tree) -> Tree:
-    """What is None by what its kind has elsewhere in the configuration: heads as heads, widths as the hidden size."""
+    """What is None by what its kind has elsewhere in the configuration: heads as heads, widths as the hidden size.
+
+    The default of some things is the first of them.
+    """
     hidden, heads = next(_hidden_and_heads(tree), (None, None))
-    usual = {**MOST, "heads": heads, "width": hidden, "channels": 4, "patch": 2, "image": IMAGE}
+    usual = {**MOST, "heads": heads, "width": hidden, "channels": 4, "patch": 2, "image": IMAGE, "token": 1}
     if isinstance(hidden, int) and isinstance(heads, int):
-        usual["head size"] = hidden // heads
+        usual |= {"head size": hidden // heads, "parts": [hidden // heads // 2] * 2}
     found = {name: _filled(dict(v)) if isinstance(v, Mapping) else v for name, v in tree.items()}
     kinds = {name: "channels" if name.endswith("channels") else kind_of(name) for name in tree}
-    return {name: usual.get(kinds[name] or "") if v is None else v for name, v in found.items()}
+    firsts = {f"default_{name.removesuffix('s')}": v[0] for name, v in tree.items() if isinstance(v, list) and v}
+    return {name: firsts.get(name, usual.get(kinds[name] or "")) if v is None else v for name, v in found.items()}

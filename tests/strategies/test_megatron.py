@@ -122,6 +122,22 @@ class Gated(nn.Module):
         return self.down(self.norm(functional.silu(gate) * up))
 
 
+class LowRank(nn.Module):
+    """Attention whose queries come of few numbers a token, which are normed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.rest = nn.Linear(WIDTH, 6), nn.Linear(6, WIDTH), Projections()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.down(x)
+        query = self.up(low * torch.rsqrt(low.square().mean(-1, keepdim=True) + 1e-6))
+        _, key, value = self.rest(x)
+        query = query.unflatten(-1, (-1, D)).transpose(1, 2)
+        return self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
 def plain(inner: int = 4 * WIDTH) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, inner), nn.GELU(), nn.Linear(inner, WIDTH))
 
@@ -137,6 +153,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "an MLP of 3": lambda: Block(Projections, lambda: plain(3)),
     "gated": lambda: Block(Projections, lambda: Gated(24)),
     "gated, 13": lambda: Block(Projections, lambda: Gated(13)),
+    "a second attention": lambda: Block(Projections, LowRank),
     "a norm inside": lambda: Block(Projections, lambda: Gated(24, norm=True)),
     **{
         f"fused by {how}": lambda how=how: Block(lambda: Fused(how), plain)
@@ -210,6 +227,8 @@ def test_inner_axes() -> None:
         "mlp.2.weight": 1,
         **{f"qkv.{name}.{kind}": 0 for name in ("query", "key", "value") for kind in ("weight", "bias")},
     }
+    low = parts(rewritten("a second attention", 2))
+    assert low["mlp.up.weight"] == 0 and "mlp.down.weight" not in low, "of two linears to heads, the second is cut"
     normed = parts(rewritten("a norm inside", 2))
     assert not any(name.startswith("mlp") for name in normed)
 
