@@ -19,6 +19,8 @@ from sptransform.sweep.shrinking import Tree, kind_of, nodes, words
 
 BATCH, LENGTH, PADDED, TARGET, TEXT = 2, 44, 31, 18, 11
 IGNORED = -100
+# values of an input that has a default
+MOST_UNLIKELY = 12
 # fields with the width of what a diffusion model is told, likely ones first
 CONTEXTS = (
     "joint_attention_dim", "cross_attention_dim", "caption_channels", "caption_dim", "context_in_dim", "text_embed_dim",
@@ -54,7 +56,7 @@ class Maker:
             elif name in OPTIONAL and (found := OPTIONAL[name](self)):
                 choices[name] = found
             elif self.main is None and (found := self._by_words(name)):  # may be needed, though it has a default
-                choices[name] = [None, *found]
+                choices[name] = [None, *found[:MOST_UNLIKELY]]
         return choices
 
     def _required(self, name: str) -> list[Any]:

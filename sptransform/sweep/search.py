@@ -86,9 +86,15 @@ class Search(Generic[Found]):
         return (place for place in places if place not in self._tried)
 
     def _beside(self, place: Place) -> Iterator[Place]:
-        """Those that differ in one input; the first input last, since some models keep what they were first given."""
-        for at, values in reversed(list(enumerate(self._choices.values()))):
-            yield from ((*place[:at], index, *place[at + 1 :]) for index in range(len(values)))
+        """Those that differ in one input: by likely values first, and the first input last of each.
+
+        Some models keep what they were first given.
+        """
+        choices = list(map(len, self._choices.values()))
+        for index in range(max(choices, default=0)):
+            for at in reversed(range(len(choices))):
+                if index < choices[at]:
+                    yield (*place[:at], index, *place[at + 1 :])
 
     def _others(self) -> Iterator[Place]:
         """Those that differ from the likeliest in two inputs, then in three, and so on."""

@@ -72,7 +72,7 @@ KINDS = (
     ("heads", r"heads?(_per_layer)?$|num_query_groups"),
     (
         "layers",
-        r"layers?$|(^|_)depths?$|^num_(\w+_)?blocks$|_layers_per_|^n_blocks$|layers_per_stack"
+        r"layers?$|^((?!min)\w+_)?depths?$|^num_((?!random)\w+_)?blocks$|_layers_per_|^n_blocks$|layers_per_stack"
         r"|stage_num_blocks|num_block_repeats|block_sizes|n_attn_blocks",
     ),
     ("patch", r"^(patch_size|encoder_stride)$"),

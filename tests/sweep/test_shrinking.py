@@ -80,3 +80,25 @@ def test_what_is_none_is_filled_by_its_kind() -> None:
 )  # fmt: skip
 def test_a_field_is_known_by_its_name(name: str, kind: str | None) -> None:
     assert kind_of(name) == kind
+
+
+def test_groups_of_heads_and_their_widths_fit_the_heads() -> None:
+    """As of state-space layers, whose numbers say how the heads share what they read."""
+    small = shrunk({"n_heads": 128, "head_dim": 64, "n_groups": 8, "d_ssm": 8192}, Form())
+    assert small == {"n_heads": 4, "head_dim": 8, "n_groups": 2, "d_ssm": 32}
+
+
+def test_parts_of_a_head_say_its_size_where_nothing_else_does() -> None:
+    assert shrunk({"model_dim": 2048, "axes_dims": [16, 24, 24]}, Form()) == {"model_dim": 256, "axes_dims": [4, 2, 2]}
+
+
+def test_channels_stay_in_a_form_of_their_own() -> None:
+    tree = {"num_heads": 16, "head_dim": 64, "in_channels": 36, "latent_channels": 16}
+    assert shrunk(tree, Form(channels=False))["in_channels"] == 36 != shrunk(tree, Form())["in_channels"]
+
+
+def test_what_is_none_is_filled() -> None:
+    tree = {"languages": ["en", "de"], "default_language": None, "pad_token_id": None, "vocab_size": None}
+    filled = shrunk(tree, Form(filled=True))
+    assert filled["default_language"] == "en" and 0 < filled["pad_token_id"] < filled["vocab_size"]
+    assert shrunk(tree, Form())["default_language"] is None
