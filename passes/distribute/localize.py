@@ -120,6 +120,9 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         group=context.mesh.group,
     )
     new = context.rules[node.target].localize(call, local)
+    if isinstance(new, list) and all(isinstance(each, fx.Node) for each in new):
+        _give_each(node, new)
+        return
     if not isinstance(new, fx.Node):
         fix = "return local.run(call, ..), or what local.emit(..) returned"
         found = f"{type(new).__name__} from its form for shards"
@@ -135,6 +138,14 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         keep_result(new)
     verifier.check_local_types(new)
     succeed(node, new)
+
+
+def _give_each(node: fx.Node, results: list[fx.Node]) -> None:
+    """Replace ``node`` by a node for each of its results. Who takes one keeps its note, and is checked in its turn."""
+    for user in list(node.users):
+        _, index = dataflow.projection(user)
+        user.target, user.args = torch.ops.aten.alias.default, (results[index],)
+    node.graph.erase_node(node)
 
 
 def _sends(node: fx.Node, context: Context) -> Sends:

@@ -53,3 +53,14 @@ def test_values_are_local() -> None:
     gm, _ = after(Localize, Attention(), hidden_states())
     for node in nodes_of(gm, torch.ops.aten.linear.default):
         assert dataflow.shape(node)[1] == 4
+
+
+def split_apart(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """As a class token is taken off the patches: the parts of one op have forms of their own."""
+    first, rest = functional.scaled_dot_product_attention(query, key, value).split([1, query.shape[2] - 1], 2)
+    return (first.sin() * rest.cos()).sum()
+
+
+def test_each_result_may_have_a_form_of_its_own() -> None:
+    reference, ranks, _ = on_ranks(split_apart, *(heads() for _ in range(3)), num_ranks=2)
+    assert_ranks_equal_one_device(reference, ranks)
