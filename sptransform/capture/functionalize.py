@@ -27,8 +27,8 @@ aten = torch.ops.aten
 def functionalize(graph: fx.Graph) -> None:
     """Rewrite ``graph`` in place; a write into an input (a buffer) becomes one ``copy_`` at the end.
 
-    A write that autograd does not see, under ``no_grad`` or through ``detach``, changes the value of what is written and
-    of all that shares its memory, and no gradient: ``sptransform.with_value``.
+    A write that autograd does not see, under ``no_grad`` or through ``detach``, changes the value of what is written
+    and of all that shares its memory, but no gradient: ``sptransform.with_value``.
 
     Raises:
         CaptureError: an op writes through a view that cannot be written back, naming op and user line.

@@ -1,4 +1,4 @@
-"""A tensor whose value was changed where autograd does not look: under ``no_grad``, or through ``detach`` or ``data``."""
+"""A tensor whose value was changed where autograd does not look: under ``no_grad``, through ``detach`` or ``data``."""
 
 from __future__ import annotations
 

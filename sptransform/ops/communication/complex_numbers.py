@@ -14,4 +14,3 @@ def as_sent(x: Tensor) -> Tensor:
 def as_received(x: Tensor, is_complex: bool) -> Tensor:
     """The inverse, for what has arrived."""
     return torch.view_as_complex(x) if is_complex else x
-
