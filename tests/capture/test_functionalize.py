@@ -16,6 +16,7 @@ from sptransform.graph import notes
 from sptransform.graph.printer import text
 from tests.support.golden import Golden
 from tests.support.graphs import Run, a_context, captured, compiled_with, copied, run_once, while_captured
+from tests.support.tiers import tiered
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -339,7 +340,7 @@ def leaf_scaled_under_no_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return x.sin() * v
 
 
-PROGRAMS = [
+HIDDEN = [
     written_through_detach,
     written_through_a_piece_of_data,
     scaled_under_no_grad,
@@ -347,6 +348,10 @@ PROGRAMS = [
     written_by_value_then_hidden,
     leaf_clamped,
     leaf_scaled_under_no_grad,
+]
+
+PROGRAMS = [
+    *HIDDEN,
     windows_written_twice,
     other_overloads,
     masked_under_no_grad,
@@ -395,7 +400,11 @@ def both(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> tuple[Run, Run
     return run_once(gm, inputs), run_once(functional, inputs)
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize(
+    "program",
+    tiered(PROGRAMS, quick=[each for each in PROGRAMS if each not in HIDDEN[2:]]),
+    ids=lambda program: program.__name__,
+)
 def test_values_and_gradients(program: Function) -> None:
     reference, found = while_captured(program, both, *an_input())
     assert found.outputs[0].dtype == reference.outputs[0].dtype

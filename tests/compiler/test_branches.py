@@ -12,6 +12,7 @@ from torch import Tensor
 from sptransform.capture.capture import capture
 from sptransform.diagnostics.errors import CaptureError
 from tests.support.graphs import compiled_with
+from tests.support.tiers import tiered
 
 Function = Callable[[Tensor], Tensor]
 
@@ -59,12 +60,13 @@ def raises_for_a_number(x: Tensor) -> Tensor:
 RAISING = [raises_if, raises_unless, raises_otherwise, raises_if_either, raises_unless_both, raises_for_a_number]
 
 
-@pytest.mark.parametrize("program", RAISING, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("program", tiered(RAISING, quick=[raises_if_either]), ids=lambda program: program.__name__)
 def test_a_branch_that_only_raises_is_a_check(program: Function) -> None:
     x = torch.arange(3.0)
     compiled = lambda x: compiled_with(program, capture, x)  # noqa: E731
     assert torch.equal(compiled(x), x * 2)
-    with pytest.raises(RuntimeError, match=r"test_branches\.py:\d+: raise ValueError"):
+    # a graph that stops within `no_grad` leaves that mode on
+    with torch.enable_grad(), pytest.raises(RuntimeError, match=r"test_branches\.py:\d+: raise ValueError"):
         compiled(x + 1)
 
 
@@ -90,12 +92,16 @@ def drops(x: Tensor) -> Tensor:
     return x * 2 if torch.rand([]) < 0.5 else x * 3
 
 
-@pytest.mark.parametrize("program", [caught, suppressed, either, drops], ids=lambda program: program.__name__)
+GOING_ON = [caught, suppressed, either, drops]
+
+
+@pytest.mark.parametrize("program", tiered(GOING_ON, quick=[caught]), ids=lambda program: program.__name__)
 def test_a_branch_that_goes_on_either_way_is_refused(program: Function) -> None:
     with pytest.raises(CaptureError, match=r"test_branches\.py"):
         compiled_with(program, capture, torch.arange(3.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decide", "expected"),
     [
@@ -112,6 +118,7 @@ def test_a_draw_that_cannot_decide(decide: Callable[[], Tensor], expected: bool)
     assert torch.equal(compiled_with(program, capture, x), x * (2 if expected else 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compare", [lambda: torch.rand([]) <= 0.0, lambda: torch.rand([]) > 0])
 def test_a_draw_of_zero_decides(compare: Callable[[], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"test_branches\.py"):
