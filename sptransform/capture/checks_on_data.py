@@ -67,8 +67,11 @@ def check_tensors(graph: fx.Graph) -> None:
             tensors[node] = emit_like(node, _ON_TENSORS[node.target], *(tensor(node, x) for x in node.args))
         elif node.target is aten._assert_scalar.default and node.args[0] in tensors:
             condition = emit_like(node, aten.ne.Scalar, tensors[node.args[0]], 0)
-            emit_like(node, aten._assert_async.msg, condition, f"a check of the model failed: {place(node)}")
+            message = _literal(f"a check of the model failed: {place(node)}")
+            emit_like(node, aten._assert_async.msg, condition, message)
             graph.erase_node(node)
+        elif node.target is aten._assert_async.msg:
+            node.update_arg(1, _literal(node.args[1]))
     for node in reversed(tensors):
         if node.users:
             reader = next(iter(node.users))
@@ -81,3 +84,8 @@ def check_tensors(graph: fx.Graph) -> None:
                 )
             )
         graph.erase_node(node)
+
+
+def _literal(message: str) -> str:
+    """The message as Inductor can write it between quotes in C++, where it escapes nothing."""
+    return " ".join(message.replace("\\", "/").replace('"', "'").split())

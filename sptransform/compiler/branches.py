@@ -141,11 +141,12 @@ def _as_tensor(condition: Any, translator: Any) -> Any:
 
 def _source(filename: str, at: Instruction) -> str:
     """``file.py:3: raise ValueError(..)``"""
-    places = at.positions
+    # without folders, which differ from machine to machine: the text is a part of the program
+    name, places = filename.rpartition("/")[2], at.positions
     if places is None or places.lineno is None:
-        return filename
+        return name
     lines = [linecache.getline(filename, line).strip() for line in range(places.lineno, places.end_lineno + 1)]
-    return f"{filename}:{places.lineno}: {' '.join(lines)}"
+    return f"{name}:{places.lineno}: {' '.join(lines)}"
 
 
 @contextmanager

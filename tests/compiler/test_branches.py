@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 
 from sptransform.capture.capture import capture
 from sptransform.diagnostics.errors import CaptureError
@@ -68,6 +69,27 @@ def test_a_branch_that_only_raises_is_a_check(program: Function) -> None:
     # a graph that stops within `no_grad` leaves that mode on
     with torch.enable_grad(), pytest.raises(RuntimeError, match=r"test_branches\.py:\d+: raise ValueError"):
         compiled(x + 1)
+
+
+def raises_with_quotes(x: Tensor) -> Tensor:
+    if x.max() >= 3.0:
+        raise ValueError('"no\\t" is said')
+    torch._assert_async(x.min() >= 0.0, 'neither "yes"\n')
+    return x * 2
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_what_a_check_says_may_hold_quotes() -> None:
+    """Inductor writes it in C++."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        return lookup_backend("inductor")(capture(gm, inputs), inputs)
+
+    x = torch.arange(3.0)
+    assert torch.equal(compiled_with(raises_with_quotes, backend, x), x * 2)
+    with pytest.raises(RuntimeError, match=r"test_branches\.py:\d+: raise ValueError\('"):
+        compiled_with(raises_with_quotes, backend, x + 1)
 
 
 def caught(x: Tensor) -> Tensor:
