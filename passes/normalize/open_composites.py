@@ -42,7 +42,7 @@ class OpenComposites(Pass):
         for node in list(graph.nodes):
             if not dataflow.handles_tensors(node) or getattr(node.target, "namespace", None) != "aten":
                 continue
-            if node.target in context.rules and rule_at(node, context.rules) is not None:
+            if dataflow.writes(node) or (node.target in context.rules and rule_at(node, context.rules) is not None):
                 continue
             if (traced := _traced(node)) is not None:
                 _put_in_place(node, traced, context.rules)

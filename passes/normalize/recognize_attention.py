@@ -41,6 +41,7 @@ from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import rule_at
 from sptransform.graph.edit import emit_like, succeed
 from sptransform.masks.between import Term
+from sptransform.masks.carried import has_one_entry
 from sptransform.masks.reader import leaves_own_keys, num_entries
 from sptransform.masks.scores import Spelling, spelled_at
 from sptransform.op_rules.mask_ops import SOFTMAX
@@ -117,8 +118,9 @@ def _join(spelling: Spelling, rules: RuleTable) -> None:
         # filled with one number, all scores of a row are equal and have no gradient: as those of a query of zeros
         query = emit_like(old, aten.where.ScalarSelf, everywhere, 0.0, query)
     read = spelling.scores
-    for op, factor in read.factors:
-        query = emit_like(old, op, query, factor)
+    for op, term in read.factors:
+        one = has_one_entry(term.tensor)
+        query = emit_like(old, op, query, term.tensor if one else _cast(_broadcast(term, spelling), dtype, old))
     mask = added
     if hidden is not None:
         seen = aten.logical_not.default, hidden

@@ -17,6 +17,7 @@ from torch import fx
 
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.diagnostics.provenance import place
+from sptransform.graph import dataflow
 from sptransform.graph.edit import emit_like
 
 aten = torch.ops.aten
@@ -58,12 +59,19 @@ def check_tensors(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.item.default:
             tensors[node] = emit_like(node, aten.reshape.default, node.args[0], [])
+        elif node.target is aten.scalar_tensor.default and node.args[0] in tensors:
+            held, kept = tensors[node.args[0]], dataflow.value(node).dtype
+            node.replace_all_uses_with(emit_like(node, aten.to.dtype, held, kept))
+            graph.erase_node(node)
         elif node.target in _ON_TENSORS and node.all_input_nodes and tensors.keys() >= {*node.all_input_nodes}:
             tensors[node] = emit_like(node, _ON_TENSORS[node.target], *(tensor(node, x) for x in node.args))
         elif node.target is aten._assert_scalar.default and node.args[0] in tensors:
             condition = emit_like(node, aten.ne.Scalar, tensors[node.args[0]], 0)
-            emit_like(node, aten._assert_async.msg, condition, f"a check of the model failed: {place(node)}")
+            message = _literal(f"a check of the model failed: {place(node)}")
+            emit_like(node, aten._assert_async.msg, condition, message)
             graph.erase_node(node)
+        elif node.target is aten._assert_async.msg:
+            node.update_arg(1, _literal(node.args[1]))
     for node in reversed(tensors):
         if node.users:
             reader = next(iter(node.users))
@@ -76,3 +84,8 @@ def check_tensors(graph: fx.Graph) -> None:
                 )
             )
         graph.erase_node(node)
+
+
+def _literal(message: str) -> str:
+    """The message as Inductor can write it between quotes in C++, where it escapes nothing."""
+    return " ".join(message.replace("\\", "/").replace('"', "'").split())

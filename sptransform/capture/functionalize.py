@@ -6,10 +6,15 @@ This works on the graph, after tracing: torch's own functionalization runs below
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+
+# Private: the call that switches grad mode in a traced graph; torch has no public name for it.
+from torch._C import _set_grad_enabled
 
 from sptransform.capture.written_views import is_view_op, scattered, why_not_by_number, written_by_number
 from sptransform.diagnostics.errors import CaptureError, describe
@@ -21,6 +26,9 @@ aten = torch.ops.aten
 
 def functionalize(graph: fx.Graph) -> None:
     """Rewrite ``graph`` in place; a write into an input (a buffer) becomes one ``copy_`` at the end.
+
+    A write that autograd does not see, under ``no_grad`` or through ``detach``, changes the value of what is written
+    and of all that shares its memory, but no gradient: ``sptransform.with_value``.
 
     Raises:
         CaptureError: an op writes through a view that cannot be written back, naming op and user line.
@@ -44,8 +52,7 @@ class _Functionalizer:
             if node.op == "output":
                 self._write_back_inputs(node)
             written = _written(node) if dataflow.writes(node) else None
-            if written is not None and self._hides_from_autograd(node, written):
-                raise _hidden(node)
+            hidden = self._conceal(written, node) if written is not None and self._is_hidden(node, written) else None
             self._note_alias(node)
             node.args = fx.map_arg(node.args, lambda x, at=node: self._read(x, at))
             node.kwargs = fx.map_arg(node.kwargs, lambda x, at=node: self._read(x, at))
@@ -54,14 +61,47 @@ class _Functionalizer:
             if torch.Tag.inplace_view in node.target.tags:
                 self._view_in_place(node, written)
             else:
-                self._write(node, written)
+                self._write(node, written, hidden)
 
-    def _hides_from_autograd(self, node: fx.Node, target: fx.Node) -> bool:
-        """Whether this writes, under ``no_grad``, what has a gradient: it keeps that of the value it had before."""
-        if notes.region_of(node).grad_enabled or torch.Tag.inplace_view in node.target.tags:
+    def _is_hidden(self, node: fx.Node, target: fx.Node) -> bool:
+        """Whether autograd does not see this write into what has a gradient: it keeps that of the value before."""
+        if torch.Tag.inplace_view in node.target.tags:
             return False
-        related = [target, *self._chain(target), self._root(target)]
-        return any(notes.note(self.current.get(x, x)).differentiable for x in related)
+        root = self._root(target)
+        if not notes.note(self.current.get(root, root)).differentiable:
+            return False
+        return not notes.region_of(node).grad_enabled or any(map(_detaches, self._chain(target)))
+
+    def _conceal(self, target: fx.Node, at: fx.Node) -> fx.Node:
+        """From here on, what shares memory with ``target`` has no gradient; returns its root, which has."""
+        root = self._root(target)
+        before = self.current.get(root, root)
+        self._renew(root, self._emit(at, aten.detach.default, before))
+        notes.note(self.current[root]).differentiable = False
+        return before
+
+    def _reveal(self, target: fx.Node, before: fx.Node, at: fx.Node) -> None:
+        """Give the root of ``target`` the gradient of ``before`` again, and with it all that is a view of it."""
+        root = self._root(target)
+        with self._grad_mode(True, at):
+            self._renew(root, emit_like(at, torch.ops.sptransform.with_value.default, before, self.current[root]))
+
+    @contextmanager
+    def _grad_mode(self, enabled: bool, at: fx.Node) -> Iterator[None]:
+        """What is inserted before ``at`` is in this grad mode."""
+        around = notes.region_of(at).grad_enabled
+        if around == enabled:
+            yield
+            return
+        with self.graph.inserting_before(at):
+            self.graph.call_function(_set_grad_enabled, (enabled,))
+            yield
+            self.graph.call_function(_set_grad_enabled, (around,))
+
+    def _renew(self, root: fx.Node, new: fx.Node) -> None:
+        """``new`` is the value of the root, of which every view is to be made anew."""
+        self.current[root] = new
+        self.version[root] = self.version.get(root, 0) + 1
 
     def _root(self, node: fx.Node) -> fx.Node:
         while node in self.base:
@@ -103,7 +143,7 @@ class _Functionalizer:
                 with self.graph.inserting_before(at):
                     fresh = self.graph.node_copy(node, lambda x: source if x is node.all_input_nodes[0] else x)
                 notes.fork(node, fresh)
-                notes.note(fresh).differentiable |= notes.note(source).differentiable
+                notes.note(fresh).differentiable = notes.note(source).differentiable and not _detaches(node)
                 self.current[node] = fresh
                 self.seen[node] = self.version[root]
         return self.current.get(node, node)
@@ -119,8 +159,10 @@ class _Functionalizer:
             raise _not_written_back(view, at)
         return source
 
-    def _write(self, node: fx.Node, target: fx.Node) -> None:
+    def _write(self, node: fx.Node, target: fx.Node, hidden: fx.Node | None) -> None:
         self._set(target, self._functional(node, target), node)
+        if hidden is not None:
+            self._reveal(target, hidden, node)
         node.replace_all_uses_with(target)
         self.graph.erase_node(node)
 
@@ -187,7 +229,11 @@ class _Functionalizer:
 
     def _write_back_inputs(self, output: fx.Node) -> None:
         for node in [n for n in self.graph.nodes if n.op == "placeholder" and self.version.get(n)]:
-            with self.graph.inserting_before(output):
+            if notes.note(node).stored:
+                raise _into_a_part(node)
+            # a leaf that has a gradient takes another value where autograd does not look
+            is_recording = notes.region_of(output).grad_enabled and not notes.note(node).differentiable
+            with self._grad_mode(is_recording, output), self.graph.inserting_before(output):
                 copy = self.graph.call_function(aten.copy_.default, (node, self.current[node]))
             copy.meta["val"] = dataflow.value(node)
             notes.note(copy).differentiable = False
@@ -195,6 +241,11 @@ class _Functionalizer:
 
 def storages(node: fx.Node) -> set[int]:
     return {value.untyped_storage()._cdata for value in dataflow.values(node)}
+
+
+def _detaches(view: fx.Node) -> bool:
+    """Whether autograd does not see what is written into the view."""
+    return view.target is aten.detach.default or not notes.region_of(view).grad_enabled
 
 
 def _is_laid_out(node: fx.Node, like: torch.Tensor) -> bool:
@@ -235,9 +286,14 @@ def _no_form(node: fx.Node) -> CaptureError:
     return CaptureError(describe(message, node=node, fix="write out of place there"))
 
 
-def _hidden(node: fx.Node) -> CaptureError:
-    message = "an op under no_grad writes into a tensor that has a gradient, which stays that of the old value"
-    return CaptureError(describe(message, node=node, fix="write out of place there, or outside of torch.no_grad()"))
+def _into_a_part(parameter: fx.Node) -> CaptureError:
+    return CaptureError(
+        describe(
+            "the model writes into a parameter of which each rank keeps a part",
+            node=parameter,
+            fix="shard_parameters=False; or change the parameter before the forward",
+        )
+    )
 
 
 def _not_written_back(view: fx.Node, at: fx.Node) -> CaptureError:

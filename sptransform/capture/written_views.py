@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sptransform.graph import dataflow, notes
+from sptransform.graph import dataflow
 from sptransform.graph.calls import arguments_of
 
 aten = torch.ops.aten
@@ -133,8 +133,6 @@ def why_not_by_number(views: Sequence[fx.Node], root: fx.Node) -> fx.Node | None
             return view
         if dataflow.values(view)[0].dtype != dataflow.values(source)[0].dtype:
             return view  # it reads the entries' bits as something else
-        if notes.note(source).differentiable and not notes.note(view).differentiable:
-            return view  # detached: the written value has no gradient, but its base keeps its own
         if view.target is aten.as_strided.default and not dataflow.value(root).is_contiguous():
             return view  # it counts in memory, where the numbers are not laid out like the root
         source = view
@@ -149,10 +147,8 @@ def _order(view: fx.Node) -> list[int]:
 
 
 def _is_same(view: fx.Node, base: fx.Node) -> bool:
-    """Whether a view is its base unchanged, gradient included: a no-op, as ``x.contiguous()`` often is."""
+    """Whether a view is its base unchanged: a no-op, as ``x.contiguous()`` often is."""
     if not dataflow.is_tensor(view) or not dataflow.is_tensor(base):
-        return False
-    if notes.note(base).differentiable and not notes.note(view).differentiable:
         return False
     x, y = dataflow.value(view), dataflow.value(base)
     return _layout(x) == _layout(y)

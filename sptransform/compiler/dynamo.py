@@ -13,8 +13,10 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 
+from sptransform.compiler.branches import branches_read
 from sptransform.compiler.compiles import Compiles
 from sptransform.compiler.leaf_marks import leaf_marks_ignored
+from sptransform.compiler.numpy_numbers import numbers_of_numpy
 from sptransform.compiler.set_up import set_up_first
 from sptransform.compiler.traced_functions import traced_functions
 from sptransform.diagnostics.errors import CaptureError, SPTransformError, UsageError, describe
@@ -84,7 +86,8 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
         global _is_capturing
         before, _is_capturing = _is_capturing, True
         try:
-            with traced_functions(), leaf_marks_ignored(), nullcontext() if compiles is None else compiles.allowed():
+            allowed = nullcontext() if compiles is None else compiles.allowed()
+            with traced_functions(), leaf_marks_ignored(), branches_read(), numbers_of_numpy(), allowed:
                 return set_up_first(lambda: in_configuration(*args, **kwargs))
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPTransformError):
@@ -131,9 +134,11 @@ def _not_captured(error: Exception) -> CaptureError:
                 "the model decides by what a tensor holds, which no graph can",
                 source=innermost_line(str(error)),
                 found=what,
-                fix="decide outside of the forward; if attention looks for padding, or for packed documents: "
-                "attn_implementation='sdpa', or 'sptransform', see the README; if it loops over experts that were "
-                "chosen: model.set_experts_implementation('grouped_mm')",
+                fix="compute both sides there and choose with torch.where; or decide before the forward, and pass what "
+                "was decided, such as a mask where the model looks for padding. If it decides while it trains (ranges "
+                "that run along, layers that are dropped): model.eval(), or layerdrop=0; if attention looks for "
+                "padding, or for packed documents: attn_implementation='sdpa', or 'sptransform', see the README; if it "
+                "loops over experts that were chosen: model.set_experts_implementation('grouped_mm'), or loop over all",
             )
         )
     explanation = next((line for line in more if line.strip().startswith("Explanation: ")), "")

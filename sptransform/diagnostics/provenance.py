@@ -19,7 +19,8 @@ def source_line(node: fx.Node) -> str | None:
 
 def place(node: fx.Node) -> str:
     """The same without folders, which differ from machine to machine: for texts that are part of a program."""
-    return (source_line(node) or "unknown line").rpartition("/")[2]
+    file, colon, line = (source_line(node) or "unknown line").partition(":")
+    return file.rpartition("/")[2] + colon + line
 
 
 def innermost_line(stack: str) -> str | None:

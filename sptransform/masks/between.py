@@ -1,6 +1,6 @@
 """Reads what stands between the product and the softmax of attention that is spelled out, from the last op on.
 
-1. A product with a number is part of the scale; with a tensor of one entry, a factor.
+1. A product with a number is part of the scale; with a tensor that is the same for all keys, a factor.
 2. A tensor that is added, or says where a number is filled in, is a term of the mask.
 3. What is added to a whole row, the softmax cancels: a number, or a maximum of the row.
 4. A product with a number, ``tanh``, a product: a softcap. Nothing but products may come before it.
@@ -56,14 +56,14 @@ class Between:
 
     Attributes:
         scale: number that the product is multiplied by.
-        factors: ops, and their second operands, tensors of one entry: the product is multiplied by them too.
+        factors: ops, and their second operands, the same for all keys: the product is multiplied by them too.
         softcap: then the scores are ``softcap * tanh(score / softcap)``; 0 is none.
         terms: what is done to the scores then, in order.
         sinks: one more entry of every row.
     """
 
     scale: float = 1.0
-    factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
+    factors: list[tuple[Any, Term]] = field(default_factory=list)
     softcap: float = 0.0
     terms: list[Term] = field(default_factory=list)
     sinks: Sinks | None = None
@@ -115,13 +115,23 @@ class _Reader:
 
     def _scale(self, node: fx.Node) -> bool:
         factor = number_of(node.args[1])
-        if factor == 0 or (factor is None and not has_one_entry(node.args[1])):
+        if factor == 0 or (factor is None and not self._is_factor(node)):
             return False
         if factor is None:
-            self.found.factors.append((node.target, node.args[1]))
+            self.found.factors.append((node.target, self._term(node.args[1], node)))
         else:
             self.found.scale *= SCALES[node.target](factor)
         return True
+
+    def _is_factor(self, node: fx.Node) -> bool:
+        """Whether each row of scores, of whatever head, is multiplied by one number. It must not change their dtype."""
+        scores, factor = node.args[:2]
+        if has_one_entry(factor):
+            return True
+        if not dataflow.is_tensor(factor) or self._varies(factor) or self.is_joined:
+            return False
+        before, after = (dataflow.value(x) for x in (scores, node))
+        return (before.shape, before.dtype) == (after.shape, after.dtype)
 
     def _cap(self) -> bool:
         if self._is_settled or self.found.factors or self.found.scale <= 0:

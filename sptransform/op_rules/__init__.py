@@ -5,6 +5,7 @@ from __future__ import annotations
 from sptransform.op_rules import (
     attention,
     below_autograd,
+    complex_numbers,
     convolution,
     creation,
     indexing,
@@ -23,6 +24,7 @@ from sptransform.rules.table import RuleTable
 TABLES = (
     attention.TABLE,
     below_autograd.TABLE,
+    complex_numbers.TABLE,
     convolution.TABLE,
     creation.TABLE,
     indexing.TABLE,

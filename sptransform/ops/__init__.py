@@ -16,6 +16,7 @@ from sptransform.ops import (
     redistribute,
     ring,
     scan,
+    with_value,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "redistribute",
     "ring",
     "scan",
+    "with_value",
 ]

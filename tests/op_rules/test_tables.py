@@ -22,6 +22,7 @@ from sptransform.sharding.sizes import SymbolicSizeError
 from tests.op_rules import (
     test_attention,
     test_below_autograd,
+    test_complex_numbers,
     test_convolution,
     test_creation,
     test_indexing,
@@ -42,6 +43,7 @@ aten = torch.ops.aten
 CASES: list[Case] = [
     *test_attention.CASES,
     *test_below_autograd.CASES,
+    *test_complex_numbers.CASES,
     *test_convolution.CASES,
     *test_creation.CASES,
     *test_indexing.CASES,

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from sptransform.ops.communication.complex_numbers import as_received, as_sent
 from sptransform.ops.communication.slicing import by_rank, conceal, expose, in_order, pad_to
 from sptransform.ops.groups import rank_in
 from sptransform.sharding.placement import Shard
@@ -22,12 +23,14 @@ def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     """Sum, or another reduction, over the ranks."""
     if x.dtype == torch.bool:
         raise TypeError("a boolean cannot be summed over ranks")
-    return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), op, group))
+    came = _c10d.wait_tensor(_c10d.all_reduce(as_sent(x), op, group))
+    return as_received(came, x.is_complex())
 
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     """1-D exchange: ``sent[j]`` entries to rank j, ``received[i]`` from rank i."""
-    return _c10d.wait_tensor(_c10d.all_to_all_single(x.contiguous(), received, sent, group))
+    came = _c10d.wait_tensor(_c10d.all_to_all_single(as_sent(x), received, sent, group))
+    return as_received(came, x.is_complex())
 
 
 def all_gather(x: Tensor, shard: Shard, group: str) -> Tensor:
@@ -73,12 +76,14 @@ def _micro_pipelines() -> bool:
 
 def _gathered(x: Tensor, num_ranks: int, group: str) -> Tensor:
     """All ranks' tensors, concatenated along the first dimension."""
-    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), num_ranks, group))
+    came = _c10d.wait_tensor(_c10d.all_gather_into_tensor(as_sent(x), num_ranks, group))
+    return as_received(came, x.is_complex())
 
 
 def _scattered(x: Tensor, num_ranks: int, group: str) -> Tensor:
     """This rank's part of the sum, which is cut into equal parts along the first dimension."""
-    return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", num_ranks, group))
+    came = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(as_sent(x), "sum", num_ranks, group))
+    return as_received(came, x.is_complex())
 
 
 def all_gather_packed(xs: list[Tensor], shards: list[Shard], group: str) -> list[Tensor]:

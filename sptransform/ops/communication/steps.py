@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sptransform.ops.communication.complex_numbers import as_received, as_sent
 from sptransform.ops.groups import rank_in
 from sptransform.ops.library import primitive
 
@@ -95,11 +96,11 @@ def drive(steps: Steps[T], start: Callable[[Start], Any], wait: Callable[[Any], 
 def perform(steps: Steps[T], group: str) -> T:
     """Run ``steps`` on a process group; started messages travel while the steps go on."""
     c10d = torch.ops._c10d_functional
-    return drive(
-        steps,
-        lambda asked: c10d.all_to_all_single(asked.x.contiguous(), asked.received, asked.sent, group),
-        c10d.wait_tensor,
-    )
+
+    def start(asked: Start) -> tuple[Tensor, bool]:
+        return c10d.all_to_all_single(as_sent(asked.x), asked.received, asked.sent, group), asked.x.is_complex()
+
+    return drive(steps, start, lambda pending: as_received(c10d.wait_tensor(pending[0]), pending[1]))
 
 
 def perform_together(steps: Mapping[int, Steps[T]]) -> dict[int, T]:

@@ -39,3 +39,25 @@ def test_change_of_placement(changed: Change) -> None:
 @pytest.mark.parametrize("changed", [EVEN[5], EVEN[-1]], ids=str)
 def test_simulated_ranks_do_what_real_ones_do(changed: Change) -> None:
     check(changed, 4, real)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [*UNEVEN, *EVEN], ids=str)
+def test_complex_numbers_travel_as_their_parts(changed: Change) -> None:
+    check(changed, NUM_RANKS if changed in UNEVEN else 4, of_complex_numbers)
+
+
+def of_complex_numbers(
+    name: str, arguments: tuple[Any, ...], inputs: PerRank, cotangents: PerRank
+) -> tuple[PerRank, PerRank]:
+    """What real ranks make of complex numbers whose real parts are these; the imaginary parts are twice as large."""
+
+    def twofold(given: PerRank) -> PerRank:
+        return [[torch.complex(x, 2 * x) for x in own] for own in given]
+
+    def halved(found: PerRank) -> PerRank:
+        assert all(torch.equal(2 * x.real, x.imag) for own in found for x in own)
+        return [[x.real for x in own] for own in found]
+
+    outputs, grads = real(name, arguments, twofold(inputs), twofold(cotangents))
+    return halved(outputs), halved(grads)

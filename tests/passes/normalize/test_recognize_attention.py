@@ -23,6 +23,7 @@ from tests.support.golden import Golden
 from tests.support.graphs import after, nodes_of, while_captured
 from tests.support.models import FLOAT32_PARTS, FLOAT64
 from tests.support.rewritten import Asked, on_pretended_ranks
+from tests.support.tiers import tiered
 
 aten = torch.ops.aten
 BATCH, LENGTH, HEADS, WIDTH = 2, 12, 4, 3
@@ -109,6 +110,14 @@ def tempered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def cosine(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each head has a scale of its own, as in Swin 2, and each query."""
+    lengths = q.square().mean(-1, keepdim=True) + 0.5
+    scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
+    scores = scores * torch.linspace(0, 2, HEADS, dtype=q.dtype)[:, None, None].exp() / lengths
+    return scores.masked_fill(hidden_keys(), float("-inf")).softmax(-1) @ v
+
+
 def sequence_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))  # [sequence, batch, heads, width]
     scores = torch.einsum("sbhd,tbhd->bsht", q, k) * 0.3
@@ -147,7 +156,7 @@ def heads_in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 SPELLINGS: list[Attend] = [
     textbook, scaled_before, mask_before_scale, lowest_number, without_maximum, two_masks, cast, flat_heads,
-    biased_product, keys_first, sequence_first, tempered,
+    biased_product, keys_first, sequence_first, tempered, cosine,
     row_of_low_numbers, unread_bias, masks_of_other_kinds, heads_in_groups,
 ]  # fmt: skip
 
@@ -180,7 +189,11 @@ def attentions(gm: fx.GraphModule) -> list[fx.Node]:
 STRATEGIES = [Asked(2, "ulysses"), Asked(3, "ring"), Asked(2, "allgather"), Asked(2, "megatron"), Asked((2, 2), "usp")]
 
 
-@pytest.mark.parametrize("attend", SPELLINGS, ids=lambda attend: attend.__name__)
+@pytest.mark.parametrize(
+    "attend",
+    tiered(SPELLINGS, quick=[each for each in SPELLINGS if each is not cosine]),
+    ids=lambda attend: attend.__name__,
+)
 def test_a_spelling_is_recognised_and_exact(attend: Attend) -> None:
     model = Model(attend)
     gm, _ = after([RecognizeAttention()], model, inputs()["x"])
@@ -336,6 +349,10 @@ def filled_with_another_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(hidden_keys(), -1e4).softmax(-1) @ v
 
 
+def scaled_by_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * torch.arange(LENGTH)).softmax(-1) @ v
+
+
 def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-2) @ v
 
@@ -389,6 +406,7 @@ def shared_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "attend",
     [detached, detached_probabilities, partly_without_gradients, rounded, lowest_then_nothing, lowest_and_added,
      lowest_under_what_is_added, shared_keys, read_twice, of_two_values, filled_with_another_number, over_queries,
+     scaled_by_keys,
      values_of_a_query],
     ids=lambda attend: attend.__name__,
 )  # fmt: skip
