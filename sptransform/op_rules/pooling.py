@@ -20,6 +20,7 @@ from sptransform.op_rules.windows import (
 from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import OpCall, OpRule
 from sptransform.rules.table import Local, OpEntry
+from sptransform.sharding.sizes import Size
 
 aten = torch.ops.aten
 
@@ -115,36 +116,47 @@ def _mean_local(call: OpCall, local: Local) -> Any:
 
 
 def adaptive(call: OpCall) -> OpRule:
-    """Means of as many blocks as are asked for. A dimension that this does not divide stays whole."""
+    """Means of as many blocks as are asked for. Of one block ranks add up theirs; sizes that blocks do not divide stay
+    whole.
+    """
     shape, target = call.operand_shapes[0], call.result_shapes[0]
     num = len(call.argument("output_size"))
-    sizes: dict[str, Any] = {}
-    operand, result, replicated = [], [], set()
+    sizes: dict[str, Size] = {}
+    operand, result, replicated, summed = [], [], set(), set()
     for dim, (size, outputs) in enumerate(zip(shape, target, strict=True)):
-        own, inner = dim_of(f"i{dim}", outputs), ()
-        sizes[f"i{dim}"] = outputs
+        own, block = f"i{dim}", f"k{dim}"
+        sizes[own], inner = outputs, ()
         if dim >= len(shape) - num and size != outputs:
             divides = isinstance(size, int) and size % outputs == 0
-            sizes[f"k{dim}"] = size // outputs if divides else size
-            inner = dim_of(f"k{dim}", sizes[f"k{dim}"])
-            replicated.update({f"k{dim}"} if divides else {f"k{dim}", f"i{dim}"})
-            operand.append((*own, *inner) if divides else inner)
-        else:
-            operand.append(own)
-        result.append(own)
+            sizes[block] = size // outputs if divides else size
+            inner = (block,)
+            (summed if outputs == 1 else replicated).add(block)
+            if not divides and outputs != 1:
+                replicated.add(own)
+        is_whole = own in replicated
+        operand.append(inner if is_whole else (*dim_of(own, outputs), *inner))
+        result.append(dim_of(own, outputs))
     present = {f for dims in (operand, result) for names in dims for f in names}
     return OpRule(
         (tuple(operand),),
         (tuple(result),),
         {name: size for name, size in sizes.items() if name in present},
+        reduce=frozenset(summed),
         replicated=frozenset(replicated & present),
+        linear=(frozenset({0}),),
     )
 
 
 def _adaptive_local(call: OpCall, local: Local) -> Any:
+    """The mean of this rank's rows is a part of the mean of all, by how many they are."""
     if is_nothing(local):
         return nothing(local)
-    return local.run(call, output_size=list(local.result_shapes[0][-len(call.argument("output_size")) :]))
+    asked = list(local.result_shapes[0][-len(call.argument("output_size")) :])
+    found = local.run(call, output_size=asked)
+    if local.decision.factor not in local.rule.reduce:
+        return found
+    share = local.decision.partition.local_size(local.rank) / local.decision.partition.size
+    return local.emit(aten.mul.Scalar, (found, share), {})
 
 
 _ADAPTIVE = OpEntry(adaptive, _adaptive_local)
@@ -155,6 +167,9 @@ _MEANS = {aten.avg_pool2d.default, aten.avg_pool3d.default}
 TABLE: list[tuple[Any, OpEntry]] = [
     (aten._adaptive_avg_pool2d.default, _ADAPTIVE),
     (aten._adaptive_avg_pool3d.default, _ADAPTIVE),
+    (aten.adaptive_avg_pool1d.default, _ADAPTIVE),
+    (aten.adaptive_avg_pool2d.default, _ADAPTIVE),
+    (aten.adaptive_avg_pool3d.default, _ADAPTIVE),
     (aten.avg_pool2d.default, _MEAN),
     (aten.avg_pool3d.default, _MEAN),
     (aten.max_pool1d.default, _MAX),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.op_rules.windows import is_nothing, nothing
 from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
@@ -185,6 +186,10 @@ def batch_norm(call: OpCall) -> OpRule | None:
     return OpRule((dims, *((dims[1:2],) * (len(call.operand_shapes) - 1))), (dims,), sizes)
 
 
+def _batch_norm_local(call: OpCall, local: Local) -> Any:
+    return nothing(local) if is_nothing(local) else local.run(call)
+
+
 def triangle(call: OpCall) -> OpRule:
     """``tril`` and ``triu`` read positions in the last two dimensions."""
     shape = call.operand_shapes[0]
@@ -225,7 +230,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.argmin.default, _WHOLE),
     (aten.argsort.default, along_dim),
     (aten.argsort.stable, along_dim),
-    (aten.batch_norm.default, batch_norm),
+    (aten.batch_norm.default, OpEntry(batch_norm, _batch_norm_local)),
     (aten.flip.default, along_dims),
     (aten.glu.default, along_dim),
     (aten.layer_norm.default, norm),
