@@ -7,7 +7,7 @@ statistics, they write these without saying so in their schema. Before: ``%y = a
     %var, %mean = aten.var_mean(%x, [0, 2, 3], correction=0, keepdim=True)
     %m1 = aten.copy_(%m, lerp(%m, %mean, 0.1))
     %v1 = aten.copy_(%v, lerp(%v, %var * n / (n - 1), 0.1))
-    %y = (%x - %mean) * rsqrt(%var + 1e-05) * %w + %b
+    %y = sptransform.normalized(%x, %mean, %var, %w, %b, 1e-05)
 
 Means are taken in float32 of 16 bits, as on one device. A batch norm in evaluation stays: each entry is for itself.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import sptransform.ops  # noqa: F401 - registers the op that this module emits
 from sptransform.graph import dataflow, notes
 from sptransform.graph.calls import arguments_of
 from sptransform.graph.edit import emit_like, succeed
@@ -54,10 +55,10 @@ def _arguments(node: fx.Node) -> tuple[Emit, dict[str, Any]]:
 def _batch_norm(node: fx.Node, emit: Emit, given: dict[str, Any]) -> fx.Node | None:
     if not given["training"]:
         return None
-    ndim = len(dataflow.shape(given["input"]))
-    y, var, mean, count = _centred(emit, given["input"], [0, *range(2, ndim)], given["eps"])
-    _keep(emit, given, var, mean, count)
-    return _scaled(emit, y, given)
+    x = given["input"]
+    mean, var, count = _moments(emit, x, [0, *range(2, len(dataflow.shape(x)))])
+    _keep(emit, given, mean, var, count)
+    return _normalized(emit, x, mean, var, given)
 
 
 def _instance_norm(node: fx.Node, emit: Emit, given: dict[str, Any]) -> fx.Node:
@@ -65,47 +66,43 @@ def _instance_norm(node: fx.Node, emit: Emit, given: dict[str, Any]) -> fx.Node:
     if not given["use_input_stats"]:
         names = ("weight", "bias", "running_mean", "running_var")
         return emit(aten.batch_norm.default, x, *map(given.get, names), False, 0.0, given["eps"], False)
-    y, var, mean, count = _centred(emit, x, list(range(2, len(dataflow.shape(x)))), given["eps"])
-    var, mean = (emit(aten.mean.dim, statistic, [0], True) for statistic in (var, mean))
-    _keep(emit, given, var, mean, count)
-    return _scaled(emit, y, given)
+    mean, var, count = _moments(emit, x, list(range(2, len(dataflow.shape(x)))))
+    _keep(emit, given, *(emit(aten.mean.dim, moment, [0], True) for moment in (mean, var)), count)
+    return _normalized(emit, x, mean, var, given)
 
 
 def _group_norm(node: fx.Node, emit: Emit, given: dict[str, Any]) -> fx.Node:
     x, num_groups = given["input"], given["num_groups"]
     shape = dataflow.shape(x)
     grouped = emit(aten.unflatten.int, x, 1, [num_groups, shape[1] // num_groups])
-    y, *_ = _centred(emit, grouped, list(range(2, len(shape) + 1)), given["eps"])
-    return _scaled(emit, emit(aten.flatten.using_ints, y, 1, 2), given)
+    mean, var, _ = _moments(emit, grouped, list(range(2, len(shape) + 1)))
+    return emit(aten.flatten.using_ints, _normalized(emit, grouped, mean, var, given, num_groups), 1, 2)
 
 
-def _centred(emit: Emit, x: fx.Node, dims: list[int], eps: float) -> tuple[fx.Node, fx.Node, fx.Node, Size]:
-    """``x`` with mean 0 and variance 1 over ``dims``, its variance and mean before, and of how many entries."""
-    dtype = dataflow.value(x).dtype
-    wide = emit(aten.to.dtype, x, torch.float32) if dtype.itemsize < 4 else x
+def _moments(emit: Emit, x: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node, Size]:
+    """Mean and variance of ``x`` over ``dims``, and of how many entries."""
+    wide = emit(aten.to.dtype, x, torch.float32) if dataflow.value(x).dtype.itemsize < 4 else x
     both = emit(aten.var_mean.correction, wide, dims, correction=0, keepdim=True)
     var, mean = (emit(operator.getitem, both, index) for index in range(2))
-    scale = emit(aten.rsqrt.default, emit(aten.add.Tensor, var, eps))
-    y = emit(aten.mul.Tensor, emit(aten.sub.Tensor, wide, mean), scale)
-    return y, var, mean, prod(dataflow.shape(x)[dim] for dim in dims)
+    return mean, var, prod(dataflow.shape(x)[dim] for dim in dims)
 
 
-def _scaled(emit: Emit, y: fx.Node, given: dict[str, Any]) -> fx.Node:
-    """``y`` times the weight of each channel, plus its bias, in the dtype of the norm's input."""
-    ndim = len(dataflow.shape(y))
-    for name, op in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
-        if given[name] is not None:
-            shape = [-1, *[1] * (ndim - 2)]
-            y = emit(op, y, emit(aten.reshape.default, given[name], shape))
-    dtype = dataflow.value(given["input"]).dtype
-    return y if dataflow.value(y).dtype == dtype else emit(aten.to.dtype, y, dtype)
+def _normalized(
+    emit: Emit, x: fx.Node, mean: fx.Node, var: fx.Node, given: dict[str, Any], num_groups: int | None = None
+) -> fx.Node:
+    """With the weight and bias of each channel, which are one dimension, or two if in groups."""
+    num_tail = len(dataflow.shape(x)) - (2 if num_groups is None else 3)
+    shape = [*([] if num_groups is None else [num_groups]), -1, *[1] * num_tail]
+    channels = [given[name] for name in ("weight", "bias")]
+    channels = [None if x is None else emit(aten.reshape.default, x, shape) for x in channels]
+    return emit(torch.ops.sptransform.normalized.default, x, mean, var, *channels, given["eps"])
 
 
-def _keep(emit: Emit, given: dict[str, Any], var: fx.Node, mean: fx.Node, count: Size) -> None:
+def _keep(emit: Emit, given: dict[str, Any], mean: fx.Node, var: fx.Node, count: Size) -> None:
     """Write the running statistics, of which the variance is unbiased."""
     if given["running_mean"] is None:
         return
-    var, mean = (emit(aten.detach.default, statistic) for statistic in (var, mean))
+    mean, var = (emit(aten.detach.default, moment) for moment in (mean, var))
     var = emit(aten.div.Scalar, emit(aten.mul.Scalar, var, count), count - 1)
     for running, now in ((given["running_mean"], mean), (given["running_var"], var)):
         now = emit(aten.reshape.default, now, [-1])

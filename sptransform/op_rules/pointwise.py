@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.rules.einsum import rule
 from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
@@ -108,4 +109,5 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.where.Scalar, pointwise()),
     (aten.where.ScalarOther, pointwise()),
     (aten.where.ScalarSelf, pointwise()),
+    (torch.ops.sptransform.normalized.default, pointwise()),
 ]

@@ -1,6 +1,6 @@
 """Mean and variance over dimensions of which one is cut: ranks add up sums, then squares of what is left.
 
-As in synchronised batch norms, but the squares are of differences from the mean of all ranks, so that no digits are lost.
+As in synchronised batch norms, but squares are of differences from the mean of all ranks, so that no digits are lost.
 """
 
 from __future__ import annotations

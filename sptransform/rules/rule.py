@@ -108,7 +108,7 @@ class OpRule:
             nothing else says what is one. Those of ``self_reduced`` can only be cut in blocks, in the order of ranks.
         windowed: the first of several dimensions that windows move along, as in an image: a sequence, if nothing is
             ordered either.
-        looked_up: the last dimension of the indices that a table is read at: a sequence, if there are no windows either.
+        looked_up: the last dimension of the indices that a table is read at: a sequence, if no windows move either.
         roles: for attention ops: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
         unrepeatable: running the op again gives another result, because it draws random numbers.
         own: results that differ per rank and that only the op's backward reads (a seed); they have no factors.

@@ -67,6 +67,11 @@ CASES = [
     case(aten.neg.default, randn(4, 6)),
     case(aten.rsub.Tensor, randn(4, 6), randn(6), alpha=2),
     case(aten.selu.default, randn(4, 6)),
+    case(
+        sp.normalized.default, randn(4, 3, 6), randn(1, 3, 1), positive(1, 3, 1), randn(3, 1), randn(3, 1), 1e-5,
+        factors=".1 .2 .3",
+    ),
+    case(sp.normalized.default, randn(4, 2, 3, 6), randn(4, 2, 1, 1), positive(4, 2, 1, 1), None, None, 1e-5),
     case(aten.sub.Tensor, randn(4, 6), randn(6), alpha=2),
     case(aten.sub.Tensor, randn(6), randn(4, 1)),
     case(aten.sub.Tensor, randn(4, 6), 1.0),
