@@ -27,7 +27,7 @@ from tests.support.brute_force import (
     rule_for,
 )
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 CASES = [
     case(aten.__and__.Tensor, booleans(4, 5), booleans(5), factors=".1 .2"),
