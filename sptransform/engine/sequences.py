@@ -1,4 +1,4 @@
-"""What says which dimension is a sequence where neither attention nor an input does: kinds of evidence, strongest first.
+"""What says which dimension is a sequence, where neither attention nor an input does; the strongest evidence first.
 
 A choice that is not the best costs communication, never exactness.
 """
