@@ -1,8 +1,8 @@
 """Give every node its rule, a decision, and every tensor a placement.
 
 1. Rules are looked up and applied to global shapes, and derived for custom autograd.Functions; axes are inferred from
-   them. Where neither attention nor an input says what is a sequence, convolutions, cumulative sums and scans do. Along
-   sums and scans ranks get blocks in order.
+   them. Where neither attention nor an input says what is a sequence, weaker evidence does (see
+   :mod:`sptransform.engine.sequences`). Along cumulative sums and scans ranks get blocks in order.
 2. Placeholders and constants are I; with ``grad_sync=False`` trainable ones are R, and their gradients stay pending.
    Sharded parameters and inputs are S.
 3. Where weights are cut, inner axes are found (see :mod:`sptransform.engine.inner_axes`).
@@ -24,6 +24,7 @@ from sptransform.engine.bodies import has_body, rule_of_body
 from sptransform.engine.context import Context, Fallback
 from sptransform.engine.pass_manager import Pass
 from sptransform.engine.propagation import Propagation, light_nodes
+from sptransform.engine.sequences import ordered_factors, strongest_evidence
 from sptransform.graph import dataflow, notes
 from sptransform.graph.body_graphs import name_of
 from sptransform.graph.calls import rule_at
@@ -49,17 +50,17 @@ class AssignPlacements(Pass):
         axes = Axes(graph, context.divide, context.sequence_dims, ignored=light)
         if not axes.has_sequence:  # without attention, sharded inputs tell the sequence dim
             axes = Axes(graph, context.divide, {**_shared_inputs(graph), **context.sequence_dims}, ignored=light)
-        ordered = _ordered(graph, light)
         if not axes.has_sequence:
-            axes.add_sequences(ordered)
+            axes.add_sequences(strongest_evidence(graph, light))
+        ordered = ordered_factors(graph, light)
         joined = ((node, name) for node, name in ordered if name in notes.note(node).rule.self_reduced)
         context.result.is_ordered = any(axes.is_sequence(axes.factor(node, name)[0]) for node, name in joined)
         if not any(rule.roles for rule in rules) and not axes.has_sequence:
             raise UsageError(
                 describe(
                     "nothing in this graph says which dimension is the sequence",
-                    found="no scaled_dot_product_attention of queries [batch, heads, sequence, head size], and no "
-                    "convolution or scan along a dimension"
+                    found="no scaled_dot_product_attention of queries [batch, heads, sequence, head size], no "
+                    "convolution or scan along a dimension, and no table that is read at an input"
                     + _of_another_form(graph, context),
                     fix="pass sequence_dims={'<input name>': <dim>}; inputs of this graph: "
                     + ", ".join(_user_inputs(graph)),
@@ -122,16 +123,6 @@ class AssignPlacements(Pass):
             )
         num_bytes = sum(dataflow.value(x).numel() * dataflow.value(x).element_size() for x in gathered)
         context.result.fallbacks.append(Fallback(op, node.name, provenance.source_line(node), num_bytes))
-
-
-def _ordered(graph: fx.Graph, light: frozenset[fx.Node]) -> list[tuple[fx.Node, str]]:
-    """The factors that ops run along, other than those that every rank runs along for itself, or that count."""
-    found = []
-    for node in graph.nodes:
-        rule = notes.note(node).rule
-        if rule is not None and node not in light and dataflow.values(node)[0].is_floating_point():
-            found.extend((node, name) for name in sorted(rule.ordered))
-    return found
 
 
 def _of_another_form(graph: fx.Graph, context: Context) -> str:

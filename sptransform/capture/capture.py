@@ -25,6 +25,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from sptransform.capture.checks_on_data import check_tensors
 from sptransform.capture.functionalize import functionalize
 from sptransform.capture.interpreter import Inliner, InParts
+from sptransform.capture.norms import open_norms
 from sptransform.capture.picked_rows import spread_picked_rows
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow, notes
@@ -71,6 +72,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         rename(node, note.input_name)
     # Dynamo calls backends in the grad mode that the user's call is in
     notes.set_region_around(traced.graph, Region(grad_enabled=torch.is_grad_enabled()))
+    open_norms(traced.graph)
     functionalize(traced.graph)
     with _symbols_of_its_own(mode):
         spread_picked_rows(traced.graph)

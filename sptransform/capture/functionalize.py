@@ -6,7 +6,7 @@ This works on the graph, after tracing: torch's own functionalization runs below
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -273,12 +273,19 @@ def _functional_form(node: fx.Node) -> Any:
     has_out = "out" in node.kwargs
     plain = re.sub(r"^__i(\w+__)$", r"__\1", name) if name.startswith("__") else name.removesuffix("_")
     packet = getattr(aten, plain, None) if has_out or plain != name else None
-    read = [(x.name, str(x.type)) for x in schema.arguments if not (has_out and x.is_write)]
     overloads = [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
-    forms = [x for x in overloads if [(a.name, str(a.type)) for a in x._schema.arguments] == read]
+    read = [x for x in schema.arguments if not (has_out and x.is_write)]
+    forms = [x for x in overloads if _takes(x._schema.arguments, read)]
     if not forms:
         raise _no_form(node)
     return forms[0]
+
+
+def _takes(arguments: Sequence[Any], read: Sequence[Any]) -> bool:
+    """Whether an op with ``arguments`` can be called with ``read``. It may call what is written otherwise (dropout)."""
+    if [str(x.type) for x in arguments] != [str(x.type) for x in read]:
+        return False
+    return all(x.name == y.name or y.is_write for x, y in zip(arguments, read, strict=True))
 
 
 def _no_form(node: fx.Node) -> CaptureError:

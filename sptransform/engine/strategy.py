@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from sptransform.diagnostics.errors import UsageError, describe, shown
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.parameters.parts import first_dim
-from sptransform.rules.decision import Decision
+from sptransform.rules.decision import Decision, Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.mesh import Mesh, device_mesh_of
 from sptransform.sharding.partition import Partition
@@ -20,6 +21,8 @@ from sptransform.sharding.placement import Placement
 from sptransform.sharding.sizes import Size
 
 Divide = Callable[[str], Partition]
+
+log = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
@@ -161,6 +164,19 @@ class Strategy:
             UsageError: the strategy cannot cut it.
         """
         raise NotImplementedError
+
+
+def of_own_queries(rule: OpRule, divide: Divide) -> Sharded | None:
+    """Each rank computes its own queries over all keys: for attention of one head, which heads cannot divide.
+
+    None where queries cannot be cut, as under a causal mask that no strategy reads.
+    """
+    queries = rule.roles["queries"]
+    decision = Sharded(queries, divide(queries))
+    if not decision.is_allowed(rule):
+        return None
+    log.warning("an attention has one head: each rank computes its own queries, over keys that are gathered")
+    return decision
 
 
 def check_choice(strategy: Strategy, name: str, *choices: Any) -> None:

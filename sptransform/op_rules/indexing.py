@@ -6,7 +6,7 @@ each rank computes one term of a pending sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def embedding(call: OpCall) -> OpRule | None:
     """``weight[indices]``. None with ``scale_grad_by_freq``: no rank knows how often an index occurs globally."""
     if call.argument("scale_grad_by_freq"):
         return None
-    return rule("v h, ... -> ... h", reduce="v", linear=((0,),), heavy=True)(call)
+    found = rule("v h, ... -> ... h", reduce="v", linear=((0,),), heavy=True)(call)
+    return replace(found, looked_up=frozenset({".1"} & set(found.sizes)))
 
 
 def _embedding_local(call: OpCall, local: Local) -> Any:

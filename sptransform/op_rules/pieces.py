@@ -211,23 +211,28 @@ def stack(call: OpCall) -> OpRule:
 def pad(call: OpCall) -> OpRule | None:
     """Constant padding: a padded dimension keeps its axis; the owners of its ends own the padding.
 
-    Negative amounts cut. A dimension that is padded at one end and cut at the other is shifted: it is ordered. None for
-    other modes, and if a padded dimension has or gets size 0 or 1.
+    Negative amounts cut. A dimension that is padded at one end and cut at the other is shifted: it is ordered. One that
+    has or gets size 0 or 1 stays whole. None for other modes.
     """
     if call.target is aten.pad.default and call.argument("mode") != "constant":
         return None
     amounts = _pad_amounts(call)
     shape = call.operand_shapes[0]
     dims, sizes = dims_and_sizes(shape)
-    resize = {}
+    result, resize, replicated = list(dims), {}, set()
     for dim, (before, after) in amounts.items():
         if shape[dim] in (0, 1) or call.result_shapes[0][dim] in (0, 1):
-            return None
+            sizes[f"p{dim}"] = call.result_shapes[0][dim]
+            result[dim] = dim_of(f"p{dim}", sizes[f"p{dim}"])
+            replicated.update(dims[dim], result[dim])
+            continue
         resize["result", 0, f"i{dim}"] = Resize(
             lambda p, before=before, after=after: _padded(p, before, after), padded=True
         )
     ordered = frozenset(f"i{dim}" for dim, (before, after) in amounts.items() if before * after < 0)
-    return OpRule((dims,), (dims,), sizes, resize=resize, ordered=ordered)
+    return OpRule(
+        (dims,), (tuple(result),), sizes, replicated=frozenset(replicated), resize=resize, ordered=ordered - replicated
+    )
 
 
 def _padded(partition: Partition, before: int, after: int) -> Partition:

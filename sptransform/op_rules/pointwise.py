@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import sptransform.ops  # noqa: F401 - registers the op this table names
+import sptransform.ops  # noqa: F401 - registers the ops this table names
 from sptransform.rules.einsum import rule
 from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
@@ -88,13 +88,17 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.div.Scalar, pointwise(LINEAR)),
     (aten.div.Tensor, pointwise(LINEAR)),
     (aten.dropout.default, OpEntry(pointwise(), _dropout)),
+    (aten.floor_divide.Scalar, pointwise()),
     (aten.floor_divide.default, pointwise()),
     (aten.gelu.default, pointwise()),
+    (aten.hardswish.default, pointwise()),
     (aten.leaky_relu.default, pointwise()),
     (aten.lift_fresh_copy.default, pointwise()),
+    (aten.log_sigmoid.default, pointwise()),
     (aten.mul.Scalar, pointwise(LINEAR)),
     (aten.mul.Tensor, pointwise(_LINEAR_IN_EACH)),
     (aten.neg.default, pointwise(LINEAR)),
+    (aten.rsub.Tensor, pointwise(_LINEAR_JOINTLY)),
     (aten.selu.default, pointwise()),
     (aten.sub.Tensor, pointwise(_LINEAR_JOINTLY)),
     (aten.to.device, pointwise()),
@@ -105,5 +109,6 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.where.Scalar, pointwise()),
     (aten.where.ScalarOther, pointwise()),
     (aten.where.ScalarSelf, pointwise()),
+    (torch.ops.sptransform.normalized.default, pointwise()),
     (torch.ops.sptransform.with_value.default, pointwise()),
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sptransform.ops  # noqa: F401 - registers the ops this table names
+from sptransform.op_rules.windows import is_nothing, nothing
 from sptransform.rules.factors import dim_of, dims_and_sizes
 from sptransform.rules.rule import OpCall, OpRule, RuleFn
 from sptransform.rules.table import Local, OpEntry, Sent
@@ -68,6 +69,51 @@ def mean_local(call: OpCall, local: Local) -> Any:
     # a 16-bit dtype cannot hold the sum; torch accumulates a mean in float32 on one device too
     total = local.emit(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": torch.float32})
     return local.emit(aten.to.dtype, (local.emit(aten.div.Scalar, (total, count), {}), dtype), {})
+
+
+def moments(call: OpCall) -> OpRule:
+    """Variances: dimensions they are taken over are whole, or one is cut and the op adds up over the ranks itself."""
+    found = _WHOLE(call)
+    return replace(found, self_reduced=found.replicated)
+
+
+def _moments_local(call: OpCall, local: Local) -> Any:
+    if local.decision.factor not in local.rule.self_reduced:
+        return local.run(call)
+    (x,) = local.operands
+    shape, dims = call.operand_shapes[0], sorted(_reduced_dims(call))
+    correction = call.argument("correction")
+    return local.emit(
+        _JOINED_MOMENTS[call.target],
+        (
+            x,
+            dims,
+            len(call.result_shapes[0]) == len(shape),
+            prod(shape[dim] for dim in dims),
+            1 if correction is None else correction,
+            local.decision.partition.num_ranks,
+            local.group,
+        ),
+        {},
+    )
+
+
+def _moments_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
+    """Two sums forward, nothing backward."""
+    (x,), num_ranks = operands, call.argument("num_ranks")
+    entries = prod(size for d, size in enumerate(x.shape) if d not in call.argument("dims"))
+    num_bytes = 2 * entries * max(x.dtype.itemsize, 4) * (num_ranks - 1) // num_ranks
+    return Sent("all_reduce", 2, 2 * num_bytes), Sent("all_reduce", 0, 0)
+
+
+def _joined_moments(call: OpCall) -> OpRule:
+    """Over ``dims``, which have to be whole over the ranks of this mesh dim."""
+    shape, dims = call.operand_shapes[0], call.argument("dims")
+    operand, sizes = dims_and_sizes(shape)
+    kept = [() if d in dims else names for d, names in enumerate(operand)]
+    result = tuple(names for d, names in enumerate(kept) if call.argument("keepdim") or d not in dims)
+    gone = frozenset(f"i{d}" for d in dims) & set(sizes)
+    return OpRule((operand,), (result,) * len(call.result_shapes), sizes, replicated=gone)
 
 
 def along_dim(call: OpCall) -> OpRule:
@@ -132,6 +178,18 @@ def norm(call: OpCall) -> OpRule:
     return OpRule(operands, (dims,), sizes, replicated=replicated)
 
 
+def batch_norm(call: OpCall) -> OpRule | None:
+    """With given statistics each entry is for itself. In training capture has opened it."""
+    if call.argument("training"):
+        return None
+    dims, sizes = dims_and_sizes(call.operand_shapes[0])
+    return OpRule((dims, *((dims[1:2],) * (len(call.operand_shapes) - 1))), (dims,), sizes)
+
+
+def _batch_norm_local(call: OpCall, local: Local) -> Any:
+    return nothing(local) if is_nothing(local) else local.run(call)
+
+
 def triangle(call: OpCall) -> OpRule:
     """``tril`` and ``triu`` read positions in the last two dimensions."""
     shape = call.operand_shapes[0]
@@ -146,8 +204,15 @@ _JOINED = {
     aten.log_softmax.int: sp.log_softmax.default,
     aten.softmax.int: sp.softmax.default,
 }
+_JOINED_MOMENTS = {
+    aten.std.correction: sp.joined_std.default,
+    aten.var.correction: sp.joined_var.default,
+    aten.var_mean.correction: sp.joined_var_mean.default,
+}
 _SOFTMAX = OpEntry(softmax, _softmax_local)
 _JOINED_SOFTMAX = OpEntry(along_dim, sends=_softmax_sends)
+_MOMENTS = OpEntry(moments, _moments_local)
+_OF_JOINED = OpEntry(_joined_moments, sends=_moments_sends)
 _SUM = reduction(summed=True)
 _WHOLE = reduction(summed=False)
 _MEAN = OpEntry(_SUM, mean_local)
@@ -165,6 +230,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.argmin.default, _WHOLE),
     (aten.argsort.default, along_dim),
     (aten.argsort.stable, along_dim),
+    (aten.batch_norm.default, OpEntry(batch_norm, _batch_norm_local)),
     (aten.flip.default, along_dims),
     (aten.glu.default, along_dim),
     (aten.layer_norm.default, norm),
@@ -182,13 +248,17 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.softmax.int, _SOFTMAX),
     (aten.sort.default, along_dim),
     (aten.sort.stable, along_dim),
-    (aten.std.correction, _WHOLE),
+    (aten.std.correction, _MOMENTS),
     (aten.sum.default, _SUM),
     (aten.sum.dim_IntList, _SUM),
     (aten.topk.default, along_dim),
     (aten.tril.default, triangle),
     (aten.triu.default, triangle),
-    (aten.var.correction, _WHOLE),
+    (aten.var.correction, _MOMENTS),
+    (aten.var_mean.correction, _MOMENTS),
+    (sp.joined_std.default, _OF_JOINED),
+    (sp.joined_var.default, _OF_JOINED),
+    (sp.joined_var_mean.default, _OF_JOINED),
     (sp.log_softmax.default, _JOINED_SOFTMAX),
     (sp.softmax.default, _JOINED_SOFTMAX),
 ]

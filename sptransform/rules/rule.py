@@ -106,6 +106,9 @@ class OpRule:
         resize: (side, tensor index, factor) -> :class:`Resize`; side is "operand" or "result".
         ordered: factors along which every entry depends on its neighbours or on all entries before it: a sequence, if
             nothing else says what is one. Those of ``self_reduced`` can only be cut in blocks, in the order of ranks.
+        windowed: the first of several dimensions that windows move along, as in an image: a sequence, if nothing is
+            ordered either.
+        looked_up: the last dimension of the indices that a table is read at: a sequence, if no windows move either.
         roles: for attention ops: "heads", "queries", "keys", "batch" -> factor. Strategies place by role.
         unrepeatable: running the op again gives another result, because it draws random numbers.
         own: results that differ per rank and that only the op's backward reads (a seed); they have no factors.
@@ -126,6 +129,8 @@ class OpRule:
     linear: tuple[frozenset[int], ...] = ()
     resize: Mapping[tuple[str, int, str], Resize] = field(default_factory=dict)
     ordered: frozenset[str] = frozenset()
+    windowed: frozenset[str] = frozenset()
+    looked_up: frozenset[str] = frozenset()
     roles: Mapping[str, str] = field(default_factory=dict)
     unrepeatable: bool = False
     own: frozenset[int] = frozenset()

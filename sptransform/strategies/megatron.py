@@ -11,7 +11,7 @@ from torch import fx
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
-from sptransform.engine.strategy import Divide, Strategy, check_choice
+from sptransform.engine.strategy import Divide, Strategy, check_choice, of_own_queries
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.placement import Placement, Shard
@@ -25,14 +25,15 @@ class MegatronSP(Strategy):
     Tensor parallelism with sequence parallelism of Megatron-LM (Korthikanti et al., arXiv 2205.05198, §4.2): an
     all-gather before a column-parallel linear, a reduce-scatter after a row-parallel one, and their transposes. Inner
     axes are those that one linear makes and another contracts (heads, through attention; the hidden units of an MLP),
-    and the vocabulary. They are found without names: see :mod:`sptransform.engine.inner_axes`.
+    and the vocabulary. They are found without names: see :mod:`sptransform.engine.inner_axes`. Attention of one head,
+    with no causal mask, has its queries divided, and its keys gathered.
 
     Args:
         regather: save only the local shard of what was gathered for a linear and gather it again in the backward
             (§4.2.2), instead of saving the full tensor.
 
     Raises:
-        UsageError: an invalid ``regather``; at compile time, attention with one head.
+        UsageError: an invalid ``regather``; at compile time, causal attention with one head.
     """
 
     regather: bool = True  # type: ignore[misc]
@@ -56,6 +57,8 @@ class MegatronSP(Strategy):
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
         heads = rule.roles.get("heads")
+        if heads is None and (found := of_own_queries(rule, divide)) is not None:
+            return found
         if heads is None:
             raise UsageError(
                 describe(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.engine.strategy import Divide, Strategy, check_choice
+from sptransform.engine.strategy import Divide, Strategy, check_choice, of_own_queries
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.partition import Partition
@@ -24,7 +24,8 @@ class Ulysses(Strategy):
 
     Args:
         split: what the all-to-all divides among the ranks: "heads", or the "batch" if heads are fewer than ranks or
-            do not divide evenly. Uneven shares are exact; a rank without a share waits for the others.
+            do not divide evenly. Uneven shares are exact; a rank without a share waits for the others. Attention of one
+            head, with no causal mask, has its queries divided instead, and its keys gathered.
 
     Raises:
         UsageError: an invalid ``split``; at compile time, ``split="batch"`` for a batch of one.
@@ -37,6 +38,8 @@ class Ulysses(Strategy):
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Sharded:
         factor = rule.roles.get(self.split)
+        if factor is None and self.split == "heads" and (found := of_own_queries(rule, divide)) is not None:
+            return found
         if factor is None:
             raise UsageError(
                 describe(

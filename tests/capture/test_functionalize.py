@@ -504,6 +504,17 @@ def test_a_leaf_is_written_back() -> None:
     assert torch.equal(compiled.weight, eager.weight) and torch.equal(compiled.weight.grad, eager.weight.grad)
 
 
+@pytest.mark.parametrize("name", ["dropout_", "alpha_dropout_", "feature_dropout_"])
+def test_a_form_that_calls_what_is_written_otherwise(name: str) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        getattr(torch, name)(h, 0.5, False)
+        return h.sin()
+
+    gm, _ = captured(program, torch.randn(4, 4))
+    assert name.removesuffix("_") in str(gm.graph) and f"{name}." not in str(gm.graph)
+
+
 def test_a_write_that_has_no_functional_form(golden: Golden) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         h = x * 2

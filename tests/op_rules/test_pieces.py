@@ -37,6 +37,8 @@ CASES = [
     case(aten.pad.default, randn(4, 6), [2, 0, 0, 3], "constant", 1.5),
     case(aten.pad.default, randn(7, 6), [-1, 1, 1, -1], factors="i0 i1"),
     case(aten.pad.default, randn(4, 6), [0, 0]),
+    case(aten.pad.default, randn(4, 1), [0, 3], factors="i0"),
+    case(aten.pad.default, randn(4, 6, 2), [-1, 0, 1, 0], factors="i0 i1"),
     case(aten.select.int, randn(4, 6), 1, -1, factors="i0 i1"),
     case(aten.select.int, randn(4, 6), -2, 2, factors="i0 i1"),
     case(aten.select.int, randn(4, 1), 1, 0, factors="i0"),
@@ -73,7 +75,6 @@ def test_rule(case: Case) -> None:
 NO_RULE = [
     case(aten.cat.default, [randn(0), randn(4, 3)], 1),
     case(aten.pad.default, randn(2, 3, 6), [1, 1], "reflect"),
-    case(aten.pad.default, randn(4, 1), [0, 3]),
     case(aten.slice.Tensor, randn(4, 1), 1, 1, END),
 ]
 

@@ -27,7 +27,7 @@ from tests.support.brute_force import (
     rule_for,
 )
 
-aten = torch.ops.aten
+aten, sp = torch.ops.aten, torch.ops.sptransform
 
 CASES = [
     case(aten.__and__.Tensor, booleans(4, 5), booleans(5), factors=".1 .2"),
@@ -52,17 +52,26 @@ CASES = [
     case(aten.dropout.default, randn(4, 6), 0.5, False),
     case(aten.dropout.default, randn(4, 6), 0.0, True),
     case(aten.dropout.default, randn(4, 6), 1.0, True),
+    case(aten.floor_divide.Scalar, integers(9, 4, 6), 2),
     case(aten.floor_divide.default, integers(9, 4, 6), 2),
     case(aten.gelu.default, randn(4, 6)),
     case(aten.gelu.default, randn(4, 6), approximate="tanh"),
+    case(aten.hardswish.default, 4 * randn(4, 6)),
     case(aten.leaky_relu.default, randn(4, 6)),
+    case(aten.log_sigmoid.default, randn(4, 6)),
     case(aten.lift_fresh_copy.default, randn(4, 6)),
     case(aten.mul.Scalar, randn(4, 6), 3.0),
     case(aten.mul.Tensor, randn(2, 4, 6), randn(4, 1)),
     case(aten.mul.Tensor, randn(6), randn(4, 6)),
     case(aten.mul.Tensor, randn(4, 6), 3.0),
     case(aten.neg.default, randn(4, 6)),
+    case(aten.rsub.Tensor, randn(4, 6), randn(6), alpha=2),
     case(aten.selu.default, randn(4, 6)),
+    case(
+        sp.normalized.default, randn(4, 3, 6), randn(1, 3, 1), positive(1, 3, 1), randn(3, 1), randn(3, 1), 1e-5,
+        factors=".1 .2 .3",
+    ),
+    case(sp.normalized.default, randn(4, 2, 3, 6), randn(4, 2, 1, 1), positive(4, 2, 1, 1), None, None, 1e-5),
     case(aten.sub.Tensor, randn(4, 6), randn(6), alpha=2),
     case(aten.sub.Tensor, randn(6), randn(4, 1)),
     case(aten.sub.Tensor, randn(4, 6), 1.0),

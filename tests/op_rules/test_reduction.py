@@ -26,6 +26,17 @@ CASES = [
     case(aten.argmin.default, randn(4, 6), 0, True),
     case(aten.argsort.default, randn(4, 6), 0),
     case(aten.argsort.stable, randn(4, 6), stable=True, dim=0),
+    Case(
+        aten.batch_norm.default,
+        (randn(2, 3, 4, 5), randn(3), randn(3), randn(3), positive(3), False, 0.1, 1e-5, False),
+        factors="i0 i1 i2 i3",
+        constant=("running_mean", "running_var"),
+    ),
+    Case(
+        aten.batch_norm.default,
+        (randn(4, 3), None, None, randn(3), positive(3), False, 0.1, 1e-5, False),
+        constant=("running_mean", "running_var"),
+    ),
     case(aten.flip.default, randn(4, 6, 5), [0, -1], factors="i1"),
     case(aten.glu.default, randn(4, 6), -1, factors="i0"),
     case(aten.roll.default, randn(4, 6, 5), [2, 1], [1, 2], factors="i0"),
@@ -79,7 +90,11 @@ CASES = [
     case(aten.triu.default, booleans(3, 4, 6), 1),
     case(aten.var.correction, randn(4, 6), [-1], correction=0, keepdim=True),
     case(aten.var.correction, randn(4, 6)),
+    case(aten.var_mean.correction, randn(4, 6, 5), [0, 2], correction=0, keepdim=True, factors="i1"),
     # along a dimension cut over the mesh dim before
+    Case(sp.joined_std.default, (randn(4, 3, 2), [1], True, 6, 1, 2, OUTER), factors="i0 i2", outer=2),
+    Case(sp.joined_var.default, (randn(4, 3, 2), [1, 2], False, 12, 0, 2, OUTER), factors="i0", outer=2),
+    Case(sp.joined_var_mean.default, (randn(4, 3), [0], True, 8, 0, 2, OUTER), factors="i1", outer=2),
     Case(sp.log_softmax.default, (randn(4, 3, 2), 1, torch.float64, 2, OUTER), factors="i0 i2", outer=2),
     Case(sp.softmax.default, (randn(4, 3), -2, torch.float64, 2, OUTER), factors="i1", outer=2),
 ]
@@ -90,9 +105,10 @@ def test_rule(case: Case) -> None:
     check_case(case)
 
 
-def test_softmax_joins_what_must_be_whole() -> None:
-    """Nothing else does; values are compared in ``tests/ops/test_joined_softmax.py``."""
+def test_softmax_and_variances_join_what_must_be_whole() -> None:
+    """Nothing else does; values are compared in ``tests/ops/test_joined_softmax.py`` and ``test_joined_moments.py``."""
     joining = {aten._log_softmax.default, aten._softmax.default, aten.log_softmax.int, aten.softmax.int}
+    joining |= {aten.std.correction, aten.var.correction, aten.var_mean.correction}
     for each in CASES:
         _, rule = rule_for(each)
         assert rule.self_reduced == (rule.replicated if each.target in joining else frozenset()), str(each)
