@@ -27,10 +27,17 @@ from sptransform.agreement.checksums import Reading, checksum, sample
 from sptransform.agreement.program import list_by_ranks
 from sptransform.diagnostics.errors import describe
 from sptransform.graph import dataflow, notes
+from sptransform.graph.calls import arguments_of
 
 CHECKS = ("first", "always", "never")
 _TOLERANCE = 0.01  # of the largest sampled entry; another batch is far beyond
 
+_WHATS = {
+    "parameter": "parameter",
+    "buffer": "buffer",
+    "input": "input",
+    "generator": "the state of the random number generator of",
+}
 _FIXES = {
     "parameter": "torch.manual_seed(..) before the model is made, load the same weights on every rank, or "
     "sptransform.broadcast_parameters(model)",
@@ -105,7 +112,7 @@ class Replicas:
             found += _held_facts([(kind, name, args[index]) for index, kind, name in self._held])
             found += [] if self.whole is None else self.whole.facts()
         if self._draws_on is not None:
-            found.append(Fact("generator", f"the generator of {self._draws_on.type}", _state(self._draws_on)))
+            found.append(Fact("generator", self._draws_on.type, _state(self._draws_on)))
         self._earlier.append(_reading([(name, args[index]) for index, name in self._given]))
         while self._earlier and (len(self._earlier) > 1 or self._earlier[0][2].ready is None):
             found += _given_facts(*self._earlier.pop(0))
@@ -124,7 +131,9 @@ class WholeParameters:
         whole = [("parameter", name, x) for name, x in model.named_parameters() if x.device.type != "meta"]
         facts = {fact.name: fact for fact in _held_facts(whole)}
         yield
-        parts = {name: _part(x) for name, x in model.named_parameters() if name in facts}
+        with torch.no_grad():  # else a view of the part
+            parts = {name: _part(x) for name, x in model.named_parameters() if name in facts}
+        # private: how often anything wrote into a tensor
         self._noted = [(part, part._version, facts[name]) for name, part in parts.items()]
 
     def facts(self) -> list[Fact]:
@@ -134,7 +143,7 @@ class WholeParameters:
 
 
 def _part(x: Tensor) -> Tensor:
-    return x._local_tensor if isinstance(x, DTensor) else x
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _held_facts(held: Sequence[tuple[str, str, Any]]) -> list[Fact]:
@@ -171,7 +180,7 @@ def _draws(node: fx.Node) -> bool:
     """Whether the node draws from a default generator: not with a probability of zero."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    given = dict(zip((x.name for x in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    given, _ = arguments_of(node)
     return all(given.get(name) != 0 for name in ("p", "dropout_p")) and given.get("train") is not False
 
 
@@ -181,14 +190,15 @@ def _state(device: torch.device) -> int:
 
 
 def mismatch(facts: Mapping[int, Facts]) -> str | None:
-    """The message that says what the ranks have different, the same on every rank; None if that is rounding alone."""
-    by_rank = {rank: {(fact.kind, fact.name): fact for fact in own.all} for rank, own in sorted(facts.items())}
-    keys = dict.fromkeys(key for own in by_rank.values() for key in own)
-    wrong = {}
-    for key in keys:
-        own = {rank: facts.get(key) for rank, facts in by_rank.items()}
-        if not _are_equal([*own.values()]):
-            wrong[key] = own
+    """The message that says what the ranks have different, the same on every rank; None if that is rounding alone.
+
+    A rank may have compiled anew what others had compiled, so that only its facts are those of a first call.
+    """
+    told: dict[tuple[str, str], dict[int, Fact]] = {}
+    for rank, own in sorted(facts.items()):
+        for fact in own.all:
+            told.setdefault((fact.kind, fact.name), {})[rank] = fact
+    wrong = {key: own for key, own in told.items() if not _are_equal([*own.values()])}
     if not wrong:
         return None
     (kind, name), own = next(iter(wrong.items()))
@@ -197,26 +207,23 @@ def mismatch(facts: Mapping[int, Facts]) -> str | None:
         values.setdefault(_shown(fact), []).append(rank)
     more = len(wrong) - 1
     return describe(
-        f"ranks differ in the {kind} {name!r}, of which all of them must have the same",
-        found=list_by_ranks(values) + (f"\n         and {more} more of {len(keys)} differ" if more else ""),
+        f"{_WHATS[kind]} {name!r} is not the same on all ranks",
+        found=list_by_ranks(values) + (f"\n         and {more} more of {len(told)} differ" if more else ""),
         fix=_FIXES[kind],
     )
 
 
-def _shown(fact: Fact | None) -> str:
-    if fact is None:
-        return "not there"
+def _shown(fact: Fact) -> str:
     if not fact.sampled:
         return f"checksum {fact.exact % 2**64:016x}"
     return f"entries {', '.join(f'{x:.4g}' for x in fact.sampled[:: len(fact.sampled) // 4])}, .."
 
 
-def _are_equal(facts: Sequence[Fact | None]) -> bool:
-    present = [fact for fact in facts if fact is not None]
-    if len(present) < len(facts) or len({(fact.exact, len(fact.sampled)) for fact in present}) > 1:
+def _are_equal(facts: Sequence[Fact]) -> bool:
+    if len({(fact.exact, len(fact.sampled)) for fact in facts}) > 1:
         return False
-    largest = max((abs(x) for fact in present for x in fact.sampled if isfinite(x)), default=0.0)
-    return all(_are_close(row, largest) for row in zip(*(fact.sampled for fact in present), strict=True))
+    largest = max((abs(x) for fact in facts for x in fact.sampled if isfinite(x)), default=0.0)
+    return all(_are_close(row, largest) for row in zip(*(fact.sampled for fact in facts), strict=True))
 
 
 def _are_close(numbers: Sequence[float], largest: float) -> bool:
