@@ -133,7 +133,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "._post_accumulate_grad_hooks": lambda: torch.ones(2, requires_grad=True),
     "._rename": lambda: fx.Graph().placeholder("x"),
     "._schema": lambda: torch.ops.aten.add.Tensor,
-    "._version": lambda: torch.ones(2),
 }
 
 

@@ -78,7 +78,7 @@ class Agreement:
         self._me = dist.get_rank()
         self._others = [rank for rank in self._ranks if rank != self._me]
         self._calls = 0
-        self._published: list[tuple[int, str]] = []  # texts of calls that went on
+        self._published: list[int] = []  # calls whose facts differed by rounding
         self._lock = threading.RLock()  # backward may run on another thread
 
     def checked(
@@ -139,13 +139,13 @@ class Agreement:
             self._calls += 1
             slots = self._collect(call, mine, timeout)
             if any(slot != mine for slot in slots.values()):
-                self._judge(slots, program, facts)
+                self._judge(call, slots, program, facts)
             if call == 0:
                 self._peers.connect(self._others)
             if call >= 2:  # all ranks are in this call, so none still reads call - 2
                 self._store.delete_key(f"{call - 2}/{self._me}")
-                while self._published and self._published[0][0] <= call - 2:
-                    self._store.delete_key(self._published.pop(0)[1])
+                while self._published and self._published[0] <= call - 2:
+                    self._store.delete_key(f"facts/{self._published.pop(0)}/{self._me}")
 
     def fail(self, error: Exception) -> None:
         """Tell ranks that wait in the next call that this rank will not come. Each error is told once."""
@@ -216,7 +216,7 @@ class Agreement:
         for rank in ranks:
             self._store.compare_set(f"{call}/{rank}", "", json.dumps(verdict))
 
-    def _judge(self, slots: dict[int, str], program: Program, facts: Facts) -> None:
+    def _judge(self, call: int, slots: dict[int, str], program: Program, facts: Facts) -> None:
         """Raise the error that every rank concludes from these slots, if they are not equal but for rounding."""
         verdicts = {rank: json.loads(slot) for rank, slot in sorted(slots.items()) if slot.startswith("{")}
         for verdict in verdicts.values():
@@ -236,33 +236,29 @@ class Agreement:
                 fix="on every rank call the model, and backward, equally often and in the same order",
             )
         elif len({slot.rsplit(" ", 1)[0] for slot in slots.values()}) > 1:
-            texts = self._texts(
-                {rank: slot.split()[1] for rank, slot in slots.items()}, program.digest, program.dumps()
-            )
+            texts = self._texts({rank: f"program/{slot.split()[1]}" for rank, slot in slots.items()}, program.dumps())
             programs = {rank: Program.loads(text) for rank, text in texts.items()}
             message = difference(programs, {rank: slot.split()[2:-1] for rank, slot in slots.items()})
         else:
-            texts = self._texts({rank: slot.split()[-1] for rank, slot in slots.items()}, facts.digest, facts.dumps())
+            texts = self._texts({rank: f"facts/{call}/{rank}" for rank in slots}, facts.dumps())
             differing = mismatch({rank: Facts.loads(text) for rank, text in texts.items()})
             if differing is None:
-                self._published.append((self._calls - 1, f"text/{facts.digest}"))
+                self._published.append(call)
                 return
             raise ReplicaMismatchError(differing, self._ranks)
         raise ScheduleMismatchError(message, self._ranks)
 
-    def _texts(self, digests: dict[int, str], own: str, text: str) -> dict[int, bytes]:
+    def _texts(self, keys: dict[int, str], own: str) -> dict[int, bytes]:
         """The texts of all ranks. Each rank publishes its own here, since texts matter only when they differ."""
-        self._store.set(f"text/{own}", text)
-        keys = [f"text/{digest}" for digest in dict.fromkeys(digests.values())]
+        self._store.set(keys[self._me], own)
         deadline = time.monotonic() + _TEXTS
-        while not self._store.check(keys):
+        while not self._store.check([*keys.values()]):
             if lost := self._peers.gone(self._others):
                 raise lost_error(lost)
             if time.monotonic() > deadline:
-                raise missing_error([rank for rank in digests if digests[rank] != own], _TEXTS)
+                raise missing_error([rank for rank, key in keys.items() if not self._store.check([key])], _TEXTS)
             time.sleep(0.01)
-        found = {key: self._store.get(key) for key in keys}
-        return {rank: found[f"text/{digest}"] for rank, digest in digests.items()}
+        return {rank: self._store.get(key) for rank, key in keys.items()}
 
     def _cause(self, error: Exception, call: int) -> RankError | None:
         """The error of the other rank that caused ``error``; None if no other rank did."""

@@ -123,7 +123,7 @@ class WholeParameters:
     """Checksums of parameters as they were before ranks kept parts of them; they go along with the next call."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[Tensor, int, Fact]] = []
+        self._noted: list[tuple[Tensor, Tensor, Fact]] = []
 
     @contextmanager
     def cut(self, model: nn.Module) -> Iterator[None]:
@@ -131,19 +131,18 @@ class WholeParameters:
         whole = [("parameter", name, x) for name, x in model.named_parameters() if x.device.type != "meta"]
         facts = {fact.name: fact for fact in _held_facts(whole)}
         yield
-        with torch.no_grad():  # else a view of the part
-            parts = {name: _part(x) for name, x in model.named_parameters() if name in facts}
-        # private: how often anything wrote into a tensor
-        self._noted = [(part, part._version, facts[name]) for name, part in parts.items()]
+        cut = {name: x for name, x in model.named_parameters() if name in facts}
+        self._noted = [(x, _sum_of_part(x), facts[name]) for name, x in cut.items()]
 
     def facts(self) -> list[Fact]:
-        """Of the parts that nobody has written into since, as loading a checkpoint or an optimizer does. Told once."""
+        """Of the parameters that are as they were cut, not loaded from a checkpoint since, say. Told once."""
         noted, self._noted = self._noted, []
-        return [fact for part, version, fact in noted if part._version == version]
+        return [fact for x, before, fact in noted if _sum_of_part(x).equal(before)]
 
 
-def _part(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+@torch.no_grad()
+def _sum_of_part(x: Tensor) -> Tensor:
+    return checksum(x.to_local() if isinstance(x, DTensor) else x)
 
 
 def _held_facts(held: Sequence[tuple[str, str, Any]]) -> list[Fact]:

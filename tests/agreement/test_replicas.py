@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 import sptransform
@@ -112,9 +113,7 @@ def cut(rank: int, world_size: int, options: dict[str, Any], is_loaded: bool) ->
     sptransform.parallelize(model, backend="eager", **options)
     if not is_loaded:
         return told(lambda: model(**token_inputs()))
-    torch.distributed.checkpoint.state_dict.set_model_state_dict(
-        model, weights, options=torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)
-    )
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     return f"{float(model(**token_inputs())):.12f}"
 
 
@@ -128,7 +127,7 @@ CUT = {
 @pytest.mark.parametrize("options", tiered(list(CUT.values()), quick=[CUT["ulysses"]]), ids=str)
 def test_weights_are_compared_before_they_are_cut(options: dict[str, Any]) -> None:
     (message,) = set(get_pool(2).run(cut, options, False))
-    assert message.startswith("parameter 'tokens.weight' is not the same")
+    assert message.startswith("parameter '") and " more of " in message
 
 
 @pytest.mark.slow
