@@ -8,6 +8,7 @@ from sptransform.diagnostics.errors import (
     RankFailedError,
     RankLostError,
     RankMissingError,
+    ReplicaMismatchError,
     RuleError,
     ScheduleMismatchError,
     SPTransformError,
@@ -23,6 +24,7 @@ from sptransform.frontend.parallelize import parallelize
 from sptransform.inspection.explain import explain
 from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.reader import explanation_of
+from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
 from sptransform.rules.decision import Decision, Sharded
 from sptransform.rules.einsum import rule
@@ -54,6 +56,7 @@ __all__ = [
     "RankFailedError",
     "RankLostError",
     "RankMissingError",
+    "ReplicaMismatchError",
     "Rewritten",
     "Ring",
     "RuleError",
@@ -65,6 +68,7 @@ __all__ = [
     "UnsupportedOpError",
     "UsageError",
     "VerificationError",
+    "broadcast_parameters",
     "explain",
     "explanation_of",
     "parallelize",

@@ -7,9 +7,11 @@ the same conclusion: run, or raise the same error. No collective is involved.
 
     call 7, rank 0: forward 9a0c..    call 7, rank 1: forward 9a0c..    -> run
     call 7, rank 0: forward 9a0c..    call 7, rank 1: forward 51b2..    -> ScheduleMismatchError
+    call 7, rank 0: forward 9a0c.. 77 call 7, rank 1: forward 9a0c.. 3d -> ReplicaMismatchError
     call 7, rank 0: forward 9a0c..    call 7, rank 1: {"failed": ...}   -> RankFailedError, on rank 1 its own error
     call 7, rank 0: forward 9a0c..    call 7, rank 1: {"lost": ...}     -> RankLostError
 
+The last word is the digest of what all ranks should hold the same, see :mod:`sptransform.agreement.replicas`.
 Every outcome uses up the call's number on every rank, so ranks that continue after an error stay in step.
 """
 
@@ -32,8 +34,15 @@ from torch.utils.checkpoint import _StopRecomputationError
 from sptransform.agreement.backward_guard import wrap_backward
 from sptransform.agreement.peers import Peers
 from sptransform.agreement.program import Program, difference, list_by_ranks
+from sptransform.agreement.replicas import NOTHING, Facts, Replicas, mismatch
 from sptransform.agreement.verdicts import error_text, failed_error, lost_error, missing_error
-from sptransform.diagnostics.errors import RankError, RankLostError, ScheduleMismatchError, describe
+from sptransform.diagnostics.errors import (
+    RankError,
+    RankLostError,
+    ReplicaMismatchError,
+    ScheduleMismatchError,
+    describe,
+)
 from sptransform.ops.groups import group_called
 from sptransform.sharding.mesh import Mesh
 
@@ -69,14 +78,21 @@ class Agreement:
         self._me = dist.get_rank()
         self._others = [rank for rank in self._ranks if rank != self._me]
         self._calls = 0
+        self._published: list[int] = []  # calls whose facts differed by rounding
         self._lock = threading.RLock()  # backward may run on another thread
 
     def checked(
-        self, compiled: Callable[..., Any], program: Program, lengths_at: Sequence[tuple[int, int]], timeout: float
+        self,
+        compiled: Callable[..., Any],
+        program: Program,
+        lengths_at: Sequence[tuple[int, int]],
+        timeout: float,
+        replicas: Replicas,
     ) -> Callable[..., Any]:
         """``compiled``, whose forward and backward run only when all ranks agree; errors name the rank at fault.
 
-        ``lengths_at`` are the (argument, dim) pairs whose sizes the program leaves open.
+        ``lengths_at`` are the (argument, dim) pairs whose sizes the program leaves open; ``replicas`` reads what all
+        ranks should hold the same.
         """
         has_backward = False
 
@@ -90,7 +106,8 @@ class Agreement:
 
         def run(*args: Any) -> Any:
             nonlocal has_backward
-            self.agree(program, "forward", timeout, [args[i].shape[dim] for i, dim in lengths_at])
+            lengths = [args[i].shape[dim] for i, dim in lengths_at]
+            self.agree(program, "forward", timeout, lengths, replicas.facts(args))
             with self.running():
                 outputs = compiled(*args)
             if not has_backward:
@@ -99,26 +116,36 @@ class Agreement:
 
         return run
 
-    def agree(self, program: Program, direction: str, timeout: float, lengths: Sequence[int] = ()) -> None:
+    def agree(
+        self,
+        program: Program,
+        direction: str,
+        timeout: float,
+        lengths: Sequence[int] = (),
+        facts: Facts = NOTHING,
+    ) -> None:
         """Return once every rank is about to run the same program in the same direction, for the same lengths.
 
         Raises:
+            ReplicaMismatchError: ranks differ in ``facts``.
             RankFailedError: another rank failed before this call.
             RankLostError: the process of another rank has ended, or the store cannot be reached.
             RankMissingError: a rank did not reach this call within ``timeout`` seconds.
             ScheduleMismatchError: a rank is about to run something else.
         """
-        mine = " ".join([direction, program.digest, *map(str, lengths)])
+        mine = " ".join([direction, program.digest, *map(str, lengths), facts.digest])
         with self._lock, self._reaching_the_store():
             call = self._calls
             self._calls += 1
             slots = self._collect(call, mine, timeout)
             if any(slot != mine for slot in slots.values()):
-                self._refuse(slots, program)
+                self._judge(call, slots, program, facts)
             if call == 0:
                 self._peers.connect(self._others)
             if call >= 2:  # all ranks are in this call, so none still reads call - 2
                 self._store.delete_key(f"{call - 2}/{self._me}")
+                while self._published and self._published[0] <= call - 2:
+                    self._store.delete_key(f"facts/{self._published.pop(0)}/{self._me}")
 
     def fail(self, error: Exception) -> None:
         """Tell ranks that wait in the next call that this rank will not come. Each error is told once."""
@@ -189,8 +216,8 @@ class Agreement:
         for rank in ranks:
             self._store.compare_set(f"{call}/{rank}", "", json.dumps(verdict))
 
-    def _refuse(self, slots: dict[int, str], program: Program) -> None:
-        """Raise the error that every rank concludes from these slots."""
+    def _judge(self, call: int, slots: dict[int, str], program: Program, facts: Facts) -> None:
+        """Raise the error that every rank concludes from these slots, if they are not equal but for rounding."""
         verdicts = {rank: json.loads(slot) for rank, slot in sorted(slots.items()) if slot.startswith("{")}
         for verdict in verdicts.values():
             if "lost" in verdict:
@@ -208,24 +235,30 @@ class Agreement:
                 found=list_by_ranks(directions),
                 fix="on every rank call the model, and backward, equally often and in the same order",
             )
+        elif len({slot.rsplit(" ", 1)[0] for slot in slots.values()}) > 1:
+            texts = self._texts({rank: f"program/{slot.split()[1]}" for rank, slot in slots.items()}, program.dumps())
+            programs = {rank: Program.loads(text) for rank, text in texts.items()}
+            message = difference(programs, {rank: slot.split()[2:-1] for rank, slot in slots.items()})
         else:
-            programs = self._programs({rank: slot.split()[1] for rank, slot in slots.items()}, program)
-            message = difference(programs, {rank: slot.split()[2:] for rank, slot in slots.items()})
+            texts = self._texts({rank: f"facts/{call}/{rank}" for rank in slots}, facts.dumps())
+            differing = mismatch({rank: Facts.loads(text) for rank, text in texts.items()})
+            if differing is None:
+                self._published.append(call)
+                return
+            raise ReplicaMismatchError(differing, self._ranks)
         raise ScheduleMismatchError(message, self._ranks)
 
-    def _programs(self, digests: dict[int, str], program: Program) -> dict[int, Program]:
-        """The programs of all ranks. Each rank publishes its own here, since programs matter only when they differ."""
-        self._store.set(f"program/{program.digest}", program.dumps())
-        keys = [f"program/{digest}" for digest in dict.fromkeys(digests.values())]
+    def _texts(self, keys: dict[int, str], own: str) -> dict[int, bytes]:
+        """The texts of all ranks. Each rank publishes its own here, since texts matter only when they differ."""
+        self._store.set(keys[self._me], own)
         deadline = time.monotonic() + _TEXTS
-        while not self._store.check(keys):
+        while not self._store.check([*keys.values()]):
             if lost := self._peers.gone(self._others):
                 raise lost_error(lost)
             if time.monotonic() > deadline:
-                raise missing_error([rank for rank in digests if digests[rank] != program.digest], _TEXTS)
+                raise missing_error([rank for rank, key in keys.items() if not self._store.check([key])], _TEXTS)
             time.sleep(0.01)
-        found = {key: Program.loads(self._store.get(key)) for key in keys}
-        return {rank: found[f"program/{digest}"] for rank, digest in digests.items()}
+        return {rank: self._store.get(key) for rank, key in keys.items()}
 
     def _cause(self, error: Exception, call: int) -> RankError | None:
         """The error of the other rank that caused ``error``; None if no other rank did."""

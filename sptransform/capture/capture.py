@@ -69,6 +69,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         note.input_name = _input_name(origin)
         note.stored = stored_in(x) if isinstance(x, DTensor) else ()
         note.is_parameter = isinstance(x, torch.nn.Parameter)
+        note.is_buffer = "_buffers[" in _source(origin)
         rename(node, note.input_name)
     # Dynamo calls backends in the grad mode that the user's call is in
     notes.set_region_around(traced.graph, Region(grad_enabled=torch.is_grad_enabled()))
@@ -98,15 +99,20 @@ def _symbols_of_its_own(mode: FakeTensorMode) -> AbstractContextManager[None]:
 
 def _input_name(placeholder: fx.Node) -> str:
     """What the user calls an input of Dynamo's graph: ``input_ids``, ``model.layers.0.mlp.up_proj.weight``."""
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    if source is None:
-        return placeholder.name
-    name = source.name() if callable(source.name) else source.name
+    name = _source(placeholder)
     keys = [a or b for a, b in re.findall(r"\['([^']+)'\]|\[(\d+)\]", name)]
     if "_parameters" in name or "_buffers" in name:
         return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name))
     # keyword arguments arrive in a dict; the user did not choose its name
     return ".".join(keys[1:] if len(keys) > 1 and not keys[1].isdigit() else keys) or placeholder.name
+
+
+def _source(placeholder: fx.Node) -> str:
+    """How Dynamo reaches an input: ``L['self']._modules['head']._parameters['weight']``; empty if it does not say."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    if source is None:
+        return ""
+    return source.name() if callable(source.name) else source.name
 
 
 def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None) -> torch.Tensor:

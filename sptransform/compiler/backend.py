@@ -14,6 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.program import Line, Program, captured_lines, lengths_at, placement_lines, schedule_lines
+from sptransform.agreement.replicas import Replicas, WholeParameters
 from sptransform.compiler.caches import custom_code, package_version, recompute_tags
 from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, check_parameters
 from sptransform.compiler.custom import identified
@@ -26,9 +27,16 @@ from sptransform.sharding.mesh import Mesh
 
 
 def sptransform_backend(
-    options: Options, gm: fx.GraphModule, inputs: Sequence[Any], *, full_model: bool = False
+    options: Options,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    full_model: bool = False,
+    whole: WholeParameters | None = None,
 ) -> Callable[..., Any]:
     """Compile Dynamo's ``gm`` for this rank; ``full_model``: it is the whole model, not a part after a graph break.
+
+    ``whole``: what the parameters were of which ranks keep parts.
 
     If this fails, the other ranks are notified, see :mod:`sptransform.agreement.agreement`.
     """
@@ -37,9 +45,10 @@ def sptransform_backend(
         return lookup_backend(options.backend)(gm, list(inputs))
     agreement = Agreement.of(mesh)
     with nullcontext() if agreement is None else agreement.telling_failure():
-        compiled, program, lengths, context = _compile(options, gm, inputs, mesh, full_model)
+        compiled, program, lengths, context, replicas = _compile(options, gm, inputs, mesh, full_model)
     if agreement is not None:
-        compiled = agreement.checked(compiled, program, lengths, options.check_timeout)
+        replicas.whole = whole
+        compiled = agreement.checked(compiled, program, lengths, options.check_timeout, replicas)
     if options.outputs != "dtensor":
         return compiled
     return with_dtensors(compiled, context)
@@ -47,17 +56,19 @@ def sptransform_backend(
 
 def _compile(
     options: Options, gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mesh, full_model: bool
-) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context]:
+) -> tuple[Callable[..., Any], Program, list[tuple[int, int]], Context, Replicas]:
     check_not_split_by_ddp()
     check_devices(inputs, mesh)
     check_parameters(inputs, options, mesh)
     lines: list[Line] = []
     lengths: list[tuple[int, int]] = []
     uneven: Context | None = None
+    replicas: Replicas
 
     def see(graph: fx.Graph, part: Context | None) -> None:
-        nonlocal uneven
+        nonlocal uneven, replicas
         if part is None:
+            replicas = Replicas(graph, options.check_replicas)
             lines[:], lengths[:], uneven = captured_lines(graph), lengths_at(graph), None
         elif uneven is None:
             lines.extend(schedule_lines(graph, part.mesh))
@@ -73,7 +84,7 @@ def _compile(
     tag = f"sptransform-{package_version()}{''.join(tags)}"
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + tag):
         compiled = lookup_backend(options.backend)(rewritten, [local_input(x, rewritten) for x in inputs])
-    return of_local_parts(compiled, inputs), program, lengths, context
+    return of_local_parts(compiled, inputs), program, lengths, context, replicas
 
 
 def sptransform(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
@@ -102,6 +113,7 @@ def settings(options: Options, mesh: Mesh, version: str) -> list[Line]:
         "outputs": options.outputs,
         "grad_sync": options.grad_sync,
         "loss_chunk": options.loss_chunk,
+        "check_replicas": options.check_replicas,
         "sequence_dims": dict(sorted(options.sequence_dims.items())),
         **options.custom,
     }

@@ -14,6 +14,7 @@ from packaging.version import Version
 from torch._dynamo.backends.registry import list_backends
 from torch.distributed.device_mesh import DeviceMesh
 
+from sptransform.agreement.replicas import CHECKS
 from sptransform.compiler.custom import checked_rules, identified_passes, identified_rules
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.pass_manager import Pass
@@ -43,6 +44,7 @@ class Options:
     rules: Mapping[Any, OpEntry | RuleFn] = field(default_factory=dict)
     passes: Sequence[Pass] = ()
     loss_chunk: int | str | None = "auto"
+    check_replicas: str = "first"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_of(self.strategy))
@@ -71,6 +73,9 @@ class Options:
             raise UsageError(
                 describe("loss_chunk is a number of tokens", found=repr(self.loss_chunk), fix="1024, 'auto' or None")
             )
+        if self.check_replicas not in CHECKS:
+            fix = f"one of {', '.join(map(repr, CHECKS))}"
+            raise UsageError(describe("unknown check_replicas", found=repr(self.check_replicas), fix=fix))
         if not isinstance(self.sequence_dims, Mapping):
             raise UsageError(
                 describe("sequence_dims maps input names to dims", found=repr(self.sequence_dims), fix="{'x': 1}")

@@ -57,6 +57,10 @@ class ScheduleMismatchError(RankError):
     """Ranks were about to run different programs."""
 
 
+class ReplicaMismatchError(RankError):
+    """Ranks hold different values of what all of them should have the same: weights, inputs, states of generators."""
+
+
 def shown(x: object) -> str:
     """``x`` as its class and attributes: ``Halves(at=3)``."""
     return f"{type(x).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(x).items())})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.agreement.agreement import Agreement
+from sptransform.agreement.replicas import WholeParameters
 from sptransform.compiler.backend import sptransform_backend
 from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
 from sptransform.compiler.options import Options, check_torch_version
@@ -47,6 +49,7 @@ def parallelize(
     rules: Mapping[Any, OpEntry | RuleFn] | None = None,
     passes: Sequence[Pass] = (),
     loss_chunk: int | str | None = "auto",
+    check_replicas: str = "first",
 ) -> ModuleT:
     """Split the sequence of ``model`` over the ranks of ``mesh``; loss and gradients stay those of one device.
 
@@ -89,10 +92,14 @@ def parallelize(
         loss_chunk: of how many tokens the logits of a cross-entropy exist at a time, forward and backward, where
             nothing else reads them. They are computed twice. "auto": where a rank's logits have 64 MiB or more. None:
             all at once.
+        check_replicas: whether ranks hold the same of what all of them should: parameters and buffers at the first call
+            of each compiled graph ("first"), at every call ("always"); with both, inputs at every call, and the state
+            of the generator where dropout draws from it. Inputs on a GPU are judged a call later. "never": nothing.
 
     Raises:
         UsageError: an argument is wrong; the module is left as it was.
-        RankError: from calls of the model: another rank is gone, late, failed, or about to run something else.
+        RankError: from calls of the model: another rank is gone, late, failed, about to run something else, or holds
+            other weights or inputs.
     """
     check_torch_version()
     if not isinstance(model, nn.Module):
@@ -114,6 +121,7 @@ def parallelize(
         rules={} if rules is None else rules,
         passes=passes,
         loss_chunk=loss_chunk,
+        check_replicas=check_replicas,
     )
     if not fullgraph and options.outputs != "full":
         raise UsageError(
@@ -133,8 +141,10 @@ def parallelize(
             )
         )
     _check_module(model, where, cuts=options.keeps_parts)
-    settle = _keep_parts(model, options, where, inputs) if options.keeps_parts and where.size > 1 else None
-    compiler = WatchedCompiler(partial(sptransform_backend, options, full_model=fullgraph))
+    whole = WholeParameters() if check_replicas != "never" and Agreement.of(where) is not None else None
+    cutting = (lambda: nullcontext()) if whole is None else partial(whole.cut, model)
+    settle = _keep_parts(model, options, where, inputs, cutting) if options.keeps_parts and where.size > 1 else None
+    compiler = WatchedCompiler(partial(sptransform_backend, options, full_model=fullgraph, whole=whole))
     model.compile(backend=compiler, fullgraph=fullgraph)
     # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration
     compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
@@ -149,17 +159,24 @@ def parallelize(
 
 
 def _keep_parts(
-    model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...] | None
+    model: nn.Module,
+    options: Options,
+    mesh: Mesh,
+    inputs: Mapping[str, Any] | tuple[Any, ...] | None,
+    cutting: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-    """Cut the parameters; if the first call decides how, returns a wrapper for the call."""
+    """Cut the parameters, under ``cutting()``; if the first call decides how, returns a wrapper for the call."""
     if options.shard_parameters:  # along the first dim, whatever the graph reads
         shape = options.strategy.storage_shape(mesh.size, mesh.shape)
         grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
-        keep_parts(model, grid, first_dims(model, mesh.size))
+        with cutting():
+            keep_parts(model, grid, first_dims(model, mesh.size))
         return None
     sharing = options.strategy.weights_mesh(mesh).device_mesh
     if inputs is not None:
-        keep_parts(model, sharing, parameter_dims(model, options, mesh, *arguments_of(inputs)))
+        dims = parameter_dims(model, options, mesh, *arguments_of(inputs))
+        with cutting():
+            keep_parts(model, sharing, dims)
         return None
     keep_parts(model, sharing, {})
 
@@ -172,7 +189,9 @@ def _keep_parts(
             if not is_settled:
                 # even if the first call is an evaluation, cut parameters as training reads them
                 with torch.inference_mode(False), torch.enable_grad():
-                    keep_less(model, parameter_dims(model, options, mesh, args, kwargs))
+                    dims = parameter_dims(model, options, mesh, args, kwargs)
+                    with cutting():
+                        keep_less(model, dims)
                 is_settled = True
             return call(*args, **kwargs)
 

@@ -36,6 +36,7 @@ class Note:
     differentiable: bool | None = None
     input_name: str | None = None  # placeholders: the user's name for it
     is_parameter: bool = False  # placeholders
+    is_buffer: bool = False  # placeholders
     stored: tuple[Stored, ...] = ()  # placeholders: how it is sharded, outermost mesh dim first
     rule: OpRule | None = None
     decision: Decision | None = None
@@ -160,7 +161,7 @@ def _differs_at_borders(found: Note) -> bool:
 def forget_placements(graph: fx.Graph) -> None:
     """Reset the notes before placement on the next mesh dim. Keeps what no mesh dim changes, and what was sent."""
     for node in graph.nodes:
-        kept = ("differentiable", "input_name", "is_parameter", "stored", "transitions", "mesh", "sends")
+        kept = ("differentiable", "input_name", "is_parameter", "is_buffer", "stored", "transitions", "mesh", "sends")
         node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept}, decided=decided(node))
 
 

@@ -151,6 +151,7 @@ TABLE: dict[str, Bad] = {
     "option_fullgraph": Bad(lambda m: parallel(m, fullgraph=None)),
     "option_check_timeout": Bad(lambda m: parallel(m, check_timeout=0)),
     "option_check_timeout_type": Bad(lambda m: parallel(m, check_timeout="5 s")),
+    "option_check_replicas": Bad(lambda m: parallel(m, check_replicas="sometimes")),
     "plain_option_unknown": Bad(lambda m: plain(m, strategie="ulysses")),
     "plain_strategy": Bad(lambda m: plain(m, strategy="ulises")),
     "plain_mesh": Bad(lambda m: plain(m, mesh="sp")),
