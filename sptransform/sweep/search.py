@@ -89,15 +89,9 @@ class Search(Generic[Found]):
         return (place for place in places if place not in self._tried)
 
     def _beside(self, place: Place) -> Iterator[Place]:
-        """Those that differ in one input: by likely values first, and the first input last of each.
-
-        Some models keep what they were first given.
-        """
-        choices = list(map(len, self._choices.values()))
-        for index in range(max(choices, default=0)):
-            for at in reversed(range(len(choices))):
-                if index < choices[at]:
-                    yield (*place[:at], index, *place[at + 1 :])
+        """Those that differ in one input, the last input first: some models keep what their main one first was."""
+        for at, values in reversed(list(enumerate(self._choices.values()))):
+            yield from ((*place[:at], index, *place[at + 1 :]) for index in range(len(values)))
 
     def _others(self) -> Iterator[Place]:
         """Those that differ from the likeliest in two inputs, then in three, and so on."""
