@@ -15,6 +15,7 @@ from sptransform.graph import notes
 from sptransform.graph.printer import text
 from tests.support.golden import Golden
 from tests.support.graphs import Run, a_context, captured, compiled_with, copied, run_once, while_captured
+from tests.support.tiers import tiered
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -411,7 +412,7 @@ def test_a_view_of_a_buffer_is_written_back() -> None:
     assert torch.equal(compiled, eager) and compiled.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["dropout_", "alpha_dropout_", "feature_dropout_"])
+@pytest.mark.parametrize("name", tiered(["dropout_", "alpha_dropout_", "feature_dropout_"], quick=["dropout_"]))
 def test_a_form_that_calls_what_is_written_otherwise(name: str) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         h = x * 2

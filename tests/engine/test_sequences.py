@@ -10,6 +10,7 @@ from torch import nn
 
 from sptransform import UsageError, explain
 from tests.support.rewritten import Asked, on_pretended_ranks
+from tests.support.tiers import tiered
 
 Program = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,7 +45,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiered(CASES, quick=["rows before tokens"]))
 def test_what_is_cut(name: str) -> None:
     model, x, shape = CASES[name]
     asked = Asked(2, "ulysses")
@@ -56,6 +57,7 @@ def test_what_is_cut(name: str) -> None:
     assert tuple(found.meta["val"].shape) == shape
 
 
+@pytest.mark.slow
 def test_a_linear_alone_says_nothing() -> None:
     with pytest.raises(UsageError, match="which dimension is the sequence"):
         explain(Of(lambda parts, x: parts[0](x), LINEAR), "ulysses", {"x": torch.randn(2, 4, 6)}, world_size=2)
