@@ -186,8 +186,18 @@ def batch_norm(call: OpCall) -> OpRule | None:
     return OpRule((dims, *((dims[1:2],) * (len(call.operand_shapes) - 1))), (dims,), sizes)
 
 
-def _batch_norm_local(call: OpCall, local: Local) -> Any:
+def _unless_empty(call: OpCall, local: Local) -> Any:
+    """For ops whose kernels fail on no entries."""
     return nothing(local) if is_nothing(local) else local.run(call)
+
+
+def weight_norm(call: OpCall) -> OpRule:
+    """Each entry of ``dim`` has a norm of its own, over all other dimensions."""
+    shape, of_norms = call.operand_shapes
+    dims, sizes = dims_and_sizes(shape)
+    norms = tuple(() if size == 1 else names for names, size in zip(dims, of_norms, strict=True))
+    kept = set(dims[call.argument("dim") % len(shape)])
+    return OpRule((dims, norms), (dims,), sizes, replicated=frozenset(set(sizes) - kept))
 
 
 def triangle(call: OpCall) -> OpRule:
@@ -220,6 +230,7 @@ _MEAN = OpEntry(_SUM, mean_local)
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten._log_softmax.default, _SOFTMAX),
     (aten._softmax.default, _SOFTMAX),
+    (aten._weight_norm.default, OpEntry(weight_norm, _unless_empty)),
     (aten.all.default, _WHOLE),
     (aten.all.dim, _WHOLE),
     (aten.amax.default, _WHOLE),
@@ -230,7 +241,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.argmin.default, _WHOLE),
     (aten.argsort.default, along_dim),
     (aten.argsort.stable, along_dim),
-    (aten.batch_norm.default, OpEntry(batch_norm, _batch_norm_local)),
+    (aten.batch_norm.default, OpEntry(batch_norm, _unless_empty)),
     (aten.flip.default, along_dims),
     (aten.glu.default, along_dim),
     (aten.layer_norm.default, norm),

@@ -122,7 +122,8 @@ def each(given: int | Sequence[int], num: int) -> list[int]:
 class Along:
     """The factors of the dimensions that windows move along: of the rows, of the kernel, and of the outputs.
 
-    ``moved`` are those dimensions along which windows read more than their own row, and have more than one output.
+    Attributes:
+        moved: those along which windows read more than their own row, and there are several rows and outputs.
     """
 
     windows: list[Window]
@@ -162,7 +163,7 @@ class Along:
 
     @property
     def moved(self) -> list[str]:
-        return [f"i{d}" for d, w in enumerate(self.windows) if w.outputs != 1 and not w.is_pointwise]
+        return [f"i{d}" for d, w in enumerate(self.windows) if 1 not in (w.size, w.outputs) and not w.is_pointwise]
 
     @property
     def evidence(self) -> dict[str, frozenset[str]]:

@@ -22,8 +22,8 @@ class OpEntry:
     Attributes:
         rule: what :func:`rule` returns, or a function of an :class:`OpCall` that returns its :class:`OpRule`; None if
             the op has no rule for this call.
-        localize: ``localize(call, local)`` returns the result of the op on this rank's shard, see :class:`Local`. None:
-            the same call on the shards of its operands.
+        localize: ``localize(call, local)`` returns the result of the op on this rank's shard, see :class:`Local`, or a
+            list of its results. None: the same call on the shards of its operands.
         sends: for an op that communicates itself: ``sends(call, operands, rank)`` returns what the rank sends, forward
             and backward. ``call`` and ``operands`` (may be fake) are those of the rank's shards.
     """

@@ -44,13 +44,17 @@ class Maker:
         self._generator = torch.Generator().manual_seed(1)
 
     def choices(self, forward: Callable[..., Any]) -> dict[str, list[Any]]:
-        """What each input may be, likely values first; none for one that no rule makes. The main input is first."""
+        """What each input may be, likely values first; none for one that no rule makes. The surest inputs come first.
+
+        These are the main one, which has few forms; without a main one, those with defaults.
+        """
         parameters = [
             p for p in inspect.signature(forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         required = {p.name for p in parameters if p.default is p.empty} | {self.main} - {None}
         choices: dict[str, list[Any]] = {}
-        for name in sorted((p.name for p in parameters), key=lambda name: name != self.main):
+        names = [p.name for p in parameters]
+        for name in sorted(names, key=lambda name: name != self.main) if self.main else reversed(names):
             if name in required:
                 choices[name] = self._required(name)
             elif name in OPTIONAL and (found := OPTIONAL[name](self)):

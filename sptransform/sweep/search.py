@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -36,6 +37,7 @@ _DIMS = re.compile(r"not enough values to unpack \(expected (?P<want>\d+), got (
 
 Inputs = dict[str, Any]
 Place = tuple[int, ...]  # which of its choices each input is
+Reach = tuple[int, tuple[int, ...]]  # how many calls returned before the error; and the lines that it passed through
 Found = TypeVar("Found")
 
 
@@ -52,7 +54,8 @@ class Search(Generic[Found]):
         self._tried: set[Place] = set()
         self._asked_for: list[Place] = []
         self._best: Place = (0,) * len(choices)
-        self._reach, self._error = -1, None
+        self._reach: Reach = -1, ()
+        self._error: Exception | None = None
 
     def found(self) -> Found:
         """What ``run`` makes of the first inputs that it takes.
@@ -75,7 +78,7 @@ class Search(Generic[Found]):
         if not all(self._choices.values()):
             return
         yield self._best
-        before = -1
+        before: Reach = -2, ()
         while self._reach > before:
             before = self._reach
             # grows while it is read
@@ -86,15 +89,9 @@ class Search(Generic[Found]):
         return (place for place in places if place not in self._tried)
 
     def _beside(self, place: Place) -> Iterator[Place]:
-        """Those that differ in one input: by likely values first, and the first input last of each.
-
-        Some models keep what they were first given.
-        """
-        choices = list(map(len, self._choices.values()))
-        for index in range(max(choices, default=0)):
-            for at in reversed(range(len(choices))):
-                if index < choices[at]:
-                    yield (*place[:at], index, *place[at + 1 :])
+        """Those that differ in one input, the last input first: some models keep what their main one first was."""
+        for at, values in reversed(list(enumerate(self._choices.values()))):
+            yield from ((*place[:at], index, *place[at + 1 :]) for index in range(len(values)))
 
     def _others(self) -> Iterator[Place]:
         """Those that differ from the likeliest in two inputs, then in three, and so on."""
@@ -110,7 +107,8 @@ class Search(Generic[Found]):
         return {name: value for name, value in values.items() if value is not None}
 
     def _learn(self, place: Place, error: Exception) -> None:
-        reach = _reach_of(lambda: self._run(self._inputs(place)))
+        lines = (line for _, line in traceback.walk_tb(error.__traceback__))
+        reach = _number_of_calls(lambda: self._run(self._inputs(place))), tuple(lines)
         if reach > self._reach:
             self._reach, self._best, self._error = reach, place, error
         for pattern in _SIZES:
@@ -143,8 +141,8 @@ class _Counting(TorchFunctionMode):
         return result
 
 
-def _reach_of(run: Callable[[], object]) -> int:
-    """How much runs before it fails."""
+def _number_of_calls(run: Callable[[], object]) -> int:
+    """How many functions of torch return before it fails."""
     with _Counting() as counting:
         try:
             run()

@@ -10,6 +10,7 @@ from torch import nn
 
 from sptransform import UsageError, explain
 from tests.support.rewritten import Asked, on_pretended_ranks
+from tests.support.tiers import tiered
 
 Program = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,7 +26,7 @@ class Of(nn.Module):
 
 
 TABLE, IMAGE, SIGNAL, LINEAR = nn.Embedding(9, 6), nn.Conv2d(2, 2, 3, padding=1), nn.Conv1d(6, 6, 3), nn.Linear(6, 6)
-PATCHES = nn.Conv2d(2, 2, 2, 2)
+PATCHES, RAISED = nn.Conv2d(2, 2, 2, 2), nn.Conv2d(2, 2, 1, padding=1)
 TOKENS, ROWS = torch.arange(8).view(2, 4), torch.randn(2, 2, 6, 6)
 
 # what is cut, by the stronger kind where there are two: 4 tokens, 6 rows of an image, 6 steps of a signal
@@ -34,6 +35,7 @@ CASES = {
     "rows": (Of(lambda parts, x: parts[0](x), IMAGE), ROWS, (2, 2, 3, 6)),
     "patches": (Of(lambda parts, x: parts[0](x), PATCHES), ROWS[:, :, :4], (2, 2, 1, 3)),
     "one row": (Of(lambda parts, x: parts[0](x), IMAGE), ROWS[:, :, :1], (2, 2, 1, 3)),
+    "one row that becomes three": (Of(lambda parts, x: parts[0](x), RAISED), ROWS[:, :, :1], (2, 2, 3, 4)),
     "a signal of rows": (
         Of(lambda parts, x: parts[1](parts[0](x).sum(1).transpose(1, 2)).sum(1), IMAGE, SIGNAL), ROWS, (2, 2)
     ),
@@ -43,7 +45,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiered(CASES, quick=["rows before tokens"]))
 def test_what_is_cut(name: str) -> None:
     model, x, shape = CASES[name]
     asked = Asked(2, "ulysses")
@@ -55,6 +57,7 @@ def test_what_is_cut(name: str) -> None:
     assert tuple(found.meta["val"].shape) == shape
 
 
+@pytest.mark.slow
 def test_a_linear_alone_says_nothing() -> None:
     with pytest.raises(UsageError, match="which dimension is the sequence"):
         explain(Of(lambda parts, x: parts[0](x), LINEAR), "ulysses", {"x": torch.randn(2, 4, 6)}, world_size=2)

@@ -24,6 +24,9 @@ CASES = [
     case(aten.conv1d.padding, randn(2, 4, 9), randn(6, 4, 4), None, [1], "same", [2], factors="batch in out i0"),
     case(aten.conv2d.default, randn(2, 3, 6, 8), randn(4, 3, 2, 4), randn(4), [2, 4], factors="batch out i0 i1"),
     case(aten.conv2d.default, randn(2, 3, 6, 7), randn(4, 3, 3, 3), None, [2], [1], factors="batch in out i0 i1"),
+    case(
+        aten.conv2d.default, randn(1, 2, 7, 9), randn(3, 2, 3, 2), None, [2, 3], [2, 1], [2, 3], factors="in out i0 i1"
+    ),
     case(aten.conv2d.padding, randn(2, 2, 5, 6), randn(4, 2, 2, 3), None, [1], "same", factors="batch in out i0 i1"),
     case(aten.conv3d.default, randn(3, 4, 6, 6), randn(4, 3, 2, 3, 3), None, [2, 3, 3], factors="in out i0 i1 i2"),
     case(aten.conv3d.padding, randn(1, 4, 3, 3), randn(2, 1, 3, 1, 1), None, [1], "valid", factors="out i0 i1 i2"),

@@ -13,6 +13,8 @@ aten, sp = torch.ops.aten, torch.ops.sptransform
 CASES = [
     case(aten._log_softmax.default, randn(4, 6), 1, False, factors="i0"),
     case(aten._softmax.default, randn(4, 6), -2, False, factors="i1"),
+    case(aten._weight_norm.default, randn(4, 3, 5), randn(1, 1, 5), 2, factors="i2"),
+    case(aten._weight_norm.default, randn(4, 3, 5), randn(4, 1, 1), factors="i0"),
     case(aten.all.default, booleans(4, 6), factors=""),
     case(aten.all.dim, booleans(4, 6), -1, factors="i0"),
     case(aten.amax.default, randn(4, 6), [1]),

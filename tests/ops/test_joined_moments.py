@@ -12,7 +12,6 @@ from sptransform.rules.table import Sent
 from sptransform.testing.pretended import forward_and_backward
 from tests.support.equality import run_one_device, worst_error
 from tests.support.rewritten import Asked, on_pretended_ranks
-from tests.support.tiers import tiered
 
 sp = torch.ops.sptransform
 
@@ -32,7 +31,8 @@ class Spread(nn.Module):
         return (h.std(2) * h.var((0, 2), correction=2)).sum() + (centred**3).mean() + h.var()
 
 
-@pytest.mark.parametrize("num_ranks", tiered([2, 3, 6], quick=[3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 3, 6])
 def test_equals_one_device(num_ranks: int) -> None:
     """Of 7 rows, with 6 ranks two have none."""
     torch.manual_seed(0)
