@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
-
-import numpy as np
 
 # Private: Dynamo's view of a numpy function; there is no option for this.
 from torch._dynamo.variables import ConstantVariable, NumpyVariable
@@ -22,8 +21,8 @@ def _compute(self: Any, tx: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if callable(self.value) and all(x.is_python_constant() for x in given):
         named = {name: x.as_python_constant() for name, x in kwargs.items()}
         found = self.value(*(x.as_python_constant() for x in args), **named)
-        if isinstance(found, np.integer):
-            return ConstantVariable.create(found.item())
+        if isinstance(found, Integral):
+            return ConstantVariable.create(int(found))
     return _call(self, tx, args, kwargs)
 
 
