@@ -18,12 +18,17 @@ _call = NumpyVariable.call_function
 
 def _compute(self: Any, tx: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [*args, *kwargs.values()]
-    if callable(self.value) and all(x.is_python_constant() for x in given):
+    if _is_of_arguments_alone(self.value) and all(x.is_python_constant() for x in given):
         named = {name: x.as_python_constant() for name, x in kwargs.items()}
         found = self.value(*(x.as_python_constant() for x in args), **named)
-        if isinstance(found, Integral):
+        if isinstance(found, Integral) and not isinstance(found, bool):
             return ConstantVariable.create(int(found))
     return _call(self, tx, args, kwargs)
+
+
+def _is_of_arguments_alone(function: Any) -> bool:
+    """Whether the function computes from its arguments alone; those of ``numpy.random`` do not."""
+    return callable(function) and getattr(function, "__module__", None) == "numpy"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,16 @@ def flattened(x: Tensor) -> Tensor:
 
 def of_an_array(x: Tensor) -> Tensor:
     return x * torch.from_numpy(np.cumsum(np.ones(4)))
+
+
+def drawn(x: Tensor) -> Tensor:
+    return x * np.random.randint(2, 3)
+
+
+def test_a_drawn_number_is_no_size() -> None:
+    """The graph would draw it once, and one device draws it at every call."""
+    with pytest.raises(Exception, match=r"random|RandomState"):
+        compiled_with(drawn, capture, torch.ones(2))
 
 
 def test_a_size_that_numpy_computes() -> None:
