@@ -86,7 +86,9 @@ class Resize:
         """Whether ranks that have equal shares of both extents do the same to theirs, wherever these begin and end."""
         if partition.num_ranks == 1:
             return True
-        return not self.halo and not self.padded and (self.start is None or partition.slice(0, self.start).is_even)
+        if self.halo or self.padded or self.partition(partition).is_overlapping:
+            return False
+        return self.start is None or partition.slice(0, self.start).is_even
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,12 @@ class Partition:
         return all(size == first for size in others)
 
     @cached_property
+    def is_overlapping(self) -> bool:
+        """Some ranks share some of their indices, and not all: of two key heads each of two ranks has, one is shared."""
+        intervals = sorted(interval for own in set(self.owned) for interval in own)
+        return not self.is_uniform and any(after[0] < before[1] for before, after in pairwise(intervals))
+
+    @cached_property
     def is_exact(self) -> bool:
         """Every index is owned by one rank only."""
         return self.is_covering and sum(self.local_sizes) == self.size

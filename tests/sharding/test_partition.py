@@ -229,6 +229,12 @@ def test_kinds(partition: Partition, even: bool, exact: bool, regular: str) -> N
     assert (partition.is_blocks, partition.is_zigzag) == (regular == "blocks", regular == "zigzag")
 
 
+def test_ranks_that_share_some_of_their_indices_overlap() -> None:
+    assert Partition.of(8, [[(0, 5)], [(3, 8)]]).is_overlapping
+    shared = Partition.of(2, [[(0, 1)], [(0, 1)], [(1, 2)], [(1, 2)]])
+    assert not shared.is_overlapping and not Partition.blocks(8, 2).is_overlapping
+
+
 @fast
 @given(partitions())
 def test_is_exact_means_that_every_index_has_one_owner(partition: Partition) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sptransform.engine.strategy import Strategy
+from sptransform.strategies.megatron import MegatronSP
 from sptransform.strategies.ring import AllGatherKV, Ring
+from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
 from tests.support.equality import assert_equal_to_one_device, one_device, run_one_device
 from tests.support.graphs import assert_ranks_equal_one_device, run_once
@@ -62,6 +64,16 @@ def test_shapes_that_do_not_divide(length: int, batch: int, heads: tuple[int, in
     reference = run_one_device(model, inputs)
     asked = ON_FOUR[:-1] if length < 5 else ON_FOUR  # two mesh dims ask for two tokens on every rank of the first
     for ranks in on_pretended_ranks(model, inputs, asked).values():
+        for result in ranks.results():
+            assert_equal_to_one_device(reference, result, FLOAT64)
+
+
+@pytest.mark.parametrize(("num_heads", "num_key_heads"), tiered([(6, 3), (20, 5)], quick=[(6, 3)]))
+def test_ranks_with_equal_numbers_of_heads_may_share_a_key_head(num_heads: int, num_key_heads: int) -> None:
+    """Which of its key heads a query head reads then differs from rank to rank, though their shares are equal."""
+    model, inputs = build_shape(num_heads, num_key_heads, 1, 8, repeat=False, num_layers=1)
+    reference = run_one_device(model, inputs)
+    for ranks in on_pretended_ranks(model, inputs, [Asked(2, Ulysses()), Asked(2, MegatronSP())]).values():
         for result in ranks.results():
             assert_equal_to_one_device(reference, result, FLOAT64)
 
