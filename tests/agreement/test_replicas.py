@@ -98,6 +98,7 @@ def skips_a_step(rank: int, world_size: int, check: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["always", "first", "never"])
 def test_a_skipped_step_is_noticed_under_always(check: str) -> None:
     expected = "parameter 'tokens.weight' is not the same on all ranks"
