@@ -176,10 +176,9 @@ class Axes:
 
     def _torn(self) -> Iterator[Place]:
         """Where links lead from a sequence to what is several atoms, and ranks do not share the outermost of these."""
-        for link in self.links:
-            source, target = link.ends
+        for link, source, target in self._links():
             for one, other, place in ((source, target, link.places[1]), (target, source, link.places[0])):
-                if link.resize.links and len(other) > 1 and len(one) == 1 and one[0] in self._family:
+                if len(other) > 1 and len(one) == 1 and one[0] in self._family:
                     if self._derived(link, source, target) != self.partition(target[0]):
                         yield place
 

@@ -137,3 +137,17 @@ def test_a_hybrid_sends_no_more_for_its_state_spaces() -> None:
     short, long = (ranks_of("chunks attention", length, [asked])[1][asked] for length in (32, 128))
     grown = _sent(long, 2) - _sent(short, 2)
     assert set(grown) == {"send_recv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "grown"), [("mamba2", set()), ("bamba", {"all_to_all"})])
+def test_models_of_transformers_send_no_more_for_their_state_spaces(name: str, grown: set[str]) -> None:
+    """Labels that the loss shifts are no reason to gather what is divided in chunks."""
+    model = transformers.AutoModelForCausalLM.from_config(REAL[name]()).double()
+    found = []
+    for length in (64, 128):
+        ids = torch.randint(48, (2, length))
+        asked = Asked(4, "ulysses")
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        found.append(_sent(on_pretended_ranks(model, inputs, [asked])[asked], 1))
+    assert set(found[1] - found[0]) == grown
