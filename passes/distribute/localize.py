@@ -120,7 +120,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         group=context.mesh.group,
     )
     new = context.rules[node.target].localize(call, local)
-    if isinstance(new, list) and all(isinstance(each, fx.Node) for each in new):
+    if _is_of_results(new, node, call):
         _give_each(node, new)
         return
     if not isinstance(new, fx.Node):
@@ -138,6 +138,14 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
         keep_result(new)
     verifier.check_local_types(new)
     succeed(node, new)
+
+
+def _is_of_results(new: Any, node: fx.Node, call: OpCall) -> bool:
+    """Whether a form for shards returned a node for each of the results of ``node``."""
+    if not isinstance(new, list) or len(new) != len(call.result_shapes):
+        return False
+    is_taken = all(dataflow.projection(user) is not None for user in node.users)
+    return is_taken and all(isinstance(each, fx.Node) for each in new)
 
 
 def _give_each(node: fx.Node, results: list[fx.Node]) -> None:
