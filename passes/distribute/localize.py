@@ -140,7 +140,7 @@ def _localize(node: fx.Node, call: OpCall, context: Context) -> None:
     succeed(node, new)
 
 
-def _is_of_results(new: Any, node: fx.Node, call: OpCall) -> bool:
+def _is_of_results(new: object, node: fx.Node, call: OpCall) -> bool:
     """Whether a form for shards returned a node for each of the results of ``node``."""
     if not isinstance(new, list) or len(new) != len(call.result_shapes):
         return False

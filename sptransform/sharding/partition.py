@@ -164,7 +164,7 @@ class Partition:
 
     @cached_property
     def is_overlapping(self) -> bool:
-        """Some ranks share some of their indices, and not all: of two key heads each of two ranks has, one is shared."""
+        """Some ranks share some of their indices, and not all, as two ranks that have two of three key heads each."""
         intervals = sorted(interval for own in set(self.owned) for interval in own)
         return not self.is_uniform and any(after[0] < before[1] for before, after in pairwise(intervals))
 
