@@ -28,7 +28,8 @@ def functionalize(graph: fx.Graph) -> None:
     """Rewrite ``graph`` in place; a write into an input (a buffer) becomes one ``copy_`` at the end.
 
     A write that autograd does not see, under ``no_grad`` or through ``detach``, changes the value of what is written
-    and of all that shares its memory, but no gradient: ``sptransform.with_value``.
+    and of all that shares its memory, but no gradient: ``sptransform.with_value``. What a detached tensor is written
+    with is its own gradient, and that of no other tensor in its memory.
 
     Raises:
         CaptureError: an op writes through a view that cannot be written back, naming op and user line.
@@ -46,13 +47,13 @@ class _Functionalizer:
         self.base: dict[fx.Node, fx.Node] = {}  # view -> the node it is a view of
         self.version: dict[fx.Node, int] = {}  # root -> number of writes so far
         self.seen: dict[fx.Node, int] = {}  # view -> the version of its root that it reflects
+        self.own: dict[fx.Node, fx.Node] = {}  # detached view -> a node that has its gradient, if it has one
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
             if node.op == "output":
                 self._write_back_inputs(node)
             written = _written(node) if dataflow.writes(node) else None
-            hidden = self._conceal(written, node) if written is not None and self._is_hidden(node, written) else None
             self._note_alias(node)
             node.args = fx.map_arg(node.args, lambda x, at=node: self._read(x, at))
             node.kwargs = fx.map_arg(node.kwargs, lambda x, at=node: self._read(x, at))
@@ -61,30 +62,57 @@ class _Functionalizer:
             if torch.Tag.inplace_view in node.target.tags:
                 self._view_in_place(node, written)
             else:
-                self._write(node, written, hidden)
+                self._write(node, written)
 
-    def _is_hidden(self, node: fx.Node, target: fx.Node) -> bool:
-        """Whether autograd does not see this write into what has a gradient: it keeps that of the value before."""
-        if torch.Tag.inplace_view in node.target.tags:
-            return False
-        root = self._root(target)
-        if not notes.note(self.current.get(root, root)).differentiable:
-            return False
-        return not notes.region_of(node).grad_enabled or any(map(_detaches, self._chain(target)))
+    def _write(self, node: fx.Node, target: fx.Node) -> None:
+        self._set_as_seen(target, self._functional(node, target), node)
+        node.replace_all_uses_with(target)
+        self.graph.erase_node(node)
 
-    def _conceal(self, target: fx.Node, at: fx.Node) -> fx.Node:
-        """From here on, what shares memory with ``target`` has no gradient; returns its root, which has."""
+    def _set_as_seen(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
+        """Set ``target`` by an op ``at`` this place, with the gradients that autograd gives.
+
+        It sees the write up to where the chain of views is detached, and none under ``no_grad``.
+        """
+        root, top = self._root(target), None
+        if notes.region_of(at).grad_enabled:
+            top = next(filter(_detaches, reversed(self._chain(target, root))), root)
+        if top is root or not (notes.note(new).differentiable or self._has_gradients(root)):
+            self._set(target, new, at, root)
+        elif top is None:
+            self._set_hidden(target, new, at)
+        else:
+            self._set(target, new, at, top)
+            value = self.current[top]
+            self._set_hidden(top, self._detached(value, at), at)
+            self.current[top], self.seen[top] = value, self.version[root]
+            if notes.note(value).differentiable:
+                self.own[top] = value
+
+    def _has_gradients(self, root: fx.Node) -> bool:
+        """Whether something that shares memory with ``root`` has a gradient."""
+        is_owned = any(self._root(view) is root for view in self.own)
+        return is_owned or bool(notes.note(self.current.get(root, root)).differentiable)
+
+    def _set_hidden(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
+        """Set ``target``; all that shares its memory keeps the gradient that it has, or has none."""
         root = self._root(target)
         before = self.current.get(root, root)
-        self._renew(root, self._emit(at, aten.detach.default, before))
-        notes.note(self.current[root]).differentiable = False
-        return before
+        self._renew(root, self._detached(before, at))
+        self._set(target, new, at, root)
+        value = self._detached(self.current[root], at)
+        self._renew(root, self._with_value(before, value, at) if notes.note(before).differentiable else value)
 
-    def _reveal(self, target: fx.Node, before: fx.Node, at: fx.Node) -> None:
-        """Give the root of ``target`` the gradient of ``before`` again, and with it all that is a view of it."""
-        root = self._root(target)
+    def _with_value(self, x: fx.Node, value: fx.Node, at: fx.Node) -> fx.Node:
         with self._grad_mode(True, at):
-            self._renew(root, emit_like(at, torch.ops.sptransform.with_value.default, before, self.current[root]))
+            return emit_like(at, torch.ops.sptransform.with_value.default, x, value)
+
+    def _detached(self, x: fx.Node, at: fx.Node) -> fx.Node:
+        if not notes.note(x).differentiable:
+            return x
+        detached = self._emit(at, aten.detach.default, x)
+        notes.note(detached).differentiable = False
+        return detached
 
     @contextmanager
     def _grad_mode(self, enabled: bool, at: fx.Node) -> Iterator[None]:
@@ -113,10 +141,10 @@ class _Functionalizer:
         base = self.base[view]
         return base if dataflow.projection(view) is None else self.base[base]
 
-    def _chain(self, view: fx.Node) -> list[fx.Node]:
-        """The ops that make ``view`` of its root, first one first."""
+    def _chain(self, view: fx.Node, root: fx.Node) -> list[fx.Node]:
+        """The ops that make ``view`` of ``root``, first one first."""
         chain = []
-        while view in self.base:
+        while view is not root:
             chain.append(view)
             view = self.base[view]
         return chain[::-1]
@@ -140,10 +168,14 @@ class _Functionalizer:
             root = self._root(node)
             if self.seen.get(node, 0) != self.version.get(root, 0):
                 source = self._laid_out_for(node, self._read(self.base[node], at), at)
-                with self.graph.inserting_before(at):
-                    fresh = self.graph.node_copy(node, lambda x: source if x is node.all_input_nodes[0] else x)
+                is_differentiable = bool(notes.note(source).differentiable) and not _detaches(node)
+                with self._grad_mode(is_differentiable or notes.region_of(at).grad_enabled, at):
+                    with self.graph.inserting_before(at):
+                        fresh = self.graph.node_copy(node, lambda x: source if x is node.all_input_nodes[0] else x)
                 notes.fork(node, fresh)
-                notes.note(fresh).differentiable = notes.note(source).differentiable and not _detaches(node)
+                notes.note(fresh).differentiable = is_differentiable
+                if node in self.own:
+                    fresh = self._with_value(self.own[node], fresh, at)
                 self.current[node] = fresh
                 self.seen[node] = self.version[root]
         return self.current.get(node, node)
@@ -158,13 +190,6 @@ class _Functionalizer:
         if not _is_laid_out(source, before):
             raise _not_written_back(view, at)
         return source
-
-    def _write(self, node: fx.Node, target: fx.Node, hidden: fx.Node | None) -> None:
-        self._set(target, self._functional(node, target), node)
-        if hidden is not None:
-            self._reveal(target, hidden, node)
-        node.replace_all_uses_with(target)
-        self.graph.erase_node(node)
 
     def _view_in_place(self, node: fx.Node, target: fx.Node) -> None:
         """``x.t_()`` writes nothing: from here on, x is a view of what it was."""
@@ -197,13 +222,14 @@ class _Functionalizer:
         notes.note(node).differentiable &= notes.region_of(node).grad_enabled
         return node
 
-    def _set(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
-        """Make ``new`` the current value of ``target``, and write it into every base that ``target`` is a view of."""
-        root = self._root(target)
+    def _set(self, target: fx.Node, new: fx.Node, at: fx.Node, root: fx.Node) -> None:
+        """Make ``new`` the current value of ``target``, and write it into every base up to ``root``."""
         views = [target] if target is not root else []
         while views and (base := self._base_of(views[-1])) is not root:
             views.append(base)
-        self.version[root] = version = self.version.get(root, 0) + 1
+        memory = self._root(target)
+        self._read(root, at)  # it may be a view itself
+        self.version[memory] = self.seen[root] = version = self.version.get(memory, 0) + 1
         if views:
             self.current[target], self.seen[target] = new, version
 
@@ -221,11 +247,11 @@ class _Functionalizer:
         else:
             self.current[root] = value
             return
-        chain = self._chain(target)
+        chain = self._chain(target, root)
         if (view := why_not_by_number(chain, root)) is not None:
             raise _not_written_back(view, at)
         self.current[root] = written_by_number(chain, root, self.current.get(root, root), new, emit)
-        self.version[root] = self.seen[target] = version + 1  # what was noted of views between them is void
+        self.version[memory] = self.seen[root] = self.seen[target] = version + 1  # what was noted of views between them is void
 
     def _write_back_inputs(self, output: fx.Node) -> None:
         for node in [n for n in self.graph.nodes if n.op == "placeholder" and self.version.get(n)]:

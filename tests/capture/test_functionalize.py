@@ -340,7 +340,46 @@ def leaf_scaled_under_no_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return x.sin() * v
 
 
+def detached_gets_its_own_gradient(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What is written into it has a gradient, which the tensor that it was detached from has not."""
+    h = x * 2
+    d = h.detach()
+    d += v
+    h.mul_(v)
+    d[:, :2].mul_(v[:2])
+    return h.sin() + d.cos()
+
+
+def detached_within_detached(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    rows = h[1:].detach()
+    column = rows[:, 2].detach()
+    column.mul_(v[:2])
+    rows.mul_(v)
+    with torch.no_grad():
+        column.add_(1.0)
+    column.add_(v[2:])
+    return h.sin() + rows.sum(0) + column.cos().sum()
+
+
+def without_gradient_written_through_data(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = torch.ones_like(x)
+    part = h.data[1:]
+    part.mul_(v)
+    return h * x + part.sum(0)
+
+
+def stale_view_read_under_no_grad(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x * 2
+    row = h[0]
+    h.mul_(v)
+    with torch.no_grad():
+        mean = row.mean()
+    return row * mean
+
+
 HIDDEN = [
+    detached_gets_its_own_gradient,
     written_through_detach,
     written_through_a_piece_of_data,
     scaled_under_no_grad,
@@ -348,6 +387,9 @@ HIDDEN = [
     written_by_value_then_hidden,
     leaf_clamped,
     leaf_scaled_under_no_grad,
+    detached_within_detached,
+    without_gradient_written_through_data,
+    stale_view_read_under_no_grad,
 ]
 
 PROGRAMS = [
@@ -402,7 +444,7 @@ def both(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> tuple[Run, Run
 
 @pytest.mark.parametrize(
     "program",
-    tiered(PROGRAMS, quick=[each for each in PROGRAMS if each not in HIDDEN[2:]]),
+    tiered(PROGRAMS, quick=[each for each in PROGRAMS if each not in HIDDEN[3:]]),
     ids=lambda program: program.__name__,
 )
 def test_values_and_gradients(program: Function) -> None:
