@@ -169,9 +169,9 @@ class _Functionalizer:
             if self.seen.get(node, 0) != self.version.get(root, 0):
                 source = self._laid_out_for(node, self._read(self.base[node], at), at)
                 is_differentiable = bool(notes.note(source).differentiable) and not _detaches(node)
-                with self._grad_mode(is_differentiable or notes.region_of(at).grad_enabled, at):
-                    with self.graph.inserting_before(at):
-                        fresh = self.graph.node_copy(node, lambda x: source if x is node.all_input_nodes[0] else x)
+                is_recorded = is_differentiable or notes.region_of(at).grad_enabled
+                with self._grad_mode(is_recorded, at), self.graph.inserting_before(at):
+                    fresh = self.graph.node_copy(node, lambda x: source if x is node.all_input_nodes[0] else x)
                 notes.fork(node, fresh)
                 notes.note(fresh).differentiable = is_differentiable
                 if node in self.own:
@@ -251,7 +251,8 @@ class _Functionalizer:
         if (view := why_not_by_number(chain, root)) is not None:
             raise _not_written_back(view, at)
         self.current[root] = written_by_number(chain, root, self.current.get(root, root), new, emit)
-        self.version[memory] = self.seen[root] = self.seen[target] = version + 1  # what was noted of views between them is void
+        # what was noted of views between them is void
+        self.version[memory] = self.seen[root] = self.seen[target] = version + 1
 
     def _write_back_inputs(self, output: fx.Node) -> None:
         for node in [n for n in self.graph.nodes if n.op == "placeholder" and self.version.get(n)]:

@@ -305,7 +305,7 @@ def drawn(max_examples: int) -> Callable[[Callable[..., None]], Callable[[], Non
     return lambda test: asked(given(_models())(test))
 
 
-@drawn(6)
+@drawn(4)
 def test_random_models_equal_one_device(drawn: Drawn) -> None:
     check(*drawn)
 

@@ -538,6 +538,7 @@ def test_a_model_that_computes_with_its_mask_is_told() -> None:
             use()
 
 
+@pytest.mark.slow
 def test_without_transformers_nothing_happens() -> None:
     """Nor does the library import it, which is slow, by itself."""
     code = (

@@ -283,6 +283,7 @@ def test_probabilities_that_are_read_too_stay_open(is_read: bool) -> None:
     assert bool(explanation.gathered) == is_read
 
 
+@pytest.mark.slow
 def test_lengths_stay_open() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.5).softmax(-1) @ v
