@@ -94,7 +94,8 @@ def _mean_local(call: OpCall, local: Local) -> Any:
         return local.run(call)
     windows = _windows(call)
     divisor = call.argument("divisor_override")
-    counts = divisor is None and not call.argument("count_include_pad") and any(w.before or w.after for w in windows)
+    are_partial = any(w.before or w.after or _reads_beyond(w) for w in windows)
+    counts = divisor is None and not call.argument("count_include_pad") and are_partial
 
     def summed(x: Any, padding: list[int], divisor: int) -> Any:
         args, kwargs = local.arguments(call, padding=padding, divisor_override=divisor)

@@ -23,6 +23,7 @@ CASES = [
     # windows beyond the padding count less
     case(aten.avg_pool2d.default, randn(2, 6, 7), [3], [2], [0], True, True, factors="d0"),
     case(aten.avg_pool2d.default, randn(2, 6, 7), [3], [2], [1], True, False, factors="d0 i0 i1"),
+    case(aten.avg_pool2d.default, randn(2, 6, 7), [3], [2], [0], True, False, factors="d0 i0 i1"),
     case(aten.avg_pool3d.default, randn(2, 4, 6, 4), [2], factors="d0 i0 i1 i2"),
     case(aten.avg_pool3d.default, randn(2, 4, 3, 4), [3], [1], [1], factors="d0 i0 i1 i2"),
     case(aten.max_pool1d.default, randn(2, 3, 7), [3], [2], [1], factors="d0 d1 i0"),
