@@ -22,7 +22,8 @@ after, no tensor has both dimensions; the mask of each block of scores is comput
    stays an operand; where queries and keys are not cut it stays the mask that it is.
 4. A program's operands have gradients (``ops/mask_gradients.py``), a learned table of a bias by distance for one. An op
    on their way that passes none is refused; where queries and keys are not cut, the mask is left.
-5. Attention is left alone if its layout has no rule, or if it has one query.
+5. A negative scale is one of queries: kernels hide keys before they scale, and would show those alone.
+6. Attention is left alone if its layout has no rule, or if it has one query.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from sptransform.diagnostics.errors import UsageError, describe
@@ -42,6 +44,8 @@ from sptransform.masks.bands import Band
 from sptransform.masks.mask_read import MaskRead, emit_attention
 from sptransform.masks.reader import MaskReader, cast_of
 from sptransform.op_rules.attention import ATTENTION, mask_of, sinks_of, softcap_of
+
+aten = torch.ops.aten
 
 _LENGTH = 2
 
@@ -56,6 +60,7 @@ class AttendByPosition(Pass):
         reader = MaskReader.of(nodes, context.rules)
         for node in nodes:
             mask = mask_of(node)
+            _scale_positively(node)
             if context.strategy.reads_masks or _is_extended(node):
                 read = MaskRead() if mask is None else reader.read(node, mask, cast_of(node, mask))
                 if read.blocking is None or context.strategy.reads_masks:
@@ -69,6 +74,13 @@ class AttendByPosition(Pass):
                 elif not read.is_square and read.blocking is None:
                     _by_position(node, read, band)
         graph.eliminate_dead_code()
+
+
+def _scale_positively(node: fx.Node) -> None:
+    scale = op_call(node).argument("scale")
+    if scale is not None and scale < 0:
+        node.update_arg(0, emit_like(node, aten.neg.default, node.args[0]))
+        node.update_kwarg("scale", -scale)
 
 
 def _is_extended(node: fx.Node) -> bool:

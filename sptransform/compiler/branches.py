@@ -76,6 +76,8 @@ def _whatever_is_drawn(condition: Any) -> bool | None:
     drawn = [x for x in node.args if isinstance(x, fx.Node)]
     if len(drawn) != 1 or drawn[0].target is not torch.rand:
         return None
+    if any(reader.target not in _COMPARISONS for reader in drawn[0].users):
+        return None  # it may have been written since
     least, most = (node.target(*(end if x is drawn[0] else x for x in node.args)) for end in (0.0, _BELOW_1))
     return least if least == most else None
 

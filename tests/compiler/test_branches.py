@@ -114,7 +114,19 @@ def drops(x: Tensor) -> Tensor:
     return x * 2 if torch.rand([]) < 0.5 else x * 3
 
 
-GOING_ON = [caught, suppressed, either, drops]
+def drawn_and_written(x: Tensor) -> Tensor:
+    drawn = torch.rand([])
+    drawn.add_(5.0)
+    return x * 2 if drawn < 1.0 else x * 3
+
+
+def drawn_and_written_through_a_view(x: Tensor) -> Tensor:
+    drawn = torch.rand(1)
+    drawn.view([]).fill_(5.0)
+    return x * 2 if drawn < 1.0 else x * 3
+
+
+GOING_ON = [caught, suppressed, either, drops, drawn_and_written, drawn_and_written_through_a_view]
 
 
 @pytest.mark.parametrize("program", tiered(GOING_ON, quick=[caught]), ids=lambda program: program.__name__)
