@@ -62,4 +62,6 @@ def joined_var(
 def joined_std(
     x: Tensor, dims: list[int], keepdim: bool, count: int, correction: float, num_ranks: int, group_name: str
 ) -> Tensor:
-    return joined_var(x, dims, keepdim, count, correction, num_ranks, group_name).sqrt()
+    var = joined_var(x, dims, keepdim, count, correction, num_ranks, group_name)
+    is_zero = var == 0  # the gradient of what is constant is zero, as torch has it, not that of the root
+    return var.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
