@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 
 from sptransform.capture.flat import flat_graph
-from sptransform.capture.functionalize import storages
+from sptransform.capture.saved_values import storages
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow
 from sptransform.graph.body_graphs import BodyGraph

@@ -16,6 +16,7 @@ from torch import fx
 # Private: the call that switches grad mode in a traced graph; torch has no public name for it.
 from torch._C import _set_grad_enabled
 
+from sptransform.capture.saved_values import keeper_of, storages
 from sptransform.capture.written_views import is_view_op, scattered, why_not_by_number, written_by_number
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow, notes
@@ -65,12 +66,13 @@ class _Functionalizer:
                 self._write(node, written)
 
     def _write(self, node: fx.Node, target: fx.Node) -> None:
-        self._set_as_seen(target, self._functional(node, target), node)
+        last = node.prev  # of what ran before
+        self._set_as_seen(target, self._functional(node, target), node, last)
         node.replace_all_uses_with(target)
         self.graph.erase_node(node)
 
-    def _set_as_seen(self, target: fx.Node, new: fx.Node, at: fx.Node) -> None:
-        """Set ``target`` by an op ``at`` this place, with the gradients that autograd gives.
+    def _set_as_seen(self, target: fx.Node, new: fx.Node, at: fx.Node, last: fx.Node) -> None:
+        """Set ``target`` by an op ``at`` this place, with the gradients that autograd gives; ``last`` ran before it.
 
         It sees the write up to where the chain of views is detached, and none under ``no_grad``.
         """
@@ -79,7 +81,11 @@ class _Functionalizer:
             top = next(filter(_detaches, reversed(self._chain(target, root))), root)
         if top is root or not (notes.note(new).differentiable or self._has_gradients(root)):
             self._set(target, new, at, root)
-        elif top is None:
+            return
+        before = self.current.get(root, root)
+        if notes.note(before).differentiable and (keeper := keeper_of(before, last)) is not None:
+            raise _kept(keeper, at)
+        if top is None:
             self._set_hidden(target, new, at)
         else:
             self._set(target, new, at, top)
@@ -266,10 +272,6 @@ class _Functionalizer:
             notes.note(copy).differentiable = False
 
 
-def storages(node: fx.Node) -> set[int]:
-    return {value.untyped_storage()._cdata for value in dataflow.values(node)}
-
-
 def _detaches(view: fx.Node) -> bool:
     """Whether autograd does not see what is written into the view."""
     return view.target is aten.detach.default or not notes.region_of(view).grad_enabled
@@ -318,6 +320,17 @@ def _takes(arguments: Sequence[Any], read: Sequence[Any]) -> bool:
 def _no_form(node: fx.Node) -> CaptureError:
     message = "an op writes in place and has no out-of-place form"
     return CaptureError(describe(message, node=node, fix="write out of place there"))
+
+
+def _kept(keeper: fx.Node, at: fx.Node) -> CaptureError:
+    return CaptureError(
+        describe(
+            "an op writes, where autograd does not see it, into a tensor that a backward reads",
+            node=at,
+            found=f"%{keeper.name}, whose backward would read what is written",
+            fix="write before the tensor is read, or into a clone of it",
+        )
+    )
 
 
 def _into_a_part(parameter: fx.Node) -> CaptureError:

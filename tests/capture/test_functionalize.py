@@ -589,6 +589,33 @@ def test_a_write_through_a_view_that_cannot_be_written_back(golden: Golden) -> N
     golden.check("errors_view_not_written_back", message=str(caught.value))
 
 
+def kept_by_a_product(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = x + v
+    y = h * h
+    h.data.mul_(2.0)
+    return y
+
+
+def kept_through_a_view(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    y = x.t()[1:].sin()
+    x.data.clamp_(-0.1, 0.1)
+    return y
+
+
+def kept_by_what_made_it(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h = (x * v).exp()
+    h.data[0].zero_()
+    return h
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [kept_by_a_product, kept_through_a_view, kept_by_what_made_it])
+def test_a_hidden_write_into_what_a_backward_reads(program: Function) -> None:
+    """One device's backward reads what was written since, and says nothing if it was written through ``data``."""
+    with pytest.raises(CaptureError, match="that a backward reads"):
+        captured(program, *an_input())
+
+
 def test_pieces_of_a_split_are_read_anew() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         h = x * 2
