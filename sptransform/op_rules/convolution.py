@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sptransform.op_rules.windows import Along, has_halo, is_nothing, nothing, run_on_rows, windows_of
+from sptransform.op_rules.windows import Along, each, has_halo, is_nothing, nothing, run_on_rows, windows_of
 from sptransform.rules.factors import dim_of
 from sptransform.rules.rule import OpCall, OpRule
 from sptransform.rules.table import Local, OpEntry
@@ -81,7 +81,54 @@ _PLAIN = {
     aten.conv3d.padding: aten.conv3d.default,
 }
 
+
+def transposed(call: OpCall) -> OpRule | None:
+    """Of each row a block of rows; with a bias the contracted channels stay whole. None where blocks overlap."""
+    shape, weight = call.operand_shapes[:2]
+    has_bias, kernel = call.operand("bias") is not None, weight[2:]
+    stride, padding, extra, dilation = (
+        each(call.argument(name), len(kernel)) for name in ("stride", "padding", "output_padding", "dilation")
+    )
+    if stride != [*kernel] or any((*padding, *extra)) or set(dilation) != {1}:
+        return None
+    groups = call.argument("groups")
+    sizes: dict[str, Size] = {"groups": groups, "in": weight[0] // groups, "out": weight[1]}
+    sizes |= {f"i{d}": size for d, size in enumerate(shape[-len(kernel) :])}
+    sizes |= {f"k{d}": size for d, size in enumerate(kernel)}
+    batch = [("batch",)] if len(shape) == len(weight) else []
+    sizes |= {"batch": shape[0]} if batch else {}
+    rows, kernels = ([(f"{name}{d}",) for d in range(len(kernel))] for name in "ik")
+    channels, made = ("groups", "in"), ("groups", "out")
+    blocks = [(*row, *block) for row, block in zip(rows, kernels, strict=True)]
+    operands = [[*batch, channels, *rows], [channels, ("out",), *kernels], [made]][: 2 + has_bias]
+    *operands, result = (
+        tuple(_named(sizes, *names) for names in dims) for dims in (*operands, [*batch, made, *blocks])
+    )
+    sizes = {name: size for name, size in sizes.items() if size != 1}
+    contracted = frozenset({"in"}) & set(sizes)
+    whole = frozenset(f"k{d}" for d in range(len(kernel))) & set(sizes)
+    return OpRule(
+        tuple(operands),
+        (result,),
+        sizes,
+        replicated=whole | (contracted if has_bias else frozenset()),
+        reduce=frozenset() if has_bias else contracted,
+        linear=() if has_bias else (frozenset({0}), frozenset({1})),
+        heavy=True,
+    )
+
+
+def _transposed_local(call: OpCall, local: Local) -> Any:
+    if is_nothing(local):
+        return nothing(local)
+    if local.decision.factor != "groups":
+        return local.run(call)
+    of_group = call.operand_shapes[1][0] // call.argument("groups")
+    return local.run(call, groups=local.operand_shapes[1][0] // of_group)
+
+
 _CONVOLUTION = OpEntry(convolution, _convolution_local)
+_TRANSPOSED = OpEntry(transposed, _transposed_local)
 
 TABLE: list[tuple[Any, OpEntry]] = [
     (aten.conv1d.default, _CONVOLUTION),
@@ -90,5 +137,8 @@ TABLE: list[tuple[Any, OpEntry]] = [
     (aten.conv2d.padding, _CONVOLUTION),
     (aten.conv3d.default, _CONVOLUTION),
     (aten.conv3d.padding, _CONVOLUTION),
+    (aten.conv_transpose1d.default, _TRANSPOSED),
+    (aten.conv_transpose2d.input, _TRANSPOSED),
+    (aten.conv_transpose3d.input, _TRANSPOSED),
     (aten.convolution.default, _CONVOLUTION),
 ]

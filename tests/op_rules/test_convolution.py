@@ -34,10 +34,24 @@ CASES = [
         aten.convolution.default, randn(2, 4, 9), randn(4, 1, 3), randn(4), [1], [2], [1], False, [0], 4,
         factors="batch groups i0",
     ),
+    case(aten.conv_transpose1d.default, randn(2, 6, 5), randn(6, 2, 3), None, [3], factors="batch in out i0"),
+    case(aten.conv_transpose1d.default, randn(6, 5), randn(6, 1, 2), randn(3), [2], [0], [0], 3, factors="groups i0"),
+    case(
+        aten.conv_transpose2d.input, randn(2, 3, 4, 5), randn(3, 4, 2, 1), randn(4), [2, 1], factors="batch out i0 i1"
+    ),
+    case(
+        aten.conv_transpose2d.input, randn(2, 4, 1, 5), randn(4, 3, 2, 2), None, [2], [0], [0], 2,
+        factors="batch groups in out i1",
+    ),
+    case(aten.conv_transpose3d.input, randn(2, 3, 2, 3), randn(2, 1, 2, 2, 2), None, [2], factors="in i0 i1 i2"),
 ]
 
 NO_RULE = [
     case(aten.convolution.default, randn(2, 4, 9), randn(4, 1, 3), None, [1], [2], [1], True, [0], 4),
+    # blocks that overlap, of which borders are cut, or that are apart
+    case(aten.conv_transpose1d.default, randn(2, 4, 9), randn(4, 2, 3), None, [2]),
+    case(aten.conv_transpose1d.default, randn(2, 4, 9), randn(4, 2, 2), None, [2], [1]),
+    case(aten.conv_transpose1d.default, randn(2, 4, 9), randn(4, 2, 2), None, [3]),
 ]
 
 
