@@ -79,13 +79,14 @@ class _Functionalizer:
         root, top = self._root(target), None
         if notes.region_of(at).grad_enabled:
             top = next(filter(_detaches, reversed(self._chain(target, root))), root)
-        if top is root or not (notes.note(new).differentiable or self._has_gradients(root)):
+        has_gradients = self._has_gradients(root)
+        if top is not root and (has_gradients or top is not None):
+            keeper = keeper_of(self.current.get(root, root), last)
+            if keeper is not None:
+                raise _kept(keeper, at)
+        if top is root or not (notes.note(new).differentiable or has_gradients):
             self._set(target, new, at, root)
-            return
-        before = self.current.get(root, root)
-        if notes.note(before).differentiable and (keeper := keeper_of(before, last)) is not None:
-            raise _kept(keeper, at)
-        if top is None:
+        elif top is None:
             self._set_hidden(target, new, at)
         else:
             self._set(target, new, at, top)
@@ -270,6 +271,31 @@ class _Functionalizer:
                 copy = self.graph.call_function(aten.copy_.default, (node, self.current[node]))
             copy.meta["val"] = dataflow.value(node)
             notes.note(copy).differentiable = False
+            if _has_gradients_after(node):
+                self._keep(node, copy)
+
+    def _keep(self, written: fx.Node, copy: fx.Node) -> None:
+        """Let the backward have what an input held before ``copy`` writes it."""
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        kept = emit_like(first, torch.ops.sptransform.before_write.default, written)
+        for user in list(written.users):
+            # `with_value` reads nothing but the gradient; what is returned is what was written
+            is_value = user.op != "output" and user.target is not torch.ops.sptransform.with_value.default
+            if is_value and user not in (kept, copy):
+                user.replace_input_with(written, kept)
+
+
+def _has_gradients_after(node: fx.Node) -> bool:
+    """Whether something is computed from the node that a backward goes through, and may read."""
+    waiting, found = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if notes.note(user).differentiable and notes.region_of(user).grad_enabled and not dataflow.writes(user):
+                return True
+            if user not in found:
+                found.add(user)
+                waiting.append(user)
+    return False
 
 
 def _detaches(view: fx.Node) -> bool:

@@ -15,16 +15,29 @@ from sptransform.rules.rule import map_nodes
 def keeper_of(tensor: fx.Node, last: fx.Node) -> fx.Node | None:
     """An op up to ``last`` whose backward reads ``tensor``, or a view of it; None if there is none."""
     views, memory = [tensor], storages(tensor)
-    if tensor.op == "call_function" and memory & _kept(tensor):
+    if tensor.op == "call_function" and memory & _kept(tensor) and _is_reached(tensor):
         return tensor  # its own result, as of `exp`
     for view in views:
         for user in view.users:
             if user <= last and user.op == "call_function" and user not in views:
                 if memory & storages(user):
                     views.append(user)
-                elif memory & _kept(user):
+                elif memory & _kept(user) and _is_reached(user):
                     return user
     return None
+
+
+def _is_reached(node: fx.Node) -> bool:
+    """Whether a backward comes to the node: not if nothing but what has no gradient is computed from it."""
+    waiting, found = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output" or dataflow.writes(user):
+                return True
+            if notes.note(user).differentiable and user not in found:
+                found.add(user)
+                waiting.append(user)
+    return False
 
 
 def storages(node: fx.Node) -> set[int]:

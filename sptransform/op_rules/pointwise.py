@@ -109,6 +109,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.where.Scalar, pointwise()),
     (aten.where.ScalarOther, pointwise()),
     (aten.where.ScalarSelf, pointwise()),
+    (torch.ops.sptransform.before_write.default, pointwise(LINEAR)),
     (torch.ops.sptransform.normalized.default, pointwise()),
     (torch.ops.sptransform.with_value.default, pointwise()),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sptransform.ops import (
     attention,
     autograd_function,
+    before_write,
     dropout_mask,
     grouped_product,
     joined_moments,
@@ -24,6 +25,7 @@ from sptransform.ops import (
 __all__ = [
     "attention",
     "autograd_function",
+    "before_write",
     "dropout_mask",
     "grouped_product",
     "joined_moments",

@@ -89,6 +89,7 @@ CASES = [
     case(aten.type_as.default, randn(4, 6), integers(3, 6)),
     case(aten.type_as.default, randn(4, 6), randn().float()),
     case(aten.type_as.default, randn(6), randn(2, 3, 4).float(), factors=".1"),
+    case(torch.ops.sptransform.before_write.default, randn(4, 6)),
     case(torch.ops.sptransform.with_value.default, randn(4, 6), randn(4, 6).cos()),
 ]
 
