@@ -87,7 +87,10 @@ def of_line(line: str) -> Record:
 
 
 def read(file: Path) -> list[Record]:
-    """The records of a file, the last of those with one key; a line that was cut off by an interruption is left out."""
+    """The records of a file, the last of those with one key; a line that was cut off by an interruption is left out.
+
+    Whether an architecture was built is what its last record says.
+    """
     found: dict[tuple[object, ...], Record] = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -96,7 +99,8 @@ def read(file: Path) -> list[Record]:
             continue
         found.pop(record.key, None)
         found[record.key] = record
-    return list(found.values())
+    is_built = {record.architecture: record.status is not Status.NOT_BUILT for record in found.values()}
+    return [x for x in found.values() if is_built[x.architecture] == (x.status is not Status.NOT_BUILT)]
 
 
 def append(file: Path, records: Iterable[Record]) -> None:
