@@ -37,7 +37,7 @@ from tests.support.tiny import AttentionWithLoss, token_inputs
 
 pytestmark = pytest.mark.timeout(180)
 
-SEEDS, QUICK, NUM_SOFT = range(10), (0, 6), 4
+SEEDS, QUICK, NUM_SOFT = range(10), (0, 3, 6), 4
 CHECK_TIMEOUT = 4.0  # of ranks that wait for one that does not come; more than their compiles differ by
 NAMED_WITHIN = 5.0  # seconds after a rank was killed
 TOGETHER_WITHIN = 10.0  # seconds between the first and the last rank's error: the last may have to compile first

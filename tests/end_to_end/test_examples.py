@@ -25,7 +25,11 @@ EXAMPLES = ROOT / "examples"
     ("name", "said"),
     [
         ("own_pass.py", ["without the pass False, with it True", "> ForgetGathers:", "is not placed as its consumer"]),
-        ("own_rule.py", ["without the rule: 1 fallback", "with it: 0 fallbacks", "ok: losses differ"]),
+        pytest.param(
+            "own_rule.py",
+            ["without the rule: 1 fallback", "with it: 0 fallbacks", "ok: losses differ"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_example(name: str, said: list[str]) -> None:

@@ -62,7 +62,6 @@ CASES = [(model, inputs, strategy) for model, inputs in PAIRS for strategy in ST
 QUICK = [
     ("gpt_oss", "packed", "ring"),
     ("gemma2", "packed", "ulysses"),
-    ("deepseek_v3", "packed", "megatron"),
     ("mistral", "packed_and_padded", "allgather"),
     ("mistral", "lengths", "ring"),
 ]

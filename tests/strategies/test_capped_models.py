@@ -77,6 +77,7 @@ def assert_exact(model: nn.Module, reference: Result) -> None:
             assert_equal_to_one_device(reference, result, FLOAT32_PARTS)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_softcap_is_exact() -> None:
     model = made(gemma)
     reference = run_one_device(model, inputs())
