@@ -1,8 +1,8 @@
 """Numbers that tell whether ranks hold the same tensor, read without waiting for a GPU.
 
 Integers, and whatever is compared bit by bit, become one sum of 64-bit words times odd weights, modulo 2**64: a changed
-word changes it, and so does another order. Floating point inputs may differ by rounding, for what makes
-them may not be deterministic; of these a few entries are taken as they are.
+word changes it, and so does another order. Floating point inputs may differ by rounding, for what makes them may not be
+deterministic; of these a few entries are taken as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ class Reading:
 
     @staticmethod
     def of(exact: Sequence[Tensor], sampled: Sequence[Tensor]) -> Reading:
-        """Start copying the numbers, which are on one device."""
-        one = torch.stack(list(exact)) if exact else torch.empty(0, dtype=torch.int64)
-        many = torch.stack(list(sampled)) if sampled else torch.empty(0, NUM_SAMPLES, dtype=torch.float64)
-        device = next((x.device for x in (*exact, *sampled) if x.device.type != "cpu"), None)
-        if device is None:
+        """Start copying the numbers, which are on the host and on one other device."""
+        cpu = torch.device("cpu")
+        device = next((x.device for x in (*exact, *sampled) if x.device != cpu), cpu)
+        one, many = torch.empty(0, dtype=torch.int64), torch.empty(0, NUM_SAMPLES, dtype=torch.float64)
+        if exact:
+            one = torch.stack([x.to(device) for x in exact])
+        if sampled:
+            many = torch.stack([x.to(device) for x in sampled])
+        if device == cpu:
             return Reading(one, many, None)
         one, many = one.to("cpu", non_blocking=True), many.to("cpu", non_blocking=True)
         ready = torch.Event(device)

@@ -97,7 +97,7 @@ class Replicas:
                     self._held.append((index, "parameter" if note.is_parameter else "buffer", str(note.input_name)))
                 else:
                     self._given.append((index, str(note.input_name)))
-        self._draws_on = next((dataflow.value(node).device for node in graph.nodes if _draws(node)), None)
+        self._draws_on = next((dataflow.values(node)[0].device for node in graph.nodes if _draws(node)), None)
         self._is_first = True
         self.whole: WholeParameters | None = None
         self._earlier: list[tuple[list[str], list[str], Reading]] = []
