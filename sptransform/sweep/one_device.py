@@ -71,6 +71,8 @@ def built(architecture: Architecture) -> Built:
             return _built(architecture, form)
         except NotBuilt as error:
             reasons.append(error.args)
+        except TimeoutError as error:  # no other form is smaller
+            raise NotBuilt(2, said(error)) from error
     torch.set_default_dtype(torch.float64)
     raise NotBuilt(*max(reasons, key=lambda reason: reason[0]))
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import itertools
 import re
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 # of one search: attempts, seconds of processor time; and entries of a tensor
 MOST, SECONDS, MOST_ENTRIES = 300, 10.0, 1 << 20
+LONGEST = 60.0  # seconds of one attempt
 # what an error says of the size that there is, and of the one that is wanted; and of the numbers of dimensions
 _SIZES = [
     re.compile(pattern)
@@ -45,6 +48,20 @@ class NothingRuns(Exception):
     """No inputs do; its cause is the error of the attempt that came furthest, if there was one."""
 
 
+@contextmanager
+def _not_too_long() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"one step on one device takes longer than {LONGEST:g} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 class Search(Generic[Found]):
     """One search for inputs that ``run`` takes."""
 
@@ -62,6 +79,7 @@ class Search(Generic[Found]):
 
         Raises:
             NothingRuns: there are none.
+            TimeoutError: an attempt took longer than ``LONGEST`` seconds of processor time.
         """
         start = time.process_time()
         for place in itertools.islice(self._places(), MOST):
@@ -69,7 +87,10 @@ class Search(Generic[Found]):
                 break
             self._tried.add(place)
             try:
-                return self._run(self._inputs(place))
+                with _not_too_long():
+                    return self._run(self._inputs(place))
+            except TimeoutError:
+                raise
             except Exception as error:
                 self._learn(place, error)
         raise NothingRuns from self._error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sptransform.sweep import search
 from sptransform.sweep.search import MOST, NothingRuns, Search
 
 
@@ -63,3 +64,14 @@ def test_the_reason_is_that_of_the_attempt_that_came_furthest() -> None:
     with pytest.raises(NothingRuns) as caught:
         Search({"x": [0, 1, 2]}, run).found()
     assert str(caught.value.__cause__) == "far"
+
+
+def test_an_attempt_that_takes_too_long_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LONGEST", 0.05)
+
+    def run(inputs: dict[str, Any]) -> None:
+        while True:
+            torch.ones(8).sum()
+
+    with pytest.raises(TimeoutError, match="longer than"):
+        Search({"x": [torch.ones(2)]}, run).found()
