@@ -72,7 +72,8 @@ def _counts(records: list[Record], strategies: list[str]) -> Iterator[str]:
             cells = (len(found), statuses[Status.EXACT], natural, gathering, *rest)
             yield f"| {family} | {strategy} | " + " | ".join(map(str, cells)) + " |"
     number = len({record.architecture for record in records if record.status is Status.NOT_BUILT})
-    ranks = ", ".join(map(str, sorted({record.ranks for record in records if record.ranks})))
+    on = Counter(ranks for _, ranks in {(record.architecture, record.ranks) for record in records if record.ranks})
+    ranks = ", ".join(f"{ranks} ({number} architectures)" for ranks, number in sorted(on.items()))
     yield f"\nNot built: {number}. Numbers of ranks: {ranks}.\n"
 
 
