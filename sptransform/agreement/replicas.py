@@ -32,12 +32,6 @@ from sptransform.graph.calls import arguments_of
 CHECKS = ("first", "always", "never")
 _TOLERANCE = 0.01  # of the largest sampled entry; another batch is far beyond
 
-_WHATS = {
-    "parameter": "parameter",
-    "buffer": "buffer",
-    "input": "input",
-    "generator": "the state of the random number generator of",
-}
 _FIXES = {
     "parameter": "torch.manual_seed(..) before the model is made, load the same weights on every rank, or "
     "sptransform.broadcast_parameters(model)",
@@ -205,8 +199,9 @@ def mismatch(facts: Mapping[int, Facts]) -> str | None:
     for rank, fact in own.items():
         values.setdefault(_shown(fact), []).append(rank)
     more = len(wrong) - 1
+    what = "the state of the random number generator of" if kind == "generator" else kind
     return describe(
-        f"{_WHATS[kind]} {name!r} is not the same on all ranks",
+        f"{what} {name!r} is not the same on all ranks",
         found=list_by_ranks(values) + (f"\n         and {more} more of {len(told)} differ" if more else ""),
         fix=_FIXES[kind],
     )

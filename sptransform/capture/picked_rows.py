@@ -28,12 +28,12 @@ from torch import fx
 # Private: sizes that torch knows only when a graph runs
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from sptransform.capture.same_values import SameValues
 from sptransform.capture.under_masks import UnderMasks, dtype_of, ndim_of
 from sptransform.diagnostics.errors import CaptureError, describe
 from sptransform.graph import dataflow
 from sptransform.graph.calls import arguments_of
 from sptransform.graph.edit import succeed
-from sptransform.op_rules.mask_ops import RETYPED
 from sptransform.op_rules.row_ops import ENTRYWISE, LAST_DIMS
 from sptransform.sharding.sizes import broadcast
 
@@ -80,8 +80,7 @@ class _Spreader(UnderMasks):
         super().__init__()
         self.graph = graph
         self.found: dict[fx.Node, _Rows | _Places] = {}
-        self._first: dict[str, fx.Node] = {}
-        self._ones: dict[fx.Node, fx.Node] = {}
+        self._same = SameValues()  # a model may compute a mask anew wherever it picks rows
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -105,9 +104,9 @@ class _Spreader(UnderMasks):
         target, args = node.target, list(node.args)
         if target in _PICKS and all(map(_is_plain, node.all_input_nodes)):
             if target is not aten.masked_select.default:
-                return _Places(self._one_of(self.as_mask(args[0])))
+                return _Places(self._same.first(self.as_mask(args[0])))
             x, mask = (self.expanded(each, broadcast(*map(dataflow.shape, args))) for each in args)
-            return self._picked(x, self._one_of(mask), 0)
+            return self._picked(x, self._same.first(mask), 0)
         of_whole = {
             aten.index.Tensor: self._index,
             aten.index_put.default: self._index_put,
@@ -154,7 +153,7 @@ class _Spreader(UnderMasks):
         given = {dim: index for dim, index in enumerate(indices) if index is not None}
         first = min(given)
         if len(given) == 1 and self._is_mask(given[first]):
-            return self._picked(x, self._one_of(given[first]), first)
+            return self._picked(x, self._same.first(given[first]), first)
         rows = [self.found.get(index) for index in given.values()]
         if not all(isinstance(each, _Rows) and each.dim == 0 for each in rows):
             return None
@@ -290,7 +289,7 @@ class _Spreader(UnderMasks):
         given = {dim: index for dim, index in enumerate(indices) if index is not None}
         first = min(given)
         if len(given) == 1 and self._is_mask(given[first]):
-            mask = self._one_of(given[first])
+            mask = self._same.first(given[first])
         else:
             rows = [self.found.get(index) for index in given.values()]
             if len({getattr(each, "mask", None) for each in rows}) > 1:
@@ -317,7 +316,7 @@ class _Spreader(UnderMasks):
             rows = self.found[source]
             is_same = (
                 isinstance(rows, _Rows)
-                and rows.mask is self._one_of(mask)
+                and rows.mask is self._same.first(mask)
                 and own == shape == dataflow.shape(rows.whole)
             )
             return self.where(mask, 0, rows.whole, x) if is_same else None
@@ -345,28 +344,6 @@ class _Spreader(UnderMasks):
         others = [dim + d for d in range(len(dataflow.shape(mask))) if d != at.coordinate]
         total = self.emit(aten.sum.dim_IntList, masked, others) if others else masked
         return self.emit(aten.add.Tensor, args["self"], total, alpha=args["alpha"])
-
-    def _one_of(self, mask: fx.Node) -> fx.Node:
-        """The first node that computes the same mask: a model may compute it anew wherever it picks rows."""
-        waiting = [mask]  # no recursion: a mask may be computed from the state of many layers
-        while waiting:
-            node = waiting[-1]
-            unknown = [x for x in node.all_input_nodes if x not in self._ones]
-            waiting += unknown
-            if not unknown:
-                self._ones[waiting.pop()] = self._one_by_inputs(node)
-        return self._ones[mask]
-
-    def _one_by_inputs(self, node: fx.Node) -> fx.Node:
-        """The same, if it is known of the node's inputs. An op that may compute something else each time is the one."""
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op != "call_function" or not dataflow.is_tensor(node) or is_random:
-            return node
-        value, same = dataflow.value(node), dataflow.value(node.args[0]) if node.target in RETYPED else None
-        if same is not None and (same.dtype, same.device) == (value.dtype, value.device):
-            return self._ones[node.args[0]]
-        arguments = fx.map_arg((node.args, dict(node.kwargs)), self._ones.__getitem__)
-        return self._first.setdefault(f"{node.target}{arguments}:{value.dtype}", node)
 
     def _is_mask(self, x: Any) -> bool:
         return x not in self.found and _is_plain(x) and dtype_of(x) == torch.bool

@@ -142,7 +142,7 @@ def parallelize(
         )
     _check_module(model, where, cuts=options.keeps_parts)
     whole = WholeParameters() if check_replicas != "never" and Agreement.of(where) is not None else None
-    cutting = (lambda: nullcontext()) if whole is None else partial(whole.cut, model)
+    cutting = nullcontext if whole is None else partial(whole.cut, model)
     settle = _keep_parts(model, options, where, inputs, cutting) if options.keeps_parts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, full_model=fullgraph, whole=whole))
     model.compile(backend=compiler, fullgraph=fullgraph)

@@ -27,17 +27,14 @@ def broadcast_parameters(model: nn.Module, mesh: DeviceMesh | None = None) -> No
     tensors = {id(x): (name, x) for named in (model.named_parameters, model.named_buffers) for name, x in named()}
     local = [_local(name, x) for name, x in tensors.values()]
     sent = [x.contiguous() for x in local]
-    for group in _groups(mesh):
+    for group in [None] if mesh is None else mesh.get_all_groups():
         # over one mesh dim after the other: in the end all ranks have what the first rank of all had
         works = [dist.broadcast(x, group=group, group_src=0, async_op=True) for x in sent]
         for work in works:
             work.wait()
     for x, new in zip(local, sent, strict=True):
-        x.copy_(new)
-
-
-def _groups(mesh: DeviceMesh | None) -> list[dist.ProcessGroup | None]:
-    return [None] if mesh is None else mesh.get_all_groups()
+        if new is not x:
+            x.copy_(new)
 
 
 def _local(name: str, x: Tensor) -> Tensor:
