@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import sptransform
 from sptransform.ops.groups import process
-from sptransform.testing.pretended import Asked, Runnable, forward_and_backward
+from sptransform.testing.pretended import Asked, Runnable, forward_and_backward, on_pretended_ranks
 from tests.gpu.figures import Check
-from tests.gpu.strategies import build, on_ranks
+from tests.gpu.strategies import build
 
 # what the profiler sees of each: ops, forward and backward, of which one must run
 OPS = {
@@ -55,7 +55,9 @@ def _compare(name: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     model, inputs = build(name, dtype, device)
     explanation = sptransform.explain(model, "ring", inputs, world_size=2)
     named = {ring["kernel"] for ring in explanation.to_dict()["rings"]}
-    events = sorted(set.union(*on_ranks(model, inputs, Asked(2, "ring")).run(partial(_events, device))))
+    asked = Asked(2, "ring")
+    ranks = on_pretended_ranks(model, inputs, [asked], outputs="loss")[asked]
+    events = sorted(set.union(*ranks.run(partial(_events, device))))
     ran = {kernel for kernel, ops in OPS.items() if any(op in event for op in ops for event in events)}
     device_kernels = [event for event in events if any(word in event for word in ("fmha", "flash_", "cudnn_generated"))]
     wrong = [f"explain names {sorted(named)}, {sorted(ran)} ran"] if not named <= ran else []

@@ -46,7 +46,7 @@ def _mesh(device: str) -> DeviceMesh:
 
 def _compiled(name: str, strategy: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     errors = Errors(BOUNDS[dtype])
-    found = get_pool(RANKS).run(_step, name, strategy, dtype, device, timeout=TIMEOUT)
+    found = get_pool(RANKS, spawn=device == "cuda").run(_step, name, strategy, dtype, device, timeout=TIMEOUT)
     for rank, error in enumerate(found):
         errors.add(f"rank {rank}", lambda error=error, rank=rank: {f"on rank {rank}": error})
     return errors.figures()
@@ -71,7 +71,11 @@ def _whole(x: Any) -> torch.Tensor:
 
 
 def _replicas(device: str) -> dict[str, Any]:
-    wrong = [text for texts in get_pool(RANKS).run(_mistakes, device, timeout=TIMEOUT) for text in texts]
+    wrong = [
+        text
+        for texts in get_pool(RANKS, spawn=device == "cuda").run(_mistakes, device, timeout=TIMEOUT)
+        for text in texts
+    ]
     return {"cases": 2, "wrong": wrong}
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 import sptransform.integrations.transformers  # noqa: F401 - registers its attention
 from sptransform.strategies.ring import Ring
-from sptransform.testing.pretended import Asked, Ranks, forward_and_backward, on_pretended_ranks
+from sptransform.testing.pretended import Asked, Ranks, on_pretended_ranks
 from tests.gpu.figures import Check, Errors
 from tests.support.equality import Result, worst_error
 from tests.support.models import CausalTransformer
@@ -55,12 +55,16 @@ FLOAT32, TIMES = 2e-5, 2.0
 
 @dataclass(frozen=True)
 class Model:
-    """How to make it, what it is called with, and in which dtypes; ``exact``: the error of a run in float64."""
+    """How to make it, what it is called with, and in which dtypes.
+
+    ``exact``: the error of a run in float64; ``device``: the only one that runs it, if there is one.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
     dtypes: tuple[torch.dtype, ...]
     exact: float = 1e-6
+    device: str | None = None
 
 
 def _tokens() -> dict[str, Tensor]:
@@ -105,7 +109,7 @@ MODELS = {
     "padded": Model(partial(_llama, "sdpa"), _padded, _SOME),
     "packed documents": Model(partial(_llama, "sptransform"), _packed, _SOME),
     "spelled out": Model(partial(_llama, "eager"), _tokens, _SOME),
-    "flex_attention": Model(partial(_llama, "flex_attention"), _tokens, (torch.float32,)),
+    "flex_attention": Model(partial(_llama, "flex_attention"), _tokens, (torch.float32,), device="cuda"),
     "sliding window": Model(_mistral, _tokens, _SOME),
     "experts": Model(_experts, _tokens, (torch.bfloat16,)),
 }
@@ -115,6 +119,7 @@ def checks(device: str) -> list[Check]:
     return [
         Check("strategies", f"{name}, {str(dtype).removeprefix('torch.')}", partial(_compare, name, dtype, device))
         for name, model in MODELS.items()
+        if model.device in (None, device)
         for dtype in model.dtypes
     ]
 
@@ -139,10 +144,6 @@ def one_device(model: nn.Module, inputs: dict[str, Tensor]) -> Result:
     return Result(loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
 
 
-def on_ranks(model: nn.Module, inputs: dict[str, Tensor], asked: Asked) -> Ranks:
-    return on_pretended_ranks(model, inputs, [asked], outputs="loss")[asked]
-
-
 def _compare(name: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     model, inputs = build(name, dtype, device)
     own = one_device(model, inputs)
@@ -153,12 +154,11 @@ def _compare(name: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     else:
         reference, bound = own, MODELS[name].exact if dtype == torch.float64 else FLOAT32
     errors = Errors(bound)
-    for asked in STRATEGIES:
-        errors.add(str(asked), partial(_errors, model, inputs, asked, reference))
+    for asked, ranks in on_pretended_ranks(model, inputs, STRATEGIES, outputs="loss").items():
+        errors.add(str(asked), partial(_errors, ranks, reference))
     return errors.figures()
 
 
-def _errors(model: nn.Module, inputs: dict[str, Tensor], asked: Asked, reference: Result) -> dict[str, float]:
+def _errors(ranks: Ranks, reference: Result) -> dict[str, float]:
     """The worst tensor of each rank."""
-    results = on_ranks(model, inputs, asked).run(lambda graph: forward_and_backward(graph))
-    return {f"on rank {rank}": worst_error(reference, result)[1] for rank, result in enumerate(results)}
+    return {f"on rank {result.rank}": worst_error(reference, result)[1] for result in ranks.results()}
