@@ -28,7 +28,8 @@ from ring_blocks import ring_blocks
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for the checks, which are tests
 
-GROUPS = ("processes", "strategies", "kernels", "names")  # the longest first
+# the longest first
+GROUPS = ("strategies in 32 and 64 bits", "strategies in 16 bits", "processes", "kernels", "names")
 TIMES = "times"
 TIMEOUT = 300  # seconds a group may take
 MARK = "figures: "  # before what a group's process says on standard output; torch's profiler writes there too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,12 +115,14 @@ MODELS = {
 }
 
 
-def checks(device: str) -> list[Check]:
+def checks(device: str, *, bits: Container[int] = (16, 32, 64)) -> list[Check]:
+    """``bits``: of the dtypes."""
     return [
         Check("strategies", f"{name}, {str(dtype).removeprefix('torch.')}", partial(_compare, name, dtype, device))
         for name, model in MODELS.items()
         if model.device in (None, device)
         for dtype in model.dtypes
+        if dtype.itemsize * 8 in bits
     ]
 
 

@@ -66,11 +66,18 @@ def varlen_of(case: Case) -> Varlen | None:
 
 
 def kernel_name(
-    query: Tensor, value: Tensor, *, masked: bool = False, explicit: bool = False, softcap: float = 0.0
+    query: Tensor,
+    value: Tensor,
+    *,
+    masked: bool = False,
+    explicit: bool = False,
+    softcap: float = 0.0,
+    varying: bool = False,
 ) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
     ``masked``: for calls with a mask: those under a mask program that are not planned from data, and those on the edge
-    of a sliding window if the kernel that computes the other calls has no windows.
+    of a sliding window if the kernel that computes the other calls has no windows. ``varying``: for calls that are
+    planned from data.
     """
-    return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap)).name
+    return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap, varying=varying)).name
