@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,7 +199,8 @@ def while_captured(
     found: list[T] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        found.append(use(gm, inputs))
+        # a copy, for `use` may keep it: since torch 2.14 Dynamo empties the graph of a compile that ends with an error
+        found.append(use(fx.GraphModule(gm, copy.deepcopy(gm.graph)), inputs))
         raise _Stop
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
