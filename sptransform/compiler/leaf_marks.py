@@ -13,7 +13,7 @@ from typing import Any
 # Private: what Dynamo traces with.
 from torch._dynamo.variables import ConstantVariable
 
-from sptransform.compiler.dynamo_versions import method_changed, setattr_changed
+from sptransform.capture.torch_versions import method_changed, setattr_changed
 
 _Handler = Callable[..., Any]
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from sptransform.capture.capture import capture
 from sptransform.capture.lengths import fix_sizes, has_symbolic_sizes
+from sptransform.capture.torch_versions import devices_as_written
 from sptransform.compiler.checks import check_sequence_dims
 from sptransform.compiler.compile_log import traced
 from sptransform.compiler.distribute import distribute
@@ -93,11 +94,12 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
         loss_chunk=options.loss_chunk,
     )
-    captured = capture(gm, inputs)
-    check_sequence_dims(captured.graph, options.sequence_dims, full_model)
-    see(captured.graph, None)
-    with traced(captured.graph, context):
-        distribute(captured, context, options.pipeline, see)
+    with devices_as_written():
+        captured = capture(gm, inputs)
+        check_sequence_dims(captured.graph, options.sequence_dims, full_model)
+        see(captured.graph, None)
+        with traced(captured.graph, context):
+            distribute(captured, context, options.pipeline, see)
     for fallback in context.result.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
@@ -216,4 +218,5 @@ def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], opt
         return Rewritten(*made)
     # one rank runs the model as it is, see compiler/backend.py
     context = Context(mesh, options.strategy, options.rule_table, options.outputs)
-    return Rewritten(capture(gm, example_inputs), context)
+    with devices_as_written():
+        return Rewritten(capture(gm, example_inputs), context)

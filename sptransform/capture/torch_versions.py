@@ -1,10 +1,12 @@
-"""Where Dynamo does what this package changes, which depends on the version of torch: no other file asks for it."""
+"""What depends on the version of torch: capture, and what changes Dynamo, ask here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+
+import torch
 
 # Private: Dynamo's view of tensors and of setattr; there is no option for what is changed.
 from torch._dynamo.variables import TensorVariable, builtin
@@ -45,3 +47,14 @@ def method_changed(name: str, change: Change) -> Iterator[None]:
         yield
     finally:
         setattr(holder, attribute, own)
+
+
+def devices_as_written() -> AbstractContextManager[Any]:
+    """Inside, graphs that are traced hold devices, also where the user says ``compile_on_one_rank`` (since torch 2.14).
+
+    That puts a node in a device's place, which is no tensor and has no placement. The inner backend, which traces the
+    rewritten graph outside of this, puts it there all the same.
+    """
+    if not hasattr(torch.compiler.config, "compile_on_one_rank"):
+        return nullcontext()
+    return torch.compiler.config.patch(compile_on_one_rank=False)
