@@ -201,7 +201,7 @@ def while_captured(
     found: list[T] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        # a copy, for `use` may keep it: since torch 2.14 Dynamo empties the graph of a compile that ends with an error
+        # a copy, for `use` may keep it: since torch 2.15 Dynamo empties the graph of a compile that ends with an error
         found.append(use(fx.GraphModule(gm, copy.deepcopy(gm.graph)), inputs))
         raise _Stop
 
