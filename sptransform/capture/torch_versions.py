@@ -23,24 +23,20 @@ _METHODS: dict[str, Any] = getattr(TensorVariable, "tp_methods", {})
 Change = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-@contextmanager
-def setattr_changed(change: Change) -> Iterator[None]:
+def setattr_changed(change: Change) -> AbstractContextManager[None]:
     """Inside, Dynamo traces ``setattr(x, name, value)`` with what ``change`` makes of ``own(self, tx, *args)``."""
-    own = getattr(_SETATTR, _SETATTR_NAME)
-    setattr(_SETATTR, _SETATTR_NAME, change(own))
-    try:
-        yield
-    finally:
-        setattr(_SETATTR, _SETATTR_NAME, own)
+    return _changed(_SETATTR, _SETATTR_NAME, change)
 
 
-@contextmanager
-def method_changed(name: str, change: Change) -> Iterator[None]:
+def method_changed(name: str, change: Change) -> AbstractContextManager[None]:
     """Inside, Dynamo traces a tensor's method with what ``change`` makes of ``own(self, tx, *args, **kwargs)``."""
     if name in _METHODS:
-        holder, attribute = _METHODS[name], "handler"
-    else:
-        holder, attribute = TensorVariable, f"method_{name}"
+        return _changed(_METHODS[name], "handler", change)
+    return _changed(TensorVariable, f"method_{name}", change)
+
+
+@contextmanager
+def _changed(holder: Any, attribute: str, change: Change) -> Iterator[None]:
     own = getattr(holder, attribute)
     setattr(holder, attribute, change(own))
     try:
