@@ -1,8 +1,10 @@
 # Every target works on a machine that has nothing but Python 3.10+ and make: the first call
 # creates .venv and installs into it, later calls find the stamp file and go straight to work.
+# TORCH=2.14.1 runs any target with that version of torch, in a .venv of its own.
 
 PYTHON ?= python3
-VENV   := .venv
+TORCH  :=
+VENV   := .venv$(if $(TORCH),-torch$(TORCH))
 RUN    := $(VENV)/bin/python
 
 .PHONY: help demo test test-all mutants times lint sweep bench gpu clean
@@ -19,6 +21,7 @@ help:
 	@echo "make bench     measure the time of the transform, attention beside others, and memory"
 	@echo "make gpu       check kernels, strategies and Inductor on the CUDA device of this machine; prints a JSON"
 	@echo "make clean     remove .venv and caches"
+	@echo "With TORCH=2.14.1, all but the last do it with that version of torch."
 
 demo: $(VENV)/.installed-examples
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -63,9 +66,9 @@ $(RUN):
 
 # One rule for every extra: .installed-test means `pip install -e '.[test]'` has run.
 $(VENV)/.installed-%: pyproject.toml | $(RUN)
-	$(RUN) -m pip install --quiet --editable '.[$*]'
+	$(RUN) -m pip install --quiet --editable '.[$*]' $(if $(TORCH),torch==$(TORCH))
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
+	rm -rf .venv .venv-torch* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,10 @@
 """Sequence-parallel training of unmodified transformers: a compiler from one device to many."""
 
+# ruff: noqa: E402 - another torch may lack what the imports below need, and is to be named before that fails
+from sptransform.diagnostics.torch_version import check_torch_version
+
+check_torch_version()
+
 from sptransform import testing
 from sptransform.compiler.rewrite import Rewritten, rewrite
 from sptransform.diagnostics.errors import (

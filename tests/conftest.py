@@ -2,7 +2,9 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -46,8 +48,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [*terminalreporter.getreports("failed"), *terminalreporter.getreports("error")]
     if reports:
         terminalreporter.section("to repeat")
+    # `make test TORCH=2.14.1` has an environment of its own
+    venv = Path(sys.prefix).name
+    torch = f"TORCH={venv.removeprefix('.venv-torch')} " if venv.startswith(".venv-torch") else ""
     for name in dict.fromkeys(report.nodeid for report in reports):
-        terminalreporter.write_line("make test-all ARGS=" + shlex.quote(shlex.quote(name).replace("$", "$$")))
+        terminalreporter.write_line(f"make test-all {torch}ARGS=" + shlex.quote(shlex.quote(name).replace("$", "$$")))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sptransform
-from sptransform.compiler.caches import sources
+from sptransform.diagnostics.sources import sources
 
 ROOT = Path(sptransform.__file__).parent
 FILES = {

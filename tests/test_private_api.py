@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,59 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import Trainer
 
-import sptransform
-from sptransform.compiler.caches import sources
+from sptransform.diagnostics.private_api import is_of_objects, is_there, names_by_file, used_in
+from sptransform.diagnostics.sources import PACKAGE
 from tests.support.own_ops import rms_norm
-
-PACKAGE = Path(sptransform.__file__).parent
-# how the code writes what torch calls otherwise
-MODULES = {
-    "aten": "torch.ops.aten",
-    "distributed_c10d": "torch.distributed.distributed_c10d",
-    "inductor": "torch._inductor.config",
-    "nn": "torch.nn",
-    "torch": "torch",
-}
-
-
-def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and not name.startswith("_sptransform")
-
-
-def used_in(source: str) -> Iterator[str]:
-    """Every name that a file takes from inside of torch: the path of a module's, ``._name`` of an object's."""
-    tree = ast.parse(source)
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} | {
-        node.attr if isinstance(node, ast.Attribute) else node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "torch"]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("delattr", "getattr", "hasattr", "setattr"):
-            names = [f".{node.args[1].value}"] if isinstance(node.args[1], ast.Constant) else []
-        elif isinstance(node, ast.Attribute) and node not in inner:
-            names = _attribute(node, own)
-        for name in names:
-            if any(map(is_private, name.split("."))):
-                yield name.removesuffix(".default")
-
-
-def _attribute(node: ast.expr, own: set[str]) -> list[str]:
-    path = []
-    while isinstance(node, ast.Attribute):
-        path.insert(0, node.attr)
-        node = node.value
-    root = node.id if isinstance(node, ast.Name) else ""
-    if root in MODULES:
-        return [".".join((MODULES[root], *path))]
-    found = [name for name in path if is_private(name)]
-    return [f".{name}" for name in found if root not in ("self", "cls") or name not in own]
 
 
 def table() -> dict[str, set[str]]:
@@ -82,36 +29,31 @@ def table() -> dict[str, set[str]]:
 
 
 def test_the_table_is_complete() -> None:
-    found = {}
-    for file in sources(PACKAGE):
-        if names := set(used_in(file.read_text())):
-            found[str(file.relative_to(PACKAGE))] = names
-    assert found == table()
+    assert names_by_file() == table()
 
 
 def names(of_objects: bool) -> list[str]:
     """All names of the table that are attributes of objects, or those that are not."""
-    return sorted({name for names in table().values() for name in names if (name[0] == ".") == of_objects})
+    return sorted({name for names in table().values() for name in names if is_of_objects(name) == of_objects})
 
 
 @pytest.mark.parametrize("name", names(of_objects=False))
 def test_a_name_is_there(name: str) -> None:
-    if name.startswith("torch.ops."):  # where torch makes what it is asked for
-        namespace, *op = name.removeprefix("torch.ops.").split(".")
-        known = torch._C._dispatch_get_all_op_names()
-        wanted = "::".join((namespace, *op))
-        overload = f"{namespace}::{'.'.join(op)}"
-        assert any(each.split(".")[0] == wanted or each.startswith(f"{wanted}::") or each == overload for each in known)
-        return
-    module, rest = "torch", name.split(".")[1:]
-    value: Any = torch
-    while rest:
-        part = rest.pop(0)
-        module = f"{module}.{part}"
-        try:
-            value = getattr(value, part)
-        except AttributeError:
-            value = importlib.import_module(module)
+    assert is_there(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._no_module",
+        "torch._guards.NoClass",
+        "torch._dynamo.exc.Unsupported._no_attribute",
+        "torch.ops.aten._no_op",
+        "torch.ops.aten._softmax.no_overload",
+    ],
+)
+def test_a_name_is_not_there(name: str) -> None:
+    assert not is_there(name)
 
 
 def a_dtensor() -> DTensor:

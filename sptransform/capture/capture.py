@@ -110,9 +110,7 @@ def _input_name(placeholder: fx.Node) -> str:
 def _source(placeholder: fx.Node) -> str:
     """How Dynamo reaches an input: ``L['self']._modules['head']._parameters['weight']``; empty if it does not say."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    if source is None:
-        return ""
-    return source.name() if callable(source.name) else source.name
+    return "" if source is None else source.name
 
 
 def _fake(x: torch.Tensor, mode: FakeTensorMode, context: TracingContext | None) -> torch.Tensor:

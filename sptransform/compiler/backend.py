@@ -20,7 +20,7 @@ from sptransform.compiler.calls_behind import CallsBehind
 from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, check_parameters
 from sptransform.compiler.custom import identified
 from sptransform.compiler.dtensor_boundary import local_input, of_local_parts, with_dtensors
-from sptransform.compiler.options import Options, check_torch_version
+from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import rewrite_graph
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.context import Context
@@ -90,7 +90,6 @@ def _compile(
 
 def sptransform(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
     """Entry point of ``torch.compile(model, backend="sptransform", options={...})``."""
-    check_torch_version()
     chosen = Options.of(options or {})
     if chosen.shard_parameters:
         raise UsageError(

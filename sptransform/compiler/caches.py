@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx
 
 from sptransform.compiler.custom import short_hash
 from sptransform.compiler.options import Options
+from sptransform.diagnostics.sources import PACKAGE, sources
 
 
 def recompute_tags(graph: fx.Graph) -> str:
@@ -31,16 +31,10 @@ def custom_code(options: Options) -> str:
 
 
 @cache
-def package_version(package: Path = Path(__file__).parents[1]) -> str:
+def package_version(package: Path = PACKAGE) -> str:
     """Hash of the package's files: compile caches must not serve what another version compiled."""
     digest = hashlib.sha256()
     for file in sources(package):
         digest.update(f"{file.relative_to(package)}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def sources(package: Path) -> list[Path]:
-    """Every Python file of the package. ``passes`` is a link in a checkout, which ``Path.rglob`` does not follow."""
-    folders = os.walk(package, followlinks=True)
-    return sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))

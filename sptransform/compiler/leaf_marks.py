@@ -6,21 +6,16 @@ of a parameter, and nobody outside can read the tensor's own gradient. Of a tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Private: where Dynamo refuses it; there is no option for this.
-from torch._dynamo.variables import ConstantVariable, TensorVariable, builtin
+# Private: what Dynamo traces with.
+from torch._dynamo.variables import ConstantVariable
 
-# torch 2.13 has a class for this builtin alone
-_SETS, _NAME = (
-    (builtin.SetAttrBuiltinVariable, "_call_setattr")
-    if hasattr(builtin, "SetAttrBuiltinVariable")
-    else (builtin.BuiltinVariable, "call_setattr")
-)
-_set_attribute = getattr(_SETS, _NAME)
-_require_grad = TensorVariable.method_requires_grad_
+from sptransform.capture.torch_versions import method_changed, setattr_changed
+
+_Handler = Callable[..., Any]
 
 
 def _is_mark(tensor: Any, value: Any) -> bool:
@@ -29,15 +24,21 @@ def _is_mark(tensor: Any, value: Any) -> bool:
     return is_true and tensor.is_tensor() and tensor.source is None
 
 
-def _set(self: Any, tx: Any, obj: Any, name: Any, value: Any) -> Any:
-    if name.is_python_constant() and name.as_python_constant() == "requires_grad" and _is_mark(obj, value):
-        _noted(obj)
-        return ConstantVariable.create(None)
-    return _set_attribute(self, tx, obj, name, value)
+def _setting(own: _Handler) -> _Handler:
+    def set_attribute(builtin: Any, tx: Any, obj: Any, name: Any, value: Any) -> Any:
+        if name.is_python_constant() and name.as_python_constant() == "requires_grad" and _is_mark(obj, value):
+            _noted(obj)
+            return ConstantVariable.create(None)
+        return own(builtin, tx, obj, name, value)
+
+    return set_attribute
 
 
-def _mark(self: Any, tx: Any, requires_grad: Any = True) -> Any:
-    return _noted(self) if _is_mark(self, requires_grad) else _require_grad(self, tx, requires_grad)
+def _marking(own: _Handler) -> _Handler:
+    def mark(tensor: Any, tx: Any, requires_grad: Any = True) -> Any:
+        return _noted(tensor) if _is_mark(tensor, requires_grad) else own(tensor, tx, requires_grad)
+
+    return mark
 
 
 def _noted(tensor: Any) -> Any:
@@ -50,10 +51,5 @@ def _noted(tensor: Any) -> Any:
 @contextmanager
 def leaf_marks_ignored() -> Iterator[None]:
     """Ignores them, inside."""
-    setattr(_SETS, _NAME, _set)
-    TensorVariable.method_requires_grad_ = _mark
-    try:
+    with setattr_changed(_setting), method_changed("requires_grad_", _marking):
         yield
-    finally:
-        setattr(_SETS, _NAME, _set_attribute)
-        TensorVariable.method_requires_grad_ = _require_grad

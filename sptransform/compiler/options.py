@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from importlib import metadata
 from typing import Any
 
-import torch
-from packaging.requirements import Requirement
-from packaging.version import Version
 from torch._dynamo.backends.registry import list_backends
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -123,22 +119,3 @@ class Options:
                 describe(f"unknown option {unknown[0]!r}", found=", ".join(unknown), fix=f"one of {', '.join(known)}")
             )
         return replace(Options(), **given)
-
-
-def check_torch_version() -> None:
-    """Raise UsageError if this package's metadata does not allow the installed version of torch."""
-    try:
-        requirements = metadata.requires("sptransform") or []
-    except metadata.PackageNotFoundError:  # a source tree on the path
-        return
-    required = next((each for each in map(Requirement, requirements) if each.name == "torch"), None)
-    # builds before a release count as the release
-    found = Version(torch.__version__).base_version
-    if required is not None and not required.specifier.contains(found):
-        raise UsageError(
-            describe(
-                "this version of torch is not supported",
-                found=f"torch {torch.__version__}",
-                fix=f"pip install '{required}'",
-            )
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import fx, nn
 
 from sptransform.capture.capture import capture
 from sptransform.capture.lengths import fix_sizes, has_symbolic_sizes
+from sptransform.capture.torch_versions import devices_as_written
 from sptransform.compiler.checks import check_sequence_dims
 from sptransform.compiler.compile_log import traced
 from sptransform.compiler.distribute import distribute
@@ -92,11 +94,12 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
         loss_chunk=options.loss_chunk,
     )
-    captured = capture(gm, inputs)
-    check_sequence_dims(captured.graph, options.sequence_dims, full_model)
-    see(captured.graph, None)
-    with traced(captured.graph, context):
-        distribute(captured, context, options.pipeline, see)
+    with devices_as_written():
+        captured = capture(gm, inputs)
+        check_sequence_dims(captured.graph, options.sequence_dims, full_model)
+        see(captured.graph, None)
+        with traced(captured.graph, context):
+            distribute(captured, context, options.pipeline, see)
     for fallback in context.result.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
@@ -198,7 +201,8 @@ def while_captured(
     found: list[T] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        found.append(use(gm, inputs))
+        # a copy, for `use` may keep it: since torch 2.15 Dynamo empties the graph of a compile that ends with an error
+        found.append(use(fx.GraphModule(gm, copy.deepcopy(gm.graph)), inputs))
         raise _Stop
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
@@ -214,4 +218,5 @@ def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], opt
         return Rewritten(*made)
     # one rank runs the model as it is, see compiler/backend.py
     context = Context(mesh, options.strategy, options.rule_table, options.outputs)
-    return Rewritten(capture(gm, example_inputs), context)
+    with devices_as_written():
+        return Rewritten(capture(gm, example_inputs), context)

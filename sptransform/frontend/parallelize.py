@@ -15,7 +15,7 @@ from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.replicas import WholeParameters
 from sptransform.compiler.backend import sptransform_backend
 from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
-from sptransform.compiler.options import Options, check_torch_version
+from sptransform.compiler.options import Options
 from sptransform.compiler.parameter_dims import parameter_dims
 from sptransform.compiler.rewrite import arguments_of
 from sptransform.diagnostics.errors import UsageError, describe
@@ -101,7 +101,6 @@ def parallelize(
         RankError: from calls of the model: another rank is gone, late, failed, about to run something else, or holds
             other weights or inputs.
     """
-    check_torch_version()
     if not isinstance(model, nn.Module):
         raise UsageError(
             describe("parallelize takes an nn.Module", found=type(model).__name__, fix="pass the model itself")

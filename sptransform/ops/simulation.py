@@ -44,7 +44,8 @@ def _groups(mode: LocalTensorMode, name: str) -> list[list[int]]:
     """All ranks, group by group: the group called ``name`` and its shifted copies."""
     if not name:
         return [[rank] for rank in sorted(mode.ranks)]
-    members, offsets, _ = _prepare_collective_groups(distributed_c10d._resolve_process_group(name))
+    # until torch 2.14 it gives a third one, which is not needed
+    members, offsets, *_ = _prepare_collective_groups(distributed_c10d._resolve_process_group(name))
     return [[offset + member for member in members] for offset in offsets]
 
 

@@ -141,10 +141,14 @@ def a_mask_of_a_deep_state(x, features, weight, mask, labels):  # type: ignore[n
     return x[state[..., 0] > 0].sin().sum() * features.sum() + x[state[..., 0] > 0].sum()
 
 
+# The Dynamo of torch 2.11 wants to know whether the two masks pick as many rows, which only data knows.
+REFUSED_ONCE = pytest.mark.xfail(torch.__version__ < "2.12", raises=CaptureError, strict=True, reason="torch 2.11")
+
 PROGRAMS = [
     deepstack, write_rows, write_a_number, write_by_places, add_by_one_index, places_of_nonzero, means,
-    cross_entropy_of_rows, a_mask_computed_twice, in_a_row, select, scatter_features, scatter_entries, checked_count,
-    infinite_elsewhere, next_rows, no_features, a_mask_of_a_deep_state,
+    cross_entropy_of_rows, pytest.param(a_mask_computed_twice, marks=REFUSED_ONCE), in_a_row, select,
+    scatter_features, scatter_entries, checked_count, infinite_elsewhere, next_rows, no_features,
+    a_mask_of_a_deep_state,
 ]  # fmt: skip
 
 

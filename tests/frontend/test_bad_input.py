@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sptransform
 from sptransform import USP, AllGatherKV, Ring, Ulysses, UsageError
-from sptransform.compiler import options
 from tests.support.collective_counts import CountCollectives
 from tests.support.gloo_pool import get_pool
 from tests.support.golden import Golden
@@ -86,14 +85,6 @@ def plain(model: nn.Module, inputs: Inputs | None = None, **given: Any) -> None:
 
 def dims(*sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "sp", "tp")[: len(sizes)])
-
-
-def in_another_torch(version: str) -> Callable[[nn.Module], None]:
-    def call(model: nn.Module) -> None:
-        with mock.patch.object(options.torch, "__version__", version):
-            parallel(model)
-
-    return call
 
 
 def split_by_ddp(model: nn.Module) -> None:
@@ -171,9 +162,6 @@ TABLE: dict[str, Bad] = {
     "module_device": Bad(parallel, lambda: attention_with_loss().to("meta"), runs=False),
     "module_devices": Bad(parallel, Scattered, runs=False),
     "plain_ddp": Bad(split_by_ddp),
-    # versions
-    "torch_too_old": Bad(in_another_torch("2.10.1")),
-    "torch_too_new": Bad(in_another_torch("2.14.0a0+git1")),
 }
 # An error in a call comes after the module was compiled in place; one before must leave it as it was.
 COMPILED = {
@@ -231,7 +219,7 @@ def test_every_wrong_request_is_refused_alike_on_every_rank(golden: Golden) -> N
             assert second[name] == message, name
         if name.endswith("backend"):  # which backends there are depends on what is installed
             message = message.split("\n  fix: one of ")[0] + "\n  fix: one of ..."
-        golden.check(f"bad_input_{name}", message=message.replace(torch.__version__, "<version>"))
+        golden.check(f"bad_input_{name}", message=message)
 
 
 def test_every_message_says_what_was_found_and_what_would_fix_it() -> None:
@@ -281,12 +269,6 @@ def through_ddp(rank: int, world_size: int) -> float:
 def test_ddp_around_a_parallelized_module_is_what_the_error_says_it_is() -> None:
     expected = float(attention_with_loss()(**token_inputs()).detach())
     assert get_pool(2).run(through_ddp) == [pytest.approx(expected, rel=1e-12)] * 2
-
-
-@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0+cpu", "2.13.1a0"])
-def test_supported_versions(version: str) -> None:
-    with mock.patch.object(options.torch, "__version__", version):
-        options.check_torch_version()
 
 
 def test_no_process_group(golden: Golden) -> None:

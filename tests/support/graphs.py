@@ -48,15 +48,7 @@ class DynamoGraph:
 def dynamo_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> DynamoGraph:
     """The graph of this call; nothing is run."""
 
-    def use(gm: fx.GraphModule, inputs: list[Any]) -> tuple[DynamoGraph, dict[fx.Node, Any]]:
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        arguments = {node: node.meta["grapharg"] for node in placeholders if "grapharg" in node.meta}
-        return DynamoGraph(gm, inputs, TracingContext.get()), arguments
-
-    graph, arguments = while_captured(model, use, *args, **kwargs)
-    for node, argument in arguments.items():  # the name of the input among it, which Dynamo forgets after the call
-        node.meta["grapharg"] = argument
-    return graph
+    return while_captured(model, lambda gm, inputs: DynamoGraph(gm, inputs, TracingContext.get()), *args, **kwargs)
 
 
 def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:

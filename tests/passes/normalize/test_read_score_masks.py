@@ -241,7 +241,8 @@ REFUSED: dict[str, Attend] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(golden: Golden, name: str) -> None:
-    with pytest.raises(CaptureError) as caught:
+    # since torch 2.15 torch itself refuses scores that are forgotten, where a backward would follow
+    with torch.set_grad_enabled(name != "forgotten"), pytest.raises(CaptureError) as caught:
         sptransform.rewrite(Model(REFUSED[name]), "ulysses", {"x": tokens()}, world_size=2)
     golden.check(f"flex_attention_{name}", message=without_lines(str(caught.value)))
 

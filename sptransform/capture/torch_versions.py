@@ -1,0 +1,56 @@
+"""What depends on the version of torch: capture, and what changes Dynamo, ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+# Private: Dynamo's view of tensors and of setattr; there is no option for what is changed.
+from torch._dynamo.variables import TensorVariable, builtin
+
+# since torch 2.13 a class of its own
+_SETATTR, _SETATTR_NAME = (
+    (builtin.SetAttrBuiltinVariable, "_call_setattr")
+    if hasattr(builtin, "SetAttrBuiltinVariable")
+    else (builtin.BuiltinVariable, "call_setattr")
+)
+# since torch 2.14 methods are looked up in a table; before, as attributes
+_METHODS: dict[str, Any] = getattr(TensorVariable, "tp_methods", {})
+
+Change = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def setattr_changed(change: Change) -> AbstractContextManager[None]:
+    """Inside, Dynamo traces ``setattr(x, name, value)`` with what ``change`` makes of ``own(self, tx, *args)``."""
+    return _changed(_SETATTR, _SETATTR_NAME, change)
+
+
+def method_changed(name: str, change: Change) -> AbstractContextManager[None]:
+    """Inside, Dynamo traces a tensor's method with what ``change`` makes of ``own(self, tx, *args, **kwargs)``."""
+    if name in _METHODS:
+        return _changed(_METHODS[name], "handler", change)
+    return _changed(TensorVariable, f"method_{name}", change)
+
+
+@contextmanager
+def _changed(holder: Any, attribute: str, change: Change) -> Iterator[None]:
+    own = getattr(holder, attribute)
+    setattr(holder, attribute, change(own))
+    try:
+        yield
+    finally:
+        setattr(holder, attribute, own)
+
+
+def devices_as_written() -> AbstractContextManager[Any]:
+    """Inside, graphs that are traced hold devices, also where the user says ``compile_on_one_rank`` (since torch 2.14).
+
+    That puts a node in a device's place, which is no tensor and has no placement. The inner backend, which traces the
+    rewritten graph outside of this, puts it there all the same.
+    """
+    if not hasattr(torch.compiler.config, "compile_on_one_rank"):
+        return nullcontext()
+    return torch.compiler.config.patch(compile_on_one_rank=False)
