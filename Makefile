@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: help demo test test-all mutants times lint sweep bench gpu clean
+.PHONY: help demo test test-all mutants times lint sweep bench gpu docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make sweep     compare every architecture of transformers and diffusers with one device; goes on where it stopped"
 	@echo "make bench     measure the time of the transform, attention beside others, and memory"
 	@echo "make gpu       check kernels, strategies and Inductor on the CUDA device of this machine; prints a JSON"
+	@echo "make docs      build the pages of docs/ into site/; nothing is fetched"
 	@echo "make clean     remove .venv and caches"
 
 demo: $(VENV)/.installed-examples
@@ -58,6 +59,9 @@ bench: $(VENV)/.installed-examples
 gpu: $(VENV)/.installed-test
 	@$(RUN) benchmarks/gpu.py $(ARGS)
 
+docs: $(VENV)/.installed-docs
+	$(RUN) -m mkdocs build --strict $(ARGS)
+
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
@@ -67,5 +71,5 @@ $(VENV)/.installed-%: pyproject.toml | $(RUN)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
