@@ -60,7 +60,7 @@ gpu: $(VENV)/.installed-test
 	@$(RUN) benchmarks/gpu.py $(ARGS)
 
 docs: $(VENV)/.installed-docs
-	$(RUN) -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
