@@ -44,6 +44,12 @@ def test_the_readme_is_two_screens() -> None:
     assert read_on == PAGES.keys() - {"README.md", "index.md"}
 
 
+def test_versions_of_torch_are_those_that_can_be_installed() -> None:
+    low, high = re.findall(r'"torch>=2\.(\d+),<2\.(\d+)"', (ROOT / "pyproject.toml").read_text())[0]
+    said = {found for text in TEXTS.values() for found in re.findall(r"PyTorch 2\.(\d+) to 2\.(\d+)", text)}
+    assert said == {(low, str(int(high) - 1))}
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(\w+\.md)", CONFIG.partition("\nnav:")[2]))
     assert nav == PAGES.keys() - {"README.md"} | {"architecture.md", "changelog.md"}

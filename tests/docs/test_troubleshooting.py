@@ -7,12 +7,10 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import sptransform
-from sptransform.compiler.caches import sources
 from tests.support.golden import FOLDER
-from tests.support.pages import PAGES
+from tests.support.pages import PAGES, ROOT
 
 PAGE = PAGES["troubleshooting.md"].read_text()
 ERRORS = {
@@ -34,7 +32,8 @@ def in_the_page() -> frozenset[str]:
 def in_the_sources() -> dict[str, str]:
     """Messages that the library raises or logs as warnings -> where."""
     found: dict[str, str] = {}
-    for file in sources(Path(sptransform.__file__).parent):
+    files = {file.resolve() for folder in ("sptransform", "passes") for file in (ROOT / folder).rglob("*.py")}
+    for file in sorted(files):
         for line, message in _messages(ast.parse(file.read_text())):
             if len(message.replace(ANY, "")) > len(" has "):  # others are made of messages
                 found.setdefault(" ".join(message.split()), f"{file}:{line}")
