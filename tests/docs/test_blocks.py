@@ -10,7 +10,7 @@ from tests.support.pages import PAGES, Block, blocks, known_before, run_alone, r
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 # tests/end_to_end/test_examples.py runs that page, whose ops have to be made
-ALONE = [name for name in PAGES if name != "extending.md" and any(x.page == name and not x.ranks for x in blocks())]
+ALONE = [name for name in PAGES if name != "extending.md" and any(x.page == name and x.ranks == 0 for x in blocks())]
 
 
 @pytest.mark.parametrize("page", ALONE)
@@ -18,7 +18,7 @@ def test_blocks_for_one_process(page: str) -> None:
     """One after the other, in one namespace."""
     found = known_before()
     for block in blocks():
-        if block.page == page and not block.ranks and "= sptransform.parallelize(" not in block.code:
+        if block.page == page and block.ranks == 0:
             run_alone(block.code, found)
 
 

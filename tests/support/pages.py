@@ -25,8 +25,9 @@ import sptransform
 
 ROOT = Path(sptransform.__file__).parents[1]
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-# a line `<!-- ranks: 2 -->` before a block says how many ranks it takes; without, it is for one process
-_BLOCK = re.compile(r"(?:^<!-- ranks: (\d+) -->\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# a line before a block says on how many ranks it runs, `<!-- ranks: 2 -->`, or that it does not, `<!-- not run: .. -->`,
+# and why; without, it is for one process
+_BLOCK = re.compile(r"(?:^<!-- (?:ranks: (\d+)|(not run): [^>]+) -->\n)?^```python\n(.*?)^```", re.M | re.S)
 
 
 _SMALLER = {
@@ -47,11 +48,11 @@ _SMALLER = {
 
 @dataclass(frozen=True)
 class Block:
-    """Python code of a page."""
+    """Python code of a page; ``ranks``: 0 for one process without a group, None where it is not run."""
 
     page: str
     line: int
-    ranks: int
+    ranks: int | None
     code: str
 
     def __str__(self) -> str:
@@ -64,7 +65,8 @@ def blocks() -> tuple[Block, ...]:
     for name, page in PAGES.items():
         text = page.read_text()
         for match in _BLOCK.finditer(text):
-            found.append(Block(name, text.count("\n", 0, match.start()) + 1, int(match[1] or 0), match[2]))
+            ranks = None if match[2] else int(match[1] or 0)
+            found.append(Block(name, text.count("\n", 0, match.start()) + 1, ranks, match[3]))
     return tuple(found)
 
 
