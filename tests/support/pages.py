@@ -25,8 +25,8 @@ import sptransform
 
 ROOT = Path(sptransform.__file__).parents[1]
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-# a line before a block says on how many ranks it runs, `<!-- ranks: 2 -->`, or that it does not, `<!-- not run: .. -->`,
-# and why; without, it is for one process
+# a line before a block says on how many ranks it runs, `<!-- ranks: 2 -->`, or why it does not, `<!-- not run: .. -->`;
+# without, it is for one process
 _BLOCK = re.compile(r"(?:^<!-- (?:ranks: (\d+)|(not run): [^>]+) -->\n)?^```python\n(.*?)^```", re.M | re.S)
 
 
