@@ -7,7 +7,7 @@ TORCH  :=
 VENV   := .venv$(if $(TORCH),-torch$(TORCH))
 RUN    := $(VENV)/bin/python
 
-.PHONY: help demo test test-all mutants times lint sweep bench gpu clean
+.PHONY: help demo test test-all mutants times lint sweep bench gpu docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make sweep     compare every architecture of transformers and diffusers with one device; goes on where it stopped"
 	@echo "make bench     measure the time of the transform, attention beside others, and memory"
 	@echo "make gpu       check kernels, strategies and Inductor on the CUDA device of this machine; prints a JSON"
+	@echo "make docs      build the pages of docs/ into site/; nothing is fetched"
 	@echo "make clean     remove .venv and caches"
 	@echo "With TORCH=2.14.1, all but the last do it with that version of torch."
 
@@ -61,6 +62,9 @@ bench: $(VENV)/.installed-examples
 gpu: $(VENV)/.installed-test
 	@$(RUN) benchmarks/gpu.py $(ARGS)
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
@@ -70,5 +74,5 @@ $(VENV)/.installed-%: pyproject.toml | $(RUN)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-torch* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
+	rm -rf .venv .venv-torch* build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .mutants .sweep
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -110,13 +110,16 @@ def show_losses(reference_losses, losses, world_size):
     return max(differences)
 
 
-def show_rewrite(args):
-    """Prints what the transform inserted. Needs no processes: the world size is an argument."""
+def rewritten_model(args):
+    """What the transform makes of the model. Needs no processes: the world size is an argument."""
     ids = next(batches(args.seq_len))
     inputs = {"input_ids": ids, "labels": ids}
     model = build_model(args.seq_len)
-    rewritten = sptransform.rewrite(model, args.strategy, inputs, world_size=args.world_size)
+    return sptransform.rewrite(model, args.strategy, inputs, world_size=args.world_size)
 
+
+def show_collectives(rewritten):
+    """Prints what the transform inserted."""
     table = Table(title="Collectives of one training step, on each rank", title_justify="left")
     table.add_column("module", overflow="fold")
     for name in ("direction", "collective"):
@@ -128,8 +131,11 @@ def show_rewrite(args):
         table.add_row(record.layer, record.direction, record.kind, str(record.count), bytes_sent)
     console.print(table)
 
+
+def show_layer(rewritten, world_size):
+    """Prints the graph of the first attention."""
     layer = "model.layers.0.self_attn"
-    console.print(f"\n{layer}, rewritten for {args.world_size} ranks:\n")
+    console.print(f"\n{layer}, rewritten for {world_size} ranks:\n")
     console.print(rewritten.text(layer=layer), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -159,7 +165,9 @@ def main():
         reference_losses, losses = torch.load(f"{directory}/losses.pt")
 
     difference = show_losses(reference_losses, losses, args.world_size)
-    show_rewrite(args)
+    rewritten = rewritten_model(args)
+    show_collectives(rewritten)
+    show_layer(rewritten, args.world_size)
 
     passed = difference <= TOLERANCE
     console.print(

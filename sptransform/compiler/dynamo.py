@@ -137,8 +137,9 @@ def _not_captured(error: Exception) -> CaptureError:
                 fix="compute both sides there and choose with torch.where; or decide before the forward, and pass what "
                 "was decided, such as a mask where the model looks for padding. If it decides while it trains (ranges "
                 "that run along, layers that are dropped): model.eval(), or layerdrop=0; if attention looks for "
-                "padding, or for packed documents: attn_implementation='sdpa', or 'sptransform', see the README; if it "
-                "loops over experts that were chosen: model.set_experts_implementation('grouped_mm'), or loop over all",
+                "padding, or for packed documents: attn_implementation='sdpa', or 'sptransform' (docs/attention.md); "
+                "if it loops over experts that were chosen: model.set_experts_implementation('grouped_mm'), or loop "
+                "over all",
             )
         )
     if "save_on_cpu" in str(error) or "saved_tensors_hooks" in str(error):

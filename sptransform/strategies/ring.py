@@ -18,7 +18,8 @@ class _QueriesStay(Strategy):
     """Base: each rank computes the attention of its own queries.
 
     Args:
-        layout, block: as in :class:`Ring`.
+        layout: as in :class:`Ring`.
+        block: as in :class:`Ring`.
     """
 
     layout: str = "zigzag"
@@ -105,7 +106,8 @@ class AllGatherKV(_QueriesStay):
     as many bytes, at the cost of memory for all keys and values of a layer.
 
     Args:
-        layout, block: as in :class:`Ring`.
+        layout: as in :class:`Ring`.
+        block: as in :class:`Ring`.
         regather: gather keys and values again in the backward instead of saving them.
 
     Raises:

@@ -26,7 +26,8 @@ class USP(Strategy):
     Args:
         ulysses: the number of ranks that heads are split over.
         ring: the number of ranks in a ring.
-        layout, block: as in :class:`Ring`.
+        layout: as in :class:`Ring`.
+        block: as in :class:`Ring`.
 
     Raises:
         UsageError: a degree is not a positive int, or an invalid ``layout`` or ``block``; from :func:`parallelize`,

@@ -1,4 +1,4 @@
-"""The examples of what users add run as the README says."""
+"""The examples of what users add run as the pages say."""
 
 from __future__ import annotations
 
