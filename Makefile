@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: help demo test test-all mutants times lint sweep bench clean
+.PHONY: help demo test test-all mutants times lint sweep bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make lint      run ruff"
 	@echo "make sweep     compare every architecture of transformers and diffusers with one device; goes on where it stopped"
 	@echo "make bench     measure the time of the transform, attention beside others, and memory"
+	@echo "make gpu       check kernels, strategies and Inductor on the CUDA device of this machine; prints a JSON"
 	@echo "make clean     remove .venv and caches"
 
 demo: $(VENV)/.installed-examples
@@ -53,6 +54,9 @@ bench: $(VENV)/.installed-examples
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/memory.py
 	$(RUN) benchmarks/loss_memory.py
+
+gpu: $(VENV)/.installed-test
+	@$(RUN) benchmarks/gpu.py $(ARGS)
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)

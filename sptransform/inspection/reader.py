@@ -94,7 +94,8 @@ def _ring(node: fx.Node, sending: Sending) -> RingPass:
         kernel=kernel_name(
             query,
             value,
-            masked=_computes_masks(node),
+            masked=(masked := _computes_masks(node)),
+            varying=bool(node.kwargs.get("mask")) and not masked,
             explicit=node.kwargs.get("dropout_p", 0.0) > 0 or node.kwargs.get("explicit", False),
             softcap=node.kwargs.get("softcap", 0.0),
         ),

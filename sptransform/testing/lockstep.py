@@ -82,7 +82,7 @@ class _Stage:
         mine.append((name, args))
         at = len(mine) - 1
         theirs = {other: self.brought[other].setdefault(group, []) for other in self.members(rank, group)}
-        state = torch.get_rng_state()
+        state = _random_state()
         while True:
             before = self._progress()
             self._pass_on(rank)
@@ -94,7 +94,7 @@ class _Stage:
                 raise RuntimeError(f"rank {min(ended)} ended before collective {at}, {name}, of rank {rank}")
             if self._progress() == before:
                 raise RuntimeError(f"rank {missing[0]} waits for others in collective {at}, {name}, of rank {rank}")
-        torch.set_rng_state(state)
+        _restore(state)
         for other, brought in theirs.items():
             if brought[at][0] != name:
                 raise RuntimeError(f"collective {at} is {name} on rank {rank} and {brought[at][0]} on rank {other}")
@@ -153,6 +153,21 @@ class _Collectives(TorchDispatchMode):
         return torch.cat(pieces)
 
 
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_initialized() else ["cpu"]
+
+
+def _random_state() -> list[Tensor]:
+    """The states of the generators, of the CPU and, where it is in use, the GPU."""
+    return [torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state() for device in _devices()]
+
+
+def _restore(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
+
+
 def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner: int = 1) -> list[T]:
     """`run(rank)` on every rank; the results in rank order. The first rank's exception is raised here.
 
@@ -161,7 +176,7 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
     stage = _Stage(num_ranks, seed, inner)
     results: dict[int, T] = {}
     # what is in force around the call; a thread starts without it
-    autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+    autocast = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in _devices()]
 
     def work(rank: int) -> None:
         stage.start(rank)
@@ -169,7 +184,10 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
             with ExitStack() as stack:
                 for mesh in stage.mesh_of(rank):
                     stack.enter_context(pretend(mesh.group, mesh.rank))
-                stack.enter_context(torch.autocast("cpu", *autocast))
+                for of_device in autocast:
+                    stack.enter_context(torch.autocast(*of_device))
+                # a backward on a GPU would run in the one thread of that device, where no rank could wait for another
+                stack.enter_context(torch.autograd.set_multithreading_enabled(False))
                 stack.enter_context(_Collectives(stage, rank))
                 results[rank] = run(rank)
         except BaseException as error:
@@ -177,13 +195,13 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
         finally:
             stage.finish(rank)
 
-    state = torch.get_rng_state()
+    state = _random_state()
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    torch.set_rng_state(state)
+    _restore(state)
     for rank, error in stage.errors.items():
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"on rank {rank} of {num_ranks} in lockstep, seed {seed}")

@@ -227,6 +227,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, flash_attn: bool = False) -
     monkeypatch.setattr(Case, "of", staticmethod(lambda *args, **options: replace(of(*args, **options), device="cuda")))
     monkeypatch.setattr(cuda, "_SIXTEEN_BITS", (torch.float16, torch.bfloat16, torch.float64))
     monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "_prefers_cudnn", lambda: False)
     monkeypatch.setattr(cuda, "has_flash_attn", lambda: flash_attn)
 
 

@@ -124,10 +124,13 @@ class _Worker:
 
 
 class Pool:
-    """`world_size` gloo workers of one process group; see the module's docstring."""
+    """`world_size` gloo workers of one process group; see the module's docstring.
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    Workers that use a GPU are spawned: CUDA does not survive a fork.
+    """
+
+    def __init__(self, world_size: int, *, spawn: bool = False) -> None:
+        self.world_size, self.spawn = world_size, spawn
         self._workers: list[_Worker] = []
         self._directory: Path | None = None
 
@@ -157,8 +160,9 @@ class Pool:
         if self._workers:
             return
         self._directory = Path(tempfile.mkdtemp(prefix="sptransform-gloo-"))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = multiprocessing.get_context("spawn" if self.spawn else "forkserver")
+        if not self.spawn:
+            context.set_forkserver_preload(PRELOAD)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             log, stacks = self._directory / f"output{rank}", self._directory / f"stacks{rank}"
@@ -237,9 +241,9 @@ class Pool:
 
 
 @functools.cache
-def get_pool(world_size: int) -> Pool:
-    """The one pool of this world size."""
-    pool = Pool(world_size)
+def get_pool(world_size: int, *, spawn: bool = False) -> Pool:
+    """The one pool of this world size, and way to start."""
+    pool = Pool(world_size, spawn=spawn)
     _pools.append(pool)
     return pool
 

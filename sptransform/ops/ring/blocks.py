@@ -24,7 +24,8 @@ from sptransform.ops.ring.merging import raise_sunk, shift_of, sink, weigh, with
 
 _OPTIONS = (
     "bool causal, *, float? scale=None, float softcap=0.0, float dropout_p=0.0, Tensor? seed=None, int stream=0, "
-    "int[] key_head_of=[], bool explicit=False, bool sliding=False"
+    "int[] key_head_of=[], bool explicit=False, bool sliding=False, "
+    "bool varying=False"
 )
 
 
@@ -50,6 +51,7 @@ def _kernel(
     dropout_p: float = 0.0,
     explicit: bool = False,
     sliding: bool = False,
+    varying: bool = False,
     **_: Any,
 ) -> Kernel:
     """The kernel for such a block."""
@@ -60,9 +62,8 @@ def _kernel(
         )
     windowed = sliding or (causal and num_queries != num_keys)
     is_explicit = explicit or dropout_p > 0
-    return choose(
-        Case.of(query, value, masked=mask is not None, explicit=is_explicit, softcap=softcap, windowed=windowed)
-    )
+    how = {"masked": mask is not None, "explicit": is_explicit, "windowed": windowed, "varying": varying}
+    return choose(Case.of(query, value, softcap=softcap, **how))
 
 
 def _fake_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, **options: Any):
@@ -90,6 +91,7 @@ def attention_block(
     key_head_of: list[int] = (),
     explicit: bool = False,
     sliding: bool = False,
+    varying: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query [B, H, s, D] over key [B, K, t, D] and value [B, K, t, E], none of them empty.
 
@@ -103,14 +105,14 @@ def attention_block(
             it is exact for a row of which every key is masked by a large number, beside which ``lse`` loses its digits.
         sliding: the first query sees from the first key on, and each query from one key later than the one before; then
             s <= t, and no mask.
+        varying: numbers of queries and keys come from data, which tells against kernels that are compiled for them.
 
     Returns:
         out [B, H, s, E], in the dtype in which the kernel gives it; lse [B, H, s] in float64 (see :mod:`merging`),
         ``-inf`` where a row sees nothing. Dropout does not enter lse.
     """
-    kernel = _kernel(
-        query, key, value, mask, causal, softcap=softcap, dropout_p=dropout_p, explicit=explicit, sliding=sliding
-    )
+    how = {"softcap": softcap, "dropout_p": dropout_p, "explicit": explicit, "sliding": sliding, "varying": varying}
+    kernel = _kernel(query, key, value, mask, causal, **how)
     heads = _heads(query, key, key_head_of, kernel)
     if heads is not None:
         key, value = key.index_select(1, heads), value.index_select(1, heads)
@@ -196,12 +198,12 @@ def _block_backward(
     key_head_of: list[int] = (),
     explicit: bool = False,
     sliding: bool = False,
+    varying: bool = False,
     has_trained_mask: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     num_heads = key.shape[1]
-    kernel = _kernel(
-        query, key, value, mask, causal, softcap=softcap, dropout_p=dropout_p, explicit=explicit, sliding=sliding
-    )
+    how = {"softcap": softcap, "dropout_p": dropout_p, "explicit": explicit, "sliding": sliding, "varying": varying}
+    kernel = _kernel(query, key, value, mask, causal, **how)
     if has_trained_mask:
         kernel = OPEN  # no other gives the gradient of scores
     heads = _heads(query, key, key_head_of, kernel)

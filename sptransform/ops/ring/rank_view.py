@@ -17,7 +17,7 @@ from sptransform.ops.ring.blocks import lay_out, positions, repeats_heads, scale
 from sptransform.ops.ring.data_plan import DataPlan
 from sptransform.ops.ring.joined import Joined, groups_of
 from sptransform.ops.ring.kernels.interface import Case, compute_dtype
-from sptransform.ops.ring.kernels.table import choose, has_windows
+from sptransform.ops.ring.kernels.table import choose, has_windows, varlen_of
 from sptransform.ops.ring.messages import unpack
 from sptransform.ops.ring.plan import Call, Tile, plan_calls
 from sptransform.sharding.intervals import Intervals
@@ -80,10 +80,9 @@ class RankView:
         if dropout_p > 0:
             self.options |= {"dropout_p": dropout_p, "seed": seed}
         case = Case.of(query, value, masked=False, explicit=dropout_p > 0, softcap=softcap)
-        kernel = choose(case)
         self.windows = has_windows(case)
-        is_repeated = self._is_empty() or repeats_heads(query, key, key_head_of, kernel)
-        self._varlen = None if is_repeated else kernel.varlen
+        is_repeated = self._is_empty() or repeats_heads(query, key, key_head_of, choose(case))
+        self._varlen = None if is_repeated else varlen_of(case)
         self.partition = _partition_of(keys, key)
         self.num_ranks = self.partition.num_ranks if self.partition else 1
         # without a program a row's keys may be spread over several calls
@@ -197,6 +196,8 @@ class RankView:
                 options = {**options, "stream": ((self.rank * self.num_ranks + block) << 20) + index}
             if call.sliding:
                 options = {**options, "sliding": True}
+            if self._data_plan is not None:
+                options = {**options, "varying": True}
             yield call, self._mask(call, block), options
 
     def joined(self, block: int) -> list[Joined]:

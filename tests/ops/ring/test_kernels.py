@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sptransform.ops.ring import kernel_name
 from sptransform.ops.ring.blocks import merge_block_
 from sptransform.ops.ring.kernels import cuda
-from sptransform.ops.ring.kernels.interface import Case
+from sptransform.ops.ring.kernels.interface import Case, aligned_rows
 from sptransform.ops.ring.kernels.reference import OPEN
-from sptransform.ops.ring.kernels.table import TABLE, choose
+from sptransform.ops.ring.kernels.table import TABLE, choose, has_windows, varlen_of
 from tests.ops.ring.ranks import Problem, assert_equal, one_device
 from tests.support.cuda_stand_ins import flash_attn_on_cpu
 
@@ -162,7 +164,10 @@ def test_merge_of_nothing() -> None:
         (Case("cpu", torch.float32, 8, 4, False, False), "PyTorch reference"),
         (Case("cpu", torch.float32, 8, 8, False, True), "PyTorch reference"),
         (Case("cpu", torch.float32, 8, 8, False, False, softcap=True), "PyTorch reference"),
-        (Case("cuda", torch.bfloat16, 64, 64, False, False), "CUDA flash"),
+        (Case("cuda", torch.bfloat16, 64, 64, False, False), "cuDNN"),
+        (Case("cuda", torch.bfloat16, 64, 64, False, False, one_key=True), "CUDA flash"),
+        (Case("cuda", torch.bfloat16, 64, 64, False, False, varying=True), "CUDA flash"),
+        (Case("cuda", torch.bfloat16, 256, 256, False, False), "CUDA flash"),
         (Case("cuda", torch.bfloat16, 192, 128, False, False), "cuDNN"),
         (Case("cuda", torch.bfloat16, 64, 64, True, False), "CUDA memory-efficient"),
         (Case("cuda", torch.float32, 64, 64, False, False), "CUDA memory-efficient"),
@@ -182,12 +187,72 @@ def test_merge_of_nothing() -> None:
 def test_choice(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "has_flash_attn", lambda: False)
     monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "_prefers_cudnn", lambda: True)
     assert choose(case).name == name
+
+
+def test_what_the_user_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's switches of its kernels, and of algorithms that repeat to the bit."""
+    monkeypatch.setattr(cuda, "has_flash_attn", lambda: False)
+    monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "_prefers_cudnn", lambda: True)
+    case = Case("cuda", torch.bfloat16, 64, 64, False, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert choose(case).name == "CUDA flash"
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        assert choose(case).name == "CUDA flash"
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        assert choose(case).name == "CUDA memory-efficient"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert choose(case).name == OPEN.name
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes", "name"),
+    [
+        ((8, 0), (192, 128), "CUDA memory-efficient"),
+        ((8, 9), (208, 208), "CUDA memory-efficient"),
+        ((12, 0), (208, 208), "CUDA memory-efficient"),
+        ((8, 9), (256, 256), "CUDA flash"),
+        ((10, 0), (192, 128), "cuDNN"),
+        ((8, 0), (128, 64), "cuDNN"),
+    ],
+    ids=str,
+)
+def test_head_sizes_of_gpus(
+    capability: tuple[int, int], sizes: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "has_flash_attn", lambda: False)
+    monkeypatch.setattr(cuda, "_capability", lambda: capability)
+    monkeypatch.setattr(cuda, "_prefers_cudnn", lambda: False)
+    assert choose(Case("cuda", torch.bfloat16, *sizes, False, False)).name == name
+
+
+def test_windows_and_pieces_beside_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has neither; the flash kernels, which have, are no worse than masks in tiles."""
+    monkeypatch.setattr(cuda, "has_flash_attn", lambda: False)
+    monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "_prefers_cudnn", lambda: True)
+    case = Case("cuda", torch.bfloat16, 64, 64, False, False)
+    assert has_windows(case) and varlen_of(case) is not None
+    assert not has_windows(replace(case, value_dim=32)) and varlen_of(replace(case, value_dim=32)) is None
+
+
+def test_rows_as_gpu_kernels_need_them() -> None:
+    """Of 16 bits and with heads of 16, rows begin at multiples of 16 bytes, or are copied."""
+    whole = torch.randn(2, 3, 7, 48).to(torch.bfloat16)
+    for x, is_kept in ((whole[..., 16:32], True), (whole[..., 4:20], False), (whole.mT[..., :2], False)):
+        found = aligned_rows(x)
+        assert (found.data_ptr() == x.data_ptr()) == is_kept
+        assert torch.equal(found, x) and found.stride(-1) == 1 and found.storage_offset() % 8 == 0
+        assert is_kept or found.is_contiguous()
 
 
 def test_flash_attn_comes_first_where_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "has_flash_attn", lambda: True)
     monkeypatch.setattr(cuda, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "_prefers_cudnn", lambda: False)
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False)).name == "flash-attn"
     assert choose(Case("cuda", torch.bfloat16, 64, 64, False, False, softcap=True)).name == "flash-attn"
     monkeypatch.setattr(cuda, "_capability", lambda: (8, 0))

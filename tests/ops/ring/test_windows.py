@@ -29,7 +29,7 @@ def calls(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         yield Calls()
         return
     with on_cpu(kernel, monkeypatch) as calls:
-        assert choose(Case.of(torch.empty(1, 1, 1, 8).double(), torch.empty(8), masked=False, explicit=False,
+        assert choose(Case.of(torch.empty(1, 1, 1, 8).double(), torch.empty(1, 1, 1, 8), masked=False, explicit=False,
                               softcap=0.0, windowed=True)).name == kernel  # fmt: skip
         yield calls
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sptransform.ops.ring.kernels.interface import Case, Grads, rows_in_memory
+from sptransform.ops.ring.kernels.interface import Case, Grads, aligned_rows
 
 aten = torch.ops.aten
 
@@ -31,15 +31,43 @@ def is_plain(case: Case) -> bool:
     return case.device == "cuda" and fits and not case.masked and not case.explicit and _capability() >= (8, 0)
 
 
+def is_for_flash(case: Case) -> bool:
+    """The backward has no room for heads of 193 to 224 on GPUs with little shared memory."""
+    is_small = (8, 6) <= _capability() < (9, 0) or _capability() >= (12, 0)
+    fits = case.head_dim == case.value_dim and not (is_small and 192 < case.head_dim <= 224)
+    return is_plain(case) and fits and not case.softcap and torch.backends.cuda.flash_sdp_enabled()
+
+
 def is_for_cudnn(case: Case) -> bool:
-    fits = case.head_dim <= 192 and case.value_dim <= 128
-    return is_plain(case) and fits and not case.softcap and not case.windowed
+    """Where it is faster than the flash kernels, or values have another head size, which those do not take.
+
+    It is compiled for each shape, in a part of a second, so not for shapes that come from data. Its backward adds in
+    any order.
+    """
+    sizes = case.head_dim, case.value_dim
+    fits = max(sizes) <= 128 or (sizes == (192, 128) and _is_hopper())
+    is_better = case.head_dim != case.value_dim or (_prefers_cudnn() and not case.varying)
+    is_allowed = not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
+    refused = case.softcap or case.windowed or case.one_key
+    return is_plain(case) and fits and is_better and is_allowed and not refused
 
 
 def is_efficient(case: Case) -> bool:
     unit = 16 // case.dtype.itemsize
     fits = case.dtype in (*_SIXTEEN_BITS, torch.float32) and case.head_dim % unit == 0 == case.value_dim % unit
-    return case.device == "cuda" and fits and not (case.explicit or case.softcap or case.windowed)
+    refused = case.explicit or case.softcap or case.windowed
+    return case.device == "cuda" and fits and not refused and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def _is_hopper() -> bool:
+    """Or Blackwell of data centers."""
+    return _capability()[0] in (9, 10)
+
+
+@cache
+def _prefers_cudnn() -> bool:
+    """Where torch's own attention takes it first: before this version it is wrong for some lengths."""
+    return _is_hopper() and (torch.backends.cudnn.version() or 92000) > 91500
 
 
 @cache
@@ -81,7 +109,7 @@ def flash_attn(
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
     limits = window(query, key, causal, sliding)
-    query, key, value = (rows_in_memory(x).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (aligned_rows(x).transpose(1, 2) for x in (query, key, value))
     out, lse, *_ = _flash_attn_forward(
         query,
         key,
@@ -113,7 +141,7 @@ def flash_attn_backward(
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     limits = window(query, key, causal, sliding)
-    grad, query, key, value, out = (rows_in_memory(x).transpose(1, 2) for x in (grad, query, key, value, out))
+    grad, query, key, value, out = (aligned_rows(x).transpose(1, 2) for x in (grad, query, key, value, out))
     grads = [torch.empty_like(x) for x in (query, key, value)]
     _flash_attn_backward(
         grad,
@@ -139,7 +167,7 @@ def flash(
     query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float, sliding: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Also runs FlashAttention 3 or 4, if ``torch.nn.attention.activate_flash_attention_impl`` selected it."""
-    query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    query, key, value = (aligned_rows(x) for x in (query, key, value))
     sizes = query.shape[2], key.shape[2]
     if _is_window(sizes, causal, sliding):
         limits = window(query, key, causal, sliding)
@@ -164,7 +192,7 @@ def flash_backward(
     scale: float,
     sliding: bool = False,
 ) -> Grads:
-    grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
+    grad, query, key, value, out = (aligned_rows(x) for x in (grad, query, key, value, out))
     lse, sizes = lse.contiguous(), (query.shape[2], key.shape[2])
     if _is_window(sizes, causal, sliding):
         limits = window(query, key, causal, sliding)
@@ -187,7 +215,7 @@ def _is_window(sizes: tuple[int, int], causal: bool, sliding: bool) -> bool:
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """The kernel's lse has one more dimension. The head size of values may differ from that of keys."""
-    query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    query, key, value = (aligned_rows(x) for x in (query, key, value))
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, causal, False, scale=scale
     )
@@ -205,7 +233,7 @@ def cudnn_backward(
     causal: bool,
     scale: float,
 ) -> Grads:
-    grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
+    grad, query, key, value, out = (aligned_rows(x) for x in (grad, query, key, value, out))
     seed, offset = _no_random_state(query)
     sizes = query.shape[2], key.shape[2]
     return aten._scaled_dot_product_cudnn_attention_backward(
@@ -218,7 +246,7 @@ def efficient(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The kernel pads lse to full tiles of rows, and may give NaN for a row that sees nothing."""
-    query, key, value = (rows_in_memory(x) for x in (query, key, value))
+    query, key, value = (aligned_rows(x) for x in (query, key, value))
     bias = _aligned(bias, query, key)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, causal, scale=scale)
     lse = lse.narrow(-1, 0, query.shape[2])
@@ -239,7 +267,10 @@ def efficient_backward(
     causal: bool,
     scale: float,
 ) -> Grads:
-    grad, query, key, value, out = (rows_in_memory(x) for x in (grad, query, key, value, out))
+    grad, query, key, value = (aligned_rows(x) for x in (grad, query, key, value))
+    # of out, the kernel for 16 bits reads no stride but the batch's: it takes [B, s, H, E] for granted
+    if not out.transpose(1, 2).is_contiguous():
+        out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     lse = functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
     seed, offset = _no_random_state(query)
     grads = aten._scaled_dot_product_efficient_attention_backward(

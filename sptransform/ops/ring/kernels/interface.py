@@ -50,12 +50,23 @@ def rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def aligned_rows(x: Tensor) -> Tensor:
+    """``x``, copied if its rows are not contiguous, or do not begin at multiples of 16 bytes.
+
+    GPU kernels load 16 bytes at a time, and assume both without a check.
+    """
+    unit = 16 // x.itemsize
+    is_aligned = not any(place % unit for place in (x.storage_offset(), *x.stride()[:-1]))
+    return x if x.stride(-1) == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Case:
     """What the choice of a kernel depends on.
 
     ``explicit``: the probabilities are needed themselves; ``windowed``: the queries see windows of the keys, other than
-    causality with as many keys as queries.
+    causality with as many keys as queries; ``one_key``: there is a single key; ``varying``: numbers of queries and keys
+    come from data, and differ from call to call.
     """
 
     device: str
@@ -66,13 +77,23 @@ class Case:
     explicit: bool
     softcap: bool = False
     windowed: bool = False
+    one_key: bool = False
+    varying: bool = False
 
     @staticmethod
     def of(
-        query: Tensor, value: Tensor, *, masked: bool, explicit: bool, softcap: float, windowed: bool = False
+        query: Tensor,
+        value: Tensor,
+        *,
+        masked: bool,
+        explicit: bool,
+        softcap: float,
+        windowed: bool = False,
+        varying: bool = False,
     ) -> Case:
         sizes = query.shape[-1], value.shape[-1]
-        return Case(query.device.type, query.dtype, *sizes, masked, explicit, softcap != 0, windowed)
+        how = masked, explicit, softcap != 0, windowed, value.shape[2] == 1, varying
+        return Case(query.device.type, query.dtype, *sizes, *how)
 
 
 @dataclass(frozen=True)

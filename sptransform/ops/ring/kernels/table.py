@@ -20,6 +20,12 @@ TABLE = (
         widens=True,
     ),
     Kernel(
+        "cuDNN",
+        cuda.is_for_cudnn,
+        cuda.cudnn,
+        cuda.cudnn_backward,
+    ),
+    Kernel(
         "flash-attn",
         lambda case: cuda.is_plain(case) and cuda.has_flash_attn() and case.head_dim == case.value_dim,
         cuda.flash_attn,
@@ -28,17 +34,10 @@ TABLE = (
     ),
     Kernel(
         "CUDA flash",
-        lambda case: cuda.is_plain(case) and case.head_dim == case.value_dim and not case.softcap,
+        cuda.is_for_flash,
         cuda.flash,
         cuda.flash_backward,
         varlen=Varlen(varlen.flash, varlen.flash_backward),
-    ),
-    Kernel(
-        "cuDNN",
-        cuda.is_for_cudnn,
-        cuda.cudnn,
-        cuda.cudnn_backward,
-        grouped=False,
     ),
     Kernel(
         "CUDA memory-efficient",
@@ -56,16 +55,29 @@ def choose(case: Case) -> Kernel:
 
 
 def has_windows(case: Case) -> bool:
-    """Whether the kernel of a case without a mask computes windows too."""
-    return choose(replace(case, windowed=True)) is choose(case)
+    """Whether windows of a case without a mask are computed by a kernel that is as good as the case's own."""
+    kernel = choose(replace(case, windowed=True))
+    return kernel is not OPEN or kernel is choose(case)
+
+
+def varlen_of(case: Case) -> Varlen | None:
+    """The attention of pieces of sequences for the case; None if no kernel that serves it has one."""
+    return next((kernel.varlen for kernel in TABLE if kernel.varlen is not None and kernel.serves(case)), None)
 
 
 def kernel_name(
-    query: Tensor, value: Tensor, *, masked: bool = False, explicit: bool = False, softcap: float = 0.0
+    query: Tensor,
+    value: Tensor,
+    *,
+    masked: bool = False,
+    explicit: bool = False,
+    softcap: float = 0.0,
+    varying: bool = False,
 ) -> str:
     """Which kernel computes the blocks of such an attention; tensors may be fake.
 
     ``masked``: for calls with a mask: those under a mask program that are not planned from data, and those on the edge
-    of a sliding window if the kernel that computes the other calls has no windows.
+    of a sliding window if the kernel that computes the other calls has no windows. ``varying``: for calls that are
+    planned from data.
     """
-    return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap)).name
+    return choose(Case.of(query, value, masked=masked, explicit=explicit, softcap=softcap, varying=varying)).name

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sptransform.ops.ring.kernels.interface import Grads, Pieces, compute_dtype, rows_in_memory
+from sptransform.ops.ring.kernels.interface import Grads, Pieces, aligned_rows, compute_dtype
 from sptransform.sharding.intervals import adjoined
 
 aten = torch.ops.aten
@@ -121,7 +121,7 @@ def flash_attn_backward(
 
 def rows_of(x: Tensor, pieces: Pieces) -> Tensor:
     """The rows of x [B, H, s, D] in ``pieces``, [n, H, D]; a view if they adjoin."""
-    return _picked(rows_in_memory(x).transpose(1, 2).flatten(0, 1), pieces, dim=0)
+    return _picked(aligned_rows(x).transpose(1, 2).flatten(0, 1), pieces, dim=0)
 
 
 def _lse_of(lse: Tensor, pieces: Pieces, dtype: torch.dtype) -> Tensor:
