@@ -7,8 +7,7 @@ Only the transformer is parallelized. In a pipeline of diffusers that is
 
     pipeline.transformer = sptransform.parallelize(pipeline.transformer, "ulysses", outputs="full")
 
-Text encoder, scheduler and decoder run as they are, on every rank. Seed the ranks alike, so that all start from the same
-noise.
+Text encoder, scheduler and decoder run as they are, on every rank. Seed the ranks alike: all start from the same noise.
 """
 
 import argparse
