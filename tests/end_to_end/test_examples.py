@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -37,6 +38,62 @@ def test_an_example(name: str, said: list[str]) -> None:
     assert run.returncode == 0, run.stderr
     for text in said:
         assert text in run.stdout, run.stdout
+
+
+def torchrun(name: str, ranks: int, *arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    run = subprocess.run(
+        [*command, EXAMPLES / name, "--tiny", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout + run.stderr
+
+
+def losses(said: str) -> list[float]:
+    """Those that Trainer logs, or the last one of a progress bar."""
+    return [float(found) for found in re.findall(r"(?<![a-z_])loss'?:? '?([0-9.]+)", said)]
+
+
+@pytest.mark.timeout(560)
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("train_custom_model.py", 1e-4), pytest.param("train_fsdp2.py", 2e-2, marks=pytest.mark.slow)],  # in bfloat16
+)
+def test_an_example_trains_as_one_process(name: str, tolerance: float) -> None:
+    alone, found = torchrun(name, 1), torchrun(name, 2)
+    assert "tokens/s" in found and "peak" in found
+    assert losses(found) == pytest.approx(losses(alone), rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(("name", "needs"), [("train_hf_trainer.py", "accelerate"), ("lora_sft.py", "trl")])
+def test_an_example_of_a_trainer(name: str, needs: str) -> None:
+    """That it trains as one process does is tested in `tests/integrations/test_trainer.py`."""
+    pytest.importorskip(needs)
+    found = torchrun(name, 2)
+    assert len(losses(found)) > 2 and "tokens_per_second" in found and "peak_memory_mib" in found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_a_run_goes_on_from_a_checkpoint_on_fewer_ranks(tmp_path: Path) -> None:
+    arguments = "--dp", "2", "--checkpoint", str(tmp_path)
+    whole = torchrun("train_fsdp2.py", 4, "--dp", "2")
+    torchrun("train_fsdp2.py", 4, "--steps", "2", *arguments)
+    assert losses(torchrun("train_fsdp2.py", 2, *arguments)) == pytest.approx(losses(whole), rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_a_video_is_that_of_one_process() -> None:
+    pytest.importorskip("diffusers")
+    said = [re.findall(r"deviation ([0-9.]+)", torchrun("video_transformer.py", ranks)) for ranks in (1, 2)]
+    assert said[0] == said[1] != []
 
 
 def test_the_page_on_extending_runs() -> None:
