@@ -1,11 +1,13 @@
 # Every target works on a machine that has nothing but Python 3.10+ and make: the first call
 # creates .venv and installs into it, later calls find the stamp file and go straight to work.
-# TORCH=2.14.1 runs any target with that version of torch, in a .venv of its own.
+# TORCH=2.14.1 runs any target with that version of torch, in a .venv of its own. Without, it is the version that all of
+# this was developed with; pip alone would take the newest that pyproject.toml allows.
 
-PYTHON ?= python3
-TORCH  :=
-VENV   := .venv$(if $(TORCH),-torch$(TORCH))
-RUN    := $(VENV)/bin/python
+PYTHON  ?= python3
+DEFAULT := 2.13.0
+TORCH   := $(DEFAULT)
+VENV    := .venv$(if $(filter-out $(DEFAULT),$(TORCH)),-torch$(TORCH))
+RUN     := $(VENV)/bin/python
 
 .PHONY: help demo test test-all mutants times lint sweep bench gpu docs clean
 .DELETE_ON_ERROR:
@@ -70,7 +72,7 @@ $(RUN):
 
 # One rule for every extra: .installed-test means `pip install -e '.[test]'` has run.
 $(VENV)/.installed-%: pyproject.toml | $(RUN)
-	$(RUN) -m pip install --quiet --editable '.[$*]' $(if $(TORCH),torch==$(TORCH))
+	$(RUN) -m pip install --quiet --editable '.[$*]' torch==$(TORCH)
 	@touch $@
 
 clean:
