@@ -27,6 +27,9 @@ from sptransform.integrations import index_masks
 from sptransform.integrations.documents import documents_of_lengths, documents_of_positions
 from sptransform.integrations.index_masks import Band, UnreadableMaskError, compares_queries, conjuncts
 from sptransform.integrations.position_mask import PositionMask
+from sptransform.integrations.trainer import parallelism_config, prepare
+
+__all__ = ["NAME", "attention", "parallelism_config", "position_mask", "prepare"]
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
