@@ -91,7 +91,7 @@ def share_data(model: nn.Module, layout: Layout) -> None:
         ddp = nn.parallel.DistributedDataParallel(
             _Called(model, model._compiled_call_impl), process_group=data.get_group(), find_unused_parameters=True
         )
-        _call(model, ddp)
+        _call(model, ddp.__call__)  # not as a submodule, or its parameters had further names
         model.no_sync = ddp.no_sync  # accelerate looks for it while gradients are accumulated
 
 

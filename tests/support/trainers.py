@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import tokenizers
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from sptransform.integrations.transformers import prepare
 from tests.support.models import IGNORED, build
 
-# steps of several micro-batches; per step and rank of data parallelism
-STEPS, ACCUMULATION, BATCH, LAYERS = 4, 2, 2, 1
-NUM_ROWS = STEPS * ACCUMULATION * BATCH
+STEPS, ACCUMULATION, BATCH, LAYERS = 3, 2, 2, 1
+NUM_ROWS = STEPS * ACCUMULATION * BATCH * 2  # as many as two groups of ranks read
 
 
 class Rows(torch.utils.data.Dataset):
     """Sequences with different numbers of labels, so that micro-batches weigh differently."""
 
-    def __init__(self, number: int = NUM_ROWS) -> None:
-        inputs = build("llama", batch=number)[1]
+    def __init__(self, number: int) -> None:
+        inputs = build("llama", batch=max(number, 1))[1]
         self.rows = [dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)]
         for i, row in enumerate(self.rows):
             row["labels"][: 3 * i] = IGNORED
@@ -43,7 +43,7 @@ class Rows(torch.utils.data.Dataset):
 class Stream(torch.utils.data.IterableDataset):
     """The same, without a length."""
 
-    def __init__(self, number: int = NUM_ROWS) -> None:
+    def __init__(self, number: int) -> None:
         self.rows = Rows(number).rows
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -72,6 +72,7 @@ def arguments(directory: str, **changed: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": ACCUMULATION,
         "optim": "adamw_torch",
         "learning_rate": 0.01,
+        "adam_epsilon": 0.1,  # else an update of a gradient near zero is rounding
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "report_to": [],
@@ -106,30 +107,99 @@ def train(
     rank: int,
     world_size: int,
     directory: str,
-    strategy: str,
+    strategy: str = "ulysses",
     *,
     dims: dict[str, int] | None = None,
     options: dict[str, Any] | None = None,
     streams: bool = False,
-    evaluates: bool = False,
+    evaluated: int = 0,
     resume: str | None = None,
     **changed: Any,
 ) -> dict[str, Any]:
-    """``Trainer`` on a model that is prepared, or with one rank, is not."""
+    """``Trainer`` on a model that is prepared, or with one rank, is not; ``evaluated``: on how many rows."""
     with launched(rank, world_size):
         args = TrainingArguments(**arguments(directory, **changed))
         model = build("llama", layers=LAYERS, dtype=torch.float32)[0]
         if world_size > 1:
             prepared(model, strategy, dims, **(options or {}))
-        data = Stream() if streams else Rows()
-        held_out = Stream(11) if streams else Rows(11)  # the last batch is short
-        trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=held_out)
+        kind = Stream if streams else Rows
+        trainer = Trainer(model=model, args=args, train_dataset=kind(NUM_ROWS), eval_dataset=kind(evaluated))
         found = run(trainer, resume)
-        if evaluates:
-            trainer.compute_metrics = lambda given: {"rows": len(given.predictions), "sum": float(given.predictions.sum())}
-            metrics = trainer.evaluate()
-            found["evaluated"] = {name: metrics[f"eval_{name}"] for name in ("loss", "rows", "sum")}
-            trainer.compute_metrics = None
-            found["loss_alone"] = trainer.evaluate()["eval_loss"]
-            found["predictions"] = trainer.predict(held_out).predictions
+        found["evaluated"] = {}
+        if evaluated:
+            found["evaluated"]["loss alone"] = trainer.evaluate()["eval_loss"]
+            trainer.compute_metrics = metrics
+            more = trainer.evaluate()
+            found["evaluated"] |= {name: more[f"eval_{name}"] for name in ("loss", "rows", "sum")}
+        return found
+
+
+def metrics(given: Any) -> dict[str, Any]:
+    return {"rows": len(given.predictions), "sum": float(given.predictions.sum())}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {name: index for index, name in enumerate(["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(90))])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def texts(number: int, seed: int, shortest: int, longest: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest, (number,), generator=generator).tolist()
+    return [" ".join(f"w{i}" for i in torch.randint(90, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def fine_tune(
+    rank: int, world_size: int, directory: str, strategy: str = "ulysses", dims: Any = None, **changed: Any
+) -> dict[str, Any]:
+    """TRL's ``SFTTrainer``."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    with launched(rank, world_size):
+        chosen = {"pad_to_multiple_of": 64, "max_length": 64, "gradient_checkpointing": False, "bf16": False}
+        args = SFTConfig(**arguments(directory, **{**chosen, **changed}))
+        model = build("llama", layers=LAYERS, dtype=torch.float32)[0]
+        if world_size > 1:
+            prepared(model, strategy, dims)
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"text": texts(NUM_ROWS, 0, 10, 60)}),
+            eval_dataset=Dataset.from_dict({"text": texts(11, 1, 10, 60)}),
+            processing_class=tokenizer(),
+        )
+        found = run(trainer)
+        evaluated = trainer.evaluate()
+        found["evaluated"] = {name: evaluated[f"eval_{name}"] for name in ("loss", "mean_token_accuracy", "entropy")}
+        return found
+
+
+def prefer(
+    rank: int, world_size: int, directory: str, strategy: str = "ulysses", dims: Any = None, **changed: Any
+) -> dict[str, Any]:
+    """TRL's ``DPOTrainer``; the reference is a model of its own, and sharded too."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    with launched(rank, world_size):
+        chosen = {"pad_to_multiple_of": 64, "gradient_checkpointing": False, "bf16": False}
+        args = DPOConfig(**arguments(directory, **{**chosen, **changed}))
+        model, reference = (build("llama", layers=LAYERS, dtype=torch.float32)[0] for _ in range(2))
+        if world_size > 1:
+            prepared(model, strategy, dims)
+            prepared(reference, strategy, dims)
+        pairs = {name: texts(NUM_ROWS, seed, 8, 28) for seed, name in enumerate(("prompt", "chosen", "rejected"))}
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=args,
+            train_dataset=Dataset.from_dict(pairs),
+            eval_dataset=Dataset.from_dict({name: rows[:11] for name, rows in pairs.items()}),
+            processing_class=tokenizer(),
+        )
+        found = run(trainer)
+        found["evaluated"] = {"loss": trainer.evaluate()["eval_loss"]}
         return found

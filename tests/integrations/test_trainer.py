@@ -1,0 +1,102 @@
+"""Stock trainers on prepared models: losses, gradient norms, evaluations and files are those of one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import trainers
+from tests.support.gloo_pool import get_pool
+
+pytestmark = pytest.mark.timeout(280)
+
+TOLERANCE = 2e-6  # float32
+# what two groups of ranks read
+BY_TWO = {"per_device_train_batch_size": 2 * trainers.BATCH, "per_device_eval_batch_size": 16}
+
+
+def assert_same(found: dict[str, Any], alone: dict[str, Any], tolerance: float = TOLERANCE) -> None:
+    assert len(found["losses"]) == trainers.STEPS
+    assert found["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+    assert found["norms"] == pytest.approx(alone["norms"], rel=tolerance)
+    assert found["saved"].keys() == alone["saved"].keys()
+    for name, tensor in alone["saved"].items():
+        assert (found["saved"][name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
+    assert found["evaluated"] == pytest.approx(alone["evaluated"], rel=10 * tolerance)
+
+
+def compare(
+    run: Any, folder: Path, size: int = 2, *args: Any, of_one: dict[str, Any] | None = None, **changed: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The same run on ranks and in one process, where ``of_one`` are other arguments."""
+    tolerance = changed.pop("tolerance", TOLERANCE)
+    shared = {name: value for name, value in changed.items() if name not in ("dims", "options")}
+    (alone,) = get_pool(1).run(run, str(folder / "one"), **{**shared, **(of_one or {})}, timeout=200)
+    found = get_pool(size).run(run, str(folder / "ranks"), *args, **changed, timeout=200)
+    for each in found:
+        assert_same(each, alone, tolerance)
+    return found, alone
+
+
+def test_it_trains_evaluates_and_saves_as_one_process(tmp_path: Path) -> None:
+    compare(trainers.train, tmp_path, evaluated=11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy, options", [("megatron", {}), ("ring", {"shard_parameters": True})])
+def test_where_ranks_keep_parts(tmp_path: Path, strategy: str, options: dict[str, Any]) -> None:
+    compare(trainers.train, tmp_path, 2, strategy, options=options, evaluated=11)
+
+
+@pytest.mark.slow
+def test_datasets_without_a_length(tmp_path: Path) -> None:
+    compare(trainers.train, tmp_path, streams=True, evaluated=11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["dp_replicate", "dp_shard"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_two_groups_of_two(tmp_path: Path, data: str, streams: bool) -> None:
+    dims = {data: 2, "sp": 2}
+    # a last batch that two groups do not share evenly is filled up with rows of the first, as Trainer always does
+    evaluated = 0 if streams else 32
+    compare(trainers.train, tmp_path, 4, dims=dims, streams=streams, evaluated=evaluated, of_one=BY_TWO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy, dims", [("ulysses", None), ("megatron", None), ("ring", {"dp_replicate": 1, "dp_shard": 2, "sp": 2})]
+)
+def test_it_resumes(tmp_path: Path, strategy: str, dims: dict[str, int] | None) -> None:
+    size, of_one = (2, {}) if dims is None else (4, BY_TWO)
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    found, alone = compare(trainers.train, tmp_path, size, strategy, dims=dims, of_one=of_one, **saves)
+    checkpoint = str(tmp_path / "ranks" / "checkpoint-2")
+    resumed = [get_pool(size).run(trainers.train, str(tmp_path / "again"), strategy, dims=dims, resume=checkpoint)[0]]
+    resumed += get_pool(1).run(trainers.train, str(tmp_path / "in_one"), **of_one, resume=checkpoint)
+    for each in resumed:
+        assert_same(each, alone)
+    states = [torch.load(tmp_path / run / "checkpoint-2" / "optimizer.pt") for run in ("one", "ranks")]
+    for index, values in states[0]["state"].items():
+        for name, tensor in values.items():
+            assert type(states[1]["state"][index][name]) is torch.Tensor
+            torch.testing.assert_close(states[1]["state"][index][name], tensor, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, strategy, dims", [(2, "ulysses", None), (4, "ring", {"dp_replicate": 2, "sp": 2})])
+def test_sft(tmp_path: Path, size: int, strategy: str, dims: dict[str, int] | None) -> None:
+    pytest.importorskip("trl")
+    of_one = {} if dims is None else BY_TWO
+    found, alone = compare(trainers.fine_tune, tmp_path, size, strategy, dims=dims, of_one=of_one)
+    for name in ("mean_token_accuracy", "entropy", "num_tokens"):
+        of_ranks, of_one = ([entry[name] for entry in run["history"]] for run in (found[0], alone))
+        assert of_ranks == pytest.approx(of_one, rel=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ulysses", "megatron"])
+def test_dpo(tmp_path: Path, strategy: str) -> None:
+    pytest.importorskip("trl")
+    compare(trainers.prefer, tmp_path, 2, strategy)
