@@ -23,12 +23,12 @@ LEVELS = (
     ("diagnostics",),
     ("sharding",),
     ("rules", "ops"),
-    ("graph", "op_rules", "integrations"),
+    ("graph", "op_rules"),
     ("engine", "losses", "masks", "routing", "scans", "agreement", "parameters"),
     ("capture", "strategies", "passes"),
     ("compiler",),
     ("inspection", "frontend", "testing"),
-    ("sweep",),
+    ("sweep", "integrations"),
     ("",),  # the package itself
 )
 

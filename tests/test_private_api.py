@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import fx, nn
 from torch.distributed._local_tensor import LocalTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from transformers import Trainer
 
 import sptransform
 from sptransform.compiler.caches import sources
@@ -120,19 +122,27 @@ def a_dtensor() -> DTensor:
 
 # An object that has the attribute, in the way it is used.
 OBJECTS: dict[str, Callable[[], Any]] = {
+    "._ChunkedLogProbFunction": lambda: pytest.importorskip("trl.trainer.utils"),
     "._backward_hooks": lambda: torch.ones(2, requires_grad=True),
     "._call_impl": lambda: nn.Linear(2, 2),
     "._cdata": lambda: torch.ones(2).untyped_storage(),
     "._compiled_call_impl": lambda: nn.Linear(2, 2),
     "._forward_cls": lambda: torch.compile(torch.sin, backend="aot_eager")(torch.ones(2, requires_grad=True)).grad_fn,
+    "._get_grad_norm": lambda: Trainer,
+    "._load_optimizer_and_scheduler": lambda: Trainer,
     "._local_tensor": a_dtensor,
     "._local_tensors": lambda: LocalTensor({0: torch.ones(2)}),
     "._orig_mod": lambda: torch.compile(nn.Linear(2, 2)),
     "._opoverload": lambda: rms_norm,
     "._parameters": lambda: nn.Linear(2, 2),
     "._post_accumulate_grad_hooks": lambda: torch.ones(2, requires_grad=True),
+    "._prepare_tp": lambda: Accelerator,
     "._rename": lambda: fx.Graph().placeholder("x"),
+    "._save": lambda: Trainer,
+    "._save_optimizer_and_scheduler": lambda: Trainer,
     "._schema": lambda: torch.ops.aten.add.Tensor,
+    "._track_num_input_tokens": lambda: Trainer,
+    "._use_triton": lambda: pytest.importorskip("trl.trainer.utils"),
 }
 
 

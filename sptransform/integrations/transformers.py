@@ -1,5 +1,7 @@
 """``attn_implementation="sptransform"`` for models of Hugging Face Transformers; importing this module registers it.
 
+``prepare`` and ``parallelism_config``, for trainers, are in :mod:`trainer` and :mod:`accelerate`.
+
 Attention is then ``torch.ops.sptransform.ring_attention``, which gets its mask as bounds, operands and a program. So no
 tensor of queries x keys exists, not on one device either, and what shards the op finds the mask among its arguments.
 
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 import sptransform.ops  # noqa: F401 - registers ring_attention
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.integrations import index_masks
+from sptransform.integrations.accelerate import parallelism_config
 from sptransform.integrations.documents import documents_of_lengths, documents_of_positions
 from sptransform.integrations.index_masks import Band, UnreadableMaskError, compares_queries, conjuncts
 from sptransform.integrations.position_mask import PositionMask
-from sptransform.integrations.trainer import parallelism_config, prepare
+from sptransform.integrations.trainer import prepare
 
 __all__ = ["NAME", "attention", "parallelism_config", "position_mask", "prepare"]
 

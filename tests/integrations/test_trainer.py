@@ -39,14 +39,42 @@ def compare(
     return found, alone
 
 
-def test_it_trains_evaluates_and_saves_as_one_process(tmp_path: Path) -> None:
-    compare(trainers.train, tmp_path, evaluated=11)
+def test_it_trains_and_saves_as_one_process(tmp_path: Path) -> None:
+    found, alone = compare(trainers.train, tmp_path, include_num_input_tokens_seen="all")
+    assert {each["counts"] for each in found} == {alone["counts"]}
+
+
+@pytest.mark.parametrize("dims", [None, {"dp_shard": 2, "sp": 2}])
+def test_samples_are_counted_once(dims: dict[str, int] | None) -> None:
+    (alone,) = get_pool(1).run(trainers.counted)
+    for found in get_pool(2 if dims is None else 4).run(trainers.counted, dims):
+        assert found == alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy, options", [("megatron", {}), ("ring", {"shard_parameters": True})])
-def test_where_ranks_keep_parts(tmp_path: Path, strategy: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("strategy, options", [("ulysses", {}), ("megatron", {}), ("ring", {"shard_parameters": True})])
+def test_it_evaluates_as_one_process(tmp_path: Path, strategy: str, options: dict[str, Any]) -> None:
     compare(trainers.train, tmp_path, 2, strategy, options=options, evaluated=11)
+
+
+LOGITS = {"label_smoothing_factor": 0.1}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy, changed, tolerance",
+    [
+        ("ulysses", {"bf16": True, "gradient_checkpointing": True}, 2e-2),
+        ("ulysses", LOGITS, TOLERANCE),
+        ("megatron", LOGITS, TOLERANCE),
+        ("megatron", {"optim": "adamw_torch_fused"}, TOLERANCE),
+        ("ulysses", {"auto_find_batch_size": True}, TOLERANCE),
+        ("megatron", BEST | {"save_strategy": "steps", "save_steps": 1, "evaluated": 8}, TOLERANCE),
+    ],
+)
+def test_settings(tmp_path: Path, strategy: str, changed: dict[str, Any], tolerance: float) -> None:
+    compare(trainers.train, tmp_path, 2, strategy, tolerance=tolerance, **changed)
 
 
 @pytest.mark.slow
@@ -71,7 +99,7 @@ def test_two_groups_of_two(tmp_path: Path, data: str, streams: bool) -> None:
 def test_it_resumes(tmp_path: Path, strategy: str, dims: dict[str, int] | None) -> None:
     size, of_one = (2, {}) if dims is None else (4, BY_TWO)
     saves = {"save_strategy": "steps", "save_steps": 2}
-    found, alone = compare(trainers.train, tmp_path, size, strategy, dims=dims, of_one=of_one, **saves)
+    _, alone = compare(trainers.train, tmp_path, size, strategy, dims=dims, of_one=of_one, **saves)
     checkpoint = str(tmp_path / "ranks" / "checkpoint-2")
     resumed = [get_pool(size).run(trainers.train, str(tmp_path / "again"), strategy, dims=dims, resume=checkpoint)[0]]
     resumed += get_pool(1).run(trainers.train, str(tmp_path / "in_one"), **of_one, resume=checkpoint)
@@ -100,3 +128,35 @@ def test_sft(tmp_path: Path, size: int, strategy: str, dims: dict[str, int] | No
 def test_dpo(tmp_path: Path, strategy: str) -> None:
     pytest.importorskip("trl")
     compare(trainers.prefer, tmp_path, 2, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [None, {"dp_replicate": 2, "sp": 2}])
+def test_a_loop_with_accelerate(tmp_path: Path, dims: dict[str, int] | None) -> None:
+    (alone,) = get_pool(1).run(trainers.accelerated, str(tmp_path))
+    for found in get_pool(2 if dims is None else 4).run(trainers.accelerated, str(tmp_path), dims):
+        if dims is None:
+            assert found["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
+            assert found["norms"] == pytest.approx(alone["norms"], rel=TOLERANCE)
+            assert torch.equal(found["predicted"], alone["predicted"])
+        assert torch.equal(found["labels"], alone["labels"])
+        assert found["objects"] == alone["objects"]
+
+
+REFUSED = {
+    "after the trainer": "accelerate gives ranks of one sequence different batches",
+    "in model_init": "accelerate gives ranks of one sequence different batches",
+    "torch_compile": "a prepared model is compiled already",
+    "other seed": "'model.embed_tokens.weight' is not the same on all ranks",
+    "dims": "consecutive ranks",
+    "no dim": "no dim is left for the sequence",
+    "not prepared": "this model was not prepared",
+    "adapters": "adapters were put around a prepared model",
+    "not launched": "ranks share a sequence, and there are none",
+}
+
+
+def test_what_users_get_wrong(tmp_path: Path) -> None:
+    for messages in get_pool(2).run(trainers.refused, str(tmp_path)):
+        for name, text in REFUSED.items():
+            assert text in messages.get(name, "no error"), name

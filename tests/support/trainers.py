@@ -11,14 +11,17 @@ from unittest import mock
 
 import tokenizers
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from sptransform.integrations.transformers import prepare
+from sptransform import SPTransformError
+from sptransform.integrations.transformers import parallelism_config, prepare
 from tests.support.models import IGNORED, build
+from tests.support.tiny import attention
 
 STEPS, ACCUMULATION, BATCH, LAYERS = 3, 2, 2, 1
 NUM_ROWS = STEPS * ACCUMULATION * BATCH * 2  # as many as two groups of ranks read
@@ -99,6 +102,7 @@ def run(trainer: Trainer, resume: str | None = None) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in history],
         "norms": [entry["grad_norm"] for entry in history],
         "history": history,
+        "counts": (trainer.state.num_input_tokens_seen, trainer.state.total_flos),
         "saved": load_file(Path(trainer.args.output_dir) / "model.safetensors"),
     }
 
@@ -203,3 +207,104 @@ def prefer(
         found = run(trainer)
         found["evaluated"] = {"loss": trainer.evaluate()["eval_loss"]}
         return found
+
+
+def accelerated(rank: int, world_size: int, directory: str, dims: dict[str, int] | None = None) -> dict[str, Any]:
+    """A loop of one's own with accelerate: losses, predictions for rows that ranks do not share evenly, and labels."""
+    with launched(rank, world_size):
+        model = build("llama", layers=LAYERS, dtype=torch.float32)[0]
+        config = None
+        if world_size > 1:
+            config = parallelism_config(prepared(model, "ulysses", dims))
+        accelerator = Accelerator(cpu=True, parallelism_config=config)
+        loaders = [torch.utils.data.DataLoader(Rows(number), batch_size=4) for number in (8, 7)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        model, optimizer, *loaders = accelerator.prepare(model, optimizer, *loaders)
+        losses, norms = [], []
+        for batch in loaders[0]:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1.0)))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(accelerator.gather(loss.detach()).mean()))
+        model.eval()
+        with torch.no_grad():
+            gathered, objects = [], []
+            for batch in loaders[1]:
+                gathered.append(accelerator.gather_for_metrics((model(**batch).logits.argmax(-1), batch["labels"])))
+                objects += accelerator.gather_for_metrics([str(row) for row in batch["labels"].sum(1).tolist()])
+        predicted, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+        return {"losses": losses, "norms": norms, "predicted": predicted, "labels": labels, "objects": objects}
+
+
+def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> dict[str, Any]:
+    """What ``gather_for_metrics`` has of seven rows in batches of four; the model is never called."""
+    with launched(rank, world_size):
+        config = None
+        if world_size > 1:
+            config = parallelism_config(prepared(attention(), "ulysses", dims))
+        accelerator = Accelerator(cpu=True, parallelism_config=config)
+        rows = torch.utils.data.DataLoader([{"row": torch.tensor([i])} for i in range(7)], batch_size=4)
+        found: dict[str, Any] = {"rows": [], "objects": [], "number": 0.0}
+        for batch in accelerator.prepare(rows):
+            found["rows"] += accelerator.gather_for_metrics(batch["row"]).flatten().tolist()
+            found["objects"] += accelerator.gather_for_metrics([str(int(row)) for row in batch["row"]])
+            found["number"] = accelerator.gather_for_metrics(torch.tensor(2.0)).mean().item()
+        return found
+
+
+def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
+    """What users get wrong, and what they are told."""
+    messages = {}
+
+    def attempt(name: str, run: Any) -> None:
+        with launched(rank, world_size):
+            try:
+                run()
+            except SPTransformError as error:
+                messages[name] = str(error)
+
+    def model() -> Any:
+        return build("llama", layers=LAYERS, dtype=torch.float32)[0]
+
+    def trainer(which: Any, **changed: Any) -> Trainer:
+        given = arguments(directory, **changed)
+        return Trainer(model=which, args=TrainingArguments(**given), train_dataset=Rows(8))
+
+    def after_the_trainer() -> None:
+        given = model()
+        trainer(given)
+        prepared(given, "ulysses")
+
+    def in_model_init() -> None:
+        args = TrainingArguments(**arguments(directory))
+        Trainer(model_init=lambda: prepared(model(), "ulysses"), args=args, train_dataset=Rows(8)).train()
+
+    def with_argument(**changed: Any) -> Any:
+        return lambda: trainer(prepared(model(), "ulysses"), **changed)
+
+    def other_seed() -> None:
+        torch.manual_seed(rank)
+        given = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=97))
+        trainer(prepared(given, "ulysses")).train()
+
+    def adapters_around() -> None:
+        from peft import LoraConfig, get_peft_model
+
+        trainer(get_peft_model(prepared(model(), "ulysses"), LoraConfig(target_modules=["q_proj"])))
+
+    attempt("after the trainer", after_the_trainer)
+    attempt("in model_init", in_model_init)
+    attempt("torch_compile", with_argument(torch_compile=True))
+    attempt("other seed", other_seed)
+    attempt("dims", lambda: prepared(model(), "ulysses", {"sp": 1, "dp_shard": world_size}))
+    attempt("no dim", lambda: prepared(model(), "ulysses", {"dp_shard": world_size}))
+    attempt("not prepared", lambda: parallelism_config(model()))
+    attempt("adapters", adapters_around)
+    with launched(0, 1):
+        try:
+            prepare(model(), "ulysses")
+        except SPTransformError as error:
+            messages["not launched"] = str(error)
+    return messages

@@ -1,0 +1,195 @@
+"""What an ``accelerate.Accelerator`` is told where ranks share sequences.
+
+accelerate knows ranks that get the same batches, those of tensor parallelism. :func:`parallelism_config` is a
+``ParallelismConfig`` of that kind. It is shown the Accelerator that is made of it, and changes it:
+
+1. ``gather_for_metrics`` counts each sample once, also in the last batch.
+2. Neither DDP nor anything else is put around the model.
+3. With data parallelism beside it, each rank reads iterable datasets itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sptransform.diagnostics.errors import UsageError, describe
+
+
+@dataclass(eq=False)
+class Shared:
+    """How ranks share a prepared model.
+
+    Attributes:
+        num_sequence: number of ranks that share each sequence.
+        num_data: number of groups of them.
+        uses_loss_alone: whether the trainer reads nothing but the loss where it trains, or evaluates the loss alone;
+            None before its first step.
+    """
+
+    num_sequence: int
+    num_data: int
+    uses_loss_alone: bool | None = None
+
+
+_prepared: WeakKeyDictionary[nn.Module, Shared] = WeakKeyDictionary()
+
+
+def mark_prepared(model: nn.Module, shared: Shared) -> None:
+    """Remember that ``model`` is shared so, and let its calls raise where accelerate does not know of it."""
+    _prepared[model] = shared
+    call = model._compiled_call_impl
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        check_accelerator(shared.num_sequence)
+        return call(*args, **kwargs)
+
+    # nn.Module calls this in the place of its forward; an outer torch.compile must not trace into it
+    model._compiled_call_impl = torch.compiler.disable(run)
+
+
+def shared_by(model: Any) -> Shared | None:
+    """How ranks share ``model``, or a part of it; None if it was not prepared.
+
+    Raises:
+        UsageError: adapters are around a prepared model.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    inner = next((module for module in model.modules() if module in _prepared), None)
+    if inner is None or inner is model:
+        return _prepared.get(model)
+    if hasattr(model, "peft_config"):
+        raise UsageError(
+            describe(
+                "adapters were put around a prepared model, which they call without what prepare made of it",
+                found=f"{type(model).__name__} around {type(inner).__name__}",
+                fix="prepare(get_peft_model(model, config), ..), and no peft_config for the trainer",
+            )
+        )
+    return _prepared[inner]
+
+
+def check_accelerator(num_sequence: int) -> None:
+    """Raise UsageError if accelerate is in use, and not told that so many ranks share each sequence."""
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if not is_initialized():
+        return
+    config = AcceleratorState().parallelism_config
+    if config is None or config.tp_size != num_sequence:
+        raise UsageError(
+            describe(
+                "accelerate gives ranks of one sequence different batches",
+                found=f"{num_sequence} ranks share a sequence, and an Accelerator was made that does not know of it",
+                fix="prepare(model, ..) before Trainer(model=model, ..) is made, and not in model_init; if that one is "
+                "of an earlier run, make the TrainingArguments of this run first; in a loop of your own, "
+                "Accelerator(parallelism_config=parallelism_config(model))",
+            )
+        )
+
+
+def parallelism_config(model: nn.Module) -> Any:
+    """What to make an ``Accelerator`` of in a loop of one's own: ``Accelerator(parallelism_config=..)``.
+
+    It then gives ranks that share sequences the same batches, and counts their samples once. Trainers call it
+    themselves.
+
+    Args:
+        model: what ``prepare`` returned.
+
+    Returns:
+        an ``accelerate.ParallelismConfig``.
+
+    Raises:
+        UsageError: the model was not prepared.
+    """
+    shared = shared_by(model)
+    if shared is None:
+        raise UsageError(describe("this model was not prepared", found=type(model).__name__, fix="prepare(model, ..)"))
+    # accelerate wants a name for data parallelism; what is averaged or sharded along it is the model's own
+    return _config_class()(tp_size=shared.num_sequence, dp_shard_size=shared.num_data)
+
+
+def refused_wrapper(found: str) -> UsageError:
+    return UsageError(
+        describe(
+            "a prepared model is sharded, and averages its gradients, by itself",
+            found=found,
+            fix="no FSDP or DeepSpeed in TrainingArguments or accelerate's launch config; a mesh dim 'dp_shard' in "
+            "prepare(mesh=..), or shard_parameters=True, shards parameters",
+        )
+    )
+
+
+@cache
+def _config_class() -> type:
+    from accelerate import ParallelismConfig
+
+    class SharedSequences(ParallelismConfig):
+        def _validate_accelerator(self, accelerator: Any) -> None:
+            kind = accelerator.state.distributed_type.value
+            if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+                raise refused_wrapper(f"an Accelerator of {kind}")
+            accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator)
+            load = accelerator.prepare_data_loader
+            accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, load)
+            accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
+            # it matches parameters in optimizers by the address of this rank's part, which is 0 if it is empty
+            accelerator._prepare_tp = lambda *args: args
+
+    return SharedSequences
+
+
+def _prepare_data_loader(accelerator: Any, prepare: Any, *args: Any, **kwargs: Any) -> Any:
+    config = accelerator.dataloader_config
+    if accelerator.parallelism_config.dp_shard_enabled:
+        if config.dispatch_batches:
+            raise UsageError(
+                describe(
+                    "with dispatch_batches accelerate gives all ranks the same batches, also those of data parallelism",
+                    found="dispatch_batches=True",
+                    fix="dispatch_batches=False in accelerator_config",
+                )
+            )
+        config.dispatch_batches = False
+    return prepare(*args, **kwargs)
+
+
+def _gather_for_metrics(accelerator: Any, input_data: Any, use_gather_object: bool = False) -> Any:
+    """``Accelerator.gather_for_metrics``, but of ranks that share sequences it has what one of them has.
+
+    Numbers without dimensions are gathered from all ranks: trainers divide what they count by the ranks that share.
+    """
+    from accelerate.utils import gather_object, recursively_apply
+
+    config, state = accelerator.parallelism_config, accelerator.gradient_state
+    kept: int | None = None
+    if state.end_of_dataloader and state.remainder > 0:
+        # a dispatcher reads one batch for all ranks, and counts it once a rank
+        is_dispatched = hasattr(state.active_dataloader, "slice_fn")
+        kept = state.remainder // (config.tp_size if is_dispatched else 1)
+    try:
+        recursively_apply(lambda x: x, input_data, error_on_other_type=True)
+    except TypeError:
+        use_gather_object = True
+    if use_gather_object:
+        is_first = accelerator.process_index % config.tp_size == 0
+        return gather_object(input_data if is_first else [])[:kept]
+
+    def gathered(x: Tensor) -> Tensor:
+        if x.dim() == 0:
+            return accelerator.gather(x)
+        if config.data_parallel_size == 1:
+            return x[:kept]
+        out = x.new_empty(config.data_parallel_size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=accelerator.torch_device_mesh["dp"].get_group())
+        return out[:kept]
+
+    return recursively_apply(gathered, input_data)
