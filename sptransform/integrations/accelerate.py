@@ -10,7 +10,9 @@ accelerate knows ranks that get the same batches, those of tensor parallelism. :
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.integrations.return_loss_alone import LossAlone
 
 
 @dataclass(eq=False)
@@ -29,13 +32,14 @@ class Shared:
     Attributes:
         num_sequence: number of ranks that share each sequence.
         num_data: number of groups of them.
-        uses_loss_alone: whether the trainer reads nothing but the loss where it trains, or evaluates the loss alone;
-            None before its first step.
+        loss_alone: what its calls return.
+        no_sync: a context in which gradients are not averaged over groups yet; None if they are not at all, or always.
     """
 
     num_sequence: int
     num_data: int
-    uses_loss_alone: bool | None = None
+    loss_alone: LossAlone = field(default_factory=LossAlone)
+    no_sync: Callable[[], AbstractContextManager[Any]] | None = None
 
 
 _prepared: WeakKeyDictionary[nn.Module, Shared] = WeakKeyDictionary()
@@ -141,10 +145,16 @@ def _config_class() -> type:
             load = accelerator.prepare_data_loader
             accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, load)
             accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
+            accelerator.no_sync = partial(_no_sync, accelerator.no_sync)
             # it matches parameters in optimizers by the address of this rank's part, which is 0 if it is empty
             accelerator._prepare_tp = lambda *args: args
 
     return SharedSequences
+
+
+def _no_sync(no_sync: Any, model: Any) -> AbstractContextManager[Any]:
+    shared = shared_by(model)
+    return no_sync(model) if shared is None or shared.no_sync is None else shared.no_sync()
 
 
 def _prepare_data_loader(accelerator: Any, prepare: Any, *args: Any, **kwargs: Any) -> Any:

@@ -30,13 +30,13 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def takes_whole_states(model: nn.Module) -> None:
     """Let ``model.load_state_dict`` also take whole tensors for the parameters of which ranks keep parts."""
+    model.register_load_state_dict_pre_hook(_cut)
 
-    def cut(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
-        for name, own in module.state_dict(keep_vars=True).items():
-            if isinstance(own, DTensor) and isinstance(state.get(name), Tensor):
-                state[name] = part_like(own, state[name])
 
-    model.register_load_state_dict_pre_hook(cut)
+def _cut(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
+    for name, own in module.state_dict(keep_vars=True).items():
+        if isinstance(own, DTensor) and isinstance(state.get(name), Tensor):
+            state[name] = part_like(own, state[name])
 
 
 def optimizer_parts(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,11 @@ def layout_of(mesh: DeviceMesh) -> Layout:
     return Layout(mesh[data], mesh[sequences])
 
 
-def share_data(model: nn.Module, layout: Layout) -> None:
+def share_data(model: nn.Module, layout: Layout) -> Callable[[], AbstractContextManager[Any]] | None:
     """Make a parallelized ``model`` average its gradients over ``layout.data``.
+
+    Returns:
+        a context in which they are not averaged yet; None if they always are.
 
     Raises:
         UsageError: DDP cannot reduce its parameters.
@@ -78,7 +82,8 @@ def share_data(model: nn.Module, layout: Layout) -> None:
         _take_first(model, data)
         fully_shard(model, mesh=data)
         _call(model, _resharding(model, model._compiled_call_impl))
-    elif keeps_parts(model):
+        return None
+    if keeps_parts(model):
         raise UsageError(
             describe(
                 "DDP reduces plain parameters, and ranks keep parts of this model's",
@@ -86,13 +91,12 @@ def share_data(model: nn.Module, layout: Layout) -> None:
                 fix=f"name it {SHARD!r}: FSDP2 takes them",
             )
         )
-    else:
-        # it may be that a batch leaves a part of a model out
-        ddp = nn.parallel.DistributedDataParallel(
-            _Called(model, model._compiled_call_impl), process_group=data.get_group(), find_unused_parameters=True
-        )
-        _call(model, ddp.__call__)  # not as a submodule, or its parameters had further names
-        model.no_sync = ddp.no_sync  # accelerate looks for it while gradients are accumulated
+    # it may be that a batch leaves a part of a model out
+    ddp = nn.parallel.DistributedDataParallel(
+        _Called(model, model._compiled_call_impl), process_group=data.get_group(), find_unused_parameters=True
+    )
+    _call(model, ddp.__call__)  # not as a submodule, or its parameters had further names
+    return ddp.no_sync
 
 
 def _take_first(model: nn.Module, data: DeviceMesh) -> None:

@@ -15,7 +15,7 @@ subclass:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -87,11 +87,12 @@ def prepare(
     if all(parameter.device.type != "meta" for parameter in model.parameters()):
         model.to(state.device)
     if outputs is None:
-        options["passes"] = [*options.get("passes", ()), ReturnLossAlone(shared)]
+        options["passes"] = [*options.get("passes", ()), ReturnLossAlone(shared.loss_alone)]
+        shared.loss_alone.of(model)
     options["rules"] = fused_head.RULES | dict(options.get("rules") or {})
     parallelize(model, strategy, mesh=layout.sequences, outputs=outputs or "full", **options)
     if layout.data is not None and layout.num_data > 1:
-        share_data(model, layout)
+        shared.no_sync = share_data(model, layout)
     checkpoints.takes_whole_states(model)
     mark_prepared(model, shared)
     _attach_to_trainers()
@@ -160,30 +161,19 @@ class _Sharing:
         return self.shared.num_sequence
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._uses_loss_alone()
-        return super().training_step(*args, **kwargs)
+        with self.shared.loss_alone.enough(self._uses_loss_alone()):
+            return super().training_step(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
-        # inference mode is a compile of its own, which no_grad is not told apart from otherwise
-        with torch.inference_mode() if self._uses_loss_alone() and prediction_loss_only else nullcontext():
+        with self.shared.loss_alone.enough(prediction_loss_only and self._uses_loss_alone()):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _uses_loss_alone(self) -> bool:
+        """Whether Trainer's own step reads the loss that the model computes."""
         from transformers import Trainer
 
         is_stock = type(self).compute_loss is Trainer.compute_loss
-        is_alone = is_stock and self.compute_loss_func is None and self.label_smoother is None
-        before = self.shared.uses_loss_alone
-        if before and not is_alone:
-            raise UsageError(
-                describe(
-                    "this model was compiled to return its loss alone, for a trainer that used nothing else",
-                    found=f"{type(self).__name__}, which may read its logits",
-                    fix="prepare(.., outputs='full'), or a model of its own for each trainer",
-                )
-            )
-        self.shared.uses_loss_alone = is_alone
-        return is_alone
+        return is_stock and self.compute_loss_func is None and self.label_smoother is None
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen

@@ -103,6 +103,8 @@ def test_it_resumes(tmp_path: Path, strategy: str, dims: dict[str, int] | None) 
     checkpoint = str(tmp_path / "ranks" / "checkpoint-2")
     resumed = [get_pool(size).run(trainers.train, str(tmp_path / "again"), strategy, dims=dims, resume=checkpoint)[0]]
     resumed += get_pool(1).run(trainers.train, str(tmp_path / "in_one"), **of_one, resume=checkpoint)
+    of_one_process = str(tmp_path / "one" / "checkpoint-2")
+    resumed += get_pool(size).run(trainers.train, str(tmp_path / "on"), strategy, dims=dims, resume=of_one_process)
     for each in resumed:
         assert_same(each, alone)
     states = [torch.load(tmp_path / run / "checkpoint-2" / "optimizer.pt") for run in ("one", "ranks")]
@@ -121,6 +123,12 @@ def test_sft(tmp_path: Path, size: int, strategy: str, dims: dict[str, int] | No
     for name in ("mean_token_accuracy", "entropy", "num_tokens"):
         of_ranks, of_one = ([entry[name] for entry in run["history"]] for run in (found[0], alone))
         assert of_ranks == pytest.approx(of_one, rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_sft_of_packed_documents(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    compare(trainers.fine_tune, tmp_path, attention="sptransform", packing=True, per_device_train_batch_size=1)
 
 
 @pytest.mark.slow

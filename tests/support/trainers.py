@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from sptransform import SPTransformError
 from sptransform.integrations.transformers import parallelism_config, prepare
+from tests.support import tiny
 from tests.support.models import IGNORED, build
-from tests.support.tiny import attention
 
 STEPS, ACCUMULATION, BATCH, LAYERS = 3, 2, 2, 1
 NUM_ROWS = STEPS * ACCUMULATION * BATCH * 2  # as many as two groups of ranks read
@@ -156,7 +156,14 @@ def texts(number: int, seed: int, shortest: int, longest: int) -> list[str]:
 
 
 def fine_tune(
-    rank: int, world_size: int, directory: str, strategy: str = "ulysses", dims: Any = None, **changed: Any
+    rank: int,
+    world_size: int,
+    directory: str,
+    strategy: str = "ulysses",
+    *,
+    dims: dict[str, int] | None = None,
+    attention: str = "sdpa",
+    **changed: Any,
 ) -> dict[str, Any]:
     """TRL's ``SFTTrainer``."""
     from datasets import Dataset
@@ -166,6 +173,7 @@ def fine_tune(
         chosen = {"pad_to_multiple_of": 64, "max_length": 64, "gradient_checkpointing": False, "bf16": False}
         args = SFTConfig(**arguments(directory, **{**chosen, **changed}))
         model = build("llama", layers=LAYERS, dtype=torch.float32)[0]
+        model.set_attn_implementation(attention)
         if world_size > 1:
             prepared(model, strategy, dims)
         trainer = SFTTrainer(
@@ -243,7 +251,7 @@ def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> d
     with launched(rank, world_size):
         config = None
         if world_size > 1:
-            config = parallelism_config(prepared(attention(), "ulysses", dims))
+            config = parallelism_config(prepared(tiny.attention(), "ulysses", dims))
         accelerator = Accelerator(cpu=True, parallelism_config=config)
         rows = torch.utils.data.DataLoader([{"row": torch.tensor([i])} for i in range(7)], batch_size=4)
         found: dict[str, Any] = {"rows": [], "objects": [], "number": 0.0}
