@@ -58,6 +58,11 @@ def mark_prepared(model: nn.Module, shared: Shared) -> None:
     model._compiled_call_impl = torch.compiler.disable(run)
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Whether it is the very module that was prepared, and not one around it."""
+    return model in _prepared
+
+
 def shared_by(model: Any) -> Shared | None:
     """How ranks share ``model``, or a part of it; None if it was not prepared.
 
@@ -157,9 +162,9 @@ def _no_sync(no_sync: Any, model: Any) -> AbstractContextManager[Any]:
     return no_sync(model) if shared is None or shared.no_sync is None else shared.no_sync()
 
 
-def _prepare_data_loader(accelerator: Any, prepare: Any, *args: Any, **kwargs: Any) -> Any:
-    config = accelerator.dataloader_config
-    if accelerator.parallelism_config.dp_shard_enabled:
+def _prepare_data_loader(accelerator: Any, prepare: Any, loader: Any, *args: Any, **kwargs: Any) -> Any:
+    config, shares = accelerator.dataloader_config, accelerator.parallelism_config
+    if shares.dp_shard_enabled:
         if config.dispatch_batches:
             raise UsageError(
                 describe(
@@ -169,7 +174,20 @@ def _prepare_data_loader(accelerator: Any, prepare: Any, *args: Any, **kwargs: A
                 )
             )
         config.dispatch_batches = False
-    return prepare(*args, **kwargs)
+    if getattr(loader.batch_sampler, "dp_size", shares.data_parallel_size) != shares.data_parallel_size:
+        raise UsageError(
+            describe(
+                "this sampler gives every rank batches of its own",
+                found=type(loader.batch_sampler).__name__,
+                fix="another train_sampling_strategy",
+            )
+        )
+    seeded = loader.worker_init_fn
+    if isinstance(seeded, partial) and "rank" in seeded.keywords:
+        # workers that draw random numbers, to mask tokens for one, draw the same for all ranks of a group
+        rank = seeded.keywords["rank"] // shares.tp_size
+        loader.worker_init_fn = partial(seeded.func, *seeded.args, **{**seeded.keywords, "rank": rank})
+    return prepare(loader, *args, **kwargs)
 
 
 def _gather_for_metrics(accelerator: Any, input_data: Any, use_gather_object: bool = False) -> Any:

@@ -30,6 +30,7 @@ from sptransform.integrations import checkpoints, fused_head
 from sptransform.integrations.accelerate import (
     Shared,
     check_accelerator,
+    is_prepared,
     mark_prepared,
     parallelism_config,
     refused_wrapper,
@@ -169,10 +170,10 @@ class _Sharing:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _uses_loss_alone(self) -> bool:
-        """Whether Trainer's own step reads the loss that the model computes."""
+        """Whether Trainer's own step calls the prepared model itself, and reads the loss that it computes."""
         from transformers import Trainer
 
-        is_stock = type(self).compute_loss is Trainer.compute_loss
+        is_stock = type(self).compute_loss is Trainer.compute_loss and is_prepared(self.model)
         return is_stock and self.compute_loss_func is None and self.label_smoother is None
 
     def _track_num_input_tokens(self, inputs: Any) -> None:

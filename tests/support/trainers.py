@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from sptransform import SPTransformError
 from sptransform.integrations.transformers import parallelism_config, prepare
 from tests.support import tiny
+from tests.support.collective_counts import CountCollectives
 from tests.support.models import IGNORED, build
 
 STEPS, ACCUMULATION, BATCH, LAYERS = 3, 2, 2, 1
@@ -128,7 +131,9 @@ def train(
             prepared(model, strategy, dims, **(options or {}))
         kind = Stream if streams else Rows
         trainer = Trainer(model=model, args=args, train_dataset=kind(NUM_ROWS), eval_dataset=kind(evaluated))
-        found = run(trainer, resume)
+        with CountCollectives() as counted:
+            found = run(trainer, resume)
+        found["collectives"] = {collective.name for collective in counted.collectives}
         found["evaluated"] = {}
         if evaluated:
             found["evaluated"]["loss alone"] = trainer.evaluate()["eval_loss"]
@@ -163,6 +168,8 @@ def fine_tune(
     *,
     dims: dict[str, int] | None = None,
     attention: str = "sdpa",
+    num_held_out: int = 11,
+    judged: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy"),
     **changed: Any,
 ) -> dict[str, Any]:
     """TRL's ``SFTTrainer``."""
@@ -180,12 +187,12 @@ def fine_tune(
             model=model,
             args=args,
             train_dataset=Dataset.from_dict({"text": texts(NUM_ROWS, 0, 10, 60)}),
-            eval_dataset=Dataset.from_dict({"text": texts(11, 1, 10, 60)}),
+            eval_dataset=Dataset.from_dict({"text": texts(num_held_out, 1, 10, 60)}),
             processing_class=tokenizer(),
         )
         found = run(trainer)
         evaluated = trainer.evaluate()
-        found["evaluated"] = {name: evaluated[f"eval_{name}"] for name in ("loss", "mean_token_accuracy", "entropy")}
+        found["evaluated"] = {name: evaluated[f"eval_{name}"] for name in judged}
         return found
 
 
@@ -253,9 +260,12 @@ def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> d
         if world_size > 1:
             config = parallelism_config(prepared(tiny.attention(), "ulysses", dims))
         accelerator = Accelerator(cpu=True, parallelism_config=config)
-        rows = torch.utils.data.DataLoader([{"row": torch.tensor([i])} for i in range(7)], batch_size=4)
+        seeded = partial(seed_worker, num_workers=2, rank=accelerator.process_index)
+        rows = [{"row": torch.tensor([i])} for i in range(7)]
+        loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=4, worker_init_fn=seeded))
         found: dict[str, Any] = {"rows": [], "objects": [], "number": 0.0}
-        for batch in accelerator.prepare(rows):
+        found["seeds of"] = loader.worker_init_fn.keywords["rank"]
+        for batch in loader:
             found["rows"] += accelerator.gather_for_metrics(batch["row"]).flatten().tolist()
             found["objects"] += accelerator.gather_for_metrics([str(int(row)) for row in batch["row"]])
             found["number"] = accelerator.gather_for_metrics(torch.tensor(2.0)).mean().item()
@@ -292,6 +302,11 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     def with_argument(**changed: Any) -> Any:
         return lambda: trainer(prepared(model(), "ulysses"), **changed)
 
+    def dispatched() -> None:
+        args = TrainingArguments(**arguments(directory, accelerator_config={"dispatch_batches": True}))
+        given = prepared(model(), "ulysses", {"dp_shard": world_size, "sp": 1})
+        Trainer(model=given, args=args, train_dataset=Stream(8)).train()
+
     def other_seed() -> None:
         torch.manual_seed(rank)
         given = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=97))
@@ -305,6 +320,9 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("after the trainer", after_the_trainer)
     attempt("in model_init", in_model_init)
     attempt("torch_compile", with_argument(torch_compile=True))
+    attempt("fsdp", with_argument(fsdp="full_shard"))
+    attempt("rebalanced", lambda: with_argument(train_sampling_strategy="batch_rebalance")().train())
+    attempt("dispatched", dispatched)
     attempt("other seed", other_seed)
     attempt("dims", lambda: prepared(model(), "ulysses", {"sp": 1, "dp_shard": world_size}))
     attempt("no dim", lambda: prepared(model(), "ulysses", {"dp_shard": world_size}))
