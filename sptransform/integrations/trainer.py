@@ -36,9 +36,9 @@ from sptransform.integrations.accelerate import (
     refused_wrapper,
     shared_by,
 )
-from sptransform.integrations.data_parallel import layout_of, share_data
+from sptransform.integrations.data_parallel import check_cut, layout_of, share_data
 from sptransform.integrations.return_loss_alone import ReturnLossAlone
-from sptransform.strategies.names import StrategyLike
+from sptransform.strategies.names import StrategyLike, strategy_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -83,6 +83,9 @@ def prepare(
     if mesh is None:
         mesh = init_device_mesh(state.device.type, (state.num_processes,), mesh_dim_names=("sp",))
     layout = layout_of(mesh)
+    is_cut_later = strategy_of(strategy).shards_weights and options.get("inputs") is None
+    keeps_parts = strategy_of(strategy).shards_weights or bool(options.get("shard_parameters"))
+    check_cut(layout, keeps_parts, not is_cut_later)
     shared = Shared(layout.sequences.size(), layout.num_data)
     check_accelerator(shared.num_sequence)
     if all(parameter.device.type != "meta" for parameter in model.parameters()):

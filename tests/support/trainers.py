@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def train(
     streams: bool = False,
     evaluated: int = 0,
     resume: str | None = None,
+    counts: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
     """``Trainer`` on a model that is prepared, or with one rank, is not; ``evaluated``: on how many rows."""
@@ -131,9 +132,9 @@ def train(
             prepared(model, strategy, dims, **(options or {}))
         kind = Stream if streams else Rows
         trainer = Trainer(model=model, args=args, train_dataset=kind(NUM_ROWS), eval_dataset=kind(evaluated))
-        with CountCollectives() as counted:
+        with CountCollectives() if counts else nullcontext() as counted:
             found = run(trainer, resume)
-        found["collectives"] = {collective.name for collective in counted.collectives}
+        found["collectives"] = {collective.name for collective in counted.collectives} if counts else set()
         found["evaluated"] = {}
         if evaluated:
             found["evaluated"]["loss alone"] = trainer.evaluate()["eval_loss"]
@@ -320,6 +321,8 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("after the trainer", after_the_trainer)
     attempt("in model_init", in_model_init)
     attempt("torch_compile", with_argument(torch_compile=True))
+    attempt("replicated parts", lambda: prepared(model(), "megatron", {"dp_replicate": world_size, "sp": 1}))
+    attempt("cut later", lambda: prepared(model(), "megatron", {"dp_shard": world_size, "sp": 1}))
     attempt("fsdp", with_argument(fsdp="full_shard"))
     attempt("rebalanced", lambda: with_argument(train_sampling_strategy="batch_rebalance")().train())
     attempt("dispatched", dispatched)
