@@ -97,7 +97,6 @@ def share_data(model: nn.Module, layout: Layout) -> Callable[[], AbstractContext
     """
     data = layout.data
     if SHARD in data.mesh_dim_names:
-        _take_first(model, data)
         fully_shard(model, mesh=data)
         _call(model, _resharding(model, model._compiled_call_impl))
         return None
@@ -107,16 +106,6 @@ def share_data(model: nn.Module, layout: Layout) -> Callable[[], AbstractContext
     )
     _call(model, ddp.__call__)  # not as a submodule, or its parameters had further names
     return ddp.no_sync
-
-
-def _take_first(model: nn.Module, data: DeviceMesh) -> None:
-    """What DDP does: ranks take the parameters and buffers of the first rank along ``data``."""
-    if any(x.device.type == "meta" for x in model.parameters()):
-        return
-    for group in data.get_all_groups():
-        for x in [*model.parameters(), *model.buffers()]:
-            local = x.detach().to_local() if hasattr(x, "to_local") else x.detach()
-            dist.broadcast(local, group=group, group_src=0)
 
 
 class _Called(nn.Module):

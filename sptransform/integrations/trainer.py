@@ -38,6 +38,7 @@ from sptransform.integrations.accelerate import (
 )
 from sptransform.integrations.data_parallel import check_cut, layout_of, share_data
 from sptransform.integrations.return_loss_alone import ReturnLossAlone
+from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.strategies.names import StrategyLike, strategy_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -90,6 +91,8 @@ def prepare(
     check_accelerator(shared.num_sequence)
     if all(parameter.device.type != "meta" for parameter in model.parameters()):
         model.to(state.device)
+        if layout.data is not None:
+            broadcast_parameters(model, layout.data)  # as DDP does; along a sequence they have to be equal
     if outputs is None:
         options["passes"] = [*options.get("passes", ()), ReturnLossAlone(shared.loss_alone)]
         shared.loss_alone.of(model)

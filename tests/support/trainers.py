@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
@@ -255,11 +257,13 @@ def accelerated(rank: int, world_size: int, directory: str, dims: dict[str, int]
 
 
 def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> dict[str, Any]:
-    """What ``gather_for_metrics`` has of seven rows in batches of four; the model is never called."""
+    """What ``gather_for_metrics`` has of seven rows in batches of four; the model is never called. And its bias."""
     with launched(rank, world_size):
-        config = None
+        config, model = None, tiny.attention()
+        with torch.no_grad():
+            model.head.bias.fill_(float(rank // 2))  # another number in each group of two
         if world_size > 1:
-            config = parallelism_config(prepared(tiny.attention(), "ulysses", dims))
+            config = parallelism_config(prepared(model, "ulysses", dims))
         accelerator = Accelerator(cpu=True, parallelism_config=config)
         seeded = partial(seed_worker, num_workers=2, rank=accelerator.process_index)
         rows = [{"row": torch.tensor([i])} for i in range(7)]
@@ -270,6 +274,8 @@ def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> d
             found["rows"] += accelerator.gather_for_metrics(batch["row"]).flatten().tolist()
             found["objects"] += accelerator.gather_for_metrics([str(int(row)) for row in batch["row"]])
             found["number"] = accelerator.gather_for_metrics(torch.tensor(2.0)).mean().item()
+        bias = model.head.bias
+        found["bias"] = float((bias.full_tensor() if isinstance(bias, DTensor) else bias).sum())
         return found
 
 
@@ -330,7 +336,8 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("dims", lambda: prepared(model(), "ulysses", {"sp": 1, "dp_shard": world_size}))
     attempt("no dim", lambda: prepared(model(), "ulysses", {"dp_shard": world_size}))
     attempt("not prepared", lambda: parallelism_config(model()))
-    attempt("adapters", adapters_around)
+    if find_spec("peft") is not None:
+        attempt("adapters", adapters_around)
     with launched(0, 1):
         try:
             prepare(model(), "ulysses")
