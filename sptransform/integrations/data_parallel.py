@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.integrations.checkpoints import keeps_parts
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
 
@@ -68,22 +67,11 @@ def layout_of(mesh: DeviceMesh) -> Layout:
     return Layout(mesh[data], mesh[sequences])
 
 
-def share_data(model: nn.Module, layout: Layout) -> Callable[[], AbstractContextManager[Any]] | None:
-    """Make a parallelized ``model`` average its gradients over ``layout.data``.
-
-    Returns:
-        a context in which they are not averaged yet; None if they always are.
-
-    Raises:
-        UsageError: DDP cannot reduce its parameters.
-    """
-    data = layout.data
-    if SHARD in (data.mesh_dim_names or ()):
-        _take_first(model, data)
-        fully_shard(model, mesh=data)
-        _call(model, _resharding(model, model._compiled_call_impl))
-        return None
-    if keeps_parts(model):
+def check_cut(layout: Layout, keeps_parts: bool, is_cut_at_once: bool) -> None:
+    """Raise UsageError if data parallelism does not go with parameters of which ranks keep parts."""
+    if layout.data is None or not keeps_parts:
+        return
+    if SHARD not in layout.data.mesh_dim_names:
         raise UsageError(
             describe(
                 "DDP reduces plain parameters, and ranks keep parts of this model's",
@@ -91,22 +79,33 @@ def share_data(model: nn.Module, layout: Layout) -> Callable[[], AbstractContext
                 fix=f"name it {SHARD!r}: FSDP2 takes them",
             )
         )
+    if not is_cut_at_once:
+        raise UsageError(
+            describe(
+                "FSDP2 shards what the strategy has cut already, and this one cuts at the first call",
+                found=f"a mesh dim {SHARD!r}, and no inputs",
+                fix="prepare(.., inputs=..), with inputs of the shapes to come, cuts parameters at once",
+            )
+        )
+
+
+def share_data(model: nn.Module, layout: Layout) -> Callable[[], AbstractContextManager[Any]] | None:
+    """Make a parallelized ``model`` average its gradients over ``layout.data``.
+
+    Returns:
+        a context in which they are not averaged yet; None if they always are.
+    """
+    data = layout.data
+    if SHARD in data.mesh_dim_names:
+        fully_shard(model, mesh=data)
+        _call(model, _resharding(model, model._compiled_call_impl))
+        return None
     # it may be that a batch leaves a part of a model out
     ddp = nn.parallel.DistributedDataParallel(
         _Called(model, model._compiled_call_impl), process_group=data.get_group(), find_unused_parameters=True
     )
     _call(model, ddp.__call__)  # not as a submodule, or its parameters had further names
     return ddp.no_sync
-
-
-def _take_first(model: nn.Module, data: DeviceMesh) -> None:
-    """What DDP does: ranks take the parameters and buffers of the first rank along ``data``."""
-    if any(x.device.type == "meta" for x in model.parameters()):
-        return
-    for group in data.get_all_groups():
-        for x in [*model.parameters(), *model.buffers()]:
-            local = x.detach().to_local() if hasattr(x, "to_local") else x.detach()
-            dist.broadcast(local, group=group, group_src=0)
 
 
 class _Called(nn.Module):

@@ -36,9 +36,10 @@ from sptransform.integrations.accelerate import (
     refused_wrapper,
     shared_by,
 )
-from sptransform.integrations.data_parallel import layout_of, share_data
+from sptransform.integrations.data_parallel import check_cut, layout_of, share_data
 from sptransform.integrations.return_loss_alone import ReturnLossAlone
-from sptransform.strategies.names import StrategyLike
+from sptransform.parameters.broadcast import broadcast_parameters
+from sptransform.strategies.names import StrategyLike, strategy_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -83,10 +84,15 @@ def prepare(
     if mesh is None:
         mesh = init_device_mesh(state.device.type, (state.num_processes,), mesh_dim_names=("sp",))
     layout = layout_of(mesh)
+    is_cut_later = strategy_of(strategy).shards_weights and options.get("inputs") is None
+    keeps_parts = strategy_of(strategy).shards_weights or bool(options.get("shard_parameters"))
+    check_cut(layout, keeps_parts, not is_cut_later)
     shared = Shared(layout.sequences.size(), layout.num_data)
     check_accelerator(shared.num_sequence)
     if all(parameter.device.type != "meta" for parameter in model.parameters()):
         model.to(state.device)
+        if layout.data is not None:
+            broadcast_parameters(model, layout.data)  # as DDP does; along a sequence they have to be equal
     if outputs is None:
         options["passes"] = [*options.get("passes", ()), ReturnLossAlone(shared.loss_alone)]
         shared.loss_alone.of(model)
@@ -150,31 +156,33 @@ def _check_arguments(args: Any) -> None:
 def _sharing(stock: type) -> type:
     """The class of a trainer of ``stock`` whose model was prepared; it has the same name."""
     names = {name: getattr(stock, name) for name in ("__doc__", "__module__", "__qualname__")}
-    return type(stock.__name__, (_Sharing, stock), names)
+    return type(stock.__name__, (_Sharing, stock), {**names, "_stock": stock})
 
 
 class _Sharing:
     """What a trainer does otherwise where ranks share sequences."""
 
+    _stock: type
     shared: Shared
 
     def get_tp_size(self) -> int:
         return self.shared.num_sequence
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.shared.loss_alone.enough(self._uses_loss_alone()):
+        with self.shared.loss_alone.enough(self._uses_loss_alone("training_step")):
             return super().training_step(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
-        with self.shared.loss_alone.enough(prediction_loss_only and self._uses_loss_alone()):
+        with self.shared.loss_alone.enough(prediction_loss_only and self._uses_loss_alone("prediction_step")):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    def _uses_loss_alone(self) -> bool:
-        """Whether Trainer's own step calls the prepared model itself, and reads the loss that it computes."""
+    def _uses_loss_alone(self, step: str) -> bool:
+        """Whether this step is Trainer's own, calls the prepared model itself, and reads the loss that it computes."""
         from transformers import Trainer
 
-        is_stock = type(self).compute_loss is Trainer.compute_loss and is_prepared(self.model)
-        return is_stock and self.compute_loss_func is None and self.label_smoother is None
+        is_stock = all(getattr(self._stock, name) is getattr(Trainer, name) for name in (step, "compute_loss"))
+        is_models = self.compute_loss_func is None and self.label_smoother is None
+        return is_stock and is_models and is_prepared(self.model)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen

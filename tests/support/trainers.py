@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
@@ -121,6 +123,7 @@ def train(
     streams: bool = False,
     evaluated: int = 0,
     resume: str | None = None,
+    counts: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
     """``Trainer`` on a model that is prepared, or with one rank, is not; ``evaluated``: on how many rows."""
@@ -131,9 +134,9 @@ def train(
             prepared(model, strategy, dims, **(options or {}))
         kind = Stream if streams else Rows
         trainer = Trainer(model=model, args=args, train_dataset=kind(NUM_ROWS), eval_dataset=kind(evaluated))
-        with CountCollectives() as counted:
+        with CountCollectives() if counts else nullcontext() as counted:
             found = run(trainer, resume)
-        found["collectives"] = {collective.name for collective in counted.collectives}
+        found["collectives"] = {collective.name for collective in counted.collectives} if counts else set()
         found["evaluated"] = {}
         if evaluated:
             found["evaluated"]["loss alone"] = trainer.evaluate()["eval_loss"]
@@ -254,11 +257,13 @@ def accelerated(rank: int, world_size: int, directory: str, dims: dict[str, int]
 
 
 def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> dict[str, Any]:
-    """What ``gather_for_metrics`` has of seven rows in batches of four; the model is never called."""
+    """What ``gather_for_metrics`` has of seven rows in batches of four; the model is never called. And its bias."""
     with launched(rank, world_size):
-        config = None
+        config, model = None, tiny.attention()
+        with torch.no_grad():
+            model.head.bias.fill_(float(rank // 2))  # another number in each group of two
         if world_size > 1:
-            config = parallelism_config(prepared(tiny.attention(), "ulysses", dims))
+            config = parallelism_config(prepared(model, "ulysses", dims))
         accelerator = Accelerator(cpu=True, parallelism_config=config)
         seeded = partial(seed_worker, num_workers=2, rank=accelerator.process_index)
         rows = [{"row": torch.tensor([i])} for i in range(7)]
@@ -269,6 +274,8 @@ def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> d
             found["rows"] += accelerator.gather_for_metrics(batch["row"]).flatten().tolist()
             found["objects"] += accelerator.gather_for_metrics([str(int(row)) for row in batch["row"]])
             found["number"] = accelerator.gather_for_metrics(torch.tensor(2.0)).mean().item()
+        bias = model.head.bias
+        found["bias"] = float((bias.full_tensor() if isinstance(bias, DTensor) else bias).sum())
         return found
 
 
@@ -320,6 +327,8 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("after the trainer", after_the_trainer)
     attempt("in model_init", in_model_init)
     attempt("torch_compile", with_argument(torch_compile=True))
+    attempt("replicated parts", lambda: prepared(model(), "megatron", {"dp_replicate": world_size, "sp": 1}))
+    attempt("cut later", lambda: prepared(model(), "megatron", {"dp_shard": world_size, "sp": 1}))
     attempt("fsdp", with_argument(fsdp="full_shard"))
     attempt("rebalanced", lambda: with_argument(train_sampling_strategy="batch_rebalance")().train())
     attempt("dispatched", dispatched)
@@ -327,7 +336,8 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("dims", lambda: prepared(model(), "ulysses", {"sp": 1, "dp_shard": world_size}))
     attempt("no dim", lambda: prepared(model(), "ulysses", {"dp_shard": world_size}))
     attempt("not prepared", lambda: parallelism_config(model()))
-    attempt("adapters", adapters_around)
+    if find_spec("peft") is not None:
+        attempt("adapters", adapters_around)
     with launched(0, 1):
         try:
             prepare(model(), "ulysses")
