@@ -43,8 +43,8 @@ def name_of_class(function: type) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
-    """What the function returns where ``call`` calls it.
+def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor | None]:
+    """What the function returns where ``call`` calls it; None for what is left out, since nothing reads it.
 
     Raises:
         CaptureError: it writes into its operands, or is not made of ops of tensors.
@@ -60,13 +60,15 @@ def applied(call: fx.Node, args: Sequence[Any], options: Mapping[str, Any]) -> l
     # what gets no gradient from the function has none, on one device; a move of it would make zeros of that
     pairs = zip(operands, body.gradients, strict=False)
     operands = [x.detach() if grad is None and x.requires_grad else x for x, grad in pairs]
-    return torch.ops.sptransform.autograd_function(
+    found = torch.ops.sptransform.autograd_function(
         call.meta.get(NAME, "autograd.Function"),
         operands,
         constants,
         str(body.body),
-        list(options.get("non_differentiable_idx", ())),
+        [i for i in options.get("non_differentiable_idx", ()) if i < len(body.results)],
     )
+    num_taken = max((user.args[1] + 1 for user in call.users if user.target is operator.getitem), default=0)
+    return [*found, *[None] * (num_taken - len(found))]
 
 
 class _Joined:
@@ -113,9 +115,13 @@ class _Joined:
         with torch.autocast(operands[0].device.type, enabled=False):
             backward = _traced(gradients, [*results, *(dataflow.value(saved[i]) for i in at)])
         entered = [self._graph.placeholder(f"operand{i}") for i in range(len(operands))]
-        outs, kept = self._copy(forward, entered)
+        (*outs,), kept = self._copy(forward, entered)
         given = [self._graph.placeholder(f"given{i}") for i in range(len(results))]
         grads = self._copy(backward, [*given, *(kept[i] for i in at)])
+        # Dynamo returns what the forward saves too, in torch 2.11
+        while len(outs) > 1 and not given[-1].users and not self._is_read(len(outs) - 1):
+            outs.pop()
+            self._graph.erase_node(given.pop())
         constants = tuple(self._constants)
         body = BodyGraph(
             self._graph,
@@ -125,6 +131,12 @@ class _Joined:
             gradients=(*grads, *(None for _ in constants)),
         )
         return body.close(), list(self._constants.values())
+
+    def _is_read(self, result: int) -> bool:
+        """Whether something reads this result of the call."""
+        return any(
+            user.target is not operator.getitem or (user.args[1] == result and user.users) for user in self._call.users
+        )
 
     def _copy(self, traced: fx.GraphModule, inputs: Sequence[fx.Node]) -> Any:
         """Copy what was traced over ``inputs``; returns what it returns."""

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    Unsupported,
+    UserError,
+)
 
 from sptransform.compiler.branches import branches_read
 from sptransform.compiler.compiles import Compiles
@@ -95,6 +101,16 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
             raise
         except (Unsupported, UserError) as error:
             raise _not_captured(error) from error
+        except InternalTorchDynamoError as error:
+            raise CaptureError(
+                describe(
+                    "torch.compile failed while it captured the model",
+                    source=innermost_line(str(error)),
+                    found=f"{str(error).splitlines()[0]} (torch {torch.__version__})",
+                    fix="another form of that line, or a newer torch; if torch.compile(model, fullgraph=True) works "
+                    "without sptransform, the fault is in sptransform: report it",
+                )
+            ) from error
         except FailOnRecompileLimitHit as error:
             raise UsageError(
                 describe(

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from sptransform import CaptureError
 from tests.support.equality import assert_equal_to_one_device, run_one_device
 from tests.support.rewritten import Asked, on_pretended_ranks, step_of_first_scalar
 from tests.support.tiers import tiered
@@ -132,6 +133,10 @@ def test_loss_and_gradients(name: str, asked: Asked) -> None:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     model = prepared(model)
+    if name == "image_features_among_text" and torch.__version__ < "2.12":  # its Dynamo fails, with any backend
+        with pytest.raises(CaptureError, match=r"torch.compile failed (.|\n)*masked_scatter"):
+            on_pretended_ranks(model, inputs, [asked])
+        return
     ranks = on_pretended_ranks(model, inputs, [asked])[asked]
     reference = run_one_device(model, inputs)
     for result in ranks.run(step_of_first_scalar):
