@@ -19,6 +19,7 @@ from torch._dynamo.exc import (
     UserError,
 )
 
+from sptransform.capture.torch_versions import metrics_unsaid
 from sptransform.compiler.branches import branches_read
 from sptransform.compiler.compiles import Compiles
 from sptransform.compiler.leaf_marks import leaf_marks_ignored
@@ -122,6 +123,7 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
         finally:
             _is_capturing = before
 
+    @metrics_unsaid()
     def in_configuration(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(
             # a warning or a call of a logger would break the graph, and is no part of what the model computes
