@@ -1,0 +1,82 @@
+"""What a parallelized model returns of a sequence: a DTensor on which torch functions give what one device gives.
+
+A loss behind the call meets logits that are cut along the sequence, or along the vocabulary. Torch's own DTensor refuses
+to mix them with plain tensors. Its losses are terms of a sum, of which ``item()`` reads this rank's, and some are wrong
+(a mean over labels of which some are ignored). So every torch function on such a tensor is rewritten as a model is
+(:mod:`sptransform.compiler.calls_behind`): what comes out with the cut axis is again such a tensor, and what comes out
+without it, such as a loss, is a plain tensor, equal on all ranks, with the whole gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from sptransform.compiler.calls_behind import CallsBehind
+
+# what concerns the object and its place in autograd's graph: DTensor's own are right
+_OF_THE_OBJECT = {
+    Tensor.__deepcopy__,
+    Tensor.__format__,
+    Tensor.__hash__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.backward,
+    Tensor.register_hook,
+    Tensor.requires_grad_,
+    Tensor.retain_grad,
+    torch.autograd.grad,
+}
+# attributes that are computed, by the functions that compute them
+_COMPUTED = {
+    Tensor.H.__get__: torch.adjoint,
+    Tensor.T.__get__: Tensor.t,
+    Tensor.data.__get__: Tensor.detach,
+    Tensor.imag.__get__: torch.imag,
+    Tensor.mH.__get__: torch.adjoint,
+    Tensor.mT.__get__: lambda x: x.transpose(-2, -1),
+    Tensor.real.__get__: torch.real,
+}
+
+
+class ShardedOutput(DTensor):
+    """A DTensor placed ``Shard`` or ``Replicate`` on each mesh dim, contiguous on each rank; see above.
+
+    ``to_local()``, ``full_tensor()``, ``redistribute(..)``, ``placements`` and ``device_mesh`` are those of every
+    DTensor.
+    """
+
+    calls: CallsBehind
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (of_attribute := getattr(func, "__name__", "") in ("__get__", "__set__")) and func in _COMPUTED:
+            func, of_attribute = _COMPUTED[func], False
+        if of_attribute or func in _OF_THE_OBJECT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        calls = next(x.calls for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
+        return calls(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return as_dtensor(self).__reduce_ex__(protocol)
+
+
+def as_dtensor(x: DTensor) -> DTensor:
+    """The same tensor as torch's own DTensor, with its gradient."""
+    if not isinstance(x, ShardedOutput):
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.view_as(x)
+
+
+def sharded_output(x: Any, calls: CallsBehind) -> Any:
+    """``x``; if it is a DTensor, it becomes a :class:`ShardedOutput` whose functions run through ``calls``."""
+    if isinstance(x, DTensor):
+        x.__class__ = ShardedOutput
+        x.calls = calls
+    return x
