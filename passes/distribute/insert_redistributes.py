@@ -14,7 +14,7 @@ Before: ``%o = attention(%q, ...)`` where ``%q`` is ``S(2)`` and ``S(1)`` is dem
 5. Under a user's ``no_grad`` the graph may still have regions with gradients (``enable_grad``). What such a region
    reads is moved inside of it, and what it returns to the caller is moved right behind its producer.
 6. Tensors the graph returns become I; where ``outputs`` keeps shards, a sharded dimension becomes one that DTensor can
-   express: contiguous chunks in the original order, or I where its axis is only a part of the dimension.
+   express: contiguous chunks in the original order, or I where its axis is only a part of a dimension of open size.
 """
 
 from __future__ import annotations
@@ -100,5 +100,7 @@ def _returned(actual: Placement | None, context: Context) -> Placement:
         return I
     if context.outputs == "kept":
         return actual if actual.outer == 1 and actual.partition.is_exact else I
-    chunks = replace(actual, partition=Partition.contiguous(actual.partition.size, actual.partition.num_ranks))
-    return chunks if chunks.is_contiguous and (actual == chunks or repartitions(actual, chunks)) else I
+    if actual.outer != 1 and not isinstance(actual.dim_size, int):
+        return I
+    chunks = Shard(actual.dim, Partition.contiguous(actual.dim_size, actual.partition.num_ranks))
+    return chunks if actual == chunks or repartitions(actual, chunks) else I

@@ -44,6 +44,7 @@ class Behind(Strategy):
 
     meshes: tuple[Mesh, ...]
     max_mesh_dims: ClassVar[int] = 2
+    shards_weights: ClassVar[bool] = True  # classes may be cut, so a cross-entropy is split
 
     def stages(self, mesh: Mesh, heads: Sequence[tuple[int, int]]) -> list[Stage]:
         return [Stage(self, own) for own in self.meshes]

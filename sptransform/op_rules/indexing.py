@@ -1,7 +1,7 @@
 """Embedding, gather, advanced indexing, searchsorted: index dimensions pass to the result, indexed ones must be whole.
 
-The exception is an embedding table that is cut along its rows: a lookup is a contraction with a one-hot vector, so
-each rank computes one term of a pending sum.
+The exceptions are an embedding table that is cut along its rows, and a gather of one entry of each row, such as the
+logit of a label: a lookup is a contraction with a one-hot vector, so each rank computes one term of a pending sum.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _embedding_local(call: OpCall, local: Local) -> Any:
 
 
 def gather(call: OpCall) -> OpRule:
-    """Along ``dim`` the operand must be whole. Elsewhere, dimensions of equal size are one factor."""
+    """Along ``dim`` one entry is read, or the operand must be whole. Elsewhere, dimensions of equal size are one factor."""
     shape, index_shape = call.operand_shapes
     dim = call.argument("dim") % max(len(shape), 1)
     index, sizes = dims_and_sizes(index_shape)
@@ -66,7 +66,23 @@ def gather(call: OpCall) -> OpRule:
         replicated.add(f"o{d}")
         if d != dim:
             replicated.add(f"i{d}")
-    return OpRule((tuple(operand), index), (index,), sizes, replicated=frozenset(replicated))
+    read = {f"o{dim}"} & set(sizes) if shape and index_shape[dim] == 1 else set()
+    reduce, whole = frozenset(read), frozenset(replicated - read)
+    return OpRule((tuple(operand), index), (index,), sizes, reduce=reduce, replicated=whole, linear=(frozenset({0}),))
+
+
+def _gather_local(call: OpCall, local: Local) -> Any:
+    """A rank that does not own the entry returns zero."""
+    if local.decision.factor not in local.rule.reduce:
+        return local.run(call)
+    x, indices = local.operands
+    emit, partition = local.emit, local.decision.partition.tiled(local.decision.outer)
+    dim = call.argument("dim") % len(call.operand_shapes[0])
+    if not partition.local_size(local.rank):  # a lookup needs at least one entry; it is masked below
+        x = emit(aten.constant_pad_nd.default, (x, [0, 0] * (len(call.operand_shapes[0]) - 1 - dim) + [0, 1]), {})
+    index = emit(sp.local_index.default, (indices, str(partition), local.group), {})
+    found = emit(aten.gather.default, (x, dim, emit(aten.clamp.default, (index, 0), {})), {})
+    return emit(aten.where.ScalarOther, (emit(aten.ge.Scalar, (index, 0), {}), found, 0), {})
 
 
 def index_select(call: OpCall) -> OpRule:
@@ -146,7 +162,7 @@ def searchsorted(call: OpCall) -> OpRule | None:
 TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.bucketize.Tensor, rule("..., n -> ...", replicated="n")),
     (aten.embedding.default, OpEntry(embedding, _embedding_local)),
-    (aten.gather.default, gather),
+    (aten.gather.default, OpEntry(gather, _gather_local)),
     (aten.index.Tensor, index),
     (aten.index_select.default, index_select),
     (aten.searchsorted.Tensor, searchsorted),

@@ -159,6 +159,27 @@ def _softmax_local(call: OpCall, local: Local) -> Any:
     return local.emit(_JOINED[call.target], (x, call.argument("dim"), dtype, num_ranks, local.group), {})
 
 
+def logsumexp(call: OpCall) -> OpRule:
+    """As :func:`softmax`, along one dimension; several must be whole."""
+    found = _WHOLE(call)
+    return replace(found, self_reduced=found.replicated) if len(_reduced_dims(call)) == 1 else found
+
+
+def _logsumexp_local(call: OpCall, local: Local) -> Any:
+    if local.decision.factor not in local.rule.self_reduced:
+        return local.run(call)
+    (x,), (dim,) = local.operands, _reduced_dims(call)
+    keepdim = len(call.result_shapes[0]) == len(call.operand_shapes[0])
+    num_ranks = local.decision.partition.num_ranks
+    return local.emit(sp.logsumexp.default, (x, dim, keepdim, local.result_dtypes[0], num_ranks, local.group), {})
+
+
+def _logsumexp_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
+    """Maximum and sum forward, nothing backward."""
+    forward, _ = _softmax_sends(call, operands, rank)
+    return forward, Sent("all_reduce", 0, 0)
+
+
 def _softmax_sends(call: OpCall, operands: Sequence[Tensor], rank: int) -> tuple[Sent, Sent]:
     """Maximum and sum forward, one sum backward."""
     shape, num_ranks = operands[0].shape, call.argument("num_ranks")
@@ -246,7 +267,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (aten.glu.default, along_dim),
     (aten.layer_norm.default, norm),
     (aten.log_softmax.int, _SOFTMAX),
-    (aten.logsumexp.default, _WHOLE),
+    (aten.logsumexp.default, OpEntry(logsumexp, _logsumexp_local)),
     (aten.max.default, _WHOLE),
     (aten.max.dim, _WHOLE),
     (aten.mean.default, _MEAN),
@@ -271,5 +292,6 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (sp.joined_var.default, _OF_JOINED),
     (sp.joined_var_mean.default, _OF_JOINED),
     (sp.log_softmax.default, _JOINED_SOFTMAX),
+    (sp.logsumexp.default, OpEntry(_WHOLE, sends=_logsumexp_sends)),
     (sp.softmax.default, _JOINED_SOFTMAX),
 ]

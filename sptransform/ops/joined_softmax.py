@@ -1,4 +1,4 @@
-"""Softmax along a sharded dimension: maximum and sum are all-reduced over the ranks.
+"""Softmax, log-softmax and logsumexp along a sharded dimension: maximum and sum are all-reduced over the ranks.
 
 As in the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., arXiv 1909.08053, §3), no rank has all
 logits.
@@ -66,6 +66,24 @@ class _LogSoftmax(torch.autograd.Function):
         return (wide - y.exp() * _total(wide, ctx.dim, ctx.group)).to(grad.dtype), None, None
 
 
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
+        wide = _wide(x)
+        largest = wide.amax(dim, keepdim=True) if x.shape[dim] else wide.sum(dim, keepdim=True) - torch.inf
+        largest = collectives.all_reduce(largest, group, "max")
+        largest = largest.masked_fill(largest.isinf(), 0)  # an infinite sum is exact without it, and has no nan
+        total = largest + _total((wide - largest).exp(), dim, group).log()
+        ctx.save_for_backward(x, total)
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, total = ctx.saved_tensors
+        finite = total.masked_fill(total.isinf(), 0)
+        return (_wide(grad) * (_wide(x) - finite).exp()).to(x.dtype), None, None
+
+
 @composite("softmax(Tensor x, int dim, ScalarType dtype, int num_ranks, str group_name) -> Tensor")
 def softmax(x: Tensor, dim: int, dtype: torch.dtype, num_ranks: int, group_name: str) -> Tensor:
     return _Softmax.apply(x.to(dtype), dim, group_name)
@@ -74,3 +92,12 @@ def softmax(x: Tensor, dim: int, dtype: torch.dtype, num_ranks: int, group_name:
 @composite("log_softmax(Tensor x, int dim, ScalarType dtype, int num_ranks, str group_name) -> Tensor")
 def log_softmax(x: Tensor, dim: int, dtype: torch.dtype, num_ranks: int, group_name: str) -> Tensor:
     return _LogSoftmax.apply(x.to(dtype), dim, group_name)
+
+
+@composite(
+    "logsumexp(Tensor x, int dim, bool keepdim, ScalarType dtype, int num_ranks, str group_name) -> Tensor",
+)
+def logsumexp(x: Tensor, dim: int, keepdim: bool, dtype: torch.dtype, num_ranks: int, group_name: str) -> Tensor:
+    """The result, and its gradient, are whole on every rank."""
+    found = _LogSumExp.apply(x.to(dtype), dim, group_name)
+    return found if keepdim else found.squeeze(dim)

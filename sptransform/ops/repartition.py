@@ -27,7 +27,7 @@ def _ends(x: Tensor, source: str, target: str) -> tuple[Shard, Shard]:
     if not repartitions(*ends) and not repartitions(*reversed(ends)):
         what = "a repartition keeps the axis and one owner of each index at one end"
         raise ValueError(f"{what}, not {source} to {target}")
-    return ends
+    return ends if ends[0].outer == ends[1].outer else (ends[0].flat, ends[1].flat)
 
 
 def _fake_repartition(x: Tensor, source: str, target: str, group_name: str) -> Tensor:
@@ -47,7 +47,7 @@ def repartition(rank: int, x: Tensor, source: str, target: str, group_name: str)
 
     Args:
         x: this rank's part, ``[.., outer * local size, ..]``.
-        source, target: specs of shards along the same axis of the same dimension.
+        source, target: specs of shards along the same axis of the same dimension; one of them may be a flattened one.
 
     Raises:
         ValueError: the shards have different axes, or an index has several owners in both.

@@ -70,6 +70,15 @@ class Shard(Placement):
         """Whether DTensor's ``Shard(dim)`` is the same cut."""
         return self.outer == 1 and self.partition.is_contiguous
 
+    @property
+    def flat(self) -> Shard:
+        """The same cut of the dimension as one axis. Raises SymbolicSizeError if its size is open."""
+        if self.outer == 1:
+            return self
+        if not isinstance(self.dim_size, int) or not isinstance(self.outer, int):
+            raise SymbolicSizeError(f"cannot list the parts of {self.dim_size} indices")
+        return Shard(self.dim, self.partition.tiled(self.outer))
+
     def local_dim_size(self, rank: int) -> Size:
         return self.outer * self.partition.local_size(rank)
 
@@ -160,12 +169,16 @@ def cut_alike(source: Placement, target: Placement) -> bool:
 
 
 def repartitions(source: Placement, target: Placement) -> bool:
-    """Whether indices only move between ranks: same axis, and before it one owner of each index."""
+    """Whether indices only move between ranks: same axis, and before it one owner of each index.
+
+    The axis of contiguous chunks of a whole dimension of known size may be a flattened one.
+    """
     if not isinstance(source, Shard) or not isinstance(target, Shard) or not cut_alike(source, target):
         return False
     before, after = source.partition, target.partition
     same_axis = source.outer == target.outer and before.size == after.size
-    return same_axis and before.is_exact
+    is_flattened = target.is_contiguous and isinstance(source.dim_size, int) and source.dim_size == target.dim_size
+    return (same_axis or is_flattened) and before.is_exact
 
 
 def keeps_own(source: Placement, target: Placement) -> bool:

@@ -51,6 +51,7 @@ CASES = [
     case(aten.log_softmax.int, randn(4, 6), -1),
     case(aten.logsumexp.default, randn(4, 6), [1]),
     case(aten.logsumexp.default, randn(4, 6), [-1], True),
+    case(aten.logsumexp.default, randn(4, 5, 6), [0, 2], factors="i1"),
     case(aten.max.default, randn(4, 6)),
     case(aten.max.dim, randn(4, 6), 1),
     case(aten.max.dim, randn(4, 6), -2, True),
@@ -98,6 +99,7 @@ CASES = [
     Case(sp.joined_var.default, (randn(4, 3, 2), [1, 2], False, 12, 0, 2, OUTER), factors="i0", outer=2),
     Case(sp.joined_var_mean.default, (randn(4, 3), [0], True, 8, 0, 2, OUTER), factors="i1", outer=2),
     Case(sp.log_softmax.default, (randn(4, 3, 2), 1, torch.float64, 2, OUTER), factors="i0 i2", outer=2),
+    Case(sp.logsumexp.default, (randn(4, 3, 2), 1, False, torch.float64, 2, OUTER), factors="i0 i2", outer=2),
     Case(sp.softmax.default, (randn(4, 3), -2, torch.float64, 2, OUTER), factors="i1", outer=2),
 ]
 
@@ -110,10 +112,11 @@ def test_rule(case: Case) -> None:
 def test_softmax_and_variances_join_what_must_be_whole() -> None:
     """Nothing else does; values are compared in ``tests/ops/test_joined_softmax.py`` and ``test_joined_moments.py``."""
     joining = {aten._log_softmax.default, aten._softmax.default, aten.log_softmax.int, aten.softmax.int}
-    joining |= {aten.std.correction, aten.var.correction, aten.var_mean.correction}
+    joining |= {aten.logsumexp.default, aten.std.correction, aten.var.correction, aten.var_mean.correction}
     for each in CASES:
         _, rule = rule_for(each)
-        assert rule.self_reduced == (rule.replicated if each.target in joining else frozenset()), str(each)
+        joins = each.target in joining and not (each.target is aten.logsumexp.default and len(each.args[1]) > 1)
+        assert rule.self_reduced == (rule.replicated if joins else frozenset()), str(each)
 
 
 def test_a_roll_of_the_flattened_tensor_has_no_rule() -> None:

@@ -134,6 +134,36 @@ def test_simulated_ranks_do_what_real_ones_do(name: str) -> None:
     torch.testing.assert_close(torch.cat(grads, 1), of_x)
 
 
+def logsumexp_on_rank(
+    rank: int, world_size: int, x: Tensor, grad: Tensor, dim: int, keepdim: bool, cuts: list[Partition]
+) -> list[tuple[Tensor, Tensor]]:
+    """For each way to cut ``dim``: the result, and this rank's part of the gradient."""
+    found = []
+    for partition in cuts:
+        own = local_slice_for(x, Shard(dim % x.ndim, partition), rank).requires_grad_()
+        y = sp.logsumexp(own, dim, keepdim, own.dtype, world_size, dist.group.WORLD.group_name)
+        found.append((y.detach(), *torch.autograd.grad(y, own, grad)))
+    return found
+
+
+@pytest.mark.parametrize(("shape", "dim", "keepdim"), [((5, SIZE), -1, False), ((2, SIZE, 3), 1, True)])
+def test_logsumexp_equals_one_device(shape: tuple[int, ...], dim: int, keepdim: bool) -> None:
+    """Also of large numbers, and where a rank, or all, have nothing but -inf."""
+    x = 1e3 * randn(*shape)
+    x.view(-1)[: SIZE // 2] = -torch.inf
+    x[-1] = -torch.inf
+    x.requires_grad_()
+    y = x.logsumexp(dim, keepdim)
+    grad = randn(*y.shape)
+    (of_x,) = torch.autograd.grad(y, x, grad)
+    cuts = list(partitions(SIZE, 3))
+    for rank, found in enumerate(get_pool(3).run(logsumexp_on_rank, x.detach(), grad, dim, keepdim, cuts, timeout=60)):
+        for partition, (got, part) in zip(cuts, found, strict=True):
+            torch.testing.assert_close(got, y.detach(), rtol=1e-12, atol=1e-12)
+            expected = local_slice_for(of_x, Shard(dim % x.ndim, partition), rank)
+            torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_sent() -> None:
     """Two all-reduces forward and one backward, of a number for each row, in the dtype of sums; 2 (N-1)/N of each."""
     for target in set(_JOINED.values()):

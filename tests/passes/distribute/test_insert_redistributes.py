@@ -93,14 +93,14 @@ def test_outputs_are_kept_or_gathered() -> None:
     assert_ranks_equal_one_device(reference, ranks)
 
 
-def test_a_flattened_output_is_gathered_where_dtensor_has_no_word_for_it() -> None:
+def test_a_flattened_output_is_moved_to_the_chunks_that_dtensor_knows() -> None:
     def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = functional.linear(query, query.new_ones(3, 2))
         loss = on_moved(query, key, value)
         return loss, rows.permute(0, 2, 1, 3).reshape(16, 12)
 
     _, context = after(InsertRedistributes, model, *(heads() for _ in range(3)), context=a_context(outputs="dtensor"))
-    assert context.result.output_placements == (I, I)
+    assert context.result.output_placements == (I, Shard(0, Partition.contiguous(16, 2)))
 
 
 @dataclass(frozen=True)
