@@ -80,8 +80,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, total = ctx.saved_tensors
-        finite = total.masked_fill(total.isinf(), 0)
-        return (_wide(grad) * (_wide(x) - finite).exp()).to(x.dtype), None, None
+        return (_wide(grad) * (_wide(x) - total).exp()).to(x.dtype), None, None
 
 
 @composite("softmax(Tensor x, int dim, ScalarType dtype, int num_ranks, str group_name) -> Tensor")
