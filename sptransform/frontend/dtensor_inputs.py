@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from sptransform.compiler.sharded_output import as_dtensor
 from sptransform.parameters.parts import full_tensor, stored_in
 
 Call = Callable[..., Any]
@@ -33,6 +34,8 @@ def taking_parts(model: nn.Module, call: Call, compiled: Callable[..., Call], nu
         given = _dtensors(args, kwargs)
         if not given:
             return call(*args, **kwargs)
+        # Dynamo would trace what torch functions do on what another parallelized model has returned
+        args, kwargs = pytree.tree_map(lambda x: as_dtensor(x) if isinstance(x, DTensor) else x, (args, kwargs))
         for x in given:
             stored_in(x)  # check here: an error while Dynamo traces would say less
         if num_ranks == 1:

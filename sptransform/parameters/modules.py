@@ -1,16 +1,17 @@
 """Sharded parameters: optimizers and checkpoints see DTensors, the model sees full tensors.
 
 All parameters of the model become DTensors, since optimizers and gradient clipping do not take a mix of DTensors and
-plain tensors. A module that owns parameters gets a class of the same name, whose forward sees full tensors. Under
-Dynamo that is one node, :func:`full_tensor`. Capture replaces this node and the DTensor by a plain parameter;
+plain tensors. A module that owns parameters gets a class of the same name, whose forward sees full tensors, also where
+it is called by itself, such as an embedding that is read before the model is called. Under Dynamo that is one node,
+:func:`full_tensor`. Capture replaces this node and the DTensor by a plain parameter;
 placements then decide what becomes of the shard, as for every tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -106,8 +107,21 @@ class _WholeInside:
 def _full_inside(written: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _Kept(name) for name in names}
     namespace |= {name: getattr(written, name) for name in ("__doc__", "__module__", "__qualname__")}
-    namespace |= {"written_class": written, "kept": names}
+    namespace |= {"written_class": written, "kept": names, "forward": _reading_full(written.forward)}
     return type(written.__name__, (_WholeInside, written), namespace)
+
+
+def _reading_full(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, which sees full parameters where eager code calls the module by itself, outside of the graph."""
+
+    @wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # there each read is a node
+            return forward(self, *args, **kwargs)
+        with full_parameters():
+            return forward(self, *args, **kwargs)
+
+    return run
 
 
 def _new(written: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
