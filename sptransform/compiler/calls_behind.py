@@ -27,6 +27,7 @@ from sptransform.diagnostics.provenance import source_line
 from sptransform.engine.context import Context
 from sptransform.engine.strategy import Divide, Stage, Strategy
 from sptransform.parameters.parts import full_tensor
+from sptransform.parameters.shared import is_in_place
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.mesh import Mesh
@@ -200,17 +201,12 @@ def _hashable(x: Any) -> tuple[Any, ...]:
     return (slice, x.start, x.stop, x.step) if isinstance(x, slice) else (type(x), x)
 
 
-_IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
-
-
 def _check_not_written(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    name = getattr(func, "__name__", "")
-    writes = name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    if writes or kwargs.get("out") is not None or kwargs.get("inplace"):
+    if is_in_place(func, kwargs):
         raise UsageError(
             describe(
                 "what a parallelized model returns in parts is not written in place",
-                found=getattr(func, "__qualname__", name),
+                found=getattr(func, "__qualname__", str(func)),
                 fix="the function that returns a new tensor (x = x / y for x /= y, torch.where for x[i] = y); or "
                 "parallelize(..., outputs='full')",
             )

@@ -9,21 +9,19 @@ without it, such as a loss, is a plain tensor, equal on all ranks, with the whol
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-if TYPE_CHECKING:
-    from sptransform.compiler.calls_behind import CallsBehind
+from torch.utils import _pytree as pytree
 
 # what concerns the object and its place in autograd's graph: DTensor's own are right
 _OF_THE_OBJECT = {
-    Tensor.__deepcopy__,
     Tensor.__format__,
     Tensor.__hash__,
-    Tensor.__reduce_ex__,
     Tensor.__repr__,
     Tensor.backward,
     Tensor.register_hook,
@@ -47,10 +45,10 @@ class ShardedOutput(DTensor):
     """A DTensor placed ``Shard`` or ``Replicate`` on each mesh dim, contiguous on each rank; see above.
 
     ``to_local()``, ``full_tensor()``, ``redistribute(..)``, ``placements`` and ``device_mesh`` are those of every
-    DTensor.
+    DTensor. ``calls`` runs a torch function, given its positional and keyword arguments.
     """
 
-    calls: CallsBehind
+    calls: Callable[..., Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,8 +57,11 @@ class ShardedOutput(DTensor):
         if of_attribute or func in _OF_THE_OBJECT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        calls = next(x.calls for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
+        calls = next(x.calls for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
         return calls(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return sharded_output(copy.deepcopy(as_dtensor(self), memo), self.calls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return as_dtensor(self).__reduce_ex__(protocol)
@@ -74,7 +75,7 @@ def as_dtensor(x: DTensor) -> DTensor:
         return x.view_as(x)
 
 
-def sharded_output(x: Any, calls: CallsBehind) -> Any:
+def sharded_output(x: Any, calls: Callable[..., Any]) -> Any:
     """``x``; if it is a DTensor, it becomes a :class:`ShardedOutput` whose functions run through ``calls``."""
     if isinstance(x, DTensor):
         x.__class__ = ShardedOutput

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.parameters.parts import full_tensor, part_of
+from sptransform.parameters.shared import SharedParameter
 
 _reads_full = False
 
@@ -38,6 +39,8 @@ def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int
     replaced = list(model.parameters())
     dim_of = _dims_by_identity(model, dims)
     parts = {id(old): part_of(old, dim_of.get(id(old)), device_mesh) for old in replaced}
+    for part in parts.values():
+        part.__class__ = SharedParameter
     for module in model.modules():
         names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
         for name in names:
@@ -158,7 +161,8 @@ class _Replaced(nn.Parameter):
             describe(
                 "a parameter is used that is not the model's any more: parallelize has put parts in its place",
                 found=getattr(func, "__qualname__", str(func)),
-                fix="make optimizers, and lists of parameters, after parallelize",
+                fix="make optimizers, and lists of parameters, after parallelize; tie a module outside of the model to its "
+                "parameter once more: head.weight = embedding.weight, or tie_weights()",
             )
         )
 
