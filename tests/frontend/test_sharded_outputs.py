@@ -171,14 +171,8 @@ def test_over_two_mesh_dims(strategy: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outputs", ["full", "loss"])
-def test_other_outputs(outputs: str) -> None:
-    """Whole outputs are plain tensors. With "loss" there are none to make a loss of."""
-    if outputs == "full":
-        check(2, "ulysses", 16, [*LOSSES], outputs="full")
-    else:
-        with pytest.raises(Exception, match="NoneType"):
-            check(2, "ulysses", 16, ["entropy"], outputs="loss")
+def test_whole_outputs() -> None:
+    check(2, "ulysses", 16, [*LOSSES], outputs="full")
 
 
 # --- how it is done ---------------------------------------------------------------------------------------------
@@ -193,7 +187,7 @@ def sent(rank: int, world_size: int, strategy: str) -> dict[str, set[str]]:
         out = parallel(tokens)
         with CountCollectives() as counted:
             LOSSES[name](out, labels, mask, old)
-        found[name] = {f"{each.name}" for each in counted.collectives if each.num_bytes > 8 * 16}
+        found[name] = {each.name for each in counted.collectives if each.sent_bytes > 16 * NUM}
     return found
 
 
@@ -235,7 +229,7 @@ def objects(rank: int, world_size: int) -> None:
     # among other DTensors, and into another model
     shared = distribute_tensor(old.detach(), x.device_mesh, x.placements)
     torch.testing.assert_close((shared * x).sum(), (old * x.full_tensor()).sum())
-    with pytest.raises(IndexError, match="out of range|invalid index"):
+    with pytest.raises(IndexError, match="out of bounds"):
         x[:, 16]
 
 
