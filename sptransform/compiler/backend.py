@@ -15,8 +15,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.program import Line, Program, captured_lines, lengths_at, placement_lines, schedule_lines
 from sptransform.agreement.replicas import Replicas, WholeParameters
-from sptransform.compiler.calls_behind import CallsBehind
 from sptransform.compiler.caches import custom_code, package_version, recompute_tags
+from sptransform.compiler.calls_behind import CallsBehind
 from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, check_parameters
 from sptransform.compiler.custom import identified
 from sptransform.compiler.dtensor_boundary import local_input, of_local_parts, with_dtensors

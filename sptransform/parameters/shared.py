@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from sptransform.parameters.parts import full_tensor
 
-_IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
+_IN_PLACE = {f"__i{name}__" for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]}
 
 
 class SharedParameter(DTensor):

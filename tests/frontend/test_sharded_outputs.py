@@ -200,7 +200,7 @@ def test_no_logits_are_sent(strategy: str) -> None:
 
 def objects(rank: int, world_size: int) -> None:
     parallel = sptransform.parallelize(model(), "ulysses", backend="aot_eager")
-    tokens, labels, mask, old = others(16)
+    tokens, _, _, old = others(16)
     x = parallel(tokens)
     assert isinstance(x, DTensor) and type(x + old) is type(x) and type(x.sum()) is Tensor
     assert x.shape == old.shape == (2, 16, NUM) and x.ndim == 3 and len(x) == 2 and x.size(1) == 16
@@ -239,7 +239,7 @@ def test_they_are_dtensors() -> None:
 
 def refused(rank: int, world_size: int, what: str) -> tuple[str, str]:
     parallel = sptransform.parallelize(model(), "ulysses", backend="aot_eager", strict=what == "strict")
-    tokens, labels, mask, old = others(16)
+    tokens, _, mask, _ = others(16)
     x = parallel(tokens)
     with pytest.raises((UsageError, UnsupportedOpError)) as error:
         if what == "strict":
