@@ -1,4 +1,4 @@
-"""Adapters of PEFT: LoRA and its kin, prompts and prefixes, frozen bases. Trained, saved, and loaded in the plain model."""
+"""Adapters of PEFT: LoRA and its kin, prompts and prefixes. Trained, saved, and loaded in the plain model."""
 
 from __future__ import annotations
 
