@@ -7,6 +7,7 @@ the full parameter, and each rank keeps its part of the gradient.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +20,7 @@ from torch.utils import _pytree as pytree
 from sptransform.parameters.parts import full_tensor
 
 _IN_PLACE = {"__setitem__", "__set__"} | {
-    f"__i{name}__"
-    for name in ("add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+    name for name in vars(operator) if name.startswith("__i") and f"__{name[3:]}" in vars(operator)  # __iadd__, __add__
 }
 
 
@@ -65,4 +65,3 @@ def is_in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     return writes or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
-
