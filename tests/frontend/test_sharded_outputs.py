@@ -254,7 +254,8 @@ def refused(rank: int, world_size: int, what: str) -> tuple[str, str]:
     return type(error.value).__name__, str(error.value)
 
 
-@pytest.mark.parametrize("what", tiered(["strict", "set", "divided", "out"], quick=["strict", "set"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["strict", "set", "divided", "out"])
 def test_refused_by_name(what: str) -> None:
     for kind, text in get_pool(2).run(refused, what, timeout=100):
         assert kind == ("UnsupportedOpError" if what == "strict" else "UsageError")
