@@ -1,8 +1,8 @@
 """Torch functions on what a parallelized model returns: each is a small graph, rewritten as the model's is.
 
-The first call of a function with tensors of these shapes captures it, places shards on its graph and lowers that; later
-calls run what was found. Plain tensors among the arguments are those that every rank has. What cannot be captured, since
-its result depends on what the tensors hold, runs on whole tensors.
+The first call of a function with tensors of these shapes captures it, places shards on its graph and lowers that;
+later calls run what was found. Plain tensors among the arguments are those that every rank has. What cannot be
+captured, since its result depends on what the tensors hold, runs on whole tensors.
 """
 
 from __future__ import annotations

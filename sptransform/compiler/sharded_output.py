@@ -1,10 +1,10 @@
 """What a parallelized model returns of a sequence: a DTensor on which torch functions give what one device gives.
 
-A loss behind the call meets logits that are cut along the sequence, or along the vocabulary. Torch's own DTensor refuses
-to mix them with plain tensors. Its losses are terms of a sum, of which ``item()`` reads this rank's, and some are wrong
-(a mean over labels of which some are ignored). So every torch function on such a tensor is rewritten as a model is
-(:mod:`sptransform.compiler.calls_behind`): what comes out with the cut axis is again such a tensor, and what comes out
-without it, such as a loss, is a plain tensor, equal on all ranks, with the whole gradient.
+A loss behind the call meets logits that are cut along the sequence, or along the vocabulary. Torch's own DTensor
+refuses to mix them with plain tensors. Its losses are terms of a sum, of which ``item()`` reads this rank's, and some
+are wrong (a mean over labels of which some are ignored). So every torch function on such a tensor is rewritten as a
+model is (:mod:`sptransform.compiler.calls_behind`): what comes out with the cut axis is again such a tensor, and what
+comes out without it, such as a loss, is a plain tensor, equal on all ranks, with the whole gradient.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def _embedding_local(call: OpCall, local: Local) -> Any:
 
 
 def gather(call: OpCall) -> OpRule:
-    """Along ``dim`` one entry is read, or the operand must be whole. Elsewhere, dimensions of equal size are one factor."""
+    """Along ``dim`` one entry is read, or the operand is whole. Elsewhere dimensions of equal size are one factor."""
     shape, index_shape = call.operand_shapes
     dim = call.argument("dim") % max(len(shape), 1)
     index, sizes = dims_and_sizes(index_shape)

@@ -161,8 +161,8 @@ class _Replaced(nn.Parameter):
             describe(
                 "a parameter is used that is not the model's any more: parallelize has put parts in its place",
                 found=getattr(func, "__qualname__", str(func)),
-                fix="make optimizers, and lists of parameters, after parallelize; tie a module outside of the model to its "
-                "parameter once more: head.weight = embedding.weight, or tie_weights()",
+                fix="make optimizers, and lists of parameters, after parallelize; tie a module outside of the model "
+                "to its parameter once more: head.weight = embedding.weight, or tie_weights()",
             )
         )
 

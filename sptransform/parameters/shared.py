@@ -1,12 +1,13 @@
 """The class of parameters of which ranks keep parts: DTensors that modules outside of the model can read.
 
-A module that was not parallelized may hold such a parameter, as a head outside of a language model holds its embedding's.
-There it meets plain tensors, which every rank has. Torch refuses to mix the two; here the function reads the full
-parameter, and each rank keeps its part of the gradient.
+A module that was not parallelized may hold such a parameter, as a head outside of a language model holds its
+embedding's. There it meets plain tensors, which every rank has. Torch refuses to mix the two; here the function reads
+the full parameter, and each rank keeps its part of the gradient.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from sptransform.parameters.parts import full_tensor
 
-_IN_PLACE = {f"__i{name}__" for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]}
+_IN_PLACE = {"__setitem__", "__set__"} | {
+    name for name in vars(operator) if name.startswith("__i") and f"__{name[3:]}" in vars(operator)  # __iadd__, __add__
+}
 
 
 class SharedParameter(DTensor):
@@ -60,6 +63,5 @@ def _as_dtensor(x: SharedParameter) -> Iterator[None]:
 def is_in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a torch function writes into an argument, by how torch names what does."""
     name = getattr(func, "__name__", "")
-    writes = name in ("__setitem__", "__set__") or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     return writes or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
-

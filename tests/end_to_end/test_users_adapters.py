@@ -1,4 +1,4 @@
-"""Adapters of PEFT: LoRA and its kin, prompts and prefixes, frozen bases. Trained, saved, and loaded in the plain model."""
+"""Adapters of PEFT: LoRA and its kin, prompts and prefixes. Trained, saved, and loaded in the plain model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sptransform
 from tests.support.gloo_pool import get_pool
-from tests.support.tiers import tiered
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
@@ -114,7 +113,8 @@ def assert_equal(found: Any, expected: Any) -> None:
 CASES = [(kind, strategy) for kind in ADAPTERS for strategy in STRATEGIES]
 
 
-@pytest.mark.parametrize(("kind", "strategy"), tiered(CASES, quick=[("prompt", "megatron")]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "strategy"), CASES)
 def test_training_and_what_is_saved(kind: str, strategy: str) -> None:
     expected = trained(adapted(kind))
     for found in get_pool(2).run(on_ranks, kind, STRATEGIES[strategy], timeout=200):
@@ -186,3 +186,27 @@ def test_dropout(strategy: str) -> None:
     first, second = get_pool(2).run(drops, STRATEGIES[strategy], timeout=200)
     assert first == second and first[0] == first[1] != first[2]
     assert first[3] == pytest.approx(expected, rel=VALUES)
+
+
+def against_its_base(model: nn.Module) -> list[Tensor]:
+    """Value and gradients of the divergence from the base, which is the same model without its adapters."""
+    ids = batch()["input_ids"]
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(input_ids=ids).logits.log_softmax(-1)
+    found = model(input_ids=ids).logits.log_softmax(-1)
+    loss = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+    loss.backward()
+    return [loss.detach(), *(whole(x.grad) for x in model.parameters() if x.grad is not None)]
+
+
+def references(rank: int, world_size: int, options: dict[str, Any]) -> list[Tensor]:
+    return against_its_base(sptransform.parallelize(adapted("modules to save"), backend="aot_eager", **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ulysses", "megatron"])
+def test_the_base_is_a_reference(strategy: str) -> None:
+    expected = against_its_base(adapted("modules to save"))
+    for found in get_pool(2).run(references, STRATEGIES[strategy], timeout=200):
+        for got, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
