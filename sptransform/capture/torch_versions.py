@@ -59,7 +59,7 @@ def devices_as_written() -> AbstractContextManager[Any]:
 
 @contextmanager
 def metrics_unsaid() -> Iterator[None]:
-    """Inside, torch 2.11 does not log an error at each compile: its metrics cannot sort a set of functions to ignore."""
+    """Inside, torch 2.11 logs no error at each compile: its metrics cannot sort the functions that are ignored."""
     log = logging.getLogger("torch._dynamo.metrics_context")
 
     def is_said(record: logging.LogRecord) -> bool:

@@ -170,16 +170,6 @@ def _not_captured(error: Exception) -> CaptureError:
                 "without offload=True, that keeps what is saved of each layer on the host",
             )
         )
-    if "save_on_cpu" in str(error) or "saved_tensors_hooks" in str(error):
-        return CaptureError(
-            describe(
-                "the model says inside of its forward where activations are kept, which no graph shows",
-                source=innermost_line(str(error)),
-                found=what,
-                fix="the same around the call: with torch.autograd.graph.save_on_cpu(): model(..); of checkpointing "
-                "without offload=True, that keeps what is saved of each layer on the host",
-            )
-        )
     explanation = next((line for line in more if line.strip().startswith("Explanation: ")), "")
     return CaptureError(
         describe(
