@@ -49,6 +49,7 @@ def test_it_trains_and_saves_as_one_process(tmp_path: Path) -> None:
         assert "all_gather_into_tensor" not in each["collectives"]  # of logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [None, {"dp_shard": 2, "sp": 2}])
 def test_samples_are_counted_once_and_groups_start_alike(dims: dict[str, int] | None) -> None:
     (alone,) = get_pool(1).run(trainers.counted)
