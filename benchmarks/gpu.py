@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # for the checks, which are tests
 # the longest first
 GROUPS = ("strategies in 32 and 64 bits", "strategies in 16 bits", "processes", "kernels", "names")
 TIMES = "times"
-TIMEOUT = 300  # seconds a group may take
+TIMEOUT = {"cuda": 300, "cpu": 1200}  # seconds a group may take
 MARK = "figures: "  # before what a group's process says on standard output; torch's profiler writes there too
 
 
@@ -65,7 +65,7 @@ def in_own_process(name: str, device: str, log: Callable[..., None]) -> dict[str
     command = [sys.executable, __file__, "--group", name, "--device", device]
     found: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as process:
-        timer = Timer(TIMEOUT, os.killpg, (process.pid, signal.SIGKILL))
+        timer = Timer(TIMEOUT[device], os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         for line in process.stdout:
             if line.startswith(MARK):
@@ -75,7 +75,7 @@ def in_own_process(name: str, device: str, log: Callable[..., None]) -> dict[str
         status = process.wait()
         timer.cancel()
     if status:
-        found["process"] = {"wrong": [f"it ended with status {status}; after {TIMEOUT} s it is killed"]}
+        found["process"] = {"wrong": [f"it ended with status {status}; after {TIMEOUT[device]} s it is killed"]}
     return found
 
 
