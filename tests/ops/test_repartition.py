@@ -101,6 +101,23 @@ def test_every_index_comes_to_its_new_owners_and_only_those_travel(ends: tuple[S
         assert counted(source, target, x, rank) == away
 
 
+@pytest.mark.parametrize("partition", [Partition.contiguous(4, 2), Partition.zigzag(8, 2), Partition.contiguous(5, 3)])
+def test_a_flattened_axis_becomes_chunks_of_its_dimension(partition: Partition) -> None:
+    """And back, which is the gradient's way."""
+    flattened = Shard(1, partition, outer=3)
+    chunks = Shard(1, Partition.contiguous(flattened.dim_size, partition.num_ranks))
+    x = whole_of(flattened)
+    for source, target in ((flattened, chunks), (chunks, flattened)):
+        found = perform_together(
+            {
+                rank: repartition(rank, local_slice_for(x, source, rank), source.spec, target.spec, "")
+                for rank in range(partition.num_ranks)
+            }
+        )
+        for rank, part in found.items():
+            assert torch.equal(part, local_slice_for(x, target, rank))
+
+
 FOLDED, BLOCKS = Shard(1, Partition.zigzag(8, 2)), Shard(1, Partition.contiguous(8, 2))
 ODD, UNEVEN = Shard(0, Partition.zigzag(7, 2), outer=2), Shard(0, Partition.contiguous(7, 2), outer=2)
 
@@ -145,7 +162,7 @@ def test_the_op_is_one_to_compilers_too(source: Shard, target: Shard) -> None:
     "target",
     [
         Shard(0, Partition.contiguous(8, 2)),
-        Shard(1, Partition.contiguous(4, 2), outer=2),
+        Shard(1, Partition.contiguous(4, 2), outer=3),
         Shard(1, Partition.contiguous(6, 2)),
     ],
     ids=lambda shard: shard.spec,
