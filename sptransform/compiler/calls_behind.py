@@ -157,6 +157,8 @@ class _Call:
         if unknown := [x for x in others if x is not _TENSOR and not isinstance(x, _VALUES)]:
             raise TypeError(f"{self.name} returns a {type(unknown[0]).__name__}")
         self._returned = others, structure
+        if not found and any(x is None for x in others):
+            raise TypeError(f"{self.name} returns None, and may be called for what it does")
         if not found:
             raise _NoTensors
         return found

@@ -27,6 +27,7 @@ _OF_THE_OBJECT = {
     Tensor.register_hook,
     Tensor.requires_grad_,
     Tensor.retain_grad,
+    torch.autograd.backward,
     torch.autograd.grad,
 }
 # attributes that are computed, by the functions that compute them

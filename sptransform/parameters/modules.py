@@ -182,7 +182,7 @@ def _check_plain(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         found = None
         if type(parameter) is not nn.Parameter:
-            found = f"{name!r} is a {type(parameter).__name__}"
+            found = f"{name!r} is a {'DTensor' if isinstance(parameter, DTensor) else type(parameter).__name__}"
         elif _has_hooks(parameter):
             found = f"{name!r} has a hook"
         elif parameter.data_ptr() != 0 and (other := in_memory.setdefault(parameter.data_ptr(), name)) != name:

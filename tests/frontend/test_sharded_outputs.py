@@ -216,6 +216,8 @@ def objects(rank: int, world_size: int) -> None:
     assert torch.equal(seen[0], x.grad.full_tensor())
     (of_x,) = torch.autograd.grad((y := parallel(tokens)).sin().sum(), y)
     torch.testing.assert_close(of_x.full_tensor(), y.full_tensor().cos().detach())
+    torch.autograd.backward([z := parallel(tokens)], [of_x], inputs=[z])
+    torch.testing.assert_close(z.grad.full_tensor(), of_x.full_tensor())
     file = io.BytesIO()
     for same in (copy.deepcopy(x.detach()), x.detach()):
         torch.testing.assert_close(same.full_tensor(), x.full_tensor().detach())
