@@ -147,4 +147,6 @@ _NAMES = {
 
 def _name(node: fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    return _NAMES.get(name, name)
+    name = _NAMES.get(name, name)
+    # torch 2.11 has comparisons as methods, ``__eq__``
+    return name if hasattr(torch.ops.aten, name) and hasattr(getattr(torch.ops.aten, name), "overloads") else name.strip("_")

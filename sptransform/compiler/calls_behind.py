@@ -8,6 +8,7 @@ captured, since its result depends on what the tensors hold, runs on whole tenso
 from __future__ import annotations
 
 import logging
+import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,14 +81,18 @@ class CallsBehind:
     def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         _check_not_written(func, kwargs)
         leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+        leaves = [_of_numbers(x) if isinstance(x, slice) else x for x in leaves]
         tensors = [_readable(x) for x in leaves if isinstance(x, Tensor)]
         call = _Call(func, [_TENSOR if isinstance(x, Tensor) else x for x in leaves], structure)
         key = (call.key, *map(_described, tensors), *_surroundings(tensors[0]))
-        if key not in self._known:
+        if not _is_hashable(key):  # an array of numpy
+            found = self._compiled(call, tensors)
+        elif key in self._known:
+            found = self._known[key]
+        else:
             while len(self._known) >= _KEPT:
                 del self._known[next(iter(self._known))]
-            self._known[key] = self._compiled(call, tensors)
-        found = self._known[key]
+            found = self._known[key] = self._compiled(call, tensors)
         if found is None:
             return call.of([full_tensor(x) if isinstance(x, DTensor) else x for x in tensors])
         return found(*tensors)
@@ -198,9 +203,25 @@ def _surroundings(x: Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
 
 
+def _of_numbers(x: slice) -> slice:
+    """``x``, of which the bounds may be tensors, as torch reads it: their values are not seen later."""
+    bounds = (operator.index(y) if isinstance(y, Tensor) else y for y in (x.start, x.stop, x.step))
+    return slice(*bounds)
+
+
 def _hashable(x: Any) -> tuple[Any, ...]:
-    """Equal for equal arguments of one type: 1 is not True."""
-    return (slice, x.start, x.stop, x.step) if isinstance(x, slice) else (type(x), x)
+    """Equal for equal arguments of one type: 1 is not True, 0.0 is not -0.0, and nan is nan."""
+    if isinstance(x, slice):
+        return slice, x.start, x.stop, x.step
+    return type(x), repr(x) if isinstance(x, float | complex) else x
+
+
+def _is_hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
 def _check_not_written(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

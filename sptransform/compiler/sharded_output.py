@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Private API: how Dynamo learns to let a function be, and whether it traces one.
+from torch._dynamo.exc import Unsupported
+from torch._guards import TracingContext
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -24,12 +28,12 @@ _OF_THE_OBJECT = {
     Tensor.__hash__,
     Tensor.__repr__,
     Tensor.backward,
-    Tensor.register_hook,
     Tensor.requires_grad_,
     Tensor.retain_grad,
     torch.autograd.backward,
-    torch.autograd.grad,
 }
+# what gives gradients, which are cut as their tensors are
+_OF_GRADIENTS = {Tensor.grad.__get__, torch.autograd.grad}
 # attributes that are computed, by the functions that compute them
 _COMPUTED = {
     Tensor.H.__get__: torch.adjoint,
@@ -40,6 +44,11 @@ _COMPUTED = {
     Tensor.mT.__get__: lambda x: x.transpose(-2, -1),
     Tensor.real.__get__: torch.real,
 }
+# Dynamo, which asks a tensor what it is before it traces a function, then runs that function as it is
+_TRACED = (
+    "torch.compile does not trace functions of what a parallelized model returns in parts: they are compiled one by one; "
+    "where they must be traced, as with fullgraph=True, give them x.full_tensor(), or parallelize(..., outputs='full')"
+)
 
 
 class ShardedOutput(DTensor):
@@ -52,14 +61,22 @@ class ShardedOutput(DTensor):
     calls: Callable[..., Any]
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (of_attribute := getattr(func, "__name__", "") in ("__get__", "__set__")) and func in _COMPUTED:
             func, of_attribute = _COMPUTED[func], False
-        if of_attribute or func in _OF_THE_OBJECT:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
         calls = next(x.calls for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
-        return calls(func, args, kwargs or {})
+        if func is Tensor.register_hook:
+            args = args[0], _on_sharded(args[1], calls)
+        elif not (of_attribute or func in _OF_THE_OBJECT or func in _OF_GRADIENTS):
+            if TracingContext.try_get() is not None:
+                raise Unsupported(_TRACED, skip_frame=True)
+            return calls(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if func in _OF_GRADIENTS:
+            found = pytree.tree_map(lambda x: sharded_output(x, calls), found)
+        return found
 
     def __deepcopy__(self, memo: Any) -> Any:
         return sharded_output(copy.deepcopy(as_dtensor(self), memo), self.calls)
@@ -68,12 +85,30 @@ class ShardedOutput(DTensor):
         return as_dtensor(self).__reduce_ex__(protocol)
 
 
+def _on_sharded(hook: Callable[[Any], Any], calls: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A hook on a gradient, which gets a sharded output, and may return a whole tensor."""
+
+    def run(grad: DTensor) -> Any:
+        found = hook(sharded_output(_another(grad), calls))
+        if isinstance(found, Tensor) and not isinstance(found, DTensor):
+            found = DTensor.from_local(found, grad.device_mesh, run_check=False)
+        if not isinstance(found, DTensor):
+            return found
+        return as_dtensor(found).redistribute(placements=grad.placements)
+
+    return run
+
+
 def as_dtensor(x: DTensor) -> DTensor:
     """The same tensor as torch's own DTensor, with its gradient."""
-    if not isinstance(x, ShardedOutput):
-        return x
+    return _another(x) if isinstance(x, ShardedOutput) else x
+
+
+def _another(x: DTensor) -> DTensor:
+    """A DTensor with the same parts. It is no view of ``x``: torch.compile asks a view's base what it is."""
     with torch._C.DisableTorchFunctionSubclass():
-        return x.view_as(x)
+        how = {"run_check": False, "shape": x.shape, "stride": x.stride()}
+        return DTensor.from_local(x.to_local(), x.device_mesh, x.placements, **how)
 
 
 def sharded_output(x: Any, calls: Callable[..., Any]) -> Any:

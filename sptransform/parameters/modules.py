@@ -64,7 +64,9 @@ def keep_less(model: nn.Module, dims: Mapping[str, int | None]) -> None:
         obstacle = "a hook on it" if _has_hooks(parameter) else None
         try:
             if obstacle is None:
-                torch.utils.swap_tensors(parameter, part_of(parameter, dim, parameter.device_mesh))
+                part = part_of(parameter, dim, parameter.device_mesh)
+                part.__class__ = type(parameter)  # which is swapped too
+                torch.utils.swap_tensors(parameter, part)
         except RuntimeError as error:
             obstacle = str(error)
         if obstacle is not None:

@@ -62,6 +62,6 @@ def _as_dtensor(x: SharedParameter) -> Iterator[None]:
 
 def is_in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a torch function writes into an argument, by how torch names what does."""
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").partition(".")[0]  # of an op, without its overload
     writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     return writes or kwargs.get("out") is not None or bool(kwargs.get("inplace"))

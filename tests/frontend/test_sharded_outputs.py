@@ -7,9 +7,11 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
@@ -84,6 +86,36 @@ def through_checkpoint(x: Tensor, labels: Tensor) -> Tensor:
     return checkpoint(lambda x: of_labels(x, labels).mean(), x, use_reentrant=False)
 
 
+def counted(x: Tensor) -> Tensor:
+    """One object, of which the number changes, bounds slices."""
+    bound, total = torch.tensor(0), x.sum()
+    for _ in range(3):
+        bound += 1
+        total = total + x[:, :bound].sin().sum() * int(bound) + x[:, bound:].cos().sum()
+    return total
+
+
+def of_gradients(x: Tensor, old: Tensor) -> Tensor:
+    """Gradients of tensors in parts meet plain tensors and leave torch; they have gradients themselves."""
+    y = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad((y.sin() * old).sum(), y, create_graph=True)
+    (y.cos() * old.detach()).sum().backward()
+    return grad.square().mean() + (grad * x).sum() + x.sum() * y.grad.square().sum().item() + (y.grad * old).mean()
+
+
+def hooked(x: Tensor, old: Tensor) -> Tensor:
+    """Hooks change gradients by plain tensors, by numbers of the whole gradient, and to whole tensors."""
+    y, z, whole = x * 1, x * 2, x * 3
+    y.register_hook(lambda grad: grad * old.detach() / grad.norm())
+    z.register_hook(lambda grad: None)
+    whole.register_hook(lambda grad: old.detach())
+    return ((y.sin() + z.cos() + whole) * old).sum()
+
+
+def compiled(x: Tensor, labels: Tensor) -> Tensor:
+    return torch.compile(lambda x, labels: of_labels(x / 2, labels).mean(), backend="eager")(x, labels)
+
+
 LOSSES: dict[str, Loss] = {
     "cross_entropy": lambda x, labels, mask, old: functional.cross_entropy(x.flatten(0, 1), labels.flatten()),
     "ignored labels": lambda x, labels, mask, old: functional.cross_entropy(
@@ -108,6 +140,12 @@ LOSSES: dict[str, Loss] = {
     "whole rows": lambda x, labels, mask, old: x.std() + x.var(1).sum() + x.norm() + x.cumsum(1).sin().sum() + x.max(),
     "pieces": lambda x, labels, mask, old: sum(i * row.sin().sum() for i, row in enumerate(x.flip(1).chunk(3, 2))),
     "checkpointed": lambda x, labels, mask, old: through_checkpoint(x, labels),
+    "bounds in tensors": lambda x, labels, mask, old: counted(x),
+    "arrays": lambda x, labels, mask, old: x[:, np.array([0, 1])].sin().sum() + x[mask.numpy()].cos().sum(),
+    "no tokens": lambda x, labels, mask, old: x[:, :0].sum() + x[:, x.shape[1] :].sin().sum() + x.sin().sum(),
+    "gradients": lambda x, labels, mask, old: of_gradients(x, old),
+    "hooks": lambda x, labels, mask, old: hooked(x, old),
+    "compiled": lambda x, labels, mask, old: compiled(x, labels),
     "a weight of its own": lambda x, labels, mask, old: functional.linear(x, old[0]).sin().mean() + (x.mT @ old).sum(),
 }
 EXACT = 1e-12
@@ -144,7 +182,8 @@ def check(world_size: int, strategy: Any, seq_len: int, names: list[str], **opti
                 torch.testing.assert_close(got, true, rtol=EXACT, atol=EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
-SHARP = ["ignored labels", "DPO of TRL", "distillation", "in and out of python", "a weight of its own"]
+SHARP = ["bounds in tensors", "ignored labels", "DPO of TRL", "distillation", "in and out of python"]
+SHARP += ["a weight of its own"]
 
 
 @pytest.mark.parametrize("strategy", tiered(["ulysses", "megatron", "ring"], quick=["ulysses", "megatron"]))
@@ -251,13 +290,59 @@ def refused(rank: int, world_size: int, what: str) -> tuple[str, str]:
             x[:, 0] = 0.0
         elif what == "divided":
             x /= 2
+        elif what == "an op":
+            torch.ops.aten.add_.Tensor(x, 1)
         else:
             torch.mul(x, 2, out=x)
     return type(error.value).__name__, str(error.value)
 
 
+def outside(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    """After the first call, which may cut them, parameters are read with plain tensors."""
+    strategy = "ulysses" if "shard_parameters" in options else "megatron"
+    parallel, plain = sptransform.parallelize(model(), strategy, backend="aot_eager", **options), model()
+    tokens = others(16)[0]
+    for each in (parallel, plain):
+        each(tokens)
+        functional.embedding(tokens, each.tokens.weight).sin().sum().backward()
+    got = parallel.tokens.weight.grad.full_tensor()
+    torch.testing.assert_close(got, plain.tokens.weight.grad, rtol=EXACT, atol=EXACT)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["strict", "set", "divided", "out"])
+@pytest.mark.parametrize("options", [{}, {"shard_parameters": True}], ids=str)
+def test_parameters_read_outside(options: dict[str, Any]) -> None:
+    get_pool(2).run(outside, options, timeout=100)
+
+
+def traced(rank: int, world_size: int) -> str:
+    parallel = sptransform.parallelize(model(), "ulysses", backend="aot_eager")
+    x = parallel(others(16)[0])
+    with pytest.raises(Unsupported) as error:
+        torch.compile(lambda x: x.sin().sum(), backend="eager", fullgraph=True)(x)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_not_traced() -> None:
+    for text in get_pool(2).run(traced, timeout=100):
+        assert "outputs='full'" in text and "full_tensor()" in text
+
+
+def into_another(rank: int, world_size: int) -> list[Tensor]:
+    """A model gets what another returns, made into tokens behind the call."""
+    parallel, plain = sptransform.parallelize(model(), "ulysses", backend="aot_eager"), model()
+    tokens = others(16)[0]
+    return [m(m(tokens).argmax(-1) % 7).sin().sum().detach() for m in (parallel, plain)]
+
+
+@pytest.mark.slow
+def test_tokens_made_behind_the_call() -> None:
+    for got, true in get_pool(2).run(into_another, timeout=100):
+        torch.testing.assert_close(got, true, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("what", tiered(["strict", "set", "divided", "an op", "out"], quick=["strict", "set"]))
 def test_refused_by_name(what: str) -> None:
     for kind, text in get_pool(2).run(refused, what, timeout=100):
         assert kind == ("UnsupportedOpError" if what == "strict" else "UsageError")
