@@ -126,6 +126,7 @@ class ScalarFunction(fx.Interpreter):
 
 # What functions of Python are called as ops
 _NAMES = {
+    **{f"__{name}__": name for name in ("eq", "ge", "gt", "le", "lt", "ne")},  # methods, in graphs of torch 2.11
     "and_": "__and__",
     "bool": "to",
     "double": "to",
@@ -147,6 +148,4 @@ _NAMES = {
 
 def _name(node: fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    name = _NAMES.get(name, name)
-    # torch 2.11 has comparisons as methods, ``__eq__``
-    return name if hasattr(torch.ops.aten, name) and hasattr(getattr(torch.ops.aten, name), "overloads") else name.strip("_")
+    return _NAMES.get(name, name)

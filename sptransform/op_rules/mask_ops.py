@@ -161,7 +161,7 @@ def is_pointwise_function(name: str, num_tensors: int) -> bool:
     Those that read only shapes, as ``new_ones``, count where they make a scalar.
     """
     packet = getattr(aten, name, None)
-    if not hasattr(packet, "overloads") or (name in _OF_PAIRS and num_tensors < 2):
+    if packet is None or (name in _OF_PAIRS and num_tensors < 2):
         return False
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     return any(is_elementwise(overload) or overload in LIKE or overload in RETYPED for overload in overloads)
