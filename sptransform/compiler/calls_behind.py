@@ -242,7 +242,7 @@ def _complete(func: Callable[..., Any]) -> UsageError:
     return UsageError(
         describe(
             "a parameter of the model is read behind the call, and grad_sync=False",
-            found=f"{getattr(func, '__qualname__', func)}, which would add a whole gradient to a term of a sum over the ranks",
+            found=f"{getattr(func, '__qualname__', func)}, which would add a whole gradient to a term of a sum",
             fix="grad_sync=True; or read it inside of the model, or detached",
         )
     )

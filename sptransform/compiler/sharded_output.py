@@ -45,7 +45,7 @@ _COMPUTED = {
 }
 # Dynamo, which asks a tensor what it is before it traces a function, then runs that function as it is
 _TRACED = (
-    "torch.compile does not trace functions of what a parallelized model returns in parts: they are compiled one by one; "
+    "torch.compile does not trace functions of what a parallelized model returns in parts: each is compiled itself; "
     "where they must be traced, as with fullgraph=True, give them x.full_tensor(), or parallelize(..., outputs='full')"
 )
 
