@@ -52,7 +52,7 @@ def sptransform_backend(
         compiled = agreement.checked(compiled, program, lengths, options.check_timeout, replicas)
     if options.outputs != "dtensor":
         return compiled
-    return CallsBehind(options, context).own(with_dtensors(compiled, context))
+    return CallsBehind(options, context).behind(with_dtensors(compiled, context))
 
 
 def _compile(

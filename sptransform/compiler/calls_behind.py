@@ -64,7 +64,7 @@ class CallsBehind:
         context: of the model's compile, which has its mesh dims.
 
     Raises:
-        UsageError: from calls: a function writes into a sharded tensor.
+        UsageError: from calls: a function writes into a sharded tensor, or with ``grad_sync=False`` reads a parameter.
         UnsupportedOpError: from calls: with ``strict``, a function needs whole tensors.
     """
 
@@ -73,6 +73,20 @@ class CallsBehind:
         self._mesh = context.mesh
         self._options = Options(Behind(meshes), outputs="dtensor", rules=options.rules, strict=options.strict)
         self._known: dict[Any, Callable[..., Any] | None] = {}
+        self._in_terms: set[int] = set()  # ids of parameters of which the model leaves gradients as terms of a sum
+        self._leaves_terms = not options.grad_sync
+
+    def behind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's compiled graph, whose DTensors are sharded outputs."""
+        run = self.own(compiled)
+        return self._noting(run) if self._leaves_terms else run
+
+    def _noting(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any) -> Any:
+            self._in_terms = {id(x) for x in args if isinstance(x, nn.Parameter) and x.requires_grad}
+            return run(*args)
+
+        return noting
 
     def own(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled``, whose DTensors are sharded outputs."""
@@ -83,6 +97,8 @@ class CallsBehind:
         leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
         leaves = [_of_numbers(x) if isinstance(x, slice) else x for x in leaves]
         tensors = [_readable(x) for x in leaves if isinstance(x, Tensor)]
+        if torch.is_grad_enabled() and not self._in_terms.isdisjoint(map(id, tensors)):
+            raise _complete(func)
         call = _Call(func, [_TENSOR if isinstance(x, Tensor) else x for x in leaves], structure)
         key = (call.key, *map(_described, tensors), *_surroundings(tensors[0]))
         if not _is_hashable(key):  # an array of numpy
@@ -222,6 +238,16 @@ def _is_hashable(key: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _complete(func: Callable[..., Any]) -> UsageError:
+    return UsageError(
+        describe(
+            "a parameter of the model is read behind the call, and grad_sync=False",
+            found=f"{getattr(func, '__qualname__', func)}, which would add a whole gradient to a term of a sum",
+            fix="grad_sync=True; or read it inside of the model, or detached",
+        )
+    )
 
 
 def _check_not_written(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

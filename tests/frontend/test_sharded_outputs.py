@@ -315,6 +315,23 @@ def test_parameters_read_outside(options: dict[str, Any]) -> None:
     get_pool(2).run(outside, options, timeout=100)
 
 
+def of_terms(rank: int, world_size: int) -> str:
+    parallel = sptransform.parallelize(model(), "ulysses", backend="aot_eager", grad_sync=False)
+    x, weight = parallel(others(16)[0]), parallel.head.weight
+    assert (x @ weight.detach()).requires_grad and (x @ nn.Parameter(weight.detach())).requires_grad
+    with torch.no_grad():
+        x @ weight
+    with pytest.raises(UsageError) as error:
+        x @ weight
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_no_whole_gradient_is_added_to_terms() -> None:
+    for text in get_pool(2).run(of_terms, timeout=100):
+        assert "grad_sync=True" in text and "matmul" in text
+
+
 def traced(rank: int, world_size: int) -> str:
     parallel = sptransform.parallelize(model(), "ulysses", backend="aot_eager")
     x = parallel(others(16)[0])
