@@ -3,7 +3,8 @@
 Each rank computes as if it were one of many copies of one device. If a rank starts with other weights, or is given
 another batch, nothing breaks, and the loss means nothing. So what a rank holds goes along with what it is about to run:
 
-- numbers of its inputs, at every call. From a GPU they arrive a call later, so that no call waits for them;
+- inputs that are integers, and numbers of those that are tensors, at every call. From a GPU they arrive a call later,
+  so that no call waits for them;
 - the state of the generator, at every call whose graph draws from it;
 - checksums of parameters and buffers, at the first call of every graph ("first"), or at every call ("always").
 """
@@ -36,6 +37,7 @@ _FIXES = {
     "parameter": "torch.manual_seed(..) before the model is made, load the same weights on every rank, or "
     "sptransform.broadcast_parameters(model)",
     "buffer": "make it in the same way on every rank, or sptransform.broadcast_parameters(model)",
+    "number": "give every rank of the group the same arguments",
     "input": "give every rank of the group the same batch, as a sampler does that has one replica for each group",
     "generator": "torch.manual_seed(..) with the same seed on every rank; then let no rank draw more than another",
 }
@@ -84,6 +86,7 @@ class Replicas:
         self._check = check
         self._held: list[tuple[int, str, str]] = []
         self._given: list[tuple[int, str]] = []
+        self._numbers: list[tuple[int, str]] = []
         for index, node in enumerate(graph.find_nodes(op="placeholder")):
             note = notes.note(node)
             if dataflow.is_tensor(node):
@@ -91,6 +94,8 @@ class Replicas:
                     self._held.append((index, "parameter" if note.is_parameter else "buffer", str(note.input_name)))
                 else:
                     self._given.append((index, str(note.input_name)))
+            elif isinstance(dataflow.value(node), torch.SymInt):
+                self._numbers.append((index, str(note.input_name)))
         self._draws_on = next((dataflow.values(node)[0].device for node in graph.nodes if _draws(node)), None)
         self._is_first = True
         self.whole: WholeParameters | None = None
@@ -105,6 +110,7 @@ class Replicas:
             self._is_first = False
             found += _held_facts([(kind, name, args[index]) for index, kind, name in self._held])
             found += [] if self.whole is None else self.whole.facts()
+        found += [Fact("number", name, int(args[index])) for index, name in self._numbers]
         if self._draws_on is not None:
             found.append(Fact("generator", self._draws_on.type, _state(self._draws_on)))
         self._earlier.append(_reading([(name, args[index]) for index, name in self._given]))
@@ -199,7 +205,7 @@ def mismatch(facts: Mapping[int, Facts]) -> str | None:
     for rank, fact in own.items():
         values.setdefault(_shown(fact), []).append(rank)
     more = len(wrong) - 1
-    what = "the state of the random number generator of" if kind == "generator" else kind
+    what = {"generator": "the state of the random number generator of", "number": "input"}.get(kind, kind)
     return describe(
         f"{what} {name!r} is not the same on all ranks",
         found=list_by_ranks(values) + (f"\n         and {more} more of {len(told)} differ" if more else ""),
@@ -208,6 +214,8 @@ def mismatch(facts: Mapping[int, Facts]) -> str | None:
 
 
 def _shown(fact: Fact) -> str:
+    if fact.kind == "number":
+        return str(fact.exact)
     if not fact.sampled:
         return f"checksum {fact.exact % 2**64:016x}"
     return f"entries {', '.join(f'{x:.4g}' for x in fact.sampled[:: len(fact.sampled) // 4])}, .."

@@ -5,7 +5,9 @@ accelerate knows ranks that get the same batches, those of tensor parallelism. :
 
 1. ``gather_for_metrics`` counts each sample once, also in the last batch.
 2. Neither DDP nor anything else is put around the model.
-3. With data parallelism beside it, each rank reads iterable datasets itself.
+3. A scheduler takes a step for each group of ranks, since ranks of a group read no batch of their own.
+4. With data parallelism beside it, each rank reads iterable datasets itself.
+5. Where ranks keep parts of parameters, states of models are whole.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.integrations import checkpoints
 from sptransform.integrations.return_loss_alone import LossAlone
 
 
@@ -149,7 +152,10 @@ def _config_class() -> type:
             accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator)
             load = accelerator.prepare_data_loader
             accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, load)
-            accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)  # without DDP
+            accelerator.prepare_model = partial(_prepare_model, accelerator, accelerator.prepare_model)
+            accelerator.prepare_scheduler = partial(_prepare_scheduler, accelerator, accelerator.prepare_scheduler)
+            accelerator.get_state_dict = partial(_state_dict, accelerator.get_state_dict)
+            accelerator.save_state = partial(_save_state, accelerator, accelerator.save_state)
             accelerator.no_sync = partial(_no_sync, accelerator.no_sync)
             # it matches parameters in optimizers by the address of this rank's part, which is 0 if it is empty
             accelerator._prepare_tp = lambda *args: args
@@ -160,6 +166,60 @@ def _config_class() -> type:
 def _no_sync(no_sync: Any, model: Any) -> AbstractContextManager[Any]:
     shared = shared_by(model)
     return no_sync(model) if shared is None or shared.no_sync is None else shared.no_sync()
+
+
+def _state_dict(get: Any, model: Any, unwrap: bool = True) -> dict[str, Any]:
+    return checkpoints.whole_state(model) if checkpoints.keeps_parts(model) else get(model, unwrap)
+
+
+def _save_state(accelerator: Any, save: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Accelerator.save_state``, which would write the first rank's part of an optimizer's state for that of all."""
+    if any(checkpoints.keeps_parts(model) for model in accelerator._models):
+        raise UsageError(
+            describe(
+                "accelerate saves what the first rank has, and ranks keep parts",
+                found="save_state(..)",
+                fix="torch.distributed.checkpoint; accelerator.save_model(model, ..) for weights alone",
+            )
+        )
+    return save(*args, **kwargs)
+
+
+def _prepare_model(
+    accelerator: Any, prepare: Any, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False
+) -> Any:
+    """``Accelerator.prepare_model`` without DDP, which would average what a prepared model has averaged."""
+    if not evaluation_mode and accelerator.parallelism_config.data_parallel_size > 1:
+        averaged = {id(x) for part in model.modules() if part in _prepared for x in part.parameters()}
+        for name, x in model.named_parameters():
+            if x.requires_grad and id(x) not in averaged:
+                raise UsageError(
+                    describe(
+                        "groups of ranks get different batches, and only a prepared model averages its gradients",
+                        found=f"parameter {name!r} of {type(model).__name__}, which is no part of one",
+                        fix="prepare the whole model, or freeze the parameter",
+                    )
+                )
+    return prepare(model, device_placement, evaluation_mode=True)
+
+
+def _prepare_scheduler(accelerator: Any, prepare: Any, scheduler: Any) -> Any:
+    """``Accelerator.prepare_scheduler``, which takes as many steps at once as ranks read batches at once."""
+    prepared = prepare(scheduler)
+    if prepared is scheduler or prepared.split_batches:
+        return prepared
+    step, num_groups = prepared.step, accelerator.parallelism_config.data_parallel_size
+    prepared.split_batches = True  # to accelerate, one step
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        inner, is_step = prepared.scheduler, prepared.step_with_optimizer and prepared.gradient_state.sync_gradients
+        for _ in range(num_groups if is_step else 1):
+            # accelerate lets a scheduler that has an end stay there
+            if not is_step or not hasattr(inner, "total_steps") or inner._step_count <= inner.total_steps:
+                step(*args, **kwargs)
+
+    prepared.step = run
+    return prepared
 
 
 def _prepare_data_loader(accelerator: Any, prepare: Any, loader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,13 +271,22 @@ def _gather_for_metrics(accelerator: Any, input_data: Any, use_gather_object: bo
         is_first = accelerator.process_index % config.tp_size == 0
         return gather_object(input_data if is_first else [])[:kept]
 
+    return recursively_apply(lambda x: x if x.dim() == 0 else x[:kept], gather_groups(accelerator, input_data))
+
+
+def gather_groups(accelerator: Any, input_data: Any) -> Any:
+    """``Accelerator.gather``, but of ranks that share sequences it has what one of them has; numbers are of all."""
+    from accelerate.utils import recursively_apply
+
+    num_groups = accelerator.parallelism_config.data_parallel_size
+
     def gathered(x: Tensor) -> Tensor:
         if x.dim() == 0:
             return accelerator.gather(x)
-        if config.data_parallel_size == 1:
-            return x[:kept]
-        out = x.new_empty(config.data_parallel_size * x.shape[0], *x.shape[1:])
+        if num_groups == 1:
+            return x
+        out = x.new_empty(num_groups * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(out, x.contiguous(), group=accelerator.torch_device_mesh["dp"].get_group())
-        return out[:kept]
+        return out
 
-    return recursively_apply(gathered, input_data)
+    return recursively_apply(gathered, input_data, error_on_other_type=True)

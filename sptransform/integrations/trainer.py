@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from sptransform.integrations import checkpoints, fused_head
 from sptransform.integrations.accelerate import (
     Shared,
     check_accelerator,
+    gather_groups,
     is_prepared,
     mark_prepared,
     parallelism_config,
@@ -182,7 +183,19 @@ class _Sharing:
 
         is_stock = all(getattr(self._stock, name) is getattr(Trainer, name) for name in (step, "compute_loss"))
         is_models = self.compute_loss_func is None and self.label_smoother is None
-        return is_stock and is_models and is_prepared(self.model)
+        return is_stock and "compute_loss" not in vars(self) and is_models and is_prepared(self.model)
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        number = super()._get_num_items_in_batch(*args, **kwargs)
+        if torch.is_tensor(number) and not self.args.average_tokens_across_devices:
+            # Trainer divides by the ranks that share, also where it has counted this rank's alone
+            number = (number * self.get_tp_size()).round()
+        return number
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gather_function == self.accelerator.gather:  # Seq2SeqTrainer's choice
+            self.gather_function = partial(gather_groups, self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen

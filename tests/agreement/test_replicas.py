@@ -175,6 +175,28 @@ def rounded(rank: int, world_size: int) -> str:
 
 
 @pytest.mark.slow
+def scaled(rank: int, world_size: int) -> str:
+    """An integer argument, of which a graph is compiled that takes any; then each rank has another."""
+
+    class Scaled(AttentionWithLoss):
+        def forward(self, tokens: torch.Tensor, labels: torch.Tensor, scale: int) -> torch.Tensor:
+            return super().forward(tokens, labels) * scale
+
+    torch.manual_seed(0)
+    model = sptransform.parallelize(Scaled().double(), "ulysses", backend="eager")
+    inputs = token_inputs()
+    for scale in (3, 5, 7):
+        assert model(**inputs, scale=scale).isfinite()
+    return told(lambda: model(**inputs, scale=11 + rank))
+
+
+@pytest.mark.slow
+def test_integers_among_the_arguments_are_compared() -> None:
+    for message in get_pool(2).run(scaled):
+        assert "input 'scale' is not the same on all ranks" in message
+        assert "rank 1: 12" in message
+
+
 def test_rounding_of_inputs_is_no_mistake() -> None:
     (message,) = set(get_pool(2).run(rounded))
     assert message.startswith("input 'features' is not the same")

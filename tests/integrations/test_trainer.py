@@ -76,6 +76,8 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_s
         ("megatron", LOGITS, TOLERANCE),
         ("megatron", {"optim": "adamw_torch_fused"}, TOLERANCE),
         ("ulysses", {"auto_find_batch_size": True}, TOLERANCE),
+        ("ulysses", {"average_tokens_across_devices": False}, TOLERANCE),
+        ("ulysses", {"of_sequences": True, "evaluated": 11}, TOLERANCE),
         ("megatron", BEST | {"save_strategy": "steps", "save_steps": 1, "evaluated": 8}, TOLERANCE),
     ],
 )
@@ -168,6 +170,7 @@ def test_a_loop_with_accelerate(tmp_path: Path, dims: dict[str, int] | None) -> 
             assert found["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
             assert found["norms"] == pytest.approx(alone["norms"], rel=TOLERANCE)
             assert torch.equal(found["predicted"], alone["predicted"])
+            assert found["rates"] == alone["rates"]
         assert torch.equal(found["labels"], alone["labels"])
         assert found["objects"] == alone["objects"]
 
@@ -180,6 +183,7 @@ REFUSED = {
     "fsdp": "a prepared model is sharded",
     "rebalanced": "this sampler gives every rank batches of its own",
     "dispatched": "with dispatch_batches",
+    "beside": "parameter 'head.weight' of Sequential",
     "torch_compile": "a prepared model is compiled already",
     "other seed": "'model.embed_tokens.weight' is not the same on all ranks",
     "dims": "consecutive ranks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,7 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import seed_worker
 
 from sptransform import SPTransformError
@@ -124,16 +133,18 @@ def train(
     evaluated: int = 0,
     resume: str | None = None,
     counts: bool = False,
+    of_sequences: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
     """``Trainer`` on a model that is prepared, or with one rank, is not; ``evaluated``: on how many rows."""
     with launched(rank, world_size):
-        args = TrainingArguments(**arguments(directory, **changed))
+        args = (Seq2SeqTrainingArguments if of_sequences else TrainingArguments)(**arguments(directory, **changed))
         model = build("llama", layers=LAYERS, dtype=torch.float32)[0]
         if world_size > 1:
             prepared(model, strategy, dims, **(options or {}))
         kind = Stream if streams else Rows
-        trainer = Trainer(model=model, args=args, train_dataset=kind(NUM_ROWS), eval_dataset=kind(evaluated))
+        stock = Seq2SeqTrainer if of_sequences else Trainer
+        trainer = stock(model=model, args=args, train_dataset=kind(NUM_ROWS), eval_dataset=kind(evaluated))
         with CountCollectives() if counts else nullcontext() as counted:
             found = run(trainer, resume)
         found["collectives"] = {collective.name for collective in counted.collectives} if counts else set()
@@ -237,14 +248,17 @@ def accelerated(rank: int, world_size: int, directory: str, dims: dict[str, int]
         accelerator = Accelerator(cpu=True, parallelism_config=config)
         loaders = [torch.utils.data.DataLoader(Rows(number), batch_size=4) for number in (8, 7)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        model, optimizer, *loaders = accelerator.prepare(model, optimizer, *loaders)
-        losses, norms = [], []
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=4)
+        model, optimizer, scheduler, *loaders = accelerator.prepare(model, optimizer, scheduler, *loaders)
+        losses, norms, rates = [], [], []
         for batch in loaders[0]:
             loss = model(**batch).loss
             accelerator.backward(loss)
             norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1.0)))
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
+            rates += scheduler.get_last_lr()
             losses.append(float(accelerator.gather(loss.detach()).mean()))
         model.eval()
         with torch.no_grad():
@@ -253,7 +267,8 @@ def accelerated(rank: int, world_size: int, directory: str, dims: dict[str, int]
                 gathered.append(accelerator.gather_for_metrics((model(**batch).logits.argmax(-1), batch["labels"])))
                 objects += accelerator.gather_for_metrics([str(row) for row in batch["labels"].sum(1).tolist()])
         predicted, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-        return {"losses": losses, "norms": norms, "predicted": predicted, "labels": labels, "objects": objects}
+        found = {"losses": losses, "norms": norms, "rates": rates, "objects": objects}
+        return {**found, "predicted": predicted, "labels": labels}
 
 
 def counted(rank: int, world_size: int, dims: dict[str, int] | None = None) -> dict[str, Any]:
@@ -314,6 +329,10 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
         given = prepared(model(), "ulysses", {"dp_shard": world_size, "sp": 1})
         Trainer(model=given, args=args, train_dataset=Stream(8)).train()
 
+    def beside() -> None:
+        inner = prepared(model(), "ulysses", {"dp_replicate": world_size, "sp": 1})
+        trainer(torch.nn.Sequential(OrderedDict(inner=inner, head=torch.nn.Linear(2, 2)))).train()
+
     def other_seed() -> None:
         torch.manual_seed(rank)
         given = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=97))
@@ -332,6 +351,7 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("fsdp", with_argument(fsdp="full_shard"))
     attempt("rebalanced", lambda: with_argument(train_sampling_strategy="batch_rebalance")().train())
     attempt("dispatched", dispatched)
+    attempt("beside", beside)
     attempt("other seed", other_seed)
     attempt("dims", lambda: prepared(model(), "ulysses", {"sp": 1, "dp_shard": world_size}))
     attempt("no dim", lambda: prepared(model(), "ulysses", {"dp_shard": world_size}))
