@@ -29,14 +29,14 @@ class Compiles:
     """The sizes of inputs that the graphs of one model are for, as long as Dynamo keeps these graphs."""
 
     def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
+        self.kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
         self._has_warned = False
         _all.add(self)
 
     def add(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> None:
         """Remember that ``gm`` was just compiled, which Dynamo calls as ``compiled``."""
         compile_id = CompileContext.current_compile_id()
-        self._kept[compiled] = (None if compile_id is None else compile_id.frame_id), _fixed(gm)
+        self.kept[compiled] = (None if compile_id is None else compile_id.frame_id), _fixed(gm)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -65,7 +65,7 @@ def _num_sizes(of: Iterable[Compiles]) -> int:
 
     Models of one class are compiled one by one: equal sizes of two are two.
     """
-    of_frames = Counter(frame for each in of for frame, _ in set(each._kept.values()))
+    of_frames = Counter(frame for each in of for frame, _ in set(each.kept.values()))
     return max(of_frames.values(), default=0)
 
 
