@@ -1,18 +1,18 @@
-"""How often a model may be compiled: as often as Dynamo allows, and once more for every further size of its inputs.
+"""How often one model may be compiled: as often as Dynamo allows, and once more for every further size of its inputs.
 
 A graph serves all lengths that the ranks share evenly, and any other length is a graph of its own. There may be many of
 those in a run. Dynamo's limit of recompiles is meant for what a graph should not depend on, such as a number that
-changes at every step. It counts by code, so that models of one class share it.
+changes at every step.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -29,21 +29,20 @@ class Compiles:
     """The sizes of inputs that the graphs of one model are for, as long as Dynamo keeps these graphs."""
 
     def __init__(self) -> None:
-        self.kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
         self._has_warned = False
-        _all.add(self)
 
     def add(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> None:
         """Remember that ``gm`` was just compiled, which Dynamo calls as ``compiled``."""
         compile_id = CompileContext.current_compile_id()
-        self.kept[compiled] = (None if compile_id is None else compile_id.frame_id), _fixed(gm)
+        self._kept[compiled] = (None if compile_id is None else compile_id.frame_id), _fixed(gm)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Dynamo's limits, beyond which a call is an error, raised by the number of further sizes so far."""
-        config = torch._dynamo.config
-        further = max(_num_sizes(_all) - 1, 0)
-        if _num_sizes([self]) > config.recompile_limit and not self._has_warned:
+        config, num_sizes = torch._dynamo.config, self._num_sizes()
+        further = max(num_sizes - 1, 0)
+        if num_sizes > config.recompile_limit and not self._has_warned:
             self._has_warned = True
             log.warning(
                 "the model was compiled for more than %d different sizes of its inputs: pad lengths to a multiple of "
@@ -56,17 +55,10 @@ class Compiles:
         ):
             yield
 
-
-_all: WeakSet[Compiles] = WeakSet()
-
-
-def _num_sizes(of: Iterable[Compiles]) -> int:
-    """Of the code object that was compiled for the most different ones: with graph breaks there are several.
-
-    Models of one class are compiled one by one: equal sizes of two are two.
-    """
-    of_frames = Counter(frame for each in of for frame, _ in set(each.kept.values()))
-    return max(of_frames.values(), default=0)
+    def _num_sizes(self) -> int:
+        """Of the code object that was compiled for the most different ones: with graph breaks there are several."""
+        of_frames = Counter(frame for frame, _ in set(self._kept.values()))
+        return max(of_frames.values(), default=0)
 
 
 def _fixed(gm: fx.GraphModule) -> Sizes:

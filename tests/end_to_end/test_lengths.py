@@ -199,19 +199,3 @@ def run_numbers(rank: int, world_size: int) -> int:
 def test_lengths_that_one_graph_serves_are_no_further_sizes() -> None:
     """The first length is one size, all others are another."""
     assert get_pool(2).run(run_numbers, timeout=120) == [4, 4]
-
-
-def run_two_models(rank: int, world_size: int) -> None:
-    """A policy and its reference, say: Dynamo counts the compiles of both, which are of one class, together."""
-    import sptransform
-
-    models = [sptransform.parallelize(attention_with_loss(), "ulysses", backend="eager") for _ in range(2)]
-    with torch._dynamo.config.patch(recompile_limit=3), torch.no_grad():
-        for length in range(9, 19, 2):
-            for model in models:
-                model(tokens(length), tokens(length + 1)[:, 1:])
-
-
-@pytest.mark.slow
-def test_models_of_one_class_have_their_lengths_each() -> None:
-    get_pool(2).run(run_two_models)
