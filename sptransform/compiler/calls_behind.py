@@ -27,6 +27,7 @@ from sptransform.diagnostics.errors import UnsupportedOpError, UsageError, descr
 from sptransform.diagnostics.provenance import source_line
 from sptransform.engine.context import Context
 from sptransform.engine.strategy import Divide, Stage, Strategy
+from sptransform.ops.communication.collectives import all_reduce
 from sptransform.parameters.parts import full_tensor
 from sptransform.parameters.shared import is_in_place
 from sptransform.rules.decision import Sharded
@@ -126,23 +127,32 @@ class CallsBehind:
         node.meta["stack_trace"] = "".join(traceback.format_list(traceback.extract_stack()[:-3]))
         graph.output(node)
         gm = fx.GraphModule(nn.Module(), graph)
+        failed: Exception | None = None
         try:
             rewritten, context = rewrite_graph(gm, tensors, self._options, self._mesh, full_model=False)
         except _NoTensors:
             return lambda *tensors: call.result([])
         except Exception as error:  # whatever it is, one device shows whether the call itself is wrong
-            self._tell_whole(call, node, tensors, error)
+            failed = error
+        if not self._on_all_ranks(failed is None, tensors[0].device):
+            self._tell_whole(call, node, tensors, failed)
             return None
         local = of_local_parts(rewritten.forward, tensors)  # hooks of all modules are not for it
         run = self.own(with_dtensors(lambda *args: tuple(map(Tensor.contiguous, local(*args))), context))
         result = call.result
         return lambda *tensors: result(run(*tensors))
 
-    def _tell_whole(self, call: _Call, node: fx.Node, tensors: list[Tensor], error: Exception) -> None:
+    def _on_all_ranks(self, found: bool, device: torch.device) -> bool:
+        """Whether all ranks found a graph: one that has no part of a short sequence, say, may not."""
+        mine = torch.tensor(int(found), dtype=torch.int32, device=device)
+        return bool(all_reduce(mine, self._mesh.group, "min"))
+
+    def _tell_whole(self, call: _Call, node: fx.Node, tensors: list[Tensor], error: Exception | None) -> None:
         num_bytes = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, DTensor))
         what = f"{call.name} needs whole tensors of what the model returns in parts"
         if self._options.strict:
-            found = f"{num_bytes} bytes to gather, and strict=True; {str(error).splitlines()[0]}"
+            why = "another rank has no graph of it" if error is None else str(error).splitlines()[0]
+            found = f"{num_bytes} bytes to gather, and strict=True; {why}"
             fix = "parallelize(..., outputs='full'), or x.full_tensor() there"
             raise UnsupportedOpError(describe(what, source=source_line(node), found=found, fix=fix)) from error
         log.warning("%s: %d bytes are gathered at %s; see outputs=", what, num_bytes, source_line(node))
