@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sptransform.ops.ring.blocks import lay_out
 from sptransform.ops.ring.kernels.interface import Case, Kernel, compute_dtype
 from sptransform.ops.ring.kernels.reference import OPEN
 from sptransform.ops.ring.kernels.table import TABLE
@@ -61,11 +62,6 @@ def _added(queries: int, keys: int, device: str) -> Tensor:
     return torch.randn(1, HEADS, queries, keys, generator=generator).to(device)
 
 
-def _heads_inside(x: Tensor) -> Tensor:
-    """As projections leave it, and as kernels lay it out: [B, s, H, D] in memory."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def _off_the_grid(x: Tensor) -> Tensor:
     """A part of longer rows, which begins where no kernel can load 16 bytes."""
     return torch.cat([torch.full_like(x[..., :3], math.nan), x], -1)[..., 3:]
@@ -73,7 +69,7 @@ def _off_the_grid(x: Tensor) -> Tensor:
 
 # how tensors lie in memory; heads of 64 come in every way, others as modules give them
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "heads inside": _heads_inside,
+    "heads inside": lambda x: lay_out(x, x.dtype),
     "heads first": Tensor.contiguous,
     "off the grid": _off_the_grid,
 }
@@ -137,7 +133,7 @@ def _compare(
     key_heads: int,
     dtype: torch.dtype,
     device: str,
-    lay_out: Callable[[Tensor], Tensor],
+    as_it_lies: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """A block beside another one: the backward gets what attention over both gives."""
     make = partial(_random, dtype=dtype, device=device)
@@ -161,10 +157,10 @@ def _compare(
         grad.double(), *exact, exact_bias, whole.to(dtype).double(), lse, form.causal, SCALE, **form.extra
     )
 
-    xs = [lay_out(x) for x in (query, key, value)]
+    xs = [as_it_lies(x) for x in (query, key, value)]
     out, own_lse = kernel.forward(*xs, bias, form.causal, SCALE, **form.extra)
-    over_all = lay_out(whole.to(dtype)), lse.to(own_lse.dtype)
-    grads = kernel.backward(lay_out(grad), *xs, bias, *over_all, form.causal, SCALE, **form.extra)
+    over_all = as_it_lies(whole.to(dtype)), lse.to(own_lse.dtype)
+    grads = kernel.backward(as_it_lies(grad), *xs, bias, *over_all, form.causal, SCALE, **form.extra)
     seen = block[1] > -math.inf
     if not bool(out.isfinite().all()):
         raise AssertionError("out is not finite")
