@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,6 +45,14 @@ def _changed(holder: Any, attribute: str, change: Change) -> Iterator[None]:
         yield
     finally:
         setattr(holder, attribute, own)
+
+
+def own_limit() -> dict[str, Any]:
+    """Arguments of ``torch.compile``: its compiles count for no other call of it on the same code, as of another model.
+
+    Empty before torch has that. All models of one class then share Dynamo's limit.
+    """
+    return {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def devices_as_written() -> AbstractContextManager[Any]:

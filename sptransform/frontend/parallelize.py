@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.replicas import WholeParameters
+from sptransform.capture.torch_versions import own_limit
 from sptransform.compiler.backend import sptransform_backend
 from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
 from sptransform.compiler.options import Options
@@ -144,7 +145,7 @@ def parallelize(
     cutting = nullcontext if whole is None else partial(whole.cut, model)
     settle = _keep_parts(model, options, where, inputs, cutting) if options.keeps_parts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, full_model=fullgraph, whole=whole))
-    model.compile(backend=compiler, fullgraph=fullgraph)
+    model.compile(backend=compiler, fullgraph=fullgraph, **own_limit())
     # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration
     compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
     call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size), compiler.compiles)
