@@ -217,7 +217,7 @@ def run_two_models(rank: int, world_size: int, fullgraph: bool) -> int:
     return num_calls
 
 
-@pytest.mark.skipif(not own_limit(), reason="models of one class share Dynamo's limit before torch has isolate_recompiles")
+@pytest.mark.skipif(not own_limit(), reason="this torch has one limit for all models of a class")
 @pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_models_of_one_class_have_their_lengths_each(fullgraph: bool) -> None:
