@@ -42,8 +42,8 @@ class Compiles:
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Dynamo's limits, beyond which a call is an error, raised by the number of further sizes so far."""
-        config, num_sizes = torch._dynamo.config, self._num_sizes()
-        of_all = sum(each._num_sizes() for each in _live)
+        config, num_sizes = torch._dynamo.config, self.num_sizes()
+        of_all = sum(each.num_sizes() for each in _live)
         if num_sizes > config.recompile_limit and not self._has_warned:
             self._has_warned = True
             log.warning(
@@ -57,7 +57,7 @@ class Compiles:
         ):
             yield
 
-    def _num_sizes(self) -> int:
+    def num_sizes(self) -> int:
         """Of the code object that was compiled for the most different ones: with graph breaks there are several."""
         of_frames = Counter(frame for frame, _ in set(self._kept.values()))
         return max(of_frames.values(), default=0)
