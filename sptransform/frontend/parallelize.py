@@ -15,6 +15,7 @@ from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.replicas import WholeParameters
 from sptransform.capture.torch_versions import own_limit
 from sptransform.compiler.backend import sptransform_backend
+from sptransform.compiler.calls_behind import CallsBehind
 from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
 from sptransform.compiler.options import Options
 from sptransform.compiler.parameter_dims import parameter_dims
@@ -170,15 +171,16 @@ def _keep_parts(
         shape = options.strategy.storage_shape(mesh.size, mesh.shape)
         grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
         with cutting():
-            keep_parts(model, grid, first_dims(model, mesh.size))
+            keep_parts(model, grid, first_dims(model, mesh.size), CallsBehind.of_parameters(options, grid))
         return None
     sharing = options.strategy.weights_mesh(mesh).device_mesh
+    calls = CallsBehind.of_parameters(options, sharing)
     if inputs is not None:
         dims = parameter_dims(model, options, mesh, *arguments_of(inputs))
         with cutting():
-            keep_parts(model, sharing, dims)
+            keep_parts(model, sharing, dims, calls)
         return None
-    keep_parts(model, sharing, {})
+    keep_parts(model, sharing, {}, calls)
 
     def settle(call: Callable[..., Any]) -> Callable[..., Any]:
         is_settled = False
