@@ -61,7 +61,7 @@ def _open(node: fx.Node, policy: Any) -> None:
     calls = [inner for inner in traced.nodes if inner.op == "call_function"]
     (returned,) = traced.output_node().args
     if len(calls) == 1 and calls[0].target is node.target:
-        node.meta["recompute"] = calls[0].meta["recompute"]
+        node.meta["recompute"] = calls[0].meta.get("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
         return
     if any(inner.op == "get_attr" or dataflow.writes(inner) for inner in traced.nodes) or not calls:
         return

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 
-# Private: Dynamo's view of tensors and of setattr; there is no option for what is changed.
-from torch._dynamo.variables import TensorVariable, builtin
+# Private: Dynamo's view of tensors, methods and of setattr; there is no option for what is changed.
+from torch._dynamo.variables import AutogradFunctionVariable, TensorVariable, UserMethodVariable, builtin
 
 # since torch 2.13 a class of its own
 _SETATTR, _SETATTR_NAME = (
@@ -44,6 +45,32 @@ def _changed(holder: Any, attribute: str, change: Change) -> Iterator[None]:
         yield
     finally:
         setattr(holder, attribute, own)
+
+
+def functions_kept_by_modules() -> AbstractContextManager[None]:
+    """Inside, Dynamo knows ``self.f(x)`` of a module whose ``self.f`` is the ``apply`` of an autograd.Function.
+
+    Torch 2.11 would trace what ``apply`` does in Python.
+    """
+
+    def change(own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+            is_apply = self.fn is torch.autograd.Function.apply.__func__
+            if is_apply and isinstance(self.obj, AutogradFunctionVariable):
+                return self.obj.call_method(tx, "apply", list(args), kwargs)
+            return own(self, tx, args, kwargs)
+
+        return call
+
+    return _changed(UserMethodVariable, "call_function", change)
+
+
+def own_limit() -> dict[str, Any]:
+    """Arguments of ``torch.compile``: its compiles count for no other call of it on the same code, as of another model.
+
+    Empty before torch has that. All models of one class then share Dynamo's limit.
+    """
+    return {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 
 
 def devices_as_written() -> AbstractContextManager[Any]:

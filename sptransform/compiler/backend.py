@@ -52,7 +52,8 @@ def sptransform_backend(
         compiled = agreement.checked(compiled, program, lengths, options.check_timeout, replicas)
     if options.outputs != "dtensor":
         return compiled
-    return CallsBehind(options, context).behind(with_dtensors(compiled, context))
+    meshes = tuple(part.mesh for part in context.result.mesh_dims)
+    return CallsBehind(options, context.mesh, meshes).behind(with_dtensors(compiled, context))
 
 
 def _compile(

@@ -16,20 +16,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from sptransform.compiler.dtensor_boundary import of_local_parts, with_dtensors
 from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import rewrite_graph
-from sptransform.compiler.sharded_output import as_dtensor, sharded_output
+from sptransform.compiler.sharded_output import another, as_dtensor, sharded_output
 from sptransform.diagnostics.errors import UnsupportedOpError, UsageError, describe
 from sptransform.diagnostics.provenance import source_line
-from sptransform.engine.context import Context
 from sptransform.engine.strategy import Divide, Stage, Strategy
 from sptransform.ops.communication.collectives import all_reduce
 from sptransform.parameters.parts import full_tensor
-from sptransform.parameters.shared import is_in_place
+from sptransform.parameters.shared import as_dtensors, is_in_place, summed
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.mesh import Mesh
@@ -58,24 +58,33 @@ class Behind(Strategy):
 
 
 class CallsBehind:
-    """The torch functions that are called on what one compiled model returns.
+    """The torch functions that are called on what one compiled model returns, or on its parameters.
 
     Args:
         options: of the model; its rules and ``strict`` hold here too.
-        context: of the model's compile, which has its mesh dims.
+        mesh: the ranks that share it.
+        meshes: those of each mesh dim.
+        of_parameters: the functions are called on parameters alone.
 
     Raises:
         UsageError: from calls: a function writes into a sharded tensor, or with ``grad_sync=False`` reads a parameter.
         UnsupportedOpError: from calls: with ``strict``, a function needs whole tensors.
     """
 
-    def __init__(self, options: Options, context: Context) -> None:
-        meshes = tuple(part.mesh for part in context.result.mesh_dims)
-        self._mesh = context.mesh
+    def __init__(self, options: Options, mesh: Mesh, meshes: tuple[Mesh, ...], *, of_parameters: bool = False) -> None:
+        self._mesh = mesh
         self._options = Options(Behind(meshes), outputs="dtensor", rules=options.rules, strict=options.strict)
         self._known: dict[Any, Callable[..., Any] | None] = {}
         self._in_terms: set[int] = set()  # ids of parameters of which the model leaves gradients as terms of a sum
         self._leaves_terms = not options.grad_sync
+        self._of_parameters = of_parameters
+
+    @staticmethod
+    def of_parameters(options: Options, device_mesh: DeviceMesh) -> CallsBehind:
+        """Functions of parameters of which the ranks of ``device_mesh`` keep parts."""
+        mesh = Mesh.of(device_mesh)
+        meshes = (mesh,) if device_mesh.ndim == 1 else mesh.split(*mesh.shape)
+        return CallsBehind(options, mesh, meshes, of_parameters=True)
 
     def behind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The model's compiled graph, whose DTensors are sharded outputs."""
@@ -97,7 +106,13 @@ class CallsBehind:
         _check_not_written(func, kwargs)
         leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
         leaves = [_of_numbers(x) if isinstance(x, slice) else x for x in leaves]
+        with as_dtensors(leaves):
+            return self._run(func, leaves, structure)
+
+    def _run(self, func: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec) -> Any:
         tensors = [_readable(x) for x in leaves if isinstance(x, Tensor)]
+        if self._of_parameters:
+            tensors = [_cut(x) for x in tensors]
         if torch.is_grad_enabled() and not self._in_terms.isdisjoint(map(id, tensors)):
             raise _complete(func)
         call = _Call(func, [_TENSOR if isinstance(x, Tensor) else x for x in leaves], structure)
@@ -124,7 +139,7 @@ class CallsBehind:
         ]
         node = graph.call_function(call.flat, tuple(read))
         # without the frames of this package, which are the last
-        node.meta["stack_trace"] = "".join(traceback.format_list(traceback.extract_stack()[:-3]))
+        node.meta["stack_trace"] = "".join(traceback.format_list(traceback.extract_stack()[:-4]))
         graph.output(node)
         gm = fx.GraphModule(nn.Module(), graph)
         failed: Exception | None = None
@@ -209,10 +224,13 @@ def _readable(x: Tensor) -> Tensor:
     """``x``; if it is a DTensor, torch's own, and sums over ranks are taken."""
     if not isinstance(x, DTensor):
         return x
-    x = as_dtensor(x)
-    if not any(placement.is_partial() for placement in x.placements):
-        return x
-    return x.redistribute(placements=[Replicate() if each.is_partial() else each for each in x.placements])
+    return summed(as_dtensor(x))
+
+
+def _cut(x: Tensor) -> Tensor:
+    """``x``; a parameter of which ranks keep parts as a tensor that is cut: a graph would gather the parameter."""
+    is_cut = isinstance(x, DTensor) and isinstance(x, nn.Parameter) and any(each.is_shard() for each in x.placements)
+    return another(x) if is_cut else x
 
 
 def _described(x: Tensor) -> tuple[Any, ...]:

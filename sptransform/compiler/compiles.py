@@ -2,7 +2,8 @@
 
 A graph serves all lengths that the ranks share evenly, and any other length is a graph of its own. There may be many of
 those in a run. Dynamo's limit of recompiles is meant for what a graph should not depend on, such as a number that
-changes at every step.
+changes at every step. Each model has a limit of its own (:func:`~sptransform.capture.torch_versions.own_limit`); a
+second one is for all models of a class.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import fx
@@ -31,6 +32,7 @@ class Compiles:
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[Callable[..., Any], tuple[int | None, Sizes]] = WeakKeyDictionary()
         self._has_warned = False
+        _live.add(self)
 
     def add(self, compiled: Callable[..., Any], gm: fx.GraphModule) -> None:
         """Remember that ``gm`` was just compiled, which Dynamo calls as ``compiled``."""
@@ -40,8 +42,8 @@ class Compiles:
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Dynamo's limits, beyond which a call is an error, raised by the number of further sizes so far."""
-        config, num_sizes = torch._dynamo.config, self._num_sizes()
-        further = max(num_sizes - 1, 0)
+        config, num_sizes = torch._dynamo.config, self.num_sizes()
+        of_all = sum(each.num_sizes() for each in _live)
         if num_sizes > config.recompile_limit and not self._has_warned:
             self._has_warned = True
             log.warning(
@@ -50,15 +52,18 @@ class Compiles:
                 config.recompile_limit,
             )
         with config.patch(
-            recompile_limit=config.recompile_limit + further,
-            accumulated_recompile_limit=config.accumulated_recompile_limit + further,
+            recompile_limit=config.recompile_limit + max(num_sizes - 1, 0),
+            accumulated_recompile_limit=config.accumulated_recompile_limit + max(of_all - 1, 0),
         ):
             yield
 
-    def _num_sizes(self) -> int:
+    def num_sizes(self) -> int:
         """Of the code object that was compiled for the most different ones: with graph breaks there are several."""
         of_frames = Counter(frame for frame, _ in set(self._kept.values()))
         return max(of_frames.values(), default=0)
+
+
+_live: WeakSet[Compiles] = WeakSet()
 
 
 def _fixed(gm: fx.GraphModule) -> Sizes:

@@ -15,6 +15,7 @@ from torch._dynamo.exc import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     InternalTorchDynamoError,
+    TorchRuntimeError,
     Unsupported,
     UserError,
 )
@@ -23,6 +24,7 @@ from sptransform.capture.torch_versions import metrics_unsaid
 from sptransform.compiler.branches import branches_read
 from sptransform.compiler.compiles import Compiles
 from sptransform.compiler.leaf_marks import leaf_marks_ignored
+from sptransform.compiler.not_captured import not_captured
 from sptransform.compiler.numpy_numbers import numbers_of_numpy
 from sptransform.compiler.set_up import set_up_first
 from sptransform.compiler.traced_functions import traced_functions
@@ -100,8 +102,8 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
             if isinstance(error.inner_exception, SPTransformError):
                 raise error.inner_exception from None
             raise
-        except (Unsupported, UserError) as error:
-            raise _not_captured(error) from error
+        except (Unsupported, UserError, TorchRuntimeError) as error:
+            raise not_captured(error) from error
         except InternalTorchDynamoError as error:
             raise CaptureError(
                 describe(
@@ -141,45 +143,6 @@ def configured(call: Callable[..., Any], compiles: Compiles | None = None) -> Ca
             return call(*args, **kwargs)
 
     return run
-
-
-def _not_captured(error: Exception) -> CaptureError:
-    """What Dynamo could not capture, at the user's line."""
-    what, *more = str(error).split("\n")
-    if any(sign in str(error) for sign in ("Data-dependent", "data-dependent expression")):
-        return CaptureError(
-            describe(
-                "the model decides by what a tensor holds, which no graph can",
-                source=innermost_line(str(error)),
-                found=what,
-                fix="compute both sides there and choose with torch.where; or decide before the forward, and pass what "
-                "was decided, such as a mask where the model looks for padding. If it decides while it trains (ranges "
-                "that run along, layers that are dropped): model.eval(), or layerdrop=0; if attention looks for "
-                "padding, or for packed documents: attn_implementation='sdpa', or 'sptransform' (docs/attention.md); "
-                "if it loops over experts that were chosen: model.set_experts_implementation('grouped_mm'), or loop "
-                "over all",
-            )
-        )
-    if "save_on_cpu" in str(error) or "saved_tensors_hooks" in str(error):
-        return CaptureError(
-            describe(
-                "the model says inside of its forward where activations are kept, which no graph shows",
-                source=innermost_line(str(error)),
-                found=what,
-                fix="the same around the call: with torch.autograd.graph.save_on_cpu(): model(..); of checkpointing "
-                "without offload=True, that keeps what is saved of each layer on the host",
-            )
-        )
-    explanation = next((line for line in more if line.strip().startswith("Explanation: ")), "")
-    return CaptureError(
-        describe(
-            "torch.compile cannot capture the model as one graph",
-            source=innermost_line(str(error)),
-            found=f"{what}. {explanation.strip().removeprefix('Explanation: ')}".strip(". "),
-            fix="a form of that line that torch.compile(model, fullgraph=True) takes; or fullgraph=False, under which "
-            "the parts between graph breaks are sharded",
-        )
-    )
 
 
 def _logging_functions() -> set[Any]:

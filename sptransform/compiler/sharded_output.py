@@ -22,6 +22,8 @@ from torch._guards import TracingContext
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from sptransform.parameters.shared import COMPUTED
+
 # what concerns the object and its place in autograd's graph: DTensor's own are right
 _OF_THE_OBJECT = {
     Tensor.__format__,
@@ -34,16 +36,6 @@ _OF_THE_OBJECT = {
 }
 # what gives gradients, which are cut as their tensors are
 _OF_GRADIENTS = {Tensor.grad.__get__, torch.autograd.grad}
-# attributes that are computed, by the functions that compute them
-_COMPUTED = {
-    Tensor.H.__get__: torch.adjoint,
-    Tensor.T.__get__: Tensor.t,
-    Tensor.data.__get__: Tensor.detach,
-    Tensor.imag.__get__: torch.imag,
-    Tensor.mH.__get__: torch.adjoint,
-    Tensor.mT.__get__: lambda x: x.transpose(-2, -1),
-    Tensor.real.__get__: torch.real,
-}
 # Dynamo, which asks a tensor what it is before it traces a function, then runs that function as it is
 _TRACED = (
     "torch.compile does not trace functions of what a parallelized model returns in parts: each is compiled alone; "
@@ -63,8 +55,8 @@ class ShardedOutput(DTensor):
     @classmethod
     @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (of_attribute := getattr(func, "__name__", "") in ("__get__", "__set__")) and func in _COMPUTED:
-            func, of_attribute = _COMPUTED[func], False
+        if (of_attribute := getattr(func, "__name__", "") in ("__get__", "__set__")) and func in COMPUTED:
+            func, of_attribute = COMPUTED[func], False
         calls = next(x.calls for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
         if func is Tensor.register_hook:
             args = args[0], _on_sharded(args[1], calls)
@@ -89,7 +81,7 @@ def _on_sharded(hook: Callable[[Any], Any], calls: Callable[..., Any]) -> Callab
     """A hook on a gradient, which gets a sharded output, and may return a whole tensor."""
 
     def run(grad: DTensor) -> Any:
-        found = hook(sharded_output(_another(grad), calls))
+        found = hook(sharded_output(another(grad), calls))
         if isinstance(found, Tensor) and not isinstance(found, DTensor):
             found = DTensor.from_local(found, grad.device_mesh, run_check=False)
         if not isinstance(found, DTensor):
@@ -101,10 +93,10 @@ def _on_sharded(hook: Callable[[Any], Any], calls: Callable[..., Any]) -> Callab
 
 def as_dtensor(x: DTensor) -> DTensor:
     """The same tensor as torch's own DTensor, with its gradient."""
-    return _another(x) if isinstance(x, ShardedOutput) else x
+    return another(x) if isinstance(x, ShardedOutput) else x
 
 
-def _another(x: DTensor) -> DTensor:
+def another(x: DTensor) -> DTensor:
     """A DTensor with the same parts. It is no view of ``x``: torch.compile asks a view's base what it is."""
     with torch._C.DisableTorchFunctionSubclass():
         how = {"run_check": False, "shape": x.shape, "stride": x.stride()}

@@ -19,6 +19,7 @@ from torch import fx
 from torch._dynamo.variables import AutogradFunctionVariable, TensorVariable
 
 from sptransform.capture.autograd_functions import NAME, ORDER, name_of_class
+from sptransform.capture.torch_versions import functions_kept_by_modules
 
 _trace_call = AutogradFunctionVariable.call_apply
 
@@ -58,6 +59,7 @@ def traced_functions() -> Iterator[None]:
     before = AutogradFunctionVariable.call_apply
     AutogradFunctionVariable.call_apply = _trace
     try:
-        yield
+        with functions_kept_by_modules():
+            yield
     finally:
         AutogradFunctionVariable.call_apply = before

@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.agreement.agreement import Agreement
 from sptransform.agreement.replicas import WholeParameters
+from sptransform.capture.torch_versions import own_limit
 from sptransform.compiler.backend import sptransform_backend
+from sptransform.compiler.calls_behind import CallsBehind
 from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
 from sptransform.compiler.options import Options
 from sptransform.compiler.parameter_dims import parameter_dims
@@ -144,7 +146,7 @@ def parallelize(
     cutting = nullcontext if whole is None else partial(whole.cut, model)
     settle = _keep_parts(model, options, where, inputs, cutting) if options.keeps_parts and where.size > 1 else None
     compiler = WatchedCompiler(partial(sptransform_backend, options, full_model=fullgraph, whole=whole))
-    model.compile(backend=compiler, fullgraph=fullgraph)
+    model.compile(backend=compiler, fullgraph=fullgraph, **own_limit())
     # nn.Module calls _compiled_call_impl when compiled; there is no public way to call it under a configuration
     compiled = partial(torch.compile, backend=compiler, fullgraph=fullgraph)
     call = configured(taking_parts(model, model._compiled_call_impl, compiled, where.size), compiler.compiles)
@@ -169,15 +171,16 @@ def _keep_parts(
         shape = options.strategy.storage_shape(mesh.size, mesh.shape)
         grid = mesh.device_mesh if shape == mesh.shape else mesh.grid(*shape)
         with cutting():
-            keep_parts(model, grid, first_dims(model, mesh.size))
+            keep_parts(model, grid, first_dims(model, mesh.size), CallsBehind.of_parameters(options, grid))
         return None
     sharing = options.strategy.weights_mesh(mesh).device_mesh
+    calls = CallsBehind.of_parameters(options, sharing)
     if inputs is not None:
         dims = parameter_dims(model, options, mesh, *arguments_of(inputs))
         with cutting():
-            keep_parts(model, sharing, dims)
+            keep_parts(model, sharing, dims, calls)
         return None
-    keep_parts(model, sharing, {})
+    keep_parts(model, sharing, {}, calls)
 
     def settle(call: Callable[..., Any]) -> Callable[..., Any]:
         is_settled = False

@@ -35,12 +35,14 @@ class Shared:
     Attributes:
         num_sequence: number of ranks that share each sequence.
         num_data: number of groups of them.
+        outputs: as ``parallelize`` was told.
         loss_alone: what its calls return.
         no_sync: a context in which gradients are not averaged over groups yet; None if they are not at all, or always.
     """
 
     num_sequence: int
     num_data: int
+    outputs: str = "full"
     loss_alone: LossAlone = field(default_factory=LossAlone)
     no_sync: Callable[[], AbstractContextManager[Any]] | None = None
 

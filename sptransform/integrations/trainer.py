@@ -88,7 +88,7 @@ def prepare(
     is_cut_later = strategy_of(strategy).shards_weights and options.get("inputs") is None
     keeps_parts = strategy_of(strategy).shards_weights or bool(options.get("shard_parameters"))
     check_cut(layout, keeps_parts, not is_cut_later)
-    shared = Shared(layout.sequences.size(), layout.num_data)
+    shared = Shared(layout.sequences.size(), layout.num_data, outputs or "full")
     check_accelerator(shared.num_sequence)
     if all(parameter.device.type != "meta" for parameter in model.parameters()):
         model.to(state.device)
@@ -98,7 +98,7 @@ def prepare(
         options["passes"] = [*options.get("passes", ()), ReturnLossAlone(shared.loss_alone)]
         shared.loss_alone.of(model)
     options["rules"] = fused_head.RULES | dict(options.get("rules") or {})
-    parallelize(model, strategy, mesh=layout.sequences, outputs=outputs or "full", **options)
+    parallelize(model, strategy, mesh=layout.sequences, outputs=shared.outputs, **options)
     if layout.data is not None and layout.num_data > 1:
         shared.no_sync = share_data(model, layout)
     checkpoints.takes_whole_states(model)
@@ -120,7 +120,7 @@ def _attach_to_trainers() -> None:
         if shared is None:
             create(self)
             return
-        _check_arguments(self.args)
+        _check_arguments(self.args, shared)
         self.args.parallelism_config = parallelism_config(self.model)
         try:
             create(self)
@@ -134,8 +134,16 @@ def _attach_to_trainers() -> None:
     Trainer.create_accelerator_and_postprocess = create_attached
 
 
-def _check_arguments(args: Any) -> None:
-    """Refuse what would be done twice."""
+def _check_arguments(args: Any, shared: Shared) -> None:
+    """Refuse what would be done twice, and what trainers know nothing of."""
+    if shared.outputs == "local":
+        raise UsageError(
+            describe(
+                "trainers compute losses and metrics of whole sequences",
+                found="prepare(.., outputs='local'), which returns this rank's part",
+                fix="prepare without outputs, or outputs='dtensor'; 'local' is for a loop that sums over ranks itself",
+            )
+        )
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name, None):
             raise refused_wrapper(f"TrainingArguments({name}={getattr(args, name)!r})")

@@ -26,8 +26,12 @@ from sptransform.parameters.shared import SharedParameter
 _reads_full = False
 
 
-def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int | None]) -> None:
+def keep_parts(
+    model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int | None], calls: Callable[..., Any]
+) -> None:
     """Make every parameter of ``model`` a DTensor, sharded by all mesh dims along ``dims[name]`` (None: replicated).
+
+    ``calls`` runs torch functions of them, see :class:`SharedParameter`.
 
     All ranks hold equal parameters, so nothing is sent. Parameters on ``meta`` stay there. The plain parameters become
     unusable: code that still holds one, such as an optimizer, gets an error on using it.
@@ -39,8 +43,9 @@ def keep_parts(model: nn.Module, device_mesh: DeviceMesh, dims: Mapping[str, int
     replaced = list(model.parameters())
     dim_of = _dims_by_identity(model, dims)
     parts = {id(old): part_of(old, dim_of.get(id(old)), device_mesh) for old in replaced}
+    kind = SharedParameter.called_by(calls)
     for part in parts.values():
-        part.__class__ = SharedParameter
+        part.__class__ = kind
     for module in model.modules():
         names = tuple(name for name, parameter in module._parameters.items() if parameter is not None)
         for name in names:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from sptransform.capture.torch_versions import own_limit
 from tests.support.equality import Result, assert_equal_to_one_device, run_one_device
 from tests.support.gloo_pool import get_pool
 from tests.support.models import FLOAT64, MODELS, VOCAB, build
@@ -199,3 +200,25 @@ def run_numbers(rank: int, world_size: int) -> int:
 def test_lengths_that_one_graph_serves_are_no_further_sizes() -> None:
     """The first length is one size, all others are another."""
     assert get_pool(2).run(run_numbers, timeout=120) == [4, 4]
+
+
+def run_two_models(rank: int, world_size: int, fullgraph: bool) -> int:
+    """A policy and its reference, say: Dynamo has the compiles of both, which are of one class, at one code object."""
+    import sptransform
+
+    options = {"backend": "eager", "fullgraph": fullgraph}
+    models = [sptransform.parallelize(attention_with_loss(), "ulysses", **options) for _ in range(2)]
+    num_calls = 0
+    with torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=6), torch.no_grad():
+        for length in range(9, 19, 2):
+            for model in models:
+                model(tokens(length), tokens(length + 1)[:, 1:])
+                num_calls += 1
+    return num_calls
+
+
+@pytest.mark.skipif(not own_limit(), reason="this torch has one limit for all models of a class")
+@pytest.mark.slow
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_models_of_one_class_have_their_lengths_each(fullgraph: bool) -> None:
+    assert get_pool(2).run(run_two_models, fullgraph) == [10, 10]

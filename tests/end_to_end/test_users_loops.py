@@ -134,6 +134,50 @@ def test_steps(options: dict[str, Any], reference: str | None) -> None:
                 torch.testing.assert_close(x, y, rtol=EXACT, atol=EXACT, msg=lambda m, s=step: f"{s.__name__}: {m}")
 
 
+def of_own_tokens(any_model: nn.Module, tokens: Tensor) -> Tensor:
+    """As :func:`log_probabilities` where a rank gets logits of its tokens only, and of the sum adds its own terms."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    following = tokens.roll(-1, 1)
+    following[:, -1] = -100
+    logits = any_model(tokens)
+    own = following.chunk(num_ranks, 1)[rank]
+    terms = -functional.cross_entropy(logits.mT, own, reduction="none").sum(-1)
+    total = terms.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total + (terms - terms.detach())  # whose gradient is that of the terms: parameters' are summed in the graph
+
+
+def preference_of_parts(policy: nn.Module, reference: nn.Module, seq_len: int, of: Any) -> list[Tensor]:
+    """DPO's loss of a pair of answers, and the gradients."""
+    tokens = inputs(seq_len)["tokens"]
+    with torch.no_grad():
+        expected = of(reference, tokens)
+    found = of(policy, tokens) - expected
+    loss = -functional.logsigmoid(0.1 * (found[0] - found[1]))
+    loss.backward()
+    grads = [x.grad for x in policy.parameters()]
+    return [x.full_tensor() if isinstance(x, DTensor) else x for x in (loss.detach(), *grads)]
+
+
+def local_outputs(rank: int, world_size: int, options: dict[str, Any], seq_len: int) -> list[Tensor]:
+    policy, reference = model(0), model(1).requires_grad_(False)
+    for each in (policy, reference):
+        sptransform.parallelize(each, backend="aot_eager", outputs="local", **options)
+    return preference_of_parts(policy, reference, seq_len, of_own_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seq_len", [16, 13])
+@pytest.mark.parametrize(
+    "options", [{"strategy": "ulysses"}, {"strategy": "ring"}, {"strategy": "ring", "shard_parameters": True}], ids=str
+)
+def test_preference_of_local_outputs(options: dict[str, Any], seq_len: int) -> None:
+    expected = preference_of_parts(model(0), model(1), seq_len, log_probabilities)
+    for found in get_pool(2).run(local_outputs, options, seq_len):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=EXACT, atol=EXACT)
+
+
 class Offloaded(AttentionWithLoss):
     """Keeps its activations on the host by itself."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -79,6 +80,8 @@ def test_a_picked_output_shows_its_own_placement() -> None:
     assert line(picked) == f"%{picked.name} : f32[2,2] R = getitem(%chunk, 1)"
 
 
+# before, Dynamo said that it exports, and Transformers then makes a mask and repeats heads
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="this torch has another graph of the model")
 def test_an_attention_block_after_the_whole_pipeline(golden: Golden) -> None:
     """Llama's, from the norm before to the residual behind it, on two ranks."""
     model, inputs = build("llama", dtype=torch.float32)

@@ -184,6 +184,7 @@ REFUSED = {
     "rebalanced": "this sampler gives every rank batches of its own",
     "dispatched": "with dispatch_batches",
     "beside": "parameter 'head.weight' of Sequential",
+    "local": "trainers compute losses and metrics of whole sequences",
     "torch_compile": "a prepared model is compiled already",
     "other seed": "'model.embed_tokens.weight' is not the same on all ranks",
     "dims": "consecutive ranks",

@@ -346,6 +346,7 @@ def refused(rank: int, world_size: int, directory: str) -> dict[str, str]:
     attempt("after the trainer", after_the_trainer)
     attempt("in model_init", in_model_init)
     attempt("torch_compile", with_argument(torch_compile=True))
+    attempt("local", lambda: trainer(prepared(model(), "ulysses", outputs="local")))
     attempt("replicated parts", lambda: prepared(model(), "megatron", {"dp_replicate": world_size, "sp": 1}))
     attempt("cut later", lambda: prepared(model(), "megatron", {"dp_shard": world_size, "sp": 1}))
     attempt("fsdp", with_argument(fsdp="full_shard"))
