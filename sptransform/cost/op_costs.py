@@ -43,6 +43,9 @@ UPDATES: dict[Any, tuple[int, ...]] = {
     sp.add_to_operand: (0,),
 }
 
+# ops that read no more of their first operand than they return
+PICKS = {aten.embedding, aten.gather, aten.index, aten.index_select, sp.local_slice}
+
 # aten ops that Inductor does not fuse with what surrounds them
 UNFUSED = {
     aten.sort,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sptransform.ops import logit_sums, ring  # noqa: F401 - register the ops
 from sptransform.ops.groups import rank_in
 from sptransform.ops.ring.plan import attended_pairs
 from sptransform.sharding.partition import Partition
