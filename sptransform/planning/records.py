@@ -50,7 +50,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Comparisons:
+class ComparisonFacts:
     """Strategies side by side, for one model and its inputs.
 
     Attributes:
