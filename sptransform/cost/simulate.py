@@ -22,7 +22,7 @@ class Event:
         start: seconds from the start of the step.
         end: as ``start``; of a "wait", when its message has come.
         live: bytes held when the op has its results, before it frees any.
-        repeats: how often the same op runs again in equal layers, each ``period`` later with ``growth`` more bytes held.
+        repeats: how often it runs again in equal layers, each ``period`` later, with ``growth`` more bytes held.
         period: seconds.
         growth: bytes.
     """
@@ -127,9 +127,7 @@ class _Run:
                 break
         self.peak = max(self.peak, peak)
 
-    def repeat(
-        self, times: int, mark: int, computed: float, live: int, compute: float, communication: float
-    ) -> None:
+    def repeat(self, times: int, mark: int, computed: float, live: int, compute: float, communication: float) -> None:
         """Repeat what ran since the streams had these values, and the events were so many."""
         period, growth = self.computed - computed, self.live - live
         for place in range(mark, len(self.events)):
