@@ -43,7 +43,7 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
             _keep(_output(graphs.backward), behind)
     copies = copies or {}
     sizes = []
-    for node, placeholder in zip(own, placeholders, strict=True):
+    for node, placeholder in zip(own, placeholders[len(placeholders) - len(own) :], strict=True)  # after constants:
         note = notes.note(node)
         sizes.append((note, held[placeholder].size * _copies(note.input_name or "", copies)))
     return Step(
