@@ -147,7 +147,7 @@ def by_sizes(hardware: Hardware, tokens: object, ranks: object, nodes: object) -
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_the_formulas_take_sympy_sizes(ranks: int) -> None:
     hardware = hardware_of("h100-ib")
-    symbols = tokens, num_ranks, nodes = sympy.symbols("S N M", positive=True)
+    symbols = sympy.symbols("S N M", positive=True)
     formulas = by_sizes(hardware, *symbols)
     numbers = by_sizes(hardware, 2**20, ranks, ranks // 8)
     evaluated = [sympy.lambdify(symbols, formula)(2**20, ranks, ranks // 8) for formula in formulas]
