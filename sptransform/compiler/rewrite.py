@@ -223,8 +223,8 @@ def settled(options: Options, mesh: Mesh, gm: fx.GraphModule, inputs: list[Any])
     if not options.strategy.chooses or mesh.size == 1:
         return options
 
-    def trials_of(graph: fx.GraphModule, its_inputs: list[Any]) -> Callable[[Strategy, tuple[int, ...], int], Rewritten]:
-        return trials(rewritten_for, graph, its_inputs, options, mesh)
+    def trials_of(graph: fx.GraphModule, given: list[Any]) -> Callable[[Strategy, tuple[int, ...], int], Rewritten]:
+        return trials(rewritten_for, graph, given, options, mesh)
 
     chosen = options.strategy.choose(gm, inputs, trials_of, mesh, options.shard_parameters)
     return replace(options, strategy=chosen)

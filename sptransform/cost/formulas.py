@@ -1,7 +1,7 @@
 """How counts of a training step depend on lengths and ranks: exact formulas, fitted to counts and checked on more.
 
-With everything even, a rank's part of a tensor is a polynomial in the tokens S and the rows B, over the number of ranks.
-What a collective sends of the whole tensor is known for each kind (:data:`SHARES`). So a count is a sum of few terms
+With everything even, a rank's part of a tensor is a polynomial in the tokens S and the rows B, over the number of
+ranks. What a collective sends of the whole tensor is known for each kind (:data:`SHARES`). So a count is a sum of few terms
 whose coefficients follow from as many counts, in exact arithmetic. More counts than terms are given, and one that
 does not agree means that there is no such formula: none is returned, rather than one that holds at some places.
 """
@@ -100,7 +100,7 @@ def formulas_of(steps: Sequence[tuple[Point, Step]], lengths: Terms, holds: str)
         shared = [term / n for term in lengths for n in (sympy.Integer(1), all_ranks)]
         add(f"{direction} FLOPs", fitted(shared, [(point, step.flops(direction)) for point, step in steps]))
         moved = [(point, _traffic(step.of(direction))) for point, step in steps]
-        add(f"{direction} traffic", fitted(shared, moved) or fitted([*shared, *(x * all_ranks for x in lengths)], moved))
+        add(f"{direction} traffic", fitted(shared, moved))
     return found
 
 

@@ -175,8 +175,8 @@ class Strategy:
         Args:
             gm: the graph, as Dynamo gives it.
             inputs: what it is called with.
-            trials: (a graph, its inputs) -> (a strategy, the ranks of each mesh dim, a rank) -> what the rank would run,
-                as :func:`sptransform.rewrite` gives it.
+            trials: (a graph, its inputs) -> (a strategy, the ranks of each mesh dim, a rank) -> what the rank would
+                run, as :func:`sptransform.rewrite` gives it.
             mesh: the ranks.
             in_parts: whether ranks keep parts of parameters (``shard_parameters``).
 

@@ -55,8 +55,8 @@ class Auto(Strategy):
 
     Args:
         hardware: a name, a file or an object, as for :func:`sptransform.compare`. None: the GPU that all ranks have.
-        memory: bytes that a rank may hold for parameters, gradients, activations and inputs. None: all that the hardware
-            has, and any number without it.
+        memory: bytes that a rank may hold for parameters, gradients, activations and inputs. None: as many as
+            the hardware has, and without it any number.
         megatron: consider tensor parallelism too, alone, and on a mesh of two dims as the second of a pair. It cuts
             parameters before the first call, so :func:`sptransform.parallelize` then needs ``inputs``.
 
@@ -131,7 +131,9 @@ class Auto(Strategy):
             found = [c for c in found if c.strategy.max_mesh_dims == 1 or len(c.shape) == 2]
         with quietly():
             options = ranked(judged(candidate, trial, hardware, copies) for candidate in found)
-        return self.best_of(options, hardware)
+        choice = self.best_of(options, hardware)
+        where = crossing(trial, choice.chosen, choice.options[1], copies) if len(choice.options) > 1 else ""
+        return replace(choice, reason=f"{choice.reason}; {where}") if where else choice
 
     def best_of(self, options: Sequence[Option], hardware: Hardware | None) -> Choice:
         """The first of ``options``, the best first, that fits the memory; without one, the smallest.
@@ -166,8 +168,6 @@ def _reason(
     if len(order) > 1:
         by = _sent(order[1]) if hardware is None else _time(order[1])
         words.append(f"next is {order[1].name}, {size(order[1].peak_bytes) if not fits else by}")
-        where = crossing(chosen, order[1])
-        words += [where] if where else []
     if fits and too_large:
         words.append(f"too large for {size(limit)}: {', '.join(option.name for option in too_large)}")
     return f"auto takes {'; '.join(words)}"
