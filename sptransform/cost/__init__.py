@@ -1,0 +1,1 @@
+"""What a training step costs: its ops counted from the final graphs, hardware as data, and a simulation of both."""
