@@ -40,12 +40,15 @@ from sptransform.strategies.megatron import MegatronSP
 from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
+from sptransform.testing.verdict import Compared, Verdict
+from sptransform.testing.verify import verify
 
 __all__ = [
     "PIPELINE",
     "USP",
     "AllGatherKV",
     "CaptureError",
+    "Compared",
     "Context",
     "Decision",
     "Explanation",
@@ -72,6 +75,7 @@ __all__ = [
     "Ulysses",
     "UnsupportedOpError",
     "UsageError",
+    "Verdict",
     "VerificationError",
     "broadcast_parameters",
     "explain",
@@ -80,4 +84,5 @@ __all__ = [
     "rewrite",
     "rule",
     "testing",
+    "verify",
 ]
