@@ -1,8 +1,8 @@
 """Judge an architecture: under each strategy on each number of ranks, is it exact, refused, or wrong?
 
 The model is captured once; its graph is rewritten for everything that is asked, and run on pretended ranks in lockstep.
-Whether a difference from one device is rounding or a mistake, :mod:`sptransform.testing.rounding` tells. Every model may
-differ by ``TOLERANCE``, since most compute something in float32.
+Whether a difference from one device is rounding or a mistake, :mod:`sptransform.testing.rounding` tells. Every model
+may differ by ``TOLERANCE``, since most compute something in float32.
 """
 
 from __future__ import annotations

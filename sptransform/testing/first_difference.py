@@ -1,14 +1,15 @@
-"""Where ranks first differ from one device, in order of execution: found on simulated ranks, by what they compute inside.
+"""Where ranks first differ from one device, in order of execution: found by what simulated ranks compute inside.
 
-The captured graph is made to return what each module computes last, on one device and, rewritten, on ranks. Of the first
-module that differs it then returns every tensor since the one before. So a mistake is placed at a module and a line. If
-nothing differs in the forward, it is in the backward: gradients are compared in the order in which that comes to them.
+The captured graph is made to return what each module computes last, on one device and, rewritten, on ranks. Of the
+first module that differs it then returns every tensor since the one before. So a mistake is placed at a module and a
+line. If nothing differs in the forward, it is in the backward: gradients are compared in the order in which that comes
+to them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.diagnostics.provenance import module_path, source_line, without_folders
 from sptransform.testing.capturing import copied
-from sptransform.testing.equality import FLOOR, Difference, differences, largest, relative_error
+from sptransform.testing.equality import FLOOR, Difference, Result, differences, largest, relative_error
 from sptransform.testing.pretended import Asked, Runnable
 from sptransform.testing.simulated import Captured, captured
 from sptransform.testing.trial import OneDevice
@@ -30,6 +31,7 @@ def first_difference(
     bound: float,
     in_double: bool,
     found: Sequence[Difference],
+    of_ranks: Callable[[Captured, Result], list[list[Difference]]],
 ) -> str:
     """In words, for a reader.
 
@@ -37,32 +39,36 @@ def first_difference(
         bound: what may differ.
         in_double: look at the graph in which everything is float64.
         found: how tensors differ.
+        of_ranks: how simulated ranks differ from a result.
     """
 
     def use(given: Captured) -> str | None:
-        if not in_double:
-            own = differences(reference.first.result, given.step(given.on_one_device()))
-            known = {(each.kind, each.name) for each in found}
-            worst = max((x for x in own if (x.kind, x.name) in known and x.kind != "buffer"), key=lambda x: x.error)
-            if worst.error > bound:
-                return f"before anything is rewritten: what torch.compile captured gives another {worst.kind} {worst.name}."
-        return _in_forward(given.in_double() if in_double else given, asked, options, bound)
+        given = given.in_double() if in_double else given
+        own = given.step(given.on_one_device())
+        names = {(each.kind, each.name) for each in found if each.kind != "buffer"}
+        captured_otherwise = differences(reference.first.result, own) if not in_double else ()
+        for each in captured_otherwise:
+            if (each.kind, each.name) in names and not each.error <= bound:
+                what = f"{each.kind} {each.name}"
+                return f"before anything is rewritten: what torch.compile captured gives another {what}"
+        if all(each.error <= bound for rank in of_ranks(given, own) for each in rank):
+            return "not on simulated ranks, so outside of the rewritten graph: in process groups, or the inner backend"
+        return _in_forward(given, asked, options, bound)
 
     try:
-        place = captured(reference, use, None)
+        place = captured(reference, use, options.get("outputs"))
     except SPTransformError as error:
-        return f"not found, for what modules return cannot be looked at: {str(error).splitlines()[0]}"
+        return f"not found, for what modules compute cannot be returned: {str(error).splitlines()[0]}"
     if place is not None:
         return place
     wrong = [each for each in found if not each.error <= bound]
     order = [*reference.first.result.grads, *reference.first.result.input_grads]
     gradients = [each for each in wrong if each.kind in ("parameter", "input") and each.name in order]
-    if gradients:
-        gradients.sort(key=lambda each: order.index(each.name))
-        first = gradients[0]
-        what = "" if first.kind == "parameter" else "the input "
-        return f"in the backward: no module's output differs. It comes to the gradient of {what}{first.name} first."
-    return f"{wrong[0].kind} {wrong[0].name}: what modules compute before does not differ."
+    if not gradients:
+        return f"{wrong[0].kind} {wrong[0].name}: what modules compute before it does not differ"
+    first = min(gradients, key=lambda each: order.index(each.name))
+    what = "" if first.kind == "parameter" else "the input "
+    return f"in the backward: no module's output differs. It comes to the gradient of {what}{first.name} first"
 
 
 def _in_forward(given: Captured, asked: Asked, options: Mapping[str, Any], bound: float) -> str | None:

@@ -28,9 +28,8 @@ def tensors_in(x: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         for key, value in x.items():
             yield from tensors_in(value, (*path, ("item", key)))
     elif isinstance(x, list | tuple):
-        names = getattr(x, "_fields", None)
         for at, value in enumerate(x):
-            yield from tensors_in(value, (*path, ("item", at) if names is None else ("attribute", names[at])))
+            yield from tensors_in(value, (*path, ("item", at)))
 
 
 def reach(x: Any, path: Path) -> Any:

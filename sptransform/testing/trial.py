@@ -1,4 +1,4 @@
-"""A user's model and one call of it, on one device: what ranks are compared with. The user's own objects stay as they are.
+"""A user's model and one call of it, on one device: what ranks are compared with. The user's own objects stay as is.
 
 Every run has a copy of the model and of the inputs, on the CPU and in float64, as if float64 were the default dtype: so
 that a difference is no rounding. A model that does not run so is run in its own dtypes.
@@ -35,7 +35,7 @@ from sptransform.testing.rounding import (
 
 @dataclass(frozen=True)
 class Trial:
-    """A copy of the model on the CPU, or a function that makes one, and the arguments of a call; all in their dtypes."""
+    """A copy of the model on the CPU, or a function that makes one, and a call's arguments; in their own dtypes."""
 
     model: nn.Module | Callable[[], nn.Module]
     args: tuple[Any, ...]
@@ -63,8 +63,8 @@ class Trial:
             raise UsageError(describe(what, found=found, fix="the model itself, or lambda: Model(..)"))
         return Trial(model, *_copied(arguments_of(inputs), in_double=False), loss)
 
-    def made(self, in_double: bool, is_training: bool | None = None) -> nn.Module:
-        """A model of its own, with the same weights at every call; in the user's mode, or as said."""
+    def made(self, in_double: bool, in_evaluation: bool = False) -> nn.Module:
+        """A model of its own, with the same weights at every call; in the user's mode, or in evaluation."""
         model = self.model
         if not isinstance(model, nn.Module):
             seed_generators(0)
@@ -73,7 +73,7 @@ class Trial:
                 what = "the function that is to make the model returns something else"
                 raise UsageError(describe(what, found=type(model).__name__, fix="lambda: Model(..)"))
         model = _copied(model, in_double)
-        return model if is_training is None else model.train(is_training)
+        return model.eval() if in_evaluation else model
 
     def arguments(self, in_double: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return _copied((self.args, self.kwargs), in_double)
@@ -91,7 +91,8 @@ def _copied(x: CopiedT, in_double: bool) -> CopiedT:
     if isinstance(x, nn.Module):
         tensors = [*x.parameters(), *x.buffers()]
     else:
-        tensors = [*(each for each in pytree.tree_leaves(x) if isinstance(each, Tensor)), *(t for _, t in tensors_in(x))]
+        tensors = [each for each in pytree.tree_leaves(x) if isinstance(each, Tensor)]
+        tensors += [each for _, each in tensors_in(x)]
     for tensor in tensors:
         if tensor.is_meta:
             found, fix = f"a tensor of shape {tuple(tensor.shape)} on meta", "model.to_empty(device=..), then load"
@@ -99,7 +100,13 @@ def _copied(x: CopiedT, in_double: bool) -> CopiedT:
         if isinstance(tensor, DTensor):
             what = "verify takes the model and inputs of one device"
             raise UsageError(describe(what, found=f"a DTensor of shape {tuple(tensor.shape)}", fix="whole tensors"))
-    return copy.deepcopy(x, {id(tensor): _stand_in(tensor, in_double) for tensor in tensors})
+    stand_ins = {id(tensor): _stand_in(tensor, in_double) for tensor in tensors}
+    try:
+        return copy.deepcopy(x, stand_ins)
+    except Exception as error:
+        fix = "a function that makes the model: verify(lambda: Model(..), ..); or inputs without that object"
+        found = f"{type(error).__name__}: {error}"
+        raise UsageError(describe("the model, or an input, cannot be copied", found=found, fix=fix)) from error
 
 
 def _stand_in(x: Tensor, in_double: bool) -> Tensor:
@@ -177,6 +184,7 @@ class OneDevice:
         first: the step; its gradients in the order in which the backward comes to them.
         in_double: whether everything is in float64, as far as the model lets it be.
         is_training: the model's mode.
+        in_evaluation: whether it was put into evaluation mode, because it draws random numbers in training.
         narrow: dtype and line where the model computes in fewer bits all the same.
         bound, why: how far ranks may differ, and in words what that is.
         notes: what else a reader should know.
@@ -186,6 +194,7 @@ class OneDevice:
     first: Step
     in_double: bool
     is_training: bool
+    in_evaluation: bool
     narrow: str | None
     bound: float
     why: str
@@ -195,7 +204,7 @@ class OneDevice:
     def running(self) -> Iterator[nn.Module]:
         """A model for one more run, while everything is as it was on one device."""
         with _settings(self.in_double):
-            yield self.trial.made(self.in_double, self.is_training)
+            yield self.trial.made(self.in_double, self.in_evaluation)
 
     def step(self, model: nn.Module) -> Result:
         return step(model, self.trial.arguments(self.in_double), lambda outputs: self.first.loss).result
@@ -219,42 +228,51 @@ def one_device(trial: Trial) -> OneDevice:
 
 def _one_device(trial: Trial, in_double: bool) -> OneDevice:
     with _settings(in_double):
-        notes: tuple[str, ...] = ()
-        is_training = trial.made(in_double).training
+        for in_evaluation in (False, True):
 
-        def run(loss: Callable[[Any], Loss], **how: Any) -> Step:
-            return step(trial.made(in_double, is_training), trial.arguments(in_double), loss, **how)
+            def run(loss: Callable[[Any], Loss], in_evaluation: bool = in_evaluation, **how: Any) -> Step:
+                return step(trial.made(in_double, in_evaluation), trial.arguments(in_double), loss, **how)
 
-        while True:
-            narrow = NarrowFloats()
-            first = run(lambda outputs: loss_of(outputs, trial.loss), in_order=True)
+            first, narrow = run(lambda outputs: loss_of(outputs, trial.loss), in_order=True), NarrowFloats()
             again = run(lambda outputs, first=first: first.loss, seed=1, watched=narrow)
             drawn = max(differences(first.result, again.result), key=lambda each: each.error)
             if drawn.error <= TOLERANCE:
                 break
-            if not is_training:
-                what = "the model draws random numbers, and ranks draw others than one device"
-                found = f"{drawn.kind} {drawn.name} differs by {drawn.error:.1e} between two seeds"
-                raise UsageError(describe(what, found=found, fix="pass what it draws as an input"))
-            is_training, notes = False, (_IN_EVALUATION,)
+        else:
+            what = "the model draws random numbers, and ranks draw others than one device"
+            found = f"{drawn.kind} {drawn.name} differs by {drawn.error:.1e} between two seeds"
+            raise UsageError(describe(what, found=found, fix="pass what it draws as an input"))
         if not in_double:
-            model = trial.made(in_double, is_training)
+            model = trial.made(in_double, in_evaluation)
             with moved_by_roundings(model.parameters()):
                 moved = step(model, trial.arguments(in_double), lambda outputs: first.loss)
             own = max(each.error for each in differences(first.result, moved.result) if each.kind != "buffer")
             bound = ROUNDINGS * own
-            why = f"one device differs from itself by {own:.1e} when every parameter moves by a rounding; this is 8 times that"
+            why = f"{ROUNDINGS:g} times what one device is off by when every parameter moves by a rounding, {own:.1e}"
         elif narrow.first is None:
             bound, why = TOLERANCE_IN_DOUBLE, "everything is computed in float64"
         else:
             bound, why = TOLERANCE, f"the rounding of what the model computes in {narrow.first}"
-        return OneDevice(trial, first, in_double, is_training, narrow.first, bound, why, notes)
+        model = trial.made(in_double)
+        is_training = model.training and not in_evaluation
+        notes = tuple(_notes(model, first.result.grads, in_evaluation))
+        return OneDevice(trial, first, in_double, is_training, in_evaluation, narrow.first, bound, why, notes)
 
 
-_IN_EVALUATION = (
-    "In training the model draws random numbers (dropout), and ranks draw others than one device: compared in evaluation "
-    "mode. To compare in training, set its dropout to 0."
-)
+def _notes(model: nn.Module, grads: Tensors, in_evaluation: bool) -> Iterator[str]:
+    if in_evaluation and model.training:
+        yield (
+            "In training the model draws random numbers (dropout), and ranks draw others than one device: compared in "
+            "evaluation mode. To compare in training, set its dropout to 0."
+        )
+    unseen = [name for name, p in model.named_parameters() if p.requires_grad and not _is_nonzero(grads.get(name))]
+    if unseen:
+        names = ", ".join(unseen[:3]) + (", .." if len(unseen) > 3 else "")
+        yield f"Nothing is shown of {len(unseen)} parameters, whose gradient on one device is zero or missing: {names}."
+
+
+def _is_nonzero(grad: Tensor | None) -> bool:
+    return grad is not None and bool(grad.any())
 
 
 @contextmanager

@@ -96,8 +96,8 @@ class Verdict:
         data = asdict(self)
         for each in data["compared"]:
             each["error"] = each["error"] if isfinite(each["error"]) else None
-        shape = self.world_size
-        return {**data, "compared": list(data["compared"]), "notes": list(self.notes), "world_size": list(shape) if isinstance(shape, tuple) else shape}
+        # tuples as lists, as JSON would give them back
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
 
     def __str__(self) -> str:
         return pages.plain(self._sections())
