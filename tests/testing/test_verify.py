@@ -222,6 +222,18 @@ def test_what_torch_captured_otherwise_is_named() -> None:
 
 
 @pytest.mark.slow
+def test_what_simulated_ranks_do_not_show_is_placed_outside_of_the_graph() -> None:
+    def off(gm: Any, inputs: Any) -> Any:
+        return lambda *args: tuple(x * 1.1 for x in gm(*args))
+
+    torch._dynamo.register_backend(off, name="sptests_off")
+    tokens = token_inputs()["tokens"]
+    for model, inputs in ((attention_with_loss(), token_inputs()), (Sensitive(), {"tokens": tokens})):
+        verdict = verify(model, "ulysses", inputs, world_size=2, backend="sptests_off")
+        assert not verdict.ok and verdict.first.startswith("not on simulated ranks"), str(verdict)
+
+
+@pytest.mark.slow
 def test_a_buffer_of_another_rank_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what ranks leave behind, not of what they return."""
     step = trial.step
