@@ -20,6 +20,7 @@ from sptransform.diagnostics.provenance import module_path, source_line, without
 from sptransform.testing.capturing import copied
 from sptransform.testing.equality import FLOOR, Difference, Result, differences, largest, relative_error
 from sptransform.testing.pretended import Asked, Runnable
+from sptransform.testing.rounding import TOLERANCE, TOLERANCE_IN_DOUBLE
 from sptransform.testing.simulated import Captured, captured
 from sptransform.testing.trial import OneDevice
 
@@ -37,23 +38,26 @@ def first_difference(
 
     Args:
         bound: what may differ.
-        in_double: look at the graph in which everything is float64.
+        in_double: look at the graph in which everything is float64, where rounding hides nothing.
         found: how tensors differ.
         of_ranks: how simulated ranks differ from a result.
     """
 
     def use(given: Captured) -> str | None:
-        given = given.in_double() if in_double else given
         own = given.step(given.on_one_device())
         names = {(each.kind, each.name) for each in found if each.kind != "buffer"}
-        captured_otherwise = differences(reference.first.result, own) if not in_double else ()
-        for each in captured_otherwise:
-            if (each.kind, each.name) in names and not each.error <= bound:
+        allowed = max(bound, TOLERANCE) if in_double else bound
+        for each in differences(reference.first.result, own):
+            if (each.kind, each.name) in names and not each.error <= allowed:
                 what = f"{each.kind} {each.name}"
                 return f"before anything is rewritten: what torch.compile captured gives another {what}"
-        if all(each.error <= bound for rank in of_ranks(given, own) for each in rank):
+        within = bound
+        if in_double:
+            given, within = given.in_double(), TOLERANCE_IN_DOUBLE
+            own = given.step(given.on_one_device())
+        if all(each.error <= within for rank in of_ranks(given, own) for each in rank):
             return "not on simulated ranks, so outside of the rewritten graph: in process groups, or the inner backend"
-        return _in_forward(given, asked, options, bound)
+        return _in_forward(given, asked, options, within)
 
     try:
         place = captured(reference, use, options.get("outputs"))

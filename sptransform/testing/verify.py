@@ -62,11 +62,12 @@ def verify(
     asked = _checked(strategy, world_size, processes, rtol, timeout, options)
     comparison = Comparison(trial, asked, processes, timeout, options)
     setting, found = comparison.compare()
-    compared, in_double = over_ranks(found), False
+    compared = over_ranks(found)
+    in_double = setting.narrow is not None and rtol is None
     if rtol is not None:
         setting = replace(setting, bound=float(rtol), why="rtol")
-    elif setting.narrow is not None and not _ok(compared, setting) and options.get("fullgraph", True):
-        setting, compared, in_double = _judged_in_double(comparison, setting, compared)
+    elif in_double and not _ok(compared, setting) and options.get("fullgraph", True):
+        setting, compared = _judged_in_double(comparison, setting, compared)
     ok = _ok(compared, setting)
     first = None if ok else comparison.first_difference(setting.bound, in_double, compared)
     return Verdict(
@@ -81,7 +82,7 @@ def _ok(compared: tuple[Compared, ...], setting: Setting) -> bool:
 
 def _judged_in_double(
     comparison: Comparison, setting: Setting, compared: tuple[Compared, ...]
-) -> tuple[Setting, tuple[Compared, ...], bool]:
+) -> tuple[Setting, tuple[Compared, ...]]:
     """Whether differences are rounding: then they are not there where everything is float64.
 
     That is seen on simulated ranks. So a difference counts as one of the rewritten graph only if simulated ranks have
@@ -92,12 +93,12 @@ def _judged_in_double(
     doubled = over_ranks(found)
     beyond = {(each.kind, each.name) for each in compared if not each.error <= setting.bound}
     if not largest <= ROUNDINGS * of_simulated or not beyond <= {(each.kind, each.name) for each in doubled}:
-        return setting, compared, False
+        return setting, compared
     why = (
         f"it computes in {setting.narrow}, and differs by up to {largest:.1e} as it is. Compared here with all of that "
         "in float64, on simulated ranks, where rounding is smaller and a mistake is not"
     )
-    return replace(setting, bound=TOLERANCE_IN_DOUBLE, why=why), doubled, True
+    return replace(setting, bound=TOLERANCE_IN_DOUBLE, why=why), doubled
 
 
 def _checked(
