@@ -43,6 +43,8 @@ from sptransform.strategies.megatron import MegatronSP
 from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
+from sptransform.testing.verdict import Compared, Verdict
+from sptransform.testing.verify import verify
 
 __all__ = [
     "PIPELINE",
@@ -50,6 +52,7 @@ __all__ = [
     "AllGatherKV",
     "Auto",
     "CaptureError",
+    "Compared",
     "Comparison",
     "Context",
     "Decision",
@@ -77,6 +80,7 @@ __all__ = [
     "Ulysses",
     "UnsupportedOpError",
     "UsageError",
+    "Verdict",
     "VerificationError",
     "broadcast_parameters",
     "compare",
@@ -86,4 +90,5 @@ __all__ = [
     "rewrite",
     "rule",
     "testing",
+    "verify",
 ]

@@ -73,7 +73,7 @@ def _ring_pairs(
     farthest: int | None = None,
     **_: Any,
 ) -> int:
-    """The pairs of this rank's queries and all keys of the ring that the limits leave, whatever a mask hides of them."""
+    """The pairs of this rank's queries and all keys of the ring within the limits, whatever a mask hides of them."""
     own = Partition.parse(queries, part=query.shape[2]) if queries else None
     all_keys = Partition.parse(keys, part=key.shape[2]).size if keys else key.shape[2]
     positions = own.owned[rank_in(group_name) if group_name else 0] if own else ((0, query.shape[2]),)
