@@ -88,8 +88,8 @@ def attention_seconds(
 
     A visible pair of a query and a key costs its products, at the kernel's rate, and its exponential. The forward passes
     blocks of queries over all keys, the backward blocks of keys over all queries (FlashAttention-2, arXiv 2307.08691,
-    §3.2). Each row of such a block loses some time, at its start and end and where a mask cuts blocks: where the others
-    are few, kernels run slower. Fewer blocks than processors leave some idle.
+    §3.2). Each row of such a block loses some time, at its start and end and where a mask cuts blocks, so that kernels
+    run slower where the others are few. Fewer blocks than processors leave some idle.
 
     Args:
         flops: 2 for each multiply-add of a visible pair, in as many products as the pass has.
