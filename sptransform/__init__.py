@@ -31,6 +31,9 @@ from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.reader import explanation_of
 from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
+from sptransform.planning.auto import Auto
+from sptransform.planning.compare import compare
+from sptransform.planning.comparison import Comparison
 from sptransform.rules.decision import Decision, Sharded
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule
@@ -45,7 +48,9 @@ __all__ = [
     "PIPELINE",
     "USP",
     "AllGatherKV",
+    "Auto",
     "CaptureError",
+    "Comparison",
     "Context",
     "Decision",
     "Explanation",
@@ -74,6 +79,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "broadcast_parameters",
+    "compare",
     "explain",
     "explanation_of",
     "parallelize",

@@ -27,7 +27,9 @@ LEVELS = (
     ("engine", "losses", "masks", "routing", "scans", "agreement", "parameters"),
     ("capture", "strategies", "passes"),
     ("compiler",),
+    ("cost",),
     ("inspection", "frontend", "testing"),
+    ("planning",),
     ("sweep", "integrations"),
     ("",),  # the package itself
 )

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -21,11 +21,14 @@ from sptransform.compiler.checks import check_sequence_dims
 from sptransform.compiler.compile_log import traced
 from sptransform.compiler.distribute import distribute
 from sptransform.compiler.dynamo import configured
-from sptransform.compiler.fake_models import without_meta
+from sptransform.compiler.fake_models import faked, without_meta
 from sptransform.compiler.options import Options
+from sptransform.compiler.trials import trials
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import SPTransformError
+from sptransform.diagnostics.said_once import each_sentence_once
 from sptransform.engine.context import Context
+from sptransform.engine.strategy import Strategy
 from sptransform.graph.printer import line, text
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.sizes import needs_number
@@ -94,7 +97,7 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
         loss_chunk=options.loss_chunk,
     )
-    with devices_as_written():
+    with devices_as_written(), each_sentence_once():
         captured = capture(gm, inputs)
         check_sequence_dims(captured.graph, options.sequence_dims, full_model)
         see(captured.graph, None)
@@ -211,8 +214,34 @@ def while_captured(
     return found[0]
 
 
+def settled(options: Options, mesh: Mesh, gm: fx.GraphModule, inputs: list[Any]) -> Options:
+    """``options`` with the strategy that theirs chooses for Dynamo's ``gm``; if it is one that places, as they are.
+
+    Raises:
+        UsageError: no strategy can run ``gm``.
+    """
+    if not options.strategy.chooses or mesh.size == 1:
+        return options
+
+    def trials_of(graph: fx.GraphModule, given: list[Any]) -> Callable[[Strategy, tuple[int, ...], int], Rewritten]:
+        return trials(rewritten_for, graph, given, options, mesh)
+
+    chosen = options.strategy.choose(gm, inputs, trials_of, mesh, options.shard_parameters)
+    return replace(options, strategy=chosen)
+
+
+def settled_for_call(
+    model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...]
+) -> Options:
+    """As :func:`settled`, for the graph of a call of ``model``, which is not run; only shapes matter."""
+    copied, inputs = faked(model, inputs)
+    args, kwargs = arguments_of(inputs)
+    return while_captured(copied, lambda gm, given: settled(options, mesh, gm, given), *args, **kwargs)
+
+
 def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:
     """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
+    options = settled(options, mesh, gm, example_inputs)
     if mesh.size > 1:
         made = rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=options.keeps_parts)
         return Rewritten(*made)

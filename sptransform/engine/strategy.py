@@ -10,6 +10,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.diagnostics.errors import UsageError, describe, shown
+from sptransform.diagnostics.said_once import warn
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.parameters.parts import first_dim
@@ -45,12 +46,16 @@ class Strategy:
         max_mesh_dims: maximum number of mesh dims.
         regather: whether tensors gathered for attention or a linear are gathered again in the backward.
         shards_weights: whether linears are cut along their inner axes, and their weights with them.
+        chooses: whether it is none itself, but chooses one for each graph, see :meth:`choose`.
+        reason: of a strategy that was chosen, why.
     """
 
     reads_masks: ClassVar[bool] = False
     max_mesh_dims: ClassVar[int] = 1
     regather: ClassVar[bool] = False
     shards_weights: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+    reason: ClassVar[str] = ""
 
     def __repr__(self) -> str:
         return shown(self)
@@ -157,6 +162,29 @@ class Strategy:
         """
         return 0 if is_stored else first_dim(shape, num_ranks)
 
+    def choose(
+        self,
+        gm: fx.GraphModule,
+        inputs: list[Any],
+        trials: Callable[[fx.GraphModule, list[Any]], Callable[[Strategy, tuple[int, ...], int], Any]],
+        mesh: Mesh,
+        in_parts: bool,
+    ) -> Strategy:
+        """The strategy to take for a graph; every rank comes to the same one.
+
+        Args:
+            gm: the graph, as Dynamo gives it.
+            inputs: what it is called with.
+            trials: (a graph, its inputs) -> (a strategy, the ranks of each mesh dim, a rank) -> what the rank would
+                run, as :func:`sptransform.rewrite` gives it.
+            mesh: the ranks.
+            in_parts: whether ranks keep parts of parameters (``shard_parameters``).
+
+        Raises:
+            UsageError: none can run the graph.
+        """
+        return self
+
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
         """The decision for an attention op with ``rule``; ``divide(factor)`` returns the partition of a factor.
 
@@ -175,7 +203,7 @@ def of_own_queries(rule: OpRule, divide: Divide) -> Sharded | None:
     decision = Sharded(queries, divide(queries))
     if not decision.is_allowed(rule):
         return None
-    log.warning("an attention has one head: each rank computes its own queries, over keys that are gathered")
+    warn(log, "an attention has one head: each rank computes its own queries, over keys that are gathered")
     return decision
 
 

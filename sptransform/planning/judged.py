@@ -1,0 +1,83 @@
+"""One captured graph under one strategy after the other: what each sends, computes and holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from sptransform.compiler.rewrite import Rewritten
+from sptransform.cost.hardware import Hardware
+from sptransform.cost.read import step_of
+from sptransform.cost.simulate import simulate
+from sptransform.diagnostics.errors import SPTransformError
+from sptransform.engine.strategy import Strategy
+from sptransform.inspection.attended_work import Documents
+from sptransform.inspection.explanation import Explanation
+from sptransform.inspection.reader import explanation_of
+from sptransform.planning.candidates import Candidate
+from sptransform.planning.records import Option
+
+# (a strategy, the ranks of each mesh dim, a rank) -> what that rank would run
+Trial = Callable[[Strategy, tuple[int, ...], int], Rewritten]
+
+
+def judged(
+    candidate: Candidate,
+    trial: Trial,
+    hardware: Hardware | None,
+    copies: Mapping[str, int],
+    documents: Documents | None = None,
+) -> Option:
+    """The candidate's step on its busiest rank; blocked, if this library refuses it. Other errors are raised.
+
+    ``copies``: of the graph that ``trial`` rewrites, see :func:`sptransform.cost.folding.fold_layers`.
+    """
+    option = Option(candidate.name, candidate.strategy, candidate.shape)
+    try:
+        explanation = explanation_of(trial(candidate.strategy, candidate.shape, 0), documents)
+        pairs = pairs_of_ranks(explanation, copies)
+        busiest = pairs.index(max(pairs)) if pairs else 0
+        if busiest:
+            explanation = explanation_of(trial(candidate.strategy, candidate.shape, busiest), documents)
+        step = step_of(explanation.rewritten, copies=copies)
+    except SPTransformError as error:
+        return replace(option, blocked=str(error))
+    timeline = None if hardware is None else simulate(step, hardware)
+    return replace(option, rank=busiest, explanation=explanation, pairs=pairs, step=step, timeline=timeline)
+
+
+def pairs_of_ranks(explanation: Explanation, copies: Mapping[str, int]) -> tuple[int, ...]:
+    """For every rank, how many pairs of a query and a key it attends in the forward, in all layers."""
+    weighted = ([n * number_of(work.layer, copies) for n in work.pairs] for work in explanation.attention)
+    return tuple(map(sum, zip(*weighted, strict=True)))
+
+
+def number_of(layer: str, copies: Mapping[str, int]) -> int:
+    """How many equal layers a module of the graph stands for."""
+    return next((n for path, n in copies.items() if layer == path or layer.startswith(f"{path}.")), 1)
+
+
+def ranked(options: Iterable[Option]) -> tuple[Option, ...]:
+    """The best first: by simulated time, without hardware by bytes; those that are blocked come last."""
+    return tuple(sorted(options, key=_order))
+
+
+def _order(option: Option) -> tuple[bool, float, int, int]:
+    if option.step is None:
+        return True, 0.0, 0, 0
+    seconds = 0.0 if option.timeline is None else option.timeline.seconds
+    return False, seconds, option.step.bytes_sent(), option.step.messages()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, what the compiler logs of each strategy that is tried is left out: the options say it."""
+    log = logging.getLogger("sptransform")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
