@@ -54,7 +54,8 @@ def test_a_million_tokens_on_a_ring() -> None:
 def test_data_parallel_steps_of_8b() -> None:
     """T7: tokens a second and GPU. The cards have 96 GB at 2.4 TB/s and a limit of 500 W instead of 700.
 
-    Power goes as the cube of the clock, V and f together: products run at (500 / 700)^(1/3) of the data sheet.
+    Power goes as the cube of the clock, V and f together: products run at (500 / 700)^(1/3) of the data sheet, which is
+    between the peaks of the SXM and the NVL card, where the authors put it.
     """
     slower = (500 / 700) ** (1 / 3)
     card = hardware_of("h100-ib").replaced("500 W", attention__kernel="flash2", memory__bandwidth=2.4e12)
