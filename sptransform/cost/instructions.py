@@ -31,7 +31,7 @@ from sptransform.cost.op_costs import (
 from sptransform.cost.records import Message
 from sptransform.diagnostics import provenance
 from sptransform.graph import dataflow
-from sptransform.ops.communication.steps import COMMUNICATING
+from sptransform.ops.communication.steps import COMMUNICATING, group_of
 from sptransform.ops.ring.trace_steps import trace_steps
 
 
@@ -184,7 +184,7 @@ class Reader:
         leaves = pytree.tree_leaves((args, kwargs))
         key = name, tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
         if key not in self._traces:
-            ranks = self.groups.get(kwargs.get("group_name", ""))
+            ranks = self.groups.get(group_of(name, args, kwargs))
             self._traces[key] = trace_steps(name, ranks.index(self.rank) if ranks else 0, args, kwargs)
         inner = self._traces[key].graph
         given = [x for x in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(x, fx.Node)]
