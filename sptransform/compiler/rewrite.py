@@ -25,6 +25,7 @@ from sptransform.compiler.fake_models import without_meta
 from sptransform.compiler.options import Options
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import SPTransformError
+from sptransform.diagnostics.said_once import each_sentence_once
 from sptransform.engine.context import Context
 from sptransform.graph.listing import Line, listing
 from sptransform.graph.printer import line, text
@@ -95,7 +96,7 @@ def _rewrite_graph(
         sequence_dims=options.sequence_dims,
         loss_chunk=options.loss_chunk,
     )
-    with devices_as_written():
+    with devices_as_written(), each_sentence_once():
         captured = capture(gm, inputs)
         check_sequence_dims(captured.graph, options.sequence_dims, full_model)
         see(captured.graph, None)

@@ -10,6 +10,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.diagnostics.errors import UsageError, describe, shown
+from sptransform.diagnostics.said_once import warn
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.parameters.parts import first_dim
@@ -175,7 +176,7 @@ def of_own_queries(rule: OpRule, divide: Divide) -> Sharded | None:
     decision = Sharded(queries, divide(queries))
     if not decision.is_allowed(rule):
         return None
-    log.warning("an attention has one head: each rank computes its own queries, over keys that are gathered")
+    warn(log, "an attention has one head: each rank computes its own queries, over keys that are gathered")
     return decision
 
 

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -77,20 +77,34 @@ def _totals(facts: Facts) -> Section:
 
 
 def _work(facts: Facts) -> Section:
-    """Ranks in order; those with equal work that follow each other share a line."""
+    """A line for all ranks of equal work, in the order of the first of them."""
     pairs = facts.attended_pairs
     mean = sum(pairs) / max(len(pairs), 1)
-    rows: list[Row] = []
-    for count, group in groupby(range(len(pairs)), key=pairs.__getitem__):
-        own = list(group)
-        ranks = str(own[0]) if len(own) == 1 else f"{own[0]}..{own[-1]}"
-        rows.append((ranks, f"{count:,}", f"{count / mean - 1:+.1%}" if mean else ""))
+    alike: dict[int, list[int]] = {}
+    for rank, count in enumerate(pairs):
+        alike.setdefault(count, []).append(rank)
+    rows: list[Row] = [
+        (ranks_text(ranks), f"{count:,}", f"{count / mean - 1:+.1%}" if mean else "") for count, ranks in alike.items()
+    ]
     sentences = [f"The busiest rank has {imbalance(pairs):.1%} more than the mean."] if len(rows) > 1 else []
     if any(work.is_bound for work in facts.attention):
         sentences.append("Masks that depend on data may hide some of them.")
     packed = "" if facts.documents is None else " of packed documents"
     title = f"Attention{packed}: pairs of query and key in the forward, over heads and rows"
     return Section(title, ("rank", "pairs", "over the mean"), rows, sentences)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order, short: ``0..31``, ``0, 2 .. 62`` for every second one, ``0..3, 8..11``."""
+    steps = {after - before for before, after in pairwise(ranks)}
+    if len(ranks) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{ranks[0]}, {ranks[1]} .. {ranks[-1]}"
+    starts = [i for i, rank in enumerate(ranks) if i == 0 or rank != ranks[i - 1] + 1]
+    runs = [ranks[start:stop] for start, stop in pairwise([*starts, len(ranks)])]
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
+    if len(texts) > 4:
+        texts = [*texts[:2], f".. {texts[-1]} ({len(ranks)} ranks)"]
+    return ", ".join(texts).replace(", ..", " ..")
 
 
 def _redistributions(facts: Facts) -> Section:

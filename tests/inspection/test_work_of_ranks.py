@@ -12,6 +12,7 @@ from torch.nn import functional
 import sptransform
 from sptransform import USP, AllGatherKV, MegatronSP, Ring, Strategy, Ulysses, UsageError
 from sptransform.inspection.attended_work import intervals_of, pairs_by_rank
+from sptransform.inspection.pages import ranks_text
 from sptransform.sharding.partition import Partition
 
 BATCH, HEADS, LENGTH = 2, 6, 48
@@ -132,7 +133,7 @@ def test_it_is_on_the_page_and_in_the_dict() -> None:
     page = str(explanation)
     assert "Attention of packed documents" in page and "The busiest rank has 48.0% more than the mean." in page
     lines = [line.split() for line in page.splitlines()]
-    assert ["1", "2,664", "+48.0%"] in lines
+    assert ["1,", "3", "2,664", "+48.0%"] in lines
     assert ["0..3", "3,528", "+0.0%"] in [line.split() for line in str(explained(CAUSAL, Ring(), 4)).splitlines()]
     assert "Masks that depend on data may hide some of them." in str(explained("padded", Ring(), 4))
 
@@ -149,3 +150,18 @@ def test_documents_that_do_not_fit_are_refused(documents: Any, message: str) -> 
 
 def test_one_rank_does_all() -> None:
     assert explained(CAUSAL, "ring", 1, documents=[48]).attended_pairs == ()
+
+
+@pytest.mark.parametrize(
+    "ranks, text",
+    [
+        ([3], "3"),
+        ([0, 1, 2, 3], "0..3"),
+        ([0, 2], "0, 2"),
+        (list(range(1, 64, 2)), "1, 3 .. 63"),
+        ([0, 1, 4, 5], "0..1, 4..5"),
+        ([r for r in range(64) if r % 8 < 2], "0..1, 8..9 .. 56..57 (16 ranks)"),
+    ],
+)
+def test_ranks_of_equal_work_share_a_line(ranks: list[int], text: str) -> None:
+    assert ranks_text(ranks) == text

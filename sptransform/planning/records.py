@@ -1,0 +1,72 @@
+"""What a comparison of strategies is made of, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sptransform.cost.formulas import Formula
+from sptransform.cost.records import Step
+from sptransform.engine.strategy import Strategy
+from sptransform.inspection.explanation import Explanation
+
+if TYPE_CHECKING:
+    from sptransform.cost.simulate import Timeline
+
+
+@dataclass(frozen=True)
+class Option:
+    """One strategy on one mesh, and what its training step is made of.
+
+    Attributes:
+        name: short, for tables: "ulysses", "usp 8 x 8", "ring 8 x megatron 8".
+        strategy: the strategy object.
+        mesh: the size of each mesh dim.
+        rank: the rank that is shown: the one that attends the most pairs of a query and a key.
+        blocked: why the strategy cannot run this model, with the line of the user's code; None if it can. The fields
+            below are None, and formulas empty, where it cannot.
+        explanation: the facts of ``rank``: collectives, redistributions, the work of every rank, the graph.
+        step: its ops, forward and backward. Counted.
+        timeline: the step on the hardware. Simulated; None without hardware.
+        formulas: by name, such as "forward bytes", how a count of ``step`` depends on lengths and ranks.
+    """
+
+    name: str
+    strategy: Strategy
+    mesh: tuple[int, ...]
+    rank: int = 0
+    blocked: str | None = None
+    explanation: Explanation | None = None
+    step: Step | None = None
+    timeline: Timeline | None = None
+    formulas: Mapping[str, Formula] = field(default_factory=dict)
+
+    @property
+    def balance(self) -> float:
+        """By how much the attention of the busiest rank exceeds the mean: 0.1 is 10% more."""
+        pairs = self.explanation.attended_pairs if self.explanation else ()
+        return max(pairs) * len(pairs) / sum(pairs) - 1 if any(pairs) else 0.0
+
+
+@dataclass(frozen=True)
+class ComparisonFacts:
+    """Strategies side by side, for one model and its inputs.
+
+    Attributes:
+        world_size: the number of ranks.
+        hardware: the name of the hardware that is simulated; None if none is.
+        options: those that can run, the fastest first, without hardware the one that sends least; then those that
+            are blocked.
+        one_device: the step of the model on one rank; its FLOPs are those that ranks share.
+    """
+
+    world_size: int
+    hardware: str | None
+    options: tuple[Option, ...]
+    one_device: Step
+
+    @property
+    def runnable(self) -> tuple[Option, ...]:
+        """The options that are not blocked."""
+        return tuple(option for option in self.options if option.blocked is None)
