@@ -110,10 +110,10 @@ def _form(key: Key, lines: Sequence[Line]) -> list[tuple[str, ...]]:
             return inside(name)
         return numbers.setdefault(name, str(len(numbers)))
 
-    return [
-        (form(line.name), inside(line.layer), line.type, _NAME.sub(lambda m: "%" + form(m[1]), line.call))
-        for line in lines
-    ]
+    def call(line: Line) -> str:
+        return "" if line.kind == "constant" else _NAME.sub(lambda match: "%" + form(match[1]), line.call)
+
+    return [(form(line.name), inside(line.layer), line.type, call(line)) for line in lines]
 
 
 def within_layer(line: Line) -> Line:
