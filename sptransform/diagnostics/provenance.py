@@ -33,8 +33,11 @@ def innermost_line(stack: str) -> str | None:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module whose forward made the node: ``model.layers.0.self_attn``; "" for the root."""
-    stack = node.meta.get("nn_module_stack")
+    """Dotted path of the module whose forward made the node: ``model.layers.0.self_attn``; "" for the root.
+
+    A node of a backward has the path of the forward's node whose gradient it is part of.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]

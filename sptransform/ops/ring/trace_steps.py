@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from sptransform.ops.communication.steps import Start, drive
+from sptransform.ops.communication.steps import COMMUNICATING, Start, drive, group_of
 from sptransform.ops.ring.schedule import backward_steps, forward_steps
 from sptransform.ops.ring.sums import AS_NODES
 
-_STEPS = {"ring_attention": forward_steps, "ring_attention_backward": backward_steps}
+# as they are traced; the others of COMMUNICATING write into none of their tensors
+_STEPS = {
+    "ring_attention": partial(forward_steps, sums=AS_NODES),
+    "ring_attention_backward": partial(backward_steps, sums=AS_NODES),
+}
 
 
 def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """What ``rank`` does in a call of ``ring_attention`` or ``ring_attention_backward``.
+    """What ``rank`` does in a call of an op that communicates in steps, such as ``ring_attention``.
 
     Args:
-        name: which of the two.
+        name: of the op.
         args, kwargs: the call's arguments. Tensors have this rank's sizes and may be fake; nothing is computed.
 
     Returns:
@@ -31,7 +36,7 @@ def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, A
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     mode = detect_fake_mode(tensors) or FakeTensorMode()
-    group = kwargs.get("group_name", "")
+    group = group_of(name, args, kwargs)
     c10d = torch.ops._c10d_functional
 
     def start(asked: Start) -> Tensor:
@@ -41,7 +46,7 @@ def trace_steps(name: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, A
         traced = iter(tensors)
         filled = [next(traced) if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        steps = _STEPS[name](rank, *args, sums=AS_NODES, **kwargs)
+        steps = {**COMMUNICATING, **_STEPS}[name](rank, *args, **kwargs)
         return drive(steps, start, c10d.wait_tensor)
 
     with mode, torch.no_grad():

@@ -1,0 +1,66 @@
+"""The forward and the backward that AOTAutograd makes of a rewritten graph: what an inner backend would compile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from functorch.compile import aot_module_simplified, min_cut_rematerialization_partition
+from torch import fx
+
+# Private: AOTAutograd reads the fake mode of what it traces from here, as Dynamo sets it for every backend
+from torch._guards import TracingContext, tracing
+
+from sptransform.compiler.rewrite import Rewritten
+from sptransform.cost.groups import as_rank, groups_of
+from sptransform.graph import dataflow, notes
+
+
+@dataclass(frozen=True)
+class TrainingGraphs:
+    """The graphs of one training step.
+
+    Attributes:
+        forward: its placeholders are those of the rewritten graph; it returns its outputs, then what is saved.
+        backward: its placeholders are saved values, by their names in ``forward``, and gradients of outputs. None where
+            nothing is trained.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph | None
+
+
+def training_graphs(rewritten: Rewritten) -> TrainingGraphs:
+    """Trace the backward of a rewritten graph. Nothing is computed, and no process group is needed.
+
+    What is saved is chosen as the inner backends of torch choose it, by the smallest cut; what the graph says is
+    computed again, is.
+    """
+    gm = rewritten.graph_module
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    mode = dataflow.fake_mode(gm.graph)
+    with mode:
+        inputs = [_input(node) for node in placeholders]
+    found: list[fx.Graph] = []
+
+    def partition(joint: fx.GraphModule, args: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        parts = min_cut_rematerialization_partition(joint, args, **options)
+        found[:] = [part.graph for part in parts]
+        return parts
+
+    def keep(traced: fx.GraphModule, args: Any) -> Any:
+        if not found:
+            found.append(traced.graph)
+        return traced
+
+    with tracing(TracingContext(mode)), as_rank(rewritten.context.mesh.rank, groups_of(rewritten)):
+        aot_module_simplified(gm, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+    return TrainingGraphs(found[0], found[1] if len(found) > 1 else None)
+
+
+def _input(placeholder: fx.Node) -> Any:
+    value = dataflow.value(placeholder)
+    if isinstance(value, torch.Tensor) and notes.note(placeholder).differentiable:
+        return torch.empty_like(value).requires_grad_()
+    return value
