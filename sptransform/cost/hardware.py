@@ -1,0 +1,138 @@
+"""Hardware as data: what a device computes, moves and sends in a second, each number with its source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sptransform.diagnostics.errors import UsageError, describe
+
+FILES = Path(__file__).parent / "hardware_files"
+
+
+class Constant(NamedTuple):
+    """A number of a piece of hardware, with the unit it is in and where it comes from."""
+
+    value: Any
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Hardware:
+    """A device and its links. docs/hardware.md lists the constants.
+
+    Attributes:
+        name: of the file, without ``.json``.
+        what: the devices and the links, in words.
+        constants: by name, such as ``memory.bandwidth``.
+    """
+
+    name: str
+    what: str
+    constants: Mapping[str, Constant] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a constant. Raises UsageError where the hardware has none of this name."""
+        if name not in self.constants:
+            raise UsageError(
+                describe(
+                    f"hardware {self.name} says nothing of {name}",
+                    found=f"constants {_listed(close_to(name, self.constants))}",
+                    fix=f'"{name}": [VALUE, UNIT, SOURCE] in a file of its own that extends "{self.name}"',
+                )
+            )
+        return self.constants[name].value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a constant, or ``default``."""
+        return self.constants[name].value if name in self.constants else default
+
+    def replaced(self, source: str = "given", /, **values: Any) -> Hardware:
+        """The same with other values of constants, whose names have ``__`` for each point.
+
+        ``hardware.replaced(attention__kernel="flash3")``.
+        """
+        changed = dict(self.constants)
+        for keyword, value in values.items():
+            name = keyword.replace("__", ".")
+            self[name]
+            changed[name] = self.constants[name]._replace(value=value, source=source)
+        return replace(self, constants=changed)
+
+    def write(self, path: str | Path) -> None:
+        """Write a file that :func:`hardware_of` reads."""
+        lines = (f"    {json.dumps(name)}: {json.dumps(list(each))}" for name, each in self.constants.items())
+        text = f'{{\n  "what": {json.dumps(self.what)},\n  "constants": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+        Path(path).write_text(text)
+
+
+HardwareLike = str | Path | Hardware
+
+
+def hardware_names() -> list[str]:
+    """The names of the files that come with the library."""
+    return sorted(file.stem for file in FILES.glob("*.json"))
+
+
+def hardware_of(hardware: HardwareLike) -> Hardware:
+    """The hardware of a name, or of a file.
+
+    Args:
+        hardware: one of :func:`hardware_names`; the path of a file as :meth:`Hardware.write` makes it, or that
+            ``"extends"`` another by name and has ``"constants"`` of its own; or the hardware itself.
+
+    Raises:
+        UsageError: there is no such file, or it is not of this form.
+    """
+    if isinstance(hardware, Hardware):
+        return hardware
+    if str(hardware) in hardware_names():
+        return _shipped(str(hardware))
+    path = Path(hardware)
+    if not path.is_file():
+        raise UsageError(
+            describe(
+                f"there is no hardware {str(hardware)!r}",
+                found=f"files {', '.join(hardware_names())}",
+                fix="one of these, or the path of a file that `sptransform calibrate` writes",
+            )
+        )
+    return _read(path)
+
+
+@cache
+def _shipped(name: str) -> Hardware:
+    return _read(FILES / f"{name}.json")
+
+
+def _read(path: Path) -> Hardware:
+    try:
+        data = json.loads(path.read_text())
+        constants = {name: Constant(*each) for name, each in data["constants"].items()}
+        what, base = data["what"], data.get("extends")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            describe(
+                f"{path} is no file of hardware",
+                found=f"{type(error).__name__}: {error}",
+                fix='JSON with "what" and "constants", each of them NAME: [VALUE, UNIT, SOURCE]',
+            )
+        ) from error
+    if base is not None:
+        constants = {**hardware_of(base).constants, **constants}
+    return Hardware(path.stem, what, constants)
+
+
+def close_to(name: str, names: Mapping[str, Any]) -> list[str]:
+    """The names most like this one."""
+    return get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names)
