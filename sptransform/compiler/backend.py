@@ -21,7 +21,7 @@ from sptransform.compiler.checks import check_devices, check_not_split_by_ddp, c
 from sptransform.compiler.custom import identified
 from sptransform.compiler.dtensor_boundary import local_input, of_local_parts, with_dtensors
 from sptransform.compiler.options import Options
-from sptransform.compiler.rewrite import rewrite_graph
+from sptransform.compiler.rewrite import rewrite_graph, settled
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.context import Context
 from sptransform.sharding.mesh import Mesh
@@ -46,6 +46,8 @@ def sptransform_backend(
         return lookup_backend(options.backend)(gm, list(inputs))
     agreement = Agreement.of(mesh)
     with nullcontext() if agreement is None else agreement.telling_failure():
+        options = settled(options, mesh, gm, list(inputs))
+        mesh = options.strategy.mesh_of(options.mesh)
         compiled, program, lengths, context, replicas = _compile(options, gm, inputs, mesh, full_model)
     if agreement is not None:
         replicas.whole = whole

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from sptransform.compiler.distribute import distribute
 from sptransform.compiler.dynamo import configured
 from sptransform.compiler.fake_models import without_meta
 from sptransform.compiler.options import Options
+from sptransform.compiler.trials import trials
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.diagnostics.said_once import each_sentence_once
@@ -215,8 +216,21 @@ def while_captured(
     return found[0]
 
 
+def settled(options: Options, mesh: Mesh, gm: fx.GraphModule, inputs: list[Any]) -> Options:
+    """``options`` with the strategy that theirs chooses for Dynamo's ``gm``; if it is one that places, as they are.
+
+    Raises:
+        UsageError: no strategy can run ``gm``.
+    """
+    if not options.strategy.chooses or mesh.size == 1:
+        return options
+    trial = trials(rewritten_for, gm, inputs, options, mesh)
+    return replace(options, strategy=options.strategy.choose(trial, mesh.shape, options.shard_parameters))
+
+
 def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:
     """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
+    options = settled(options, mesh, gm, example_inputs)
     if mesh.size > 1:
         before: list[Line] = []
 

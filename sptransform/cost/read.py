@@ -41,7 +41,8 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
             behind = saved(graphs.backward, by_name)
             instructions += reader.read(graphs.backward, behind, "backward")
             _keep(_output(graphs.backward), behind)
-    sizes = [(notes.note(node), held[placeholder].size) for node, placeholder in zip(own, placeholders, strict=True)]
+    inputs = placeholders[len(placeholders) - len(own) :]  # before them stand the constants of the graph
+    sizes = [(notes.note(node), held[placeholder].size) for node, placeholder in zip(own, inputs, strict=True)]
     return Step(
         works=tuple(_works(fused(instructions) if fuse else instructions, copies or {})),
         rank=rank,

@@ -46,12 +46,16 @@ class Strategy:
         max_mesh_dims: maximum number of mesh dims.
         regather: whether tensors gathered for attention or a linear are gathered again in the backward.
         shards_weights: whether linears are cut along their inner axes, and their weights with them.
+        chooses: whether it is none itself, but chooses one for each graph, see :meth:`choose`.
+        reason: of a strategy that was chosen, why.
     """
 
     reads_masks: ClassVar[bool] = False
     max_mesh_dims: ClassVar[int] = 1
     regather: ClassVar[bool] = False
     shards_weights: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+    reason: ClassVar[str] = ""
 
     def __repr__(self) -> str:
         return shown(self)
@@ -157,6 +161,22 @@ class Strategy:
             is_stored: whether an earlier mesh dim has cut it.
         """
         return 0 if is_stored else first_dim(shape, num_ranks)
+
+    def choose(
+        self, trial: Callable[[Strategy, tuple[int, ...], int], Any], shape: tuple[int, ...], in_parts: bool
+    ) -> Strategy:
+        """The strategy to take for a graph; every rank comes to the same one.
+
+        Args:
+            trial: (a strategy, the ranks of each mesh dim, a rank) -> what the rank would run, as
+                :func:`sptransform.rewrite` gives it.
+            shape: the ranks of each mesh dim.
+            in_parts: whether ranks keep parts of parameters (``shard_parameters``).
+
+        Raises:
+            UsageError: none can run the graph.
+        """
+        return self
 
     def place_attention(self, rule: OpRule, num_ranks: int, divide: Divide) -> Decision:
         """The decision for an attention op with ``rule``; ``divide(factor)`` returns the partition of a factor.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from sptransform.cost.formulas import Formula
 from sptransform.cost.records import Step
+from sptransform.cost.simulate import Timeline
 from sptransform.engine.strategy import Strategy
+from sptransform.inspection.attended_work import imbalance
 from sptransform.inspection.explanation import Explanation
-
-if TYPE_CHECKING:
-    from sptransform.cost.simulate import Timeline
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,15 @@ class Option:
     formulas: Mapping[str, Formula] = field(default_factory=dict)
 
     @property
-    def balance(self) -> float:
+    def imbalance(self) -> float:
         """By how much the attention of the busiest rank exceeds the mean: 0.1 is 10% more."""
-        pairs = self.explanation.attended_pairs if self.explanation else ()
-        return max(pairs) * len(pairs) / sum(pairs) - 1 if any(pairs) else 0.0
+        return imbalance(self.explanation.attended_pairs) if self.explanation else 0.0
+
+    @property
+    def kernels(self) -> int:
+        """How many kernels a rank starts, messages aside; those of a compiler may fuse more."""
+        works = self.step.works if self.step else ()
+        return sum(work.copies for work in works if work.kind not in ("message", "wait"))
 
 
 @dataclass(frozen=True)

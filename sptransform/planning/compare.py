@@ -1,0 +1,85 @@
+"""``compare``: strategies side by side for one model. Needs no processes and no devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from sptransform.compiler.fake_models import without_meta
+from sptransform.compiler.options import Options
+from sptransform.compiler.rewrite import arguments_of, rewritten_for, while_captured
+from sptransform.compiler.trials import trials
+from sptransform.cost.hardware import Hardware, hardware_of
+from sptransform.cost.read import step_of
+from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.inspection.attended_work import checked_documents
+from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
+from sptransform.planning.comparison import Comparison
+from sptransform.planning.judged import judged, quietly, ranked
+from sptransform.sharding.mesh import Mesh
+from sptransform.strategies.names import StrategyLike
+from sptransform.strategies.ulysses import Ulysses
+
+Progress = Callable[[str, int, int], None]
+
+
+def compare(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    world_size: int,
+    hardware: str | Path | Hardware | None = None,
+    strategies: Sequence[StrategyLike] | None = None,
+    documents: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    progress: Progress = lambda name, done, of: None,
+    **options: Any,
+) -> Comparison:
+    """Return what every strategy would send, compute and hold in one training step of ``model``, side by side.
+
+    ``print`` it, ``rich.print`` it, or take ``to_dict()``. The model is captured once, and neither run nor changed; it
+    may live on ``meta``. Where ranks differ, as where something does not divide, the busiest one is shown.
+
+    Args:
+        model: the unmodified module.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
+        world_size: the number of ranks.
+        hardware: the name of a known machine, the path of a file with another, or a :class:`Hardware`: a step's time is
+            then simulated. Without it, strategies are ranked by the bytes that they send.
+        strategies: as for :func:`sptransform.parallelize`; pairs and USP are shown on every mesh of ``world_size``
+            ranks. Default: every strategy of this library, and those of sequences with tensor parallelism.
+        documents: as for :func:`sptransform.explain`.
+        progress: called with the name of each strategy, how many are done, and of how many.
+        options: further options of :func:`sptransform.parallelize`.
+
+    Raises:
+        UsageError: an argument is wrong.
+        CaptureError: the model cannot be captured.
+    """
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 2:
+        fix = "2 or more: one rank sends nothing, under any strategy"
+        raise UsageError(describe("compare takes a number of ranks", found=f"world_size={world_size!r}", fix=fix))
+    found = candidates((world_size,), (*OF_SEQUENCES, *OF_WEIGHTS) if strategies is None else strategies)
+    machine, lengths = None if hardware is None else hardware_of(hardware), checked_documents(documents)
+    chosen = Options.of({"outputs": "dtensor", **options})
+    model, inputs = without_meta(model, inputs)
+    args, kwargs = arguments_of(inputs)
+
+    def use(gm: fx.GraphModule, example_inputs: list[Any]) -> Comparison:
+        trial = trials(rewritten_for, gm, example_inputs, chosen, Mesh.pretended(world_size))
+        shown = []
+        with quietly():
+            for done, candidate in enumerate(found):
+                progress(candidate.name, done, len(found))
+                shown.append(judged(candidate, trial, machine, lengths))
+            alone = step_of(trial(Ulysses(), (1,), 0))
+        return Comparison(
+            world_size=world_size,
+            hardware=None if machine is None else machine.name,
+            options=ranked(shown),
+            one_device=alone,
+        )
+
+    return while_captured(model, use, *args, **kwargs)

@@ -1,0 +1,64 @@
+"""One captured graph under one strategy after the other: what each sends, computes and holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from sptransform.compiler.rewrite import Rewritten
+from sptransform.cost.hardware import Hardware
+from sptransform.cost.read import step_of
+from sptransform.cost.simulate import simulate
+from sptransform.diagnostics.errors import SPTransformError
+from sptransform.engine.strategy import Strategy
+from sptransform.inspection.attended_work import Documents
+from sptransform.inspection.reader import explanation_of
+from sptransform.planning.candidates import Candidate
+from sptransform.planning.records import Option
+
+# (a strategy, the ranks of each mesh dim, a rank) -> what that rank would run
+Trial = Callable[[Strategy, tuple[int, ...], int], Rewritten]
+
+
+def judged(
+    candidate: Candidate, trial: Trial, hardware: Hardware | None, documents: Documents | None = None
+) -> Option:
+    """The candidate's step on its busiest rank; blocked, if this library refuses it. Other errors are raised."""
+    option = Option(candidate.name, candidate.strategy, candidate.shape)
+    try:
+        explanation = explanation_of(trial(candidate.strategy, candidate.shape, 0), documents)
+        pairs = explanation.attended_pairs
+        busiest = pairs.index(max(pairs)) if pairs else 0
+        if busiest:
+            explanation = explanation_of(trial(candidate.strategy, candidate.shape, busiest), documents)
+        step = step_of(explanation.rewritten)
+    except SPTransformError as error:
+        return replace(option, blocked=str(error))
+    timeline = None if hardware is None else simulate(step, hardware)
+    return replace(option, rank=busiest, explanation=explanation, step=step, timeline=timeline)
+
+
+def ranked(options: Iterable[Option]) -> tuple[Option, ...]:
+    """The best first: by simulated time, without hardware by bytes; those that are blocked come last."""
+    return tuple(sorted(options, key=_order))
+
+
+def _order(option: Option) -> tuple[bool, float, int, int]:
+    if option.step is None:
+        return True, 0.0, 0, 0
+    seconds = 0.0 if option.timeline is None else option.timeline.seconds
+    return False, seconds, option.step.bytes_sent(), option.step.messages()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, what the compiler logs of each strategy that is tried is left out: the options say it."""
+    log = logging.getLogger("sptransform")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
