@@ -10,11 +10,12 @@ from typing import Any
 from sptransform.graph import notes
 from sptransform.graph.listing import Line, listing
 from sptransform.page import memory, values
-from sptransform.page.folding import Key, Segment, by_layer, segments
+from sptransform.page.folding import Key, Segment, by_layer, copies_of, segments
 from sptransform.page.graphs import Lines, sent_by_node, shown_lines, source
 from sptransform.page.placed import placed
 from sptransform.page.rings import RingShape, lanes, rings_of
 from sptransform.page.sliders import sliders
+from sptransform.page.streams import lane_events
 from sptransform.page.traffic import KINDS, Sent, sent
 from sptransform.planning.records import Option
 
@@ -43,10 +44,11 @@ class Content:
 
 def content(options: Sequence[Option]) -> Content:
     before, graphs = _graphs(options)
-    found = segments([before, *(graph for graph in graphs if graph)])
+    steps = [option.step for option in options if option.step is not None]
+    found = segments([before, *(graph for graph in graphs if graph)], copies_of(steps[0]) if steps else {})
     lines = Lines()
     shapes: dict[RingShape, int] = {}
-    sending = tuple(tuple(sent(o.explanation, found)) if o.explanation else () for o in options)
+    sending = tuple(tuple(sent(o.step, o.explanation, found)) if o.step else () for o in options)
     curves = tuple(memory.curve(option.step) if option.step else None for option in options)
     data = {
         "kinds": KINDS,
@@ -60,7 +62,7 @@ def content(options: Sequence[Option]) -> Content:
                 "rings": _rings(option, shapes),
                 "memory": _memory(curve, lines),
                 "where": _where(cells, found),
-                "events": _events(option),
+                "events": lane_events(option, found),
             }
             for option, graph, curve, cells in zip(options, graphs, curves, sending, strict=True)
         ],
@@ -84,7 +86,7 @@ def _graphs(options: Sequence[Option]) -> tuple[dict[Key, list[Line]], list[dict
 
 def _segment(segment: Segment, before: dict[Key, list[Line]], lines: Lines) -> dict[str, Any]:
     own = lines.numbers(shown_lines(before, segment.keys), {})
-    return {"title": segment.title, "times": max(len(segment.layers), 1), "before": own}
+    return {"title": segment.title, "times": segment.times, "before": own}
 
 
 def _graph(option: Option, graph: dict[Key, list[Line]], found: Sequence[Segment], lines: Lines) -> list[list[int]]:
@@ -177,8 +179,8 @@ def _where(cells: Iterable[Sent], found: Sequence[Segment]) -> list[dict[str, An
     titles = [segment.title for segment in found]
     return [
         {
-            "segment": titles.index(each.segment) if each.segment in titles else -1,
-            "module": each.module or ("gradients of parameters" if each.segment == "parameter gradients" else ""),
+            "segment": titles.index(each.segment) if each.segment else -1,
+            "module": each.module,
             "kind": each.kind,
             "direction": each.direction,
             "count": each.count,
@@ -186,7 +188,3 @@ def _where(cells: Iterable[Sent], found: Sequence[Segment]) -> list[dict[str, An
         }
         for each in cells
     ]
-
-
-def _events(option: Option) -> list[list[Any]]:
-    return []

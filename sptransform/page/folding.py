@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+from sptransform.cost.records import Step
 from sptransform.graph.listing import Line
 
 _NAME = re.compile(r"%([\w.]+)")
@@ -36,13 +38,13 @@ class Segment:
 
     Attributes:
         title: ``model.layers.0..31``, or ``before model.layers``.
-        layers: the numbers of the layers; empty outside of layers.
         keys: what is drawn as one; the first one's lines are shown.
+        times: how many layers that is; 1 outside of layers.
     """
 
     title: str
-    layers: tuple[int, ...]
     keys: tuple[Key, ...]
+    times: int = 1
 
 
 def layer_of(path: str) -> tuple[str, int] | None:
@@ -75,8 +77,19 @@ def by_layer(lines: Sequence[Line]) -> dict[Key, list[Line]]:
     return found
 
 
-def segments(graphs: Sequence[Mapping[Key, Sequence[Line]]]) -> list[Segment]:
-    """Neighbouring layers that are alike in each of ``graphs`` as one segment; all else by itself."""
+def copies_of(step: Step) -> dict[tuple[str, int], int]:
+    """How many equal layers of the model each numbered layer of the step stands for."""
+    found = ((layer_of(work.layer), work.copies) for work in step.works)
+    return {layer: copies for layer, copies in found if layer is not None and copies > 1}
+
+
+def segments(
+    graphs: Sequence[Mapping[Key, Sequence[Line]]], copies: Mapping[tuple[str, int], int] = MappingProxyType({})
+) -> list[Segment]:
+    """Neighbouring layers that are alike in each of ``graphs`` as one segment; all else by itself.
+
+    ``copies`` are of graphs of few layers, see :func:`copies_of`.
+    """
     keys = sorted({key for graph in graphs for key in graph})
     prefixes = [key.prefix for key in keys if key.prefix]
     groups: list[tuple[object, list[Key]]] = []
@@ -86,18 +99,22 @@ def segments(graphs: Sequence[Mapping[Key, Sequence[Line]]]) -> list[Segment]:
             groups[-1][1].append(key)
         else:
             groups.append((form, [key]))
-    return [_segment(tuple(group), prefixes) for _, group in groups]
+    return [_segment(tuple(group), prefixes, copies) for _, group in groups]
 
 
-def _segment(keys: tuple[Key, ...], prefixes: Sequence[str]) -> Segment:
+def _segment(
+    keys: tuple[Key, ...], prefixes: Sequence[str], copies: Mapping[tuple[str, int], int]
+) -> Segment:
     first, last = keys[0], keys[-1]
     if first.prefix:
-        numbers = str(first.index) if first == last else f"{first.index}..{last.index}"
-        return Segment(f"{first.prefix}.{numbers}".lstrip("."), tuple(key.index for key in keys), keys)
-    following = list(dict.fromkeys(prefixes))[first.order // 2 :][:1]
-    before = list(dict.fromkeys(prefixes))[: first.order // 2][-1:]
+        stands_for = [copies.get((key.prefix, key.index), 1) for key in keys]
+        end = last.index + stands_for[-1] - 1
+        numbers = str(first.index) if first.index == end else f"{first.index}..{end}"
+        return Segment(f"{first.prefix}.{numbers}".lstrip("."), keys, sum(stands_for))
+    names = list(dict.fromkeys(prefixes))
+    following, before = names[first.order // 2 :][:1], names[: first.order // 2][-1:]
     title = f"before {following[0]}" if following else f"after {before[0]}" if before else "the model"
-    return Segment(title.strip(), (), keys)
+    return Segment(title.strip(), keys)
 
 
 def _form(key: Key, lines: Sequence[Line]) -> list[tuple[str, ...]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sptransform.cost.records import Step
+from sptransform.diagnostics import provenance
 from sptransform.inspection.records import Facts
 from sptransform.page.folding import Segment, inside, layer_of
 
 KINDS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send_recv")
+GRADIENTS = "gradients of parameters"
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,9 @@ class Sent:
     """Messages of one kind in one direction from one place.
 
     Attributes:
-        segment: the title of a :class:`~sptransform.page.folding.Segment`.
-        module: the path within the segment's layers.
-        kind, direction: as in :class:`~sptransform.engine.traffic.Collective`.
+        segment: the title of a :class:`~sptransform.page.folding.Segment`; "" outside of layers.
+        module: the path within the segment's layers; outside of layers the whole path, or :data:`GRADIENTS`.
+        kind, direction: as in :class:`~sptransform.cost.records.Work`.
         count: the number of messages, in all layers of the segment.
         bytes_sent: of all of them.
     """
@@ -32,24 +35,27 @@ class Sent:
     bytes_sent: int
 
 
-def sent(facts: Facts, segments: Sequence[Segment]) -> list[Sent]:
-    """What ``facts.rank`` sends in a step. Parameter gradients are of no layer."""
+def sent(step: Step, facts: Facts, segments: Sequence[Segment]) -> list[Sent]:
+    """What a rank sends in ``step``; gradients of parameters, which are sent in buckets, are of no layer."""
     titles = {(key.prefix, key.index): segment.title for segment in segments for key in segment.keys if key.prefix}
+    buckets = _buckets(facts)
     found: dict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for segment, module, collective in _places(facts, titles):
-        entry = found[segment, module, collective.kind, collective.direction]
-        entry[0] += collective.count
-        entry[1] += collective.bytes_sent
+    for work in step.works:
+        if work.kind != "message" or work.message is None:
+            continue
+        title = titles.get(layer_of(work.layer) or ("", 0), "")
+        module = inside(work.layer) if title else work.layer
+        if work.direction == "backward" and (work.layer, work.source_line, work.message.kind) in buckets:
+            title, module = "", GRADIENTS
+        entry = found[title, module, work.message.kind, work.direction]
+        entry[0] += work.copies
+        entry[1] += work.copies * work.message.bytes_sent
     return [Sent(*place, *amounts) for place, amounts in found.items()]
 
 
-def _places(facts: Facts, titles: dict[tuple[str, int], str]) -> Iterator[tuple[str, str, object]]:
-    of_parameters = {redistribution.node for redistribution in facts.parameter_gradients}
-    for collective in facts.collectives:
-        layer = layer_of(collective.layer)
-        if collective.node in of_parameters:
-            yield "parameter gradients", "", collective
-        elif layer is None or layer not in titles:
-            yield "outside of layers", collective.layer, collective
-        else:
-            yield titles[layer], inside(collective.layer), collective
+def _buckets(facts: Facts) -> set[tuple[str, str | None, str]]:
+    """(module, source line, kind) of what sums the gradients of parameters: a bucket has those of one of its readers."""
+    kinds = {r.node: r.backward.kind for r in facts.parameter_gradients if r.backward is not None}
+    nodes = facts.rewritten.graph_module.graph.nodes
+    found = (node for node in nodes if node.name in kinds)
+    return {(provenance.module_path(node), provenance.source_line(node), kinds[node.name]) for node in found}
