@@ -26,9 +26,9 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.engine.pipeline import Pipeline
 from sptransform.engine.strategy import Strategy
 from sptransform.frontend.parallelize import parallelize
-from sptransform.inspection.explain import explain
-from sptransform.inspection.explanation import Explanation
-from sptransform.inspection.reader import explanation_of
+from sptransform.page.comparison import Comparison, compare
+from sptransform.page.explain import explain
+from sptransform.page.explanation import Explanation, explanation_of
 from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
 from sptransform.rules.decision import Decision, Sharded
@@ -46,6 +46,7 @@ __all__ = [
     "USP",
     "AllGatherKV",
     "CaptureError",
+    "Comparison",
     "Context",
     "Decision",
     "Explanation",
@@ -74,6 +75,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "broadcast_parameters",
+    "compare",
     "explain",
     "explanation_of",
     "parallelize",

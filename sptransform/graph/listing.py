@@ -57,13 +57,16 @@ def parameter_names(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
 
 def _line(node: fx.Node, is_local: bool, names: Mapping[fx.Node, str]) -> Line:
     head, _, call = line(node, is_local=is_local, names=names).partition(" = ")
+    kind = _kind(node)
+    # a bucket of parameters has the module and line of one parameter's reader, which do not fit the others
+    of_parameters = kind == "move" and all(x in names for x in dataflow.operands(node))
     return Line(
         name=names.get(node, node.name),
-        layer=provenance.module_path(node),
-        source_line=provenance.source_line(node),
+        layer="" if of_parameters else provenance.module_path(node),
+        source_line=None if of_parameters else provenance.source_line(node),
         type=head.partition(" : ")[2],
         call=call or head,
-        kind=_kind(node),
+        kind=kind,
         parameter=names.get(node),
     )
 

@@ -11,7 +11,8 @@ from sptransform.graph import notes
 from sptransform.graph.listing import Line, listing
 from sptransform.page import memory, values
 from sptransform.page.folding import Key, Segment, by_layer, copies_of, segments
-from sptransform.page.graphs import Lines, sent_by_node, shown_lines, source
+from sptransform.page.graphs import Lines, Pool, sent_by_node, shown_lines, source
+from sptransform.page.machines import on_machines
 from sptransform.page.placed import placed
 from sptransform.page.rings import RingShape, lanes, rings_of
 from sptransform.page.sliders import sliders
@@ -42,12 +43,14 @@ class Content:
     data: dict[str, Any]
 
 
-def content(options: Sequence[Option]) -> Content:
+def content(options: Sequence[Option], hardware: str | None = None) -> Content:
+    """What the page says of ``options``; ``hardware`` is the name of what their times are simulated for."""
     before, graphs = _graphs(options)
     steps = [option.step for option in options if option.step is not None]
     found = segments([before, *(graph for graph in graphs if graph)], copies_of(steps[0]) if steps else {})
     lines = Lines()
     shapes: dict[RingShape, int] = {}
+    boxes = Pool()
     sending = tuple(tuple(sent(o.step, o.explanation, found)) if o.step else () for o in options)
     curves = tuple(memory.curve(option.step) if option.step else None for option in options)
     data = {
@@ -58,18 +61,19 @@ def content(options: Sequence[Option]) -> Content:
                 "name": option.name,
                 "blocked": option.blocked is not None,
                 "graph": _graph(option, graph, found, lines),
-                "placed": _placed(option),
+                "placed": _placed(option, boxes),
                 "rings": _rings(option, shapes),
                 "memory": _memory(curve, lines),
                 "where": _where(cells, found),
-                "events": lane_events(option, found),
+                "events": lane_events(option, found, lines),
             }
             for option, graph, curve, cells in zip(options, graphs, curves, sending, strict=True)
         ],
         "rings": [_lanes(shape) for shape in shapes],
         "sliders": sliders(options),
+        "machines": on_machines(options, hardware),
     }
-    data["texts"], data["lines"] = lines.texts.items, lines.lines.items
+    data |= {"texts": lines.texts.items, "lines": lines.lines.items, "places": lines.places.items, "boxes": boxes.items}
     return Content(tuple(options), tuple(found), sending, curves, data)
 
 
@@ -103,7 +107,7 @@ def drawn_ranks(num_ranks: int) -> tuple[int, ...]:
     return (*range(DRAWN - 2), num_ranks - 2, num_ranks - 1)
 
 
-def _placed(option: Option) -> list[dict[str, Any]]:
+def _placed(option: Option, boxes: Pool) -> list[dict[str, Any]]:
     """The tensors of the first attention."""
     if option.explanation is None:
         return []
@@ -118,7 +122,7 @@ def _placed(option: Option) -> list[dict[str, Any]]:
             "shape": each.shape,
             "placements": " ".join(each.placements),
             "ranks": each.ranks,
-            "boxes": each.boxes,
+            "boxes": boxes.number(each.boxes),
         }
         for each in placed(rewritten, node, drawn_ranks(prod(option.mesh)))
     ]
@@ -157,14 +161,14 @@ def _memory(curve: memory.Curve | None, lines: Lines) -> dict[str, Any] | None:
     """Points in thousandths of the peak, and what runs at each."""
     if curve is None or not curve.points:
         return None
-    text, peak = lines.texts.number, max(curve.points)
+    peak, place = max(curve.points), lines.place
     return {
         "peak": peak,
         "floor": curve.floor,
         "backward": curve.backward,
         "spikes": [_spike(spike) for spike in curve.spikes],
         "points": [round(1000 * point / peak) for point in curve.points],
-        "works": [[text(work.op), text(work.layer), text(source(work.source_line))] for work in curve.works],
+        "works": [place(work.op, work.layer, work.source_line) for work in curve.works],
     }
 
 

@@ -35,15 +35,19 @@ class Lines:
         texts: every text.
         lines: ``(name, type, call, module, source line, kind, sent)``, each a number in ``texts``; of ``sent``, -1 is
             nothing.
+        places: ``(op, module, source line)`` of what runs, numbers in ``texts`` too.
     """
 
     def __init__(self) -> None:
-        self.texts = Pool()
-        self.lines = Pool()
+        self.texts, self.lines, self.places = Pool(), Pool(), Pool()
 
     def numbers(self, lines: Iterable[Line], sent: Mapping[str, str]) -> list[int]:
         """The numbers of these lines, without those of parameters."""
         return [self._number(within_layer(line), sent.get(line.name)) for line in lines if line.parameter is None]
+
+    def place(self, op: str, layer: str, source_line: str | None) -> int:
+        """The number of a place."""
+        return self.places.number(tuple(map(self.texts.number, (op, layer, source(source_line)))))
 
     def _number(self, line: Line, sent: str | None) -> int:
         cells = (line.name, shortened(line.type), shortened(line.call), inside(line.layer), source(line.source_line))

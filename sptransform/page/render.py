@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from sptransform.page.traffic import KINDS
 from sptransform.planning.records import Option
 
 
+def write_page(path: str | Path, options: Sequence[Option], *, title: str, hardware: str | None = None) -> None:
+    """Write :func:`page` to a file."""
+    Path(path).write_text(page(options, title=title, hardware=hardware), encoding="utf-8")
+
+
 DIRECTIONS = ("forward", "backward")
 
 
@@ -31,7 +37,7 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         title: its heading.
         hardware: the name of the hardware whose times are simulated; None if none is.
     """
-    found = content(options)
+    found = content(options, hardware)
     environment = Environment(
         loader=PackageLoader("sptransform.page", "templates"),
         autoescape=select_autoescape(default=True),
@@ -50,11 +56,11 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         rows=_rows(found),
         longest=max((timeline.seconds for timeline in timelines), default=0.0),
         has_time=bool(timelines),
-        has_events=False,
+        has_events=bool(timelines),
         has_memory=any(curve is not None for curve in found.curves),
         has_rings=bool(found.data["rings"]),
-        has_formulas=bool(found.data["sliders"]["names"]),
-        hardwares=(),
+        has_formulas=bool(found.data["sliders"]["names"] or found.data["machines"]),
+        hardwares=tuple(found.data["machines"]),
         meanings=values.MEANINGS,
         made=f"Made by sptransform {version('sptransform')} with torch {torch.__version__}",
         script=Markup(_text("page.js")),

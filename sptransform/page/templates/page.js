@@ -57,7 +57,8 @@
         if (!rows.has(key)) rows.set(key, shown.map(() => []));
         rows.get(key)[column].push(cell);
       }));
-    const most = Math.max(1, ...[...rows.values()].flat(2).map((cell) => cell.bytes));
+    const most = (inside) => Math.max(1, ...[...rows.values()].flat(2).filter((cell) => cell.segment >= 0 === inside).map((cell) => cell.bytes));
+    const scales = { true: most(true), false: most(false) };
     const keys = [...rows.keys()].map((key) => JSON.parse(key)).sort((a, b) => a[0] - b[0]);
     let html = `<thead><tr><th scope="col">Module</th>${shown.map((i) => `<th scope="col">${esc(D.options[i].name)}</th>`).join("")}</tr></thead><tbody>`;
     let before = null;
@@ -69,21 +70,20 @@
         before = segment;
       }
       const cells = rows.get(JSON.stringify([segment, module]));
-      html += `<tr><th scope="row">${esc(module || "(itself)")}</th>${cells.map((own) => `<td>${moves(own, most)}</td>`).join("")}</tr>`;
+      html += `<tr><th scope="row">${esc(module || "(itself)")}</th>${cells.map((own) => `<td>${moves(own, scales[segment < D.segments.length])}</td>`).join("")}</tr>`;
     }
     $("where").innerHTML = html + "</tbody>";
   });
 
   function moves(cells, most) {
-    if (!cells.length) return '<span class="none">nothing is sent</span>';
-    const kinds = D.kinds.filter((kind) => cells.some((cell) => cell.kind === kind));
+    const kinds = D.kinds.filter((kind) => cells.some((cell) => cell.kind === kind && cell.bytes));
+    if (!kinds.length) return '<span class="none">nothing is sent</span>';
     return kinds.map((kind) => {
       const lines = ["forward", "backward"].map((direction) => {
         const own = cells.filter((cell) => cell.kind === kind && cell.direction === direction);
         if (!own.length) return "";
         const size = sum(own.map((cell) => cell.bytes)), count = sum(own.map((cell) => cell.count));
-        const width = Math.max(2, (100 * size) / most);
-        return `<span title="${direction}: ${grouped(count)} messages, ${grouped(size)} bytes"><i class="bar2 ${kind}" style="width:${width * 0.9}px;opacity:${direction === "forward" ? 1 : 0.6}"></i>${number(bytes(size), "counted", grouped(size) + " bytes")}</span>`;
+        return `<span class="${direction}" title="${direction}: ${grouped(count)} messages, ${grouped(size)} bytes"><em>${direction === "forward" ? "fwd" : "bwd"}</em><i class="bar2 ${kind}" style="width:${((64 * size) / most).toFixed(1)}px"></i>${number(bytes(size), "counted", grouped(size) + " bytes")}</span>`;
       });
       return `<div class="move"><b><i class="sw ${kind}"></i>${kind}</b><div class="lines">${lines.join("")}</div></div>`;
     }).join("");
@@ -136,6 +136,8 @@
     }
     if (!rows.length) html += `<tr><td colspan="${columns.length}" class="none">nothing moves here</td></tr>`;
     $("lines").innerHTML = html + "</tbody></table>";
+    const sends = document.querySelector("#lines .tag")?.closest("tr");
+    $("lines").scrollTop = sends ? sends.offsetTop - 150 : 0;
   }
   draws.push(graph);
 
@@ -253,12 +255,12 @@
     node.innerHTML = shown.map((i) => {
       const option = D.options[i], own = option.placed.filter((each) => each.name === tensors[tensor]);
       if (!own.length) return `<div class="card"><h3>${esc(option.name)}</h3><p class="none">No attention whose sizes are known.</p></div>`;
-      const places = own.filter((each, j) => j === 0 || JSON.stringify(each.boxes) !== JSON.stringify(own[0].boxes));
+      const places = own.filter((each, j) => j === 0 || each.boxes !== own[0].boxes);
       return `<div class="card"><h3>${esc(option.name)}</h3>` + places.map((each, j) => {
         const words = each.place === "around" ? "around the attention" : "in the attention";
         const both = places.length === 1 && own.length > 1 ? "around and in the attention" : words;
         const figures = each.ranks.map((rank, k) => {
-          const ranges = each.boxes[k], says = `rank ${rank}: B ${range(ranges[0])}; H ${range(ranges[1])}; S ${range(ranges[2])}; D ${range(ranges[3])}`;
+          const ranges = D.boxes[each.boxes][k], says = `rank ${rank}: B ${range(ranges[0])}; H ${range(ranges[1])}; S ${range(ranges[2])}; D ${range(ranges[3])}`;
           return `<figure role="img" aria-label="${says}" title="${says}">${box(each.shape, ranges)}<figcaption>rank ${rank}</figcaption></figure>`;
         });
         return `${j ? "" : `<div class="small">${esc(tensors[tensor])} [${each.shape.join(", ")}]</div>`}<p class="arrow">${j ? "↓ " : ""}<b>${esc(each.placements)}</b> ${both}</p><div class="ranks">${figures.join("")}</div>`;
@@ -271,8 +273,8 @@
   if ($("rings")) {
     const names = ["zigzag", "contiguous", "striped"];
     let ring = 0, layout = 0;
-    const own = () => D.options[shown.find((i) => D.options[i].rings.length) ?? runnable.find((i) => D.options[i].rings.length)].rings[0];
-    const colour = (block, ranks) => `hsl(${(205 + (300 * block) / ranks) % 360} 48% ${block % 2 ? 60 : 66}%)`;
+    const own = () => [...shown, ...runnable].flatMap((i, k) => D.options[i].rings.map((each) => [k < shown.length, D.rings[each.lanes].ranks, each])).sort((a, b) => b[0] - a[0] || b[1] - a[1])[0][2];
+    const colour = (block, ranks) => `hsl(${(172 + (150 * block) / ranks).toFixed(0)} ${block % 2 ? 38 : 46}% ${block % 2 ? 61 : 69}%)`;
     function lanes() {
       const found = D.rings[ring], rows = found.layouts[names[layout]], ranks = found.ranks;
       const slowest = rows[0].map((_, step) => Math.max(...rows.map((row) => row[step])));
@@ -294,7 +296,8 @@
       });
       const every = Math.ceil(12 / (height + gap));
       rows.forEach((_, rank) => { if (rank % every === 0) svg += `<text x="${left - 8}" y="${18 + rank * (height + gap) + height / 2 + 4}" text-anchor="end">${height > 14 ? "rank " : ""}${rank}</text>`; });
-      const total = 22 + rows.length * (height + gap);
+      const total = 22 + rows.length * (height + gap), end = left + all * scale;
+      if (end - x > 3) svg += `<path d="M${end} 14V${total - 4}" stroke="var(--soft)" stroke-dasharray="2 4"/><text x="${end - 6}" y="${total / 2 + 4}" text-anchor="end">${end - x > 170 ? "here the slowest layout is done" : ""}</text>`;
       $("lanes").innerHTML = `<svg viewBox="0 0 ${width} ${total}" role="img" aria-label="Lanes of ${ranks} ranks under the ${names[layout]} layout"><defs><pattern id="idle" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${svg}</svg>`;
       const sums = found.sums[names[layout]], busiest = Math.max(...sums), last = found.slowest[names[layout]];
       const idle = 1 - sum(sums) / (last * ranks);
@@ -319,7 +322,7 @@
     node.innerHTML = shown.map((i) => {
       const option = D.options[i], found = option.memory;
       if (!found) return `<div class="card"><h3>${esc(option.name)}</h3><p class="none">not counted</p></div>`;
-      const w = 520, h = 170, top = 14, n = found.points.length, high = (v) => top + h - (v / most) * h;
+      const w = 520, h = 170, top = 20, n = found.points.length, high = (v) => top + h - (v / most) * h;
       const live = (point) => (found.points[point] / 1000) * found.peak, x = (point) => (n > 1 ? (point / (n - 1)) * w : 0);
       const path = found.points.map((_, p) => `${x(p).toFixed(1)} ${high(live(p)).toFixed(1)}`).join("L");
       const spikes = found.spikes.map((spike, k) => `<circle cx="${x(spike.point)}" cy="${high(live(spike.point))}" r="4" fill="var(--card)" stroke="var(--send_recv)" stroke-width="2"/><text class="ink" x="${Math.min(Math.max(x(spike.point), 8), w - 8)}" y="${high(live(spike.point)) - 7}" text-anchor="middle">${k + 1}</text>`).join("");
@@ -333,24 +336,50 @@
     node.querySelectorAll("svg.curve").forEach((svg) => svg.addEventListener("mousemove", (event) => {
       const found = D.options[svg.dataset.option].memory, area = svg.getBoundingClientRect();
       const at = Math.min(found.points.length - 1, Math.max(0, Math.round(((event.clientX - area.left) / area.width) * (found.points.length - 1))));
-      const [op, layer, line] = found.works[at].map((text) => D.texts[text]);
+      const [op, layer, line] = D.places[found.works[at]].map((text) => D.texts[text]);
       $("source").innerHTML = `<b>${bytes((found.points[at] / 1000) * found.peak)}</b>  ${esc(op)}  ${esc(layer)}  ${esc(line)}`;
     }));
+  });
+
+  // ---- time of one layer ----------------------------------------------------------------------------------------
+  if ($("time")) draws.push(function time() {
+    const node = $("events"), w = 1120, high = 20;
+    const end = (events) => Math.max(0, ...events.map((e) => e[3] + e[4]));
+    const longest = Math.max(...shown.map((i) => D.options[i].events).filter(Boolean).map((own) => Math.max(end(own.forward), end(own.backward))), 1e-9);
+    const took = (us) => (us >= 999.5 ? three(us / 1000) + " ms" : three(us) + " µs");
+    node.innerHTML = shown.map((i) => {
+      const own = D.options[i].events;
+      if (!own) return "";
+      const rows = ["forward", "backward"].map((direction, row) => {
+        const y = 4 + row * 2.9 * high, events = own[direction], scale = (w - 230) / longest;
+        let svg = `<text x="0" y="${y + 14}">${direction}</text><text x="66" y="${y + 14}">compute</text><text x="66" y="${y + high + 16}">messages</text>`;
+        svg += `<rect x="150" y="${y}" width="${end(events) * scale}" height="${high}" fill="url(#idle-${i})"/>`;
+        for (const [stream, kind, place, start, length] of events) {
+          const [op, , line] = D.places[place].map((text) => D.texts[text]);
+          const fill = D.kinds.includes(kind) ? `var(--${kind})` : kind === "attention" ? "var(--accent)" : kind === "matmul" ? "var(--compute)" : "var(--memory)";
+          svg += `<rect x="${(150 + start * scale).toFixed(2)}" y="${y + stream * (high + 2)}" width="${Math.max(length * scale, 0.4).toFixed(2)}" height="${high}" fill="${fill}"><title>${esc(op)}, ${took(length)}, simulated\n${esc(line)}</title></rect>`;
+        }
+        return svg + `<text class="ink" x="${156 + end(events) * scale}" y="${y + 14}">${took(end(events))}</text>`;
+      });
+      return `<div class="card"><h3>${esc(D.options[i].name)} <span class="small">${esc(own.layer)}</span></h3><svg viewBox="0 0 ${w} ${5.2 * high + 6}" role="img" aria-label="Streams of one layer under ${esc(D.options[i].name)}: forward ${took(end(own.forward))}, backward ${took(end(own.backward))}"><defs><pattern id="idle-${i}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${rows.join("")}</svg></div>`;
+    }).join("");
   });
 
   // ---- what if -------------------------------------------------------------------------------------------------
   if ($("what-if")) {
     const P = D.sliders;
     const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", `return ${f.js}`)])));
-    const at = {};
-    for (const key of ["N", "S", "B"]) {
-      const slider = $(key);
-      slider.max = P[key].length - 1;
-      slider.value = P[key].indexOf(P.at[key]);
-      slider.addEventListener("input", formulas);
+    const at = {}, hasFormulas = P.names.length > 0;
+    if (hasFormulas) {
+      for (const key of ["N", "S", "B"]) {
+        const slider = $(key);
+        slider.max = P[key].length - 1;
+        slider.value = P[key].indexOf(P.at[key]);
+        slider.addEventListener("input", formulas);
+      }
+      $("count").addEventListener("change", formulas);
     }
-    $("count").innerHTML = P.names.map((name) => `<option>${esc(name)}</option>`).join("");
-    $("count").addEventListener("change", formulas);
+    $("machine")?.addEventListener("change", formulas);
 
     /** What the formula gives at a position; null where it does not hold. */
     function value(option, name, S, B, N) {
@@ -362,15 +391,36 @@
     const isBytes = (name) => /bytes|memory|traffic/.test(name);
     const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? digits(x, "FLOP") : grouped(x));
 
+    const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
+
     function formulas() {
-      for (const key of ["N", "S", "B"]) {
-        at[key] = P[key][$(key).value];
-        $(`at-${key}`).textContent = grouped(at[key]);
-      }
-      const name = $("count").value, now = runnable.map((i) => [i, value(i, name, at.S, at.B, at.N)]);
-      const rows = now.sort((a, b) => (a[1] ?? Infinity) - (b[1] ?? Infinity)).map(([i, x]) => `<tr><th scope="row">${dot(i)}${esc(D.options[i].name)}</th><td class="num" title="${esc(P.formulas[i][name]?.text ?? "no formula")}">${x === null ? "–" : number(text(name, x), "counted", grouped(x))}</td></tr>`);
-      $("formula-table").innerHTML = `<table><thead><tr><th scope="col">Strategy</th><th scope="col" class="num">${esc(name)}</th></tr></thead><tbody>${rows.join("")}</tbody></table>`;
-      chart(name);
+      const name = hasFormulas ? $("count").value : null, times = $("machine") ? D.machines[$("machine").value] : null;
+      if (hasFormulas)
+        for (const key of ["N", "S", "B"]) {
+          at[key] = P[key][$(key).value];
+          $(`at-${key}`).textContent = grouped(at[key]);
+        }
+      const now = runnable.map((i) => [i, name && value(i, name, at.S, at.B, at.N), times?.[i]?.[0] ?? null]);
+      const by = hasFormulas ? 1 : 2;
+      const rows = now.sort((a, b) => (a[by] ?? Infinity) - (b[by] ?? Infinity)).map(([i, x, s]) => `<tr><th scope="row">${dot(i)}${esc(D.options[i].name)}</th>`
+        + (name ? `<td class="num" title="${esc(P.formulas[i][name]?.text ?? "no formula")}">${x === null ? "–" : number(text(name, x), "counted", grouped(x))}</td>` : "")
+        + (times ? `<td class="num">${s === null ? "–" : number(took(s), "simulated", `${s} s`)}</td>` : "") + "</tr>");
+      $("formula-table").innerHTML = `<table><thead><tr><th scope="col">Strategy</th>${name ? `<th scope="col" class="num">${esc(name)}</th>` : ""}${times ? `<th scope="col" class="num">Step on ${esc($("machine").value)}${name ? "*" : ""}</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
+        + (name && times ? `<p class="small">* at N ${grouped(P.at.N)}, S ${grouped(P.at.S)}, B ${grouped(P.at.B)}</p>` : "");
+      if (name) chart(name);
+      if (times) machines();
+    }
+
+    /** The step on each machine, as a bar for each strategy that is shown; the end of a bar waits for others. */
+    function machines() {
+      const names = Object.keys(D.machines), longest = Math.max(...names.flatMap((each) => D.machines[each].map((own) => own?.[0] || 0)));
+      const rows = names.map((each) => `<tr><th scope="row">${esc(each)}</th><td>${shown.map((i) => {
+        const own = D.machines[each][i];
+        if (!own) return `<div class="bars"><span class="none">–</span></div>`;
+        const [all, waits] = own.map((x) => (82 * x) / longest);
+        return `<div class="bars" title="${esc(D.options[i].name)}: ${took(own[0])}, waits ${took(own[1])}, simulated"><i style="width:${(all - waits).toFixed(2)}%;background:${hue(i)}"></i><i class="exposed" style="width:${waits.toFixed(2)}%"></i><span>${took(own[0])}</span></div>`;
+      }).join("")}</td></tr>`);
+      $("machine-chart").innerHTML = `<table class="machines"><caption>Step time on each machine, simulated: ${shown.map((i) => `<span>${dot(i)}${esc(D.options[i].name)}</span>`).join(" ")} <span><i class="sw exposed"></i>waits for others</span></caption><tbody>${rows.join("")}</tbody></table>`;
     }
     const HUES = ["--all_to_all", "--send_recv", "--all_gather", "--all_reduce", "--reduce_scatter", "--accent", "--compute", "--soft"];
     const hue = (i) => `var(${HUES[runnable.indexOf(i) % HUES.length]})`;

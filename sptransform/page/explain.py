@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from sptransform.compiler.rewrite import rewrite
+from sptransform.cost.hardware import HardwareLike, hardware_of
 from sptransform.engine.pass_manager import DISTRIBUTED, run_passes
 from sptransform.inspection.attended_work import checked_documents
-from sptransform.inspection.explanation import Explanation
-from sptransform.inspection.reader import explanation_of
 from sptransform.inspection.ring_steps import expanded_rings
+from sptransform.page.explanation import Explanation, explanation_of
 from sptransform.passes.inspect.expand_rings import ExpandRings
 from sptransform.strategies.names import StrategyLike
 
@@ -27,11 +27,12 @@ def explain(
     rank: int = 0,
     expand: bool = False,
     documents: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    hardware: HardwareLike | None = None,
     **options: Any,
 ) -> Explanation:
     """Return what ``rank`` of ``world_size`` would run and send in one training step, without processes or devices.
 
-    ``print`` it, ``rich.print`` it, or take ``to_dict()``. The model is neither run nor changed; model and inputs may
+    ``print`` it, ``rich.print`` it, take ``to_dict()``, or write ``html(path)`` and ``trace(path)``. The model is neither run nor changed; model and inputs may
     live on the ``meta`` device, where they take no memory.
 
     Args:
@@ -44,14 +45,17 @@ def explain(
         documents: the lengths of packed documents, for all rows alike or one list for each: the work of every rank is
             then counted in pairs of a query and a key of one document, whether or not the masks of these inputs keep
             documents apart. What is left of a row is padding.
+        hardware: the name of a known machine such as "h100-nvlink", the path of a file with another, or a
+            :class:`~sptransform.cost.hardware.Hardware`: times are then simulated, for the page and the trace.
         options: further options of :func:`sptransform.frontend.parallelize`.
 
     Raises:
         UsageError: an argument is wrong.
     """
     lengths = checked_documents(documents)
+    machine = None if hardware is None else hardware_of(hardware)
     rewritten = rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options)
-    explanation = explanation_of(rewritten, lengths)
+    explanation = explanation_of(rewritten, lengths, machine)
     if expand:
         explanation = replace(explanation, expanded=expanded_rings(rewritten))
         run_passes(rewritten.graph_module, [ExpandRings()], rewritten.context, DISTRIBUTED)
