@@ -56,7 +56,40 @@ def training_graphs(rewritten: Rewritten) -> TrainingGraphs:
 
     with tracing(TracingContext(mode)), as_rank(rewritten.context.mesh.rank, groups_of(rewritten)):
         aot_module_simplified(gm, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+    for graph in found:
+        _call_drawing_ops_directly(graph)
     return TrainingGraphs(found[0], found[1] if len(found) > 1 else None)
+
+
+def _call_drawing_ops_directly(graph: fx.Graph) -> None:
+    """Replace what saves or restores the generator around an op that is computed again by the op itself.
+
+    Nothing runs here, and a state is small.
+    """
+    for node in list(graph.nodes):
+        name = getattr(node.target, "_name", None) if node.op == "call_function" else None
+        if name == "run_and_save_rng_state":
+            of_state, of_result = sorted(node.users, key=lambda user: user.args[1])
+            with graph.inserting_before(node):
+                kept = graph.call_function(torch.ops.aten.empty.memory_format, ([0],))
+            kept.meta = {**of_state.meta, "val": torch.empty(0)}
+            of_state.replace_all_uses_with(kept)
+            of_result.replace_all_uses_with(_called(node, of_result.meta, *node.args))
+            for gone in (of_state, of_result, node):
+                graph.erase_node(gone)
+        elif name == "run_with_rng_state":
+            of_users = next((user.meta for user in node.users), {})
+            node.replace_all_uses_with(_called(node, {**of_users, **node.meta}, *node.args[1:]))
+            graph.erase_node(node)
+
+
+def _called(node: fx.Node, meta: dict[str, Any], op: Any, *args: Any) -> fx.Node:
+    """A call of ``op`` before ``node``, with its keywords; ``meta`` says where in the user's code it is."""
+    with node.graph.inserting_before(node):
+        called = node.graph.call_function(op, args, node.kwargs)
+    values, keywords = fx.map_arg((args, dict(node.kwargs)), dataflow.value)
+    called.meta = {**meta, "val": op(*values, **keywords)}
+    return called
 
 
 def _input(placeholder: fx.Node) -> Any:

@@ -41,10 +41,13 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
             behind = saved(graphs.backward, by_name)
             instructions += reader.read(graphs.backward, behind, "backward")
             _keep(_output(graphs.backward), behind)
-    inputs = placeholders[len(placeholders) - len(own) :]  # before them stand the constants of the graph
-    sizes = [(notes.note(node), held[placeholder].size) for node, placeholder in zip(own, inputs, strict=True)]
+    copies = copies or {}
+    sizes = []
+    for node, placeholder in zip(own, placeholders, strict=True):
+        note = notes.note(node)
+        sizes.append((note, held[placeholder].size * _copies(note.input_name or "", copies)))
     return Step(
-        works=tuple(_works(fused(instructions) if fuse else instructions, copies or {})),
+        works=tuple(_works(fused(instructions) if fuse else instructions, copies)),
         rank=rank,
         world_size=rewritten.context.mesh.size,
         parameters=sum(size for note, size in sizes if note.is_parameter or note.is_buffer),
