@@ -116,7 +116,7 @@ class _Run:
     def block(self, works: Sequence[Work], copies: int) -> None:
         """Run equal layers. If one leaves the streams as it found them, all that follow do."""
         found = self.state()
-        peak, self.peak = self.peak, 0
+        peak, self.peak = self.peak, self.live
         for index in range(copies):
             mark, before = len(self.events), (self.computed, self.live, self.compute, self.communication)
             for work in works:

@@ -18,6 +18,7 @@ from sptransform.diagnostics.errors import UsageError, describe
 
 Number = Any  # an int, a float or a sympy expression
 
+ATTENTION_SIZES = ("batch", "heads", "queries", "keys", "dim", "value_dim")
 FLOPS_OF_PASSES = {"forward": (1, 1), "backward": (3, 2)}  # products over the dim of keys, and over that of values
 
 
@@ -53,7 +54,8 @@ def _seconds(
         return matmul_seconds(flops, traffic, dtype, hardware)
     if kind == "attention":
         direction = "backward" if is_gradient else "forward"
-        return attention_seconds(flops, traffic, direction, dtype, hardware, **dict(sizes))
+        given = {name: size for name, size in sizes if name in ATTENTION_SIZES}
+        return attention_seconds(flops, traffic, direction, dtype, hardware, **given)
     return memory_seconds(traffic, hardware)
 
 
@@ -81,7 +83,6 @@ def attention_seconds(
     keys: Number,
     dim: Number,
     value_dim: Number,
-    key_heads: Number = None,
 ) -> Number:
     """A fused kernel of attention, or of its gradient.
 
@@ -101,7 +102,6 @@ def attention_seconds(
         keys: rows of keys of one head.
         dim: of queries and keys.
         value_dim: of values.
-        key_heads: is not read; what they save is in ``traffic``.
     """
     kernel = f"attention.{hardware['attention.kernel']}.{direction}"
     over_keys, over_values = FLOPS_OF_PASSES[direction]
@@ -127,7 +127,7 @@ def message_seconds(kind: str, bytes_sent: Number, ranks: Number, nodes: Number,
         nodes: how many nodes they are on, equally many on each.
         hardware: its links inside a node, and between nodes.
     """
-    if kind == "send_recv":
+    if kind == "send_recv" or (kind == "all_to_all" and isinstance(ranks, int) and ranks == 2):
         return _by_nodes(nodes, *(_hop(bytes_sent, link, hardware) for link in _links(nodes, hardware)))
     if kind == "all_to_all":
         return _all_to_all(bytes_sent, ranks, nodes, hardware)
