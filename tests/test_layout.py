@@ -27,7 +27,10 @@ LEVELS = (
     ("engine", "losses", "masks", "routing", "scans", "agreement", "parameters"),
     ("capture", "strategies", "passes"),
     ("compiler",),
+    ("cost",),
     ("inspection", "frontend", "testing"),
+    ("planning",),
+    ("page",),
     ("sweep", "integrations"),
     ("",),  # the package itself
 )

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from sptransform.page import values
 from sptransform.page.content import Content, content
@@ -63,8 +62,8 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         hardwares=tuple(found.data["machines"]),
         meanings=values.MEANINGS,
         made=f"Made by sptransform {version('sptransform')} with torch {torch.__version__}",
-        script=Markup(_text("page.js")),
-        data=Markup(_json(found.data)),
+        script=_text("page.js"),
+        data=_json(found.data),
     )
 
 

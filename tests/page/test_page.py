@@ -28,6 +28,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
+        self.labelled: list[bool] = []
         self.elements: list[tuple[str, dict[str, str | None], str]] = []
         self._texts: list[list[str]] = []
         self._attributes: list[dict[str, str | None]] = []
@@ -36,6 +37,8 @@ class Page(HTMLParser):
         assert not self.open, f"never closed: {self.open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("input", "select", "button"):
+            self.labelled.append("label" in self.open or "aria-label" in dict(attrs) or tag == "button")
         if tag in VOID:
             self.elements.append((tag, dict(attrs), ""))
             return
@@ -106,10 +109,8 @@ def test_every_number_says_where_it_comes_from(page: Page) -> None:
 
 def test_tables_have_headers_and_controls_have_names(page: Page) -> None:
     assert all(attributes.get("scope") for attributes, _ in page.all("th"))
-    for tag in ("input", "select", "button"):
-        for attributes, text in page.all(tag):
-            labelled = any(f'id="{attributes.get("id")}"' in str(attributes) for _ in [0]) and attributes.get("id")
-            assert attributes.get("aria-label") or text.strip() or labelled, (tag, attributes)
+    assert len(page.labelled) > 8 and all(page.labelled)
+    assert all(attributes.get("aria-label") or text.strip() for attributes, text in page.all("button"))
 
 
 def test_totals_are_those_of_the_step(page: Page) -> None:
@@ -159,6 +160,7 @@ def test_rings_are_those_of_partitions(data: dict[str, Any]) -> None:
     assert ring["slowest"]["contiguous"] > 1.5 * ring["slowest"]["zigzag"] >= 1.5 * pairs / 4
 
 
+@pytest.mark.slow
 def test_a_page_of_one_strategy_and_of_one_rank(tmp_path: Path) -> None:
     model, inputs = stack(1)
     for world_size in (1, 2):
