@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import fx
 
 # Private: capture reads Dynamo's fake mode, and its symbols, from here; a trial must not add guards to these
 from torch._guards import tracing
-from torch import fx
 from torch.distributed.tensor import DTensor
 
 from sptransform.capture.lengths import has_symbolic_sizes

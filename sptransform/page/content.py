@@ -82,7 +82,9 @@ def _graphs(options: Sequence[Option]) -> tuple[dict[Key, list[Line]], list[dict
     explained = [option.explanation for option in options if option.explanation is not None]
     before = next((e.rewritten.before for e in explained if e.rewritten.before), ())
     graphs = [
-        by_layer(listing(option.explanation.rewritten.graph_module.graph.nodes, is_local=True)) if option.explanation else {}
+        by_layer(listing(option.explanation.rewritten.graph_module.graph.nodes, is_local=True))
+        if option.explanation
+        else {}
         for option in options
     ]
     return by_layer(before), graphs

@@ -32,8 +32,8 @@ def explain(
 ) -> Explanation:
     """Return what ``rank`` of ``world_size`` would run and send in one training step, without processes or devices.
 
-    ``print`` it, ``rich.print`` it, take ``to_dict()``, or write ``html(path)`` and ``trace(path)``. The model is neither run nor changed; model and inputs may
-    live on the ``meta`` device, where they take no memory.
+    ``print`` it, ``rich.print`` it, take ``to_dict()``, or write ``html(path)`` and ``trace(path)``. The model is not
+    run or changed; model and inputs may live on the ``meta`` device, where they take no memory.
 
     Args:
         model: the unmodified module.

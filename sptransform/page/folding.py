@@ -1,7 +1,7 @@
 """Equal layers once: the lines of a graph by numbered layer, and which layers are alike in every graph that is shown.
 
-A layer is the first number in a module's path: ``model.layers.0.self_attn`` is of layer 0 of ``model.layers``. Two layers
-are alike if their lines differ in nothing but names.
+A layer is the first number in a module's path: ``model.layers.0.self_attn`` is of layer 0 of ``model.layers``. Two
+layers are alike if their lines differ in nothing but names.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def segments(
     return [_segment(tuple(group), prefixes, copies) for _, group in groups]
 
 
-def _segment(
-    keys: tuple[Key, ...], prefixes: Sequence[str], copies: Mapping[tuple[str, int], int]
-) -> Segment:
+def _segment(keys: tuple[Key, ...], prefixes: Sequence[str], copies: Mapping[tuple[str, int], int]) -> Segment:
     first, last = keys[0], keys[-1]
     if first.prefix:
         stands_for = [copies.get((key.prefix, key.index), 1) for key in keys]

@@ -78,7 +78,9 @@ def sent_by_node(facts: Facts, text: Any) -> dict[str, str]:
         entry[collective.direction] += collective.bytes_sent
         if collective.direction == "forward":
             entry["kind"] = collective.kind
-    shown = {node: (e["kind"], *(text(e[d]) if e[d] else "" for d in ("forward", "backward"))) for node, e in found.items()}
+    shown = {
+        node: (e["kind"], *(text(e[d]) if e[d] else "" for d in ("forward", "backward"))) for node, e in found.items()
+    }
     return {node: "|".join(cells) for node, cells in shown.items()}
 
 

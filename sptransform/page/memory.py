@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def curve(step: Step, size: int = POINTS) -> Curve:
     live = list(step.live_bytes())
     size = min(size, len(works))
     bounds = [len(works) * i // size for i in range(size + 1)] if works else [0]
-    highest = [max(range(lo, hi), key=live.__getitem__) for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    highest = [max(range(lo, hi), key=live.__getitem__) for lo, hi in itertools.pairwise(bounds)]
     points = tuple(live[at] for at in highest)
     first = next((i for i, at in enumerate(highest) if works[at].direction == "backward"), len(highest))
     chosen = tuple(works[at] for at in highest)
@@ -59,7 +60,8 @@ def _spikes(points: Sequence[int], works: Sequence[Work]) -> list[Spike]:
     for at in order:
         around = points[max(at - near, 0) : at + near + 1]
         is_other = all(
-            abs(at - spike.point) > 2 * near and (works[at].op, works[at].source_line) != (spike.work.op, spike.work.source_line)
+            abs(at - spike.point) > 2 * near
+            and (works[at].op, works[at].source_line) != (spike.work.op, spike.work.source_line)
             for spike in found
         )
         if points[at] == max(around) and is_other:

@@ -1,4 +1,4 @@
-"""A ring's timeline: what every rank computes at every step, under each layout. Counted in pairs of a query and a key."""
+"""A ring's timeline: what every rank computes at every step, under each layout, in pairs of a query and a key."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def rings_of(rewritten: Rewritten) -> Iterator[tuple[fx.Node, RingShape]]:
             if isinstance(decision, RingDecision):
                 sizes = [rule.sizes[rule.roles[role]] for role in ("queries", "keys")]
                 band, _ = visible(node, False)
-                yield node, RingShape(part.mesh.size, *sizes, band.nearest, band.farthest, layout_of(decision.partition))
+                yield (
+                    node,
+                    RingShape(part.mesh.size, *sizes, band.nearest, band.farthest, layout_of(decision.partition)),
+                )
 
 
 def layout_of(partition: Partition) -> str | None:

@@ -16,7 +16,11 @@ from sptransform.planning.records import Option
 def sliders(options: Sequence[Option]) -> dict[str, Any]:
     """For each option its formulas as functions of S, B and N, and where the sliders stop."""
     formulas = [{name: _function(found) for name, found in option.formulas.items()} for option in options]
-    return {"formulas": formulas, "names": list(dict.fromkeys(name for own in formulas for name in own)), **stops(options)}
+    return {
+        "formulas": formulas,
+        "names": list(dict.fromkeys(name for own in formulas for name in own)),
+        **stops(options),
+    }
 
 
 def stops(options: Sequence[Option]) -> dict[str, Any]:

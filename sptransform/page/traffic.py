@@ -54,7 +54,7 @@ def sent(step: Step, facts: Facts, segments: Sequence[Segment]) -> list[Sent]:
 
 
 def _buckets(facts: Facts) -> set[tuple[str, str | None, str]]:
-    """(module, source line, kind) of what sums the gradients of parameters: a bucket has those of one of its readers."""
+    """(module, source line, kind) of what sums gradients of parameters: a bucket has those of one of its readers."""
     kinds = {r.node: r.backward.kind for r in facts.parameter_gradients if r.backward is not None}
     nodes = facts.rewritten.graph_module.graph.nodes
     found = (node for node in nodes if node.name in kinds)

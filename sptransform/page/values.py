@@ -56,7 +56,9 @@ def seconds(x: float, source: str = SIMULATED) -> Value:
     """Seconds, milliseconds or microseconds."""
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if x >= size * 0.9995 or unit == "µs":
-            return Value(f"{x / size:.3g} {unit}" if x < 999.5 * size else f"{x / size:.0f} {unit}", f"{x:.9g} s", source)
+            return Value(
+                f"{x / size:.3g} {unit}" if x < 999.5 * size else f"{x / size:.0f} {unit}", f"{x:.9g} s", source
+            )
     raise AssertionError
 
 

@@ -64,17 +64,20 @@ def test_sliders_are_python(run: Run) -> None:
     found = run(
         """
         const stops = JSON.parse(document.getElementById("data").textContent).sliders, rows = [];
-        const set = (id, at) => { const x = document.getElementById(id); x.value = at; x.dispatchEvent(new Event("input")); };
+        const set = (id, at) => {
+          const slider = document.getElementById(id);
+          slider.value = at;
+          slider.dispatchEvent(new Event("input"));
+        };
         for (const name of stops.names) {
           const select = document.getElementById("count");
           select.value = name;
           select.dispatchEvent(new Event("change"));
           for (let n = 0; n < stops.N.length; n++) for (const s of [0, 5, stops.S.length - 1]) for (const b of [0, 3]) {
             set("N", n); set("S", s); set("B", b);
-            for (const row of document.querySelectorAll("#formula-table tbody tr")) {
-              const cell = row.children[1].querySelector(".n");
-              rows.push([name, row.children[0].textContent, stops.S[s], stops.B[b], stops.N[n], cell ? cell.title : null]);
-            }
+            const at = [stops.S[s], stops.B[b], stops.N[n]];
+            for (const row of document.querySelectorAll("#formula-table tbody tr"))
+              rows.push([name, row.children[0].textContent, ...at, row.children[1].querySelector(".n")?.title ?? null]);
           }
         }
         return rows;
@@ -86,7 +89,7 @@ def test_sliders_are_python(run: Run) -> None:
     for name, strategy, s, b, n, shown in found:
         formula = options[strategy].formulas[name]
         holds = s % (formula.multiple * n) == 0 and (formula.ranks is None or n in formula.ranks)
-        value = round(formula.expression.subs({S: s, B: b, N: n}))
+        value = round(float(formula.expression.subs({S: s, B: b, N: n})))
         assert shown == (f"{value:,}, counted" if holds else None), (name, strategy, s, b, n)
         held += holds
     assert held > len(found) / 4
@@ -95,8 +98,11 @@ def test_sliders_are_python(run: Run) -> None:
 @pytest.mark.parametrize("width", [1280, 800])
 def test_nothing_is_wider_than_the_window(run: Run, width: int) -> None:
     wide, sections = run(
-        """return [document.documentElement.scrollWidth - document.documentElement.clientWidth,
-        [...document.querySelectorAll("main section")].map((x) => [x.id, x.getBoundingClientRect().height, x.innerText.length])];""",
+        """
+        const root = document.documentElement, sections = [...document.querySelectorAll("main section")];
+        const sizes = sections.map((x) => [x.id, x.getBoundingClientRect().height, x.innerText.length]);
+        return [root.scrollWidth - root.clientWidth, sizes];
+        """,
         width,
     )
     assert wide <= 0
@@ -129,8 +135,15 @@ def test_text_stands_out_in_both_themes(run: Run, theme: str) -> None:
         f"""
         document.documentElement.dataset.theme = "{theme}";
         const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-        const light = (rgb) => {{ const [r, g, b] = rgb.slice(0, 3).map((x) => (x /= 255) <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; }};
-        const behind = (node) => {{ for (; node; node = node.parentElement) {{ const own = parse(getComputedStyle(node).backgroundColor); if (own.length < 4 || own[3] > 0) return own; }} return [255, 255, 255]; }};
+        const linear = (x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+        const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+        const behind = (node) => {{
+          for (; node; node = node.parentElement) {{
+            const own = parse(getComputedStyle(node).backgroundColor);
+            if (own.length < 4 || own[3] > 0) return own;
+          }}
+          return [255, 255, 255];
+        }};
         const found = [];
         for (const node of document.querySelectorAll("body *:not(script):not(style):not(svg *)")) {{
           const own = [...node.childNodes].some((x) => x.nodeType === 3 && x.textContent.trim());
@@ -153,7 +166,8 @@ def test_options_and_layouts_can_be_chosen(run: Run) -> None:
         const after = heads(), lanes = [];
         for (const button of document.querySelectorAll("#layout button")) {
           button.click();
-          lanes.push([button.textContent, document.querySelectorAll("#lanes rect title").length, document.getElementById("ring-says").textContent]);
+          const says = document.getElementById("ring-says").textContent;
+          lanes.push([button.textContent, document.querySelectorAll("#lanes rect title").length, says]);
         }
         const theme = () => getComputedStyle(document.documentElement).colorScheme;
         const themes = [theme()];
@@ -174,6 +188,8 @@ def test_boxes_fill_what_ranks_have(run: Run) -> None:
 
 
 def test_the_system_chooses_the_theme(run: Run, tmp_path: Path) -> None:
-    body = "return [matchMedia('(prefers-color-scheme: dark)').matches, getComputedStyle(document.body).backgroundColor];"
+    body = (
+        "return [matchMedia('(prefers-color-scheme: dark)').matches, getComputedStyle(document.body).backgroundColor];"
+    )
     is_dark, colour = run(body, 1280, "--blink-settings=preferredColorScheme=0")
     assert (colour == "rgb(18, 22, 26)") == is_dark

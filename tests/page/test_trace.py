@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 import pytest
 
+import sptransform
 from sptransform import UsageError
 from tests.page.shown import comparison, stack
-
-import sptransform
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -35,7 +35,7 @@ def test_slices_of_a_track_do_not_overlap(entries: list[dict[str, Any]]) -> None
     for thread in (0, 1):
         own = sorted((e["ts"], e["dur"]) for e in entries if e["ph"] == "X" and (e["pid"], e["tid"]) == (0, thread))
         assert own
-        for (start, length), (following, _) in zip(own, own[1:], strict=False):
+        for (start, length), (following, _) in itertools.pairwise(own):
             assert start + length <= following + 2e-3, "rounded to a nanosecond each"
 
 
@@ -43,7 +43,9 @@ def test_the_step_is_as_long_as_its_timeline(entries: list[dict[str, Any]]) -> N
     (option,) = [each for each in comparison().options if each.name == "ring"]
     end = max(e["ts"] + e["dur"] for e in entries if e["ph"] == "X")
     assert end == pytest.approx(option.timeline.seconds * 1e6, abs=0.01)
-    shown = sum(e["args"].get("bytes sent", 0) for e in entries if e["ph"] == "X" and e["pid"] == 0 and e["cat"] == "message")
+    shown = sum(
+        e["args"].get("bytes sent", 0) for e in entries if e["ph"] == "X" and e["pid"] == 0 and e["cat"] == "message"
+    )
     assert shown == option.step.bytes_sent()
 
 
