@@ -166,8 +166,8 @@ def _value(node: fx.Node) -> Any:
 
 
 def _cut(graph: fx.Graph, layers: list[_Layer], lo: int, hi: int, period: int) -> None:
-    """Erase the layers ``lo .. hi - 1``: what reads the last of them reads the layer a whole number of periods before."""
-    for layer in range(hi - 1, hi - 1 - period, -1):
+    """Erase the layers ``lo .. hi - 1``: what reads them, as outputs do, reads one a whole number of periods before."""
+    for layer in range(lo, hi):
         source = layers[lo - period + (layer - lo) % period]
         for gone, kept in zip(layers[layer].nodes, source.nodes, strict=True):
             gone.replace_all_uses_with(kept, delete_user_cb=lambda user: True)

@@ -43,7 +43,8 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
             _keep(_output(graphs.backward), behind)
     copies = copies or {}
     sizes = []
-    for node, placeholder in zip(own, placeholders, strict=True):
+    inputs = placeholders[len(placeholders) - len(own) :]  # before them stand the constants of the graph
+    for node, placeholder in zip(own, inputs, strict=True):
         note = notes.note(node)
         sizes.append((note, held[placeholder].size * _copies(note.input_name or "", copies)))
     return Step(
