@@ -21,7 +21,10 @@
 
   // ---- what is shown -------------------------------------------------------------------------------------------
   const runnable = D.options.map((o, i) => i).filter((i) => !D.options[i].blocked);
-  let shown = runnable.slice(0, window.innerWidth < 1000 ? 2 : MOST);
+  // the best of each kind first
+  const kind = (i) => D.options[i].name.split(" ")[0];
+  const firsts = runnable.filter((i, k) => runnable.findIndex((j) => kind(j) === kind(i)) === k);
+  let shown = [...new Set([...firsts, ...runnable])].slice(0, window.innerWidth < 1000 ? 2 : MOST).sort((a, b) => a - b);
   const draws = [];
   const draw = () => draws.forEach((each) => each());
   const picks = [...document.querySelectorAll(".pick")];
@@ -359,7 +362,7 @@
           const fill = D.kinds.includes(kind) ? `var(--${kind})` : kind === "attention" ? "var(--accent)" : kind === "matmul" ? "var(--compute)" : "var(--memory)";
           svg += `<rect x="${(150 + start * scale).toFixed(2)}" y="${y + stream * (high + 2)}" width="${Math.max(length * scale, 0.4).toFixed(2)}" height="${high}" fill="${fill}"><title>${esc(op)}, ${took(length)}, simulated\n${esc(line)}</title></rect>`;
         }
-        return svg + `<text class="ink" x="${156 + end(events) * scale}" y="${y + 14}">${took(end(events))}</text>`;
+        return svg + `<text class="ink" x="${156 + end(events) * scale}" y="${y + 14}">${took(end(events))}<tspan class="soft"> ○</tspan></text>`;
       });
       return `<div class="card"><h3>${esc(D.options[i].name)} <span class="small">${esc(own.layer)}</span></h3><svg viewBox="0 0 ${w} ${5.2 * high + 6}" role="img" aria-label="Streams of one layer under ${esc(D.options[i].name)}: forward ${took(end(own.forward))}, backward ${took(end(own.backward))}"><defs><pattern id="idle-${i}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${rows.join("")}</svg></div>`;
     }).join("");
@@ -418,7 +421,7 @@
         const own = D.machines[each][i];
         if (!own) return `<div class="bars"><span class="none">–</span></div>`;
         const [all, waits] = own.map((x) => (82 * x) / longest);
-        return `<div class="bars" title="${esc(D.options[i].name)}: ${took(own[0])}, waits ${took(own[1])}, simulated"><i style="width:${(all - waits).toFixed(2)}%;background:${hue(i)}"></i><i class="exposed" style="width:${waits.toFixed(2)}%"></i><span>${took(own[0])}</span></div>`;
+        return `<div class="bars" title="${esc(D.options[i].name)}: ${took(own[0])}, waits ${took(own[1])}, simulated"><i style="width:${(all - waits).toFixed(2)}%;background:${hue(i)}"></i><i class="exposed" style="width:${waits.toFixed(2)}%"></i><span>${number(took(own[0]), "simulated", `${own[0]} s`)}</span></div>`;
       }).join("")}</td></tr>`);
       $("machine-chart").innerHTML = `<table class="machines"><caption>Step time on each machine, simulated: ${shown.map((i) => `<span>${dot(i)}${esc(D.options[i].name)}</span>`).join(" ")} <span><i class="sw exposed"></i>waits for others</span></caption><tbody>${rows.join("")}</tbody></table>`;
     }
