@@ -1,0 +1,113 @@
+"""What parameters in parts add to a step: a part of each unit's parameters a rank, gathered before each use (ZeRO-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sptransform.cost.records import Message, Step, Work
+
+
+def with_parameter_shards(
+    step: Step, ranks: Sequence[int], units: Mapping[str, int], *, itemsize: int = 2, kept: int = 2, reduced: int = 4
+) -> Step:
+    """The step of a rank that keeps 1/N of the parameters, and of their gradients, as FSDP does.
+
+    Each unit's parameters are gathered before its forward and before its backward, one unit ahead, and its gradients
+    are reduced and scattered after its backward (Rajbhandari et al., ZeRO, arXiv 1910.02054, §5.3).
+
+    Args:
+        step: with whole parameters. Equal layers may stand for several.
+        ranks: the N global ranks that share the parameters.
+        units: module path -> number of parameters; "" is what no other path begins. In the order of the forward.
+        itemsize: bytes of a parameter as it is gathered and computed with.
+        kept: bytes of a parameter as its owner keeps it; its gradient is kept in as many.
+        reduced: bytes of a gradient as it is reduced.
+    """
+    size = len(ranks)
+    works: list[Work] = []
+    for direction in ("forward", "backward"):
+        own = [work for work in step.works if work.direction == direction]
+        works += _gathered(own, _visits(own, units), units, ranks, (itemsize, kept, reduced))
+    copies = {
+        unit: max((work.copies for work in step.works if _unit(work, units) == unit), default=1) for unit in units
+    }
+    count = sum(number * copies[unit] for unit, number in units.items())
+    whole = itemsize * count
+    buffers = max(step.parameters - whole, 0)
+    shard = -(-count // size) * kept
+    return replace(step, works=tuple(works), parameters=buffers + shard, gradients=shard)
+
+
+def _unit(work: Work, units: Mapping[str, int]) -> str:
+    inside = (unit for unit in units if unit and (work.layer == unit or work.layer.startswith(f"{unit}.")))
+    return max(inside, key=len, default="")
+
+
+def _visits(works: Sequence[Work], units: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """(unit, index of its first work, index of its last) in the order in which works of this direction need them."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, work in enumerate(works):
+        unit = _unit(work, units)
+        first.setdefault(unit, index)
+        last[unit] = index
+    return sorted(((unit, first[unit], last[unit]) for unit in first if units.get(unit)), key=lambda visit: visit[1])
+
+
+def _gathered(
+    works: Sequence[Work],
+    visits: Sequence[tuple[str, int, int]],
+    units: Mapping[str, int],
+    ranks: Sequence[int],
+    sizes: tuple[int, int, int],
+) -> list[Work]:
+    """The works with the messages of each unit around its own."""
+    itemsize, kept, reduced = sizes
+    before: dict[int, list[Work]] = {}
+    after: dict[int, list[Work]] = {}
+    for place, (unit, first, last) in enumerate(visits):
+        like = works[first]
+        gather = _message("all_gather", units[unit] * itemsize, ranks)
+        start = replace(_work("start", like, gather), copies=1)
+        if place == 0:
+            before.setdefault(first, []).append(start)
+        before.setdefault(first, []).append(_work("wait", like, gather, allocated=units[unit] * itemsize))
+        ahead = visits[place + 1][0] if place + 1 < len(visits) else None
+        if ahead is not None:
+            before[first].append(_work("start", like, _message("all_gather", units[ahead] * itemsize, ranks)))
+        whole = units[unit] * itemsize
+        after[last] = [_work("free", works[last], None, freed=whole)]
+        if like.direction == "backward":
+            # the whole gradients, which the unit's own works made, become a part
+            part = -(-units[unit] // len(ranks)) * kept
+            scatter = _message("reduce_scatter", units[unit] * reduced, ranks)
+            after[last] += [
+                _work("start", works[last], scatter, allocated=part),
+                _work("free", works[last], None, freed=whole),
+            ]
+    found: list[Work] = []
+    for index, work in enumerate(works):
+        found += [*before.get(index, ()), work, *after.get(index, ())]
+    return found
+
+
+def _message(kind: str, size: int, ranks: Sequence[int]) -> Message:
+    return Message(kind, size * (len(ranks) - 1) // len(ranks), tuple(ranks))
+
+
+def _work(what: str, like: Work, message: Message | None, allocated: int = 0, freed: int = 0) -> Work:
+    """A work of the unit that ``like`` is of: the start of a message, its end, or memory that is given back."""
+    op = "free" if message is None else message.kind
+    kind = {"start": "message", "wait": "wait", "free": "wait"}[what]
+    return Work(
+        f"{like.layer or 'model'}.{op}",
+        op,
+        kind,
+        like.direction,
+        like.layer,
+        message=message,
+        allocated=allocated,
+        freed=freed,
+        copies=like.copies,
+    )
