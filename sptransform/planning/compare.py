@@ -12,6 +12,7 @@ from sptransform.compiler.fake_models import without_meta
 from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import arguments_of, rewritten_for, while_captured
 from sptransform.compiler.trials import trials
+from sptransform.cost.folding import fold_layers
 from sptransform.cost.hardware import Hardware, hardware_of
 from sptransform.cost.read import step_of
 from sptransform.diagnostics.errors import UsageError, describe
@@ -68,18 +69,21 @@ def compare(
     args, kwargs = arguments_of(inputs)
 
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> Comparison:
-        trial = trials(rewritten_for, gm, example_inputs, chosen, Mesh.pretended(world_size))
+        folded = fold_layers(gm, example_inputs)
+        copies = folded.copies
+        trial = trials(rewritten_for, folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size))
         shown = []
         with quietly():
             for done, candidate in enumerate(found):
                 progress(candidate.name, done, len(found))
-                shown.append(judged(candidate, trial, machine, lengths))
-            alone = step_of(trial(Ulysses(), (1,), 0))
+                shown.append(judged(candidate, trial, machine, copies, lengths))
+            alone = step_of(trial(Ulysses(), (1,), 0), copies=copies)
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
             options=ranked(shown),
             one_device=alone,
+            copies=copies,
         )
 
     return while_captured(model, use, *args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from sptransform.cost.simulate import simulate
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.engine.strategy import Strategy
 from sptransform.inspection.attended_work import Documents
+from sptransform.inspection.explanation import Explanation
 from sptransform.inspection.reader import explanation_of
 from sptransform.planning.candidates import Candidate
 from sptransform.planning.records import Option
@@ -23,21 +24,39 @@ Trial = Callable[[Strategy, tuple[int, ...], int], Rewritten]
 
 
 def judged(
-    candidate: Candidate, trial: Trial, hardware: Hardware | None, documents: Documents | None = None
+    candidate: Candidate,
+    trial: Trial,
+    hardware: Hardware | None,
+    copies: Mapping[str, int],
+    documents: Documents | None = None,
 ) -> Option:
-    """The candidate's step on its busiest rank; blocked, if this library refuses it. Other errors are raised."""
+    """The candidate's step on its busiest rank; blocked, if this library refuses it. Other errors are raised.
+
+    ``copies``: of the graph that ``trial`` rewrites, see :func:`sptransform.cost.folding.fold_layers`.
+    """
     option = Option(candidate.name, candidate.strategy, candidate.shape)
     try:
         explanation = explanation_of(trial(candidate.strategy, candidate.shape, 0), documents)
-        pairs = explanation.attended_pairs
+        pairs = pairs_of_ranks(explanation, copies)
         busiest = pairs.index(max(pairs)) if pairs else 0
         if busiest:
             explanation = explanation_of(trial(candidate.strategy, candidate.shape, busiest), documents)
-        step = step_of(explanation.rewritten)
+        step = step_of(explanation.rewritten, copies=copies)
     except SPTransformError as error:
         return replace(option, blocked=str(error))
     timeline = None if hardware is None else simulate(step, hardware)
-    return replace(option, rank=busiest, explanation=explanation, step=step, timeline=timeline)
+    return replace(option, rank=busiest, explanation=explanation, pairs=pairs, step=step, timeline=timeline)
+
+
+def pairs_of_ranks(explanation: Explanation, copies: Mapping[str, int]) -> tuple[int, ...]:
+    """For every rank, how many pairs of a query and a key it attends in the forward, in all layers."""
+    weighted = ([n * number_of(work.layer, copies) for n in work.pairs] for work in explanation.attention)
+    return tuple(map(sum, zip(*weighted, strict=True)))
+
+
+def number_of(layer: str, copies: Mapping[str, int]) -> int:
+    """How many equal layers a module of the graph stands for."""
+    return next((n for path, n in copies.items() if layer == path or layer.startswith(f"{path}.")), 1)
 
 
 def ranked(options: Iterable[Option]) -> tuple[Option, ...]:

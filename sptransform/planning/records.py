@@ -24,8 +24,10 @@ class Option:
         rank: the rank that is shown: the one that attends the most pairs of a query and a key.
         blocked: why the strategy cannot run this model, with the line of the user's code; None if it can. The fields
             below are None, and formulas empty, where it cannot.
-        explanation: the facts of ``rank``: collectives, redistributions, the work of every rank, the graph.
-        step: its ops, forward and backward. Counted.
+        explanation: the facts of ``rank`` in the graph of few layers that was rewritten: what is redistributed and where,
+            and the graph. See ``copies`` of :class:`ComparisonFacts`.
+        pairs: for every rank, how many pairs of a query and a key it attends in the forward, in all layers.
+        step: the ops of ``rank``, forward and backward, in all layers. Counted.
         timeline: the step on the hardware. Simulated; None without hardware.
         formulas: by name, such as "forward bytes", how a count of ``step`` depends on lengths and ranks.
     """
@@ -36,6 +38,7 @@ class Option:
     rank: int = 0
     blocked: str | None = None
     explanation: Explanation | None = None
+    pairs: tuple[int, ...] = ()
     step: Step | None = None
     timeline: Timeline | None = None
     formulas: Mapping[str, Formula] = field(default_factory=dict)
@@ -43,7 +46,7 @@ class Option:
     @property
     def imbalance(self) -> float:
         """By how much the attention of the busiest rank exceeds the mean: 0.1 is 10% more."""
-        return imbalance(self.explanation.attended_pairs) if self.explanation else 0.0
+        return imbalance(self.pairs)
 
     @property
     def kernels(self) -> int:
@@ -62,12 +65,15 @@ class ComparisonFacts:
         options: those that can run, the fastest first, without hardware the one that sends least; then those that
             are blocked.
         one_device: the step of the model on one rank; its FLOPs are those that ranks share.
+        copies: paths of the layers that stand for equal ones in the graphs of options -> for how many, themselves
+            included.
     """
 
     world_size: int
     hardware: str | None
     options: tuple[Option, ...]
     one_device: Step
+    copies: Mapping[str, int]
 
     @property
     def runnable(self) -> tuple[Option, ...]:
