@@ -53,6 +53,7 @@ class Explanation(explanation.Explanation):
             mesh=tuple(part.mesh.size for part in context.result.mesh_dims) or (self.world_size,),
             rank=self.rank,
             explanation=self,
+            pairs=self.attended_pairs,
             step=self.step,
             timeline=self.timeline,
         )
