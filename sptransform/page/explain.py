@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from sptransform.compiler.rewrite import rewrite
 from sptransform.cost.hardware import HardwareLike, hardware_of
@@ -56,7 +57,14 @@ def explain(
     machine = None if hardware is None else hardware_of(hardware)
     rewritten = rewrite(model, strategy, inputs, world_size=world_size, rank=rank, **options)
     explanation = explanation_of(rewritten, lengths, machine)
-    if expand:
-        explanation = replace(explanation, expanded=expanded_rings(rewritten))
-        run_passes(rewritten.graph_module, [ExpandRings()], rewritten.context, DISTRIBUTED)
-    return explanation
+    return expanded(explanation) if expand else explanation
+
+
+def expanded(explanation: Explanation) -> Explanation:
+    """The explanation with the steps of its rings, and their nodes in a copy of the graph."""
+    whole = explanation.rewritten
+    gm = fx.GraphModule(whole.graph_module, copy.deepcopy(whole.graph_module.graph))
+    gm.meta = dict(whole.graph_module.meta)
+    run_passes(gm, [ExpandRings()], whole.context, DISTRIBUTED)
+    shown = replace(whole, graph_module=gm)
+    return replace(explanation, rewritten=shown, whole=whole, expanded=expanded_rings(whole))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,16 @@ class Explanation(explanation.Explanation):
 
     Attributes:
         hardware: what times are simulated for; None if none are.
+        whole: with ``explain(.., expand=True)``, the graph before its rings were expanded, which has a backward.
     """
 
     hardware: Hardware | None = field(default=None, compare=False)
+    whole: Rewritten | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def step(self) -> Step:
         """The rank's ops in one training step, forward and backward. Counted."""
-        return step_of(self.rewritten)
+        return step_of(self.whole or self.rewritten)
 
     @cached_property
     def timeline(self) -> Timeline | None:
@@ -52,7 +54,7 @@ class Explanation(explanation.Explanation):
             strategy=context.strategy,
             mesh=tuple(part.mesh.size for part in context.result.mesh_dims) or (self.world_size,),
             rank=self.rank,
-            explanation=self,
+            explanation=replace(self, rewritten=self.whole or self.rewritten),
             pairs=self.attended_pairs,
             step=self.step,
             timeline=self.timeline,

@@ -200,3 +200,14 @@ def test_the_largest_texts_are_pooled(data: dict[str, Any]) -> None:
     assert len(data["texts"]) == len(set(data["texts"]))
     assert len({tuple(line) for line in data["lines"]}) == len(data["lines"])
     assert not re.search(r"\d\.\d{7}", json.dumps(data["options"]))
+
+
+@pytest.mark.slow
+def test_expanded_rings_are_steps_with_a_backward(tmp_path: Path) -> None:
+    model, inputs = stack(1)
+    plain, shown = (sptransform.explain(model, "ring", inputs, world_size=4, expand=expand) for expand in (False, True))
+    assert "sptransform.attention_block(" in shown.graph() and "sptransform.ring_attention(" in plain.graph()
+    assert shown.step == plain.step and shown.step.bytes_sent("backward") > 0
+    for explained in (plain, shown):
+        explained.html(tmp_path / f"{explained is plain}.html", title="one")
+    assert (tmp_path / "True.html").read_text() == (tmp_path / "False.html").read_text()
