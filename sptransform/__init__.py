@@ -31,6 +31,9 @@ from sptransform.page.explain import explain
 from sptransform.page.explanation import Explanation, explanation_of
 from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
+from sptransform.planning.auto import Auto
+from sptransform.planning.compare import compare
+from sptransform.planning.comparison import Comparison
 from sptransform.rules.decision import Decision, Sharded
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule
@@ -45,6 +48,7 @@ __all__ = [
     "PIPELINE",
     "USP",
     "AllGatherKV",
+    "Auto",
     "CaptureError",
     "Comparison",
     "Context",

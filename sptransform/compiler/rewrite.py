@@ -21,13 +21,14 @@ from sptransform.compiler.checks import check_sequence_dims
 from sptransform.compiler.compile_log import traced
 from sptransform.compiler.distribute import distribute
 from sptransform.compiler.dynamo import configured
-from sptransform.compiler.fake_models import without_meta
+from sptransform.compiler.fake_models import faked, without_meta
 from sptransform.compiler.options import Options
 from sptransform.compiler.trials import trials
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.diagnostics.said_once import each_sentence_once
 from sptransform.engine.context import Context
+from sptransform.engine.strategy import Strategy
 from sptransform.graph.listing import Line, listing
 from sptransform.graph.printer import line, text
 from sptransform.sharding.mesh import Mesh
@@ -224,8 +225,21 @@ def settled(options: Options, mesh: Mesh, gm: fx.GraphModule, inputs: list[Any])
     """
     if not options.strategy.chooses or mesh.size == 1:
         return options
-    trial = trials(rewritten_for, gm, inputs, options, mesh)
-    return replace(options, strategy=options.strategy.choose(trial, mesh.shape, options.shard_parameters))
+
+    def trials_of(graph: fx.GraphModule, given: list[Any]) -> Callable[[Strategy, tuple[int, ...], int], Rewritten]:
+        return trials(rewritten_for, graph, given, options, mesh)
+
+    chosen = options.strategy.choose(gm, inputs, trials_of, mesh, options.shard_parameters)
+    return replace(options, strategy=chosen)
+
+
+def settled_for_call(
+    model: nn.Module, options: Options, mesh: Mesh, inputs: Mapping[str, Any] | tuple[Any, ...]
+) -> Options:
+    """As :func:`settled`, for the graph of a call of ``model``, which is not run; only shapes matter."""
+    copied, inputs = faked(model, inputs)
+    args, kwargs = arguments_of(inputs)
+    return while_captured(copied, lambda gm, given: settled(options, mesh, gm, given), *args, **kwargs)
 
 
 def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:

@@ -61,4 +61,3 @@ def _lengths_as_given(gm: fx.GraphModule) -> Iterator[None]:
 
 def _number(x: Any) -> Any:
     return x.node.hint if isinstance(x, torch.SymInt) else x
-

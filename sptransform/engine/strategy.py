@@ -163,14 +163,21 @@ class Strategy:
         return 0 if is_stored else first_dim(shape, num_ranks)
 
     def choose(
-        self, trial: Callable[[Strategy, tuple[int, ...], int], Any], shape: tuple[int, ...], in_parts: bool
+        self,
+        gm: fx.GraphModule,
+        inputs: list[Any],
+        trials: Callable[[fx.GraphModule, list[Any]], Callable[[Strategy, tuple[int, ...], int], Any]],
+        mesh: Mesh,
+        in_parts: bool,
     ) -> Strategy:
         """The strategy to take for a graph; every rank comes to the same one.
 
         Args:
-            trial: (a strategy, the ranks of each mesh dim, a rank) -> what the rank would run, as
-                :func:`sptransform.rewrite` gives it.
-            shape: the ranks of each mesh dim.
+            gm: the graph, as Dynamo gives it.
+            inputs: what it is called with.
+            trials: (a graph, its inputs) -> (a strategy, the ranks of each mesh dim, a rank) -> what the rank would
+                run, as :func:`sptransform.rewrite` gives it.
+            mesh: the ranks.
             in_parts: whether ranks keep parts of parameters (``shard_parameters``).
 
         Raises:

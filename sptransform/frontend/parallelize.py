@@ -17,7 +17,7 @@ from sptransform.compiler.backend import sptransform_backend
 from sptransform.compiler.dynamo import WatchedCompiler, compiled_by_itself, configured
 from sptransform.compiler.options import Options
 from sptransform.compiler.parameter_dims import parameter_dims
-from sptransform.compiler.rewrite import arguments_of
+from sptransform.compiler.rewrite import arguments_of, settled_for_call
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.pass_manager import Pass
 from sptransform.frontend.dtensor_inputs import taking_parts
@@ -131,6 +131,18 @@ def parallelize(
             )
         )
     where = options.strategy.mesh_of(mesh)  # a wrong mesh is an error here, not at the first call
+    if options.strategy.chooses and options.strategy.shards_weights:
+        # how parameters are cut has to be known before the first call
+        if inputs is None:
+            raise UsageError(
+                describe(
+                    "the choice of a strategy that may cut parameters needs a call of the model",
+                    found=f"{options.strategy}, no inputs",
+                    fix="parallelize(.., inputs={'input_ids': ids, ..}); Auto(megatron=False) needs none",
+                )
+            )
+        options = settled_for_call(model, options, where, inputs)
+        where = options.strategy.mesh_of(mesh)
     if options.keeps_parts and not grad_sync:
         raise UsageError(
             describe(

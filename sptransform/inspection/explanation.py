@@ -26,7 +26,7 @@ class Explanation(Facts):
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data for ``json.dumps``; ``graph`` maps module paths to the modules' own lines."""
-        data = {f: getattr(self, f) for f in ("strategy", "world_size", "rank", "grad_sync")}
+        data = {f: getattr(self, f) for f in ("strategy", "reason", "world_size", "rank", "grad_sync")}
         for name in ("redistributions", "rings", "losses", "expanded", "fallbacks", "gathered", "outputs", "totals"):
             data[name] = [_plain(asdict(entry)) for entry in getattr(self, name)]
         data["documents"] = _plain(self.documents)

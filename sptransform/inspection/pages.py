@@ -72,7 +72,7 @@ def _totals(facts: Facts) -> Section:
         f"what rank {facts.rank} sends in one training step",
         ("direction", "collective", "count", "bytes sent"),
         rows,
-        [note] if any(t.kind == "all_reduce" for t in facts.totals) else [],
+        [*[note] * any(t.kind == "all_reduce" for t in facts.totals), *[facts.reason] * bool(facts.reason)],
     )
 
 

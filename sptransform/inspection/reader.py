@@ -45,6 +45,7 @@ def explanation_of(rewritten: Rewritten, documents: Documents | None = None) -> 
         rewritten=rewritten,
         attention=tuple(work_of_ranks(rewritten, documents)),
         documents=documents,
+        reason=context.strategy.reason,
         losses=tuple(map(_chunked_loss, graph.find_nodes(op="call_function", target=LINEAR_CROSS_ENTROPY))),
     )
 

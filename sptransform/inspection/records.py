@@ -169,6 +169,7 @@ class Facts:
         rewritten: the graph itself.
         expanded: with ``explain(..., expand=True)``, the steps of every ring.
         attention: the work of every rank in each attention that has a rule, in the graph's order.
+        reason: why ``strategy="auto"`` took this strategy; empty if the user did.
         losses: the losses whose logits exist in chunks, in the graph's order.
         documents: with ``explain(..., documents=..)``, the lengths of packed documents by row, that it is counted for.
     """
@@ -188,6 +189,7 @@ class Facts:
     attention: tuple[AttentionWork, ...] = ()
     documents: Documents | None = None
     losses: tuple[ChunkedLoss, ...] = ()
+    reason: str = ""
 
     @property
     def attended_pairs(self) -> tuple[int, ...]:

@@ -79,4 +79,5 @@ def name_of(strategy: Strategy) -> str:
     return str(strategy)
 
 
+# as users pass them
 _NAMES = {"ulysses": Ulysses(), "ring": Ring(), "allgather": AllGatherKV(), "usp": USP(), "megatron": MegatronSP()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sptransform.inspection.attended_work import checked_documents
 from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
 from sptransform.planning.comparison import Comparison
 from sptransform.planning.judged import judged, quietly, ranked
+from sptransform.planning.records import Option
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
 from sptransform.strategies.ulysses import Ulysses
@@ -81,9 +83,20 @@ def compare(
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
-            options=ranked(shown),
+            options=ranked(_with_lines(shown)),
             one_device=alone,
             copies=copies,
         )
 
     return while_captured(model, use, *args, **kwargs)
+
+
+def _with_lines(options: Sequence[Option]) -> Iterator[Option]:
+    """Where an error of all attentions names none, it gets the line of the first."""
+    attentions = (work for option in options if option.explanation for work in option.explanation.attention)
+    line = next((work.source_line for work in attentions), None)
+    for option in options:
+        if option.blocked is not None and line is not None and "\n  in: " not in option.blocked:
+            yield replace(option, blocked=f"{option.blocked}\n  in: {line}")
+        else:
+            yield option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sptransform.cost.formulas import Formula
 from sptransform.cost.records import Step
@@ -24,7 +25,7 @@ class Option:
         rank: the rank that is shown: the one that attends the most pairs of a query and a key.
         blocked: why the strategy cannot run this model, with the line of the user's code; None if it can. The fields
             below are None, and formulas empty, where it cannot.
-        explanation: the facts of ``rank`` in the graph of few layers that was rewritten: what is redistributed and where,
+        explanation: the facts of ``rank`` in the graph of few layers that was rewritten: what is redistributed where,
             and the graph. See ``copies`` of :class:`ComparisonFacts`.
         pairs: for every rank, how many pairs of a query and a key it attends in the forward, in all layers.
         step: the ops of ``rank``, forward and backward, in all layers. Counted.
@@ -47,6 +48,11 @@ class Option:
     def imbalance(self) -> float:
         """By how much the attention of the busiest rank exceeds the mean: 0.1 is 10% more."""
         return imbalance(self.pairs)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """The most that the rank holds at a time, without optimizer states."""
+        return self.step.peak_bytes() if self.step else 0
 
     @property
     def kernels(self) -> int:

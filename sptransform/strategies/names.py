@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pkgutil import resolve_name
 
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.strategy import Strategy
@@ -15,7 +16,9 @@ from sptransform.strategies.usp import USP
 StrategyLike = str | Strategy | Sequence["str | Strategy"]
 
 _NAMED = {"allgather": AllGatherKV, "megatron": MegatronSP, "ring": Ring, "ulysses": Ulysses, "usp": USP}
-_PLANNED = ("auto",)
+# A name of what stands above the compiler, because it compiles every other strategy to choose among them. As an entry
+# point is, it is found when it is asked for.
+_CHOOSING = {"auto": "sptransform.planning.auto:Auto"}
 
 
 def strategy_of(strategy: StrategyLike) -> Strategy:
@@ -25,7 +28,8 @@ def strategy_of(strategy: StrategyLike) -> Strategy:
         UsageError: anything else.
     """
     if isinstance(strategy, Strategy):
-        if {type(strategy).place_attention, type(strategy).stages} == {Strategy.place_attention, Strategy.stages}:
+        own = type(strategy)
+        if not own.chooses and (own.place_attention, own.stages) == (Strategy.place_attention, Strategy.stages):
             fix = "def place_attention(self, rule, num_ranks, divide): .."
             raise UsageError(describe(f"{strategy} places nothing", found="no method place_attention", fix=fix))
         return strategy
@@ -38,11 +42,12 @@ def strategy_of(strategy: StrategyLike) -> Strategy:
         return Composed(tuple(map(strategy_of, strategy)))
     if isinstance(strategy, str) and strategy in _NAMED:
         return _NAMED[strategy]()
-    planned = isinstance(strategy, str) and strategy in _PLANNED
+    if isinstance(strategy, str) and strategy in _CHOOSING:
+        return resolve_name(_CHOOSING[strategy])()
     raise UsageError(
         describe(
-            "this strategy is not built yet" if planned else "unknown strategy",
+            "unknown strategy",
             found=repr(strategy),
-            fix=f"one of {', '.join(map(repr, sorted(_NAMED)))}, or a Strategy object",
+            fix=f"one of {', '.join(map(repr, sorted(_NAMED | _CHOOSING)))}, or a Strategy object",
         )
     )
