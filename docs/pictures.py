@@ -1,6 +1,6 @@
 """Draws the pictures of the docs: what the demo prints, what `explain` prints, and pages. `python docs/pictures.py`
 
-Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are photographed in headless Chromium.
+Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are taken in headless Chromium.
 """
 
 from __future__ import annotations

@@ -32,8 +32,6 @@ from sptransform.page.explanation import Explanation, explanation_of
 from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
 from sptransform.planning.auto import Auto
-from sptransform.planning.compare import compare
-from sptransform.planning.comparison import Comparison
 from sptransform.rules.decision import Decision, Sharded
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule

@@ -16,16 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from sptransform.page import values
 from sptransform.page.content import Content, content
 from sptransform.page.sliders import stops
-from sptransform.page.traffic import KINDS
+from sptransform.page.traffic import DIRECTIONS, KINDS
 from sptransform.planning.records import Option
 
 
 def write_page(path: str | Path, options: Sequence[Option], *, title: str, hardware: str | None = None) -> None:
     """Write :func:`page` to a file."""
     Path(path).write_text(page(options, title=title, hardware=hardware), encoding="utf-8")
-
-
-DIRECTIONS = ("forward", "backward")
 
 
 def page(options: Sequence[Option], *, title: str, hardware: str | None = None) -> str:
@@ -63,12 +60,15 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         meanings=values.MEANINGS,
         made=f"Made by sptransform {version('sptransform')} with torch {torch.__version__}",
         script=_text("page.js"),
+        style=_text("page.css"),
         data=_json(found.data),
     )
 
 
 def _text(name: str) -> str:
-    return (files("sptransform.page") / "templates" / name).read_text(encoding="utf-8")
+    """A style sheet or script without indentation and without lines that are comments."""
+    lines = (files("sptransform.page") / "templates" / name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.strip() for line in lines if not line.strip().startswith("//"))
 
 
 def _json(data: dict[str, Any]) -> str:

@@ -17,9 +17,14 @@
   }
   const three = (x) => (Math.abs(x) >= 999.5 ? x.toFixed(0) : String(Number(x.toPrecision(3))));
   const bytes = (x) => digits(x, "B");
+  const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
   const grouped = (x) => String(x).replace(/\B(?=(\d{3})+(?!\d))/g, ",");
 
   // ---- what is shown -------------------------------------------------------------------------------------------
+  D.options.forEach((o) => (o.where = o.where.map(([segment, module, kind, direction, count, size]) => ({ segment, module: D.texts[module], kind: D.kinds[kind], direction: ["forward", "backward"][direction], count, bytes: size }))));
+  D.rings.forEach((ring) => {
+    for (const name in ring.layouts) ring.layouts[name] = ring.layouts[name].map((row) => row.match(/../g).map((pair) => parseInt(pair, 36)));
+  });
   const runnable = D.options.map((o, i) => i).filter((i) => !D.options[i].blocked);
   // the best of each kind first
   const kind = (i) => D.options[i].name.split(" ")[0];
@@ -311,7 +316,8 @@
       const mine = own();
       ring = mine.lanes;
       layout = Math.max(names.indexOf(mine.layout), 0);
-      segmented($("ring"), D.rings.map((each) => `${each.ranks} ranks`), ring, (i) => { ring = i; lanes(); });
+      const order = D.rings.map((_, i) => i).sort((a, b) => D.rings[a].ranks - D.rings[b].ranks);
+      segmented($("ring"), order.map((i) => `${D.rings[i].ranks} ranks`), order.indexOf(ring), (k) => { ring = order[k]; lanes(); });
       segmented($("layout"), names, layout, (i) => { layout = i; lanes(); });
       lanes();
     });
@@ -347,31 +353,31 @@
   // ---- time of one layer ----------------------------------------------------------------------------------------
   if ($("time")) draws.push(function time() {
     const node = $("events"), w = 1120, high = 20;
-    const end = (events) => Math.max(0, ...events.map((e) => e[3] + e[4]));
-    const longest = Math.max(...shown.map((i) => D.options[i].events).filter(Boolean).map((own) => Math.max(end(own.forward), end(own.backward))), 1e-9);
-    const took = (us) => (us >= 999.5 ? three(us / 1000) + " ms" : three(us) + " µs");
+    const longest = Math.max(...shown.flatMap((i) => D.options[i].events?.lasts ?? []), 1e-9);
+    const kernels = ["accent", "compute", "memory"];
     node.innerHTML = shown.map((i) => {
       const own = D.options[i].events;
       if (!own) return "";
       const rows = ["forward", "backward"].map((direction, row) => {
-        const y = 4 + row * 2.9 * high, events = own[direction], scale = (w - 230) / longest;
+        const y = 4 + row * 2.9 * high, events = own[direction], last = own.lasts[row], scale = (w - 230) / longest;
         let svg = `<text x="0" y="${y + 14}">${direction}</text><text x="66" y="${y + 14}">compute</text><text x="66" y="${y + high + 16}">messages</text>`;
-        svg += `<rect x="150" y="${y}" width="${end(events) * scale}" height="${high}" fill="url(#idle-${i})"/>`;
-        for (const [stream, kind, place, start, length] of events) {
+        svg += `<rect x="150" y="${y}" width="${last * scale}" height="${high}" fill="url(#idle-${i})"/>`;
+        for (const [stream, kind, place, begins, lasts] of events) {
+          const [start, length] = [begins * own.unit, lasts * own.unit];
           const [op, , line] = D.places[place].map((text) => D.texts[text]);
-          const fill = D.kinds.includes(kind) ? `var(--${kind})` : kind === "attention" ? "var(--accent)" : kind === "matmul" ? "var(--compute)" : "var(--memory)";
+          const fill = `var(--${D.kinds[kind] ?? kernels[kind - D.kinds.length]})`;
           svg += `<rect x="${(150 + start * scale).toFixed(2)}" y="${y + stream * (high + 2)}" width="${Math.max(length * scale, 0.4).toFixed(2)}" height="${high}" fill="${fill}"><title>${esc(op)}, ${took(length)}, simulated\n${esc(line)}</title></rect>`;
         }
-        return svg + `<text class="ink" x="${156 + end(events) * scale}" y="${y + 14}">${took(end(events))}<tspan class="soft"> ○</tspan></text>`;
+        return svg + `<text class="ink" x="${156 + last * scale}" y="${y + 14}">${took(last)}<tspan class="soft"> ○</tspan></text>`;
       });
-      return `<div class="card"><h3>${esc(D.options[i].name)} <span class="small">${esc(own.layer)}</span></h3><svg viewBox="0 0 ${w} ${5.2 * high + 6}" role="img" aria-label="Streams of one layer under ${esc(D.options[i].name)}: forward ${took(end(own.forward))}, backward ${took(end(own.backward))}"><defs><pattern id="idle-${i}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${rows.join("")}</svg></div>`;
+      return `<div class="card"><h3>${esc(D.options[i].name)} <span class="small">${esc(own.layer)}</span></h3><svg viewBox="0 0 ${w} ${5.2 * high + 6}" role="img" aria-label="Streams of one layer under ${esc(D.options[i].name)}: forward ${took(own.lasts[0])}, backward ${took(own.lasts[1])}"><defs><pattern id="idle-${i}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${rows.join("")}</svg></div>`;
     }).join("");
   });
 
   // ---- what if -------------------------------------------------------------------------------------------------
   if ($("what-if")) {
     const P = D.sliders;
-    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", `return ${f.js}`)])));
+    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", "R", "U", `return ${f.js}`)])));
     const at = {}, hasFormulas = P.names.length > 0;
     if (hasFormulas) {
       for (const key of ["N", "S", "B"]) {
@@ -387,14 +393,11 @@
     /** What the formula gives at a position; null where it does not hold. */
     function value(option, name, S, B, N) {
       const formula = P.formulas[option][name];
-      if (!formula || (formula.ranks && !formula.ranks.includes(N)) || S % (formula.multiple * N)) return null;
-      return Math.round(compiled[option][name](S, B, N));
+      if (!formula || !formula.ranks[N] || S % formula.multiple) return null;
+      return Math.round(compiled[option][name](S, B, N, ...formula.ranks[N]));
     }
-    window.sptransform = { value, at };
     const isBytes = (name) => /bytes|memory|traffic/.test(name);
     const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? digits(x, "FLOP") : grouped(x));
-
-    const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
 
     function formulas() {
       const name = hasFormulas ? $("count").value : null, times = $("machine") ? D.machines[$("machine").value] : null;
