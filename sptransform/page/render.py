@@ -81,7 +81,7 @@ def _facts(options: Sequence[Option], hardware: str | None) -> str:
     """One line of what all options have in common."""
     num_ranks = max(prod(option.mesh) for option in options)
     at = stops(options)["at"]
-    facts = [f"{num_ranks} ranks", f"{at['B']} × {at['S']:,} tokens"]
+    facts = [f"{num_ranks} ranks", *([f"{at['B']} × {at['S']:,} tokens"] if "S" in at else [])]
     steps = [option.step for option in options if option.step is not None]
     if steps:
         facts.append(f"{values.num_bytes(max(step.parameters for step in steps)).text} of parameters on a rank")

@@ -9,8 +9,9 @@ from typing import Any
 import sympy
 
 from sptransform.cost.formulas import B, Formula, N, Point, R, S, U
-from sptransform.graph import notes
+from sptransform.diagnostics.errors import UsageError
 from sptransform.planning.records import Option
+from sptransform.planning.resized import sizes_of
 
 
 def sliders(options: Sequence[Option]) -> dict[str, Any]:
@@ -29,20 +30,18 @@ def stops(options: Sequence[Option]) -> dict[str, Any]:
     ranks = {_ranks(point)[0] for option in options for formula in option.formulas.values() for point in formula.at}
     at = {"N": max((prod(option.mesh) for option in explained), default=1), **_sizes(explained)}
     powers = {"S": (10, 25), "B": (0, 7)}
-    found = {key: {2**power for power in range(*powers[key])} | {at[key]} for key in powers}
+    found = {key: {2**power for power in range(*powers[key])} | {at.get(key, 1)} for key in powers}
     found["N"] = ranks | {at["N"]}
     return {**{key: sorted(sizes) for key, sizes in found.items()}, "at": at}
 
 
 def _sizes(options: Sequence[Option]) -> dict[str, int]:
-    """Tokens and rows of the first attention of the model."""
-    for option in options:
-        for node in option.explanation.rewritten.graph_module.graph.nodes:
-            for rule, _ in notes.decided(node)[:1]:
-                tokens, rows = (rule.sizes.get(rule.roles.get(role), 1) for role in ("queries", "batch"))
-                if isinstance(tokens, int) and isinstance(rows, int):
-                    return {"S": tokens, "B": rows}
-    return {"S": 1024, "B": 1}
+    """Tokens and rows of the first attention of the model, if it has one."""
+    try:
+        tokens, rows = sizes_of(options)
+    except UsageError:
+        return {}
+    return {"S": tokens, "B": rows}
 
 
 def _function(formula: Formula) -> dict[str, Any]:

@@ -428,8 +428,8 @@
       }).join("")}</td></tr>`);
       $("machine-chart").innerHTML = `<table class="machines"><caption>Step time on each machine, simulated: ${shown.map((i) => `<span>${dot(i)}${esc(D.options[i].name)}</span>`).join(" ")} <span><i class="sw exposed"></i>waits for others</span></caption><tbody>${rows.join("")}</tbody></table>`;
     }
-    const HUES = ["--all_to_all", "--send_recv", "--all_gather", "--all_reduce", "--reduce_scatter", "--accent", "--compute", "--soft"];
-    const hue = (i) => `var(${HUES[runnable.indexOf(i) % HUES.length]})`;
+    const HUES = ["--accent", "--send_recv", "--all_gather"];
+    const hue = (i) => `var(${shown.includes(i) ? HUES[shown.indexOf(i)] : "--idle"})`;
     const dot = (i) => `<i class="sw" style="background:${hue(i)}"></i>`;
     function chart(name) {
       const w = 720, h = 330, left = 66, bottom = 34, xs = P.N.filter((n) => n > 1);
@@ -443,7 +443,7 @@
       for (let k = 0; k < 5; k++) { const v = Math.exp(low + ((high - low) * k) / 4); svg += `<path d="M${left} ${y(v)}H${w - 16}" stroke="var(--line)"/><text x="${left - 8}" y="${y(v) + 4}" text-anchor="end">${text(name, Number(v.toPrecision(3)))}</text>`; }
       const now = xs.indexOf(at.N);
       if (now >= 0) svg += `<path d="M${x(now)} 8V${h - bottom}" stroke="var(--soft)" stroke-dasharray="3 3"/>`;
-      for (const [i, own] of lines) {
+      for (const [i, own] of [...lines].sort((a, b) => shown.includes(a[0]) - shown.includes(b[0]))) {
         const points = own.map((v, k) => (v > 0 ? [x(k), y(v)] : null));
         let pen = "M", path = "";
         points.forEach((p) => { if (p) { path += `${pen}${p[0].toFixed(1)} ${p[1].toFixed(1)}`; pen = "L"; } else pen = "M"; });
