@@ -50,8 +50,8 @@ def demo() -> None:
     save(console, "demo", "make demo")
 
 
-def large_model(seq_len: int) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor]]:
-    """A model of eight billion parameters and its inputs, on meta."""
+def large_model() -> LlamaForCausalLM:
+    """A model of eight billion parameters, on meta."""
     with torch.device("meta"):
         config = LlamaConfig(
             num_hidden_layers=32,
@@ -61,15 +61,19 @@ def large_model(seq_len: int) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor]
             intermediate_size=14336,
             vocab_size=128256,
         )
-        ids = torch.zeros(1, seq_len, dtype=torch.long)
-        return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+        return LlamaForCausalLM(config)
+
+
+def inputs(tokens: int, rows: int) -> dict[str, torch.Tensor]:
+    """Of that model."""
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
 
 
 def explanation() -> None:
     """What `explain` prints of a large model."""
-    model, inputs = large_model(131072)
     console = recorder(150)
-    console.print(sptransform.explain(model, "ring", inputs, world_size=8, outputs="loss"))
+    console.print(sptransform.explain(large_model(), "ring", inputs(131072, 1), world_size=8, outputs="loss"))
     save(console, "explain", 'explain(model, "ring", inputs, world_size=8, outputs="loss")')
 
 
@@ -92,8 +96,9 @@ PAGES = {
 
 def pages() -> None:
     """The page of `compare`, of the same model, part by part."""
-    model, inputs = large_model(131072)
-    compared = sptransform.compare(model.bfloat16(), inputs, world_size=8, hardware="h100-nvlink", outputs="loss")
+    model = large_model().bfloat16()
+    options = {"world_size": 8, "hardware": "h100-nvlink", "outputs": "loss"}
+    compared = sptransform.compare(model, inputs(131072, 1), resized=inputs, **options)
     with tempfile.TemporaryDirectory() as directory:
         page = Path(directory) / "page.html"
         compared.html(page, title="Llama, 8B")

@@ -104,19 +104,26 @@
   segmented($("segments"), segmentNames(), segment, (i) => { segment = i; graph(); });
   $("moves").addEventListener("change", () => graph());
 
-  /** Lines of several graphs in one order: nodes of one name share a row. */
+  /** Lines of several graphs as rows: nodes of the first graph share one with their like, new ones stand side by side. */
   function aligned(columns) {
-    const order = [];
-    columns.forEach((lines) => {
-      let at = -1;
-      lines.forEach((line) => {
-        const found = order.indexOf(D.lines[line][NAME]);
-        if (found >= 0) at = Math.max(at, found);
-        else order.splice(++at, 0, D.lines[line][NAME]);
+    const base = columns[0].length ? columns[0] : columns[1] || [];
+    const order = new Map(base.map((line, i) => [D.lines[line][NAME], i]));
+    const rows = Array.from({ length: base.length + 1 }, () => ({ same: columns.map(() => null), after: [] }));
+    columns.forEach((lines, column) => {
+      let at = 0, fresh = 0;
+      lines.forEach((index) => {
+        const line = D.lines[index], found = order.get(line[NAME]);
+        if (found !== undefined && found + 1 > at) {
+          [at, fresh] = [found + 1, 0];
+          rows[at].same[column] = line;
+        } else {
+          const own = (rows[at].after[fresh] ??= columns.map(() => null));
+          own[column] = line;
+          fresh++;
+        }
       });
     });
-    const places = columns.map((lines) => new Map(lines.map((line) => [D.lines[line][NAME], D.lines[line]])));
-    return order.map((name) => places.map((place) => place.get(name)));
+    return rows.flatMap(({ same, after }) => [same, ...after]).filter((row) => row.some(Boolean));
   }
 
   function cell(line, isNew) {
@@ -127,7 +134,7 @@
     const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?@sp/g, '<span class="sp">$&</span>');
     const call = esc(field(line, CALL));
     const style = kind ? ` style="border-left-color:var(--${kind})"` : "";
-    return `<td class="${isNew ? "new" : ""}"${style} title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
+    return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
   }
 
   function graph() {
@@ -140,7 +147,7 @@
       const line = row.find(Boolean), module = field(line, MODULE);
       if (module !== before) html += `<tr class="mod"><th scope="rowgroup" colspan="${columns.length}">${esc(module || "(itself)")}</th></tr>`;
       before = module;
-      html += `<tr tabindex="-1" data-source="${row.find(Boolean)[SOURCE]}" data-name="${line[NAME]}">${row.map((own, i) => cell(own, i > 0 && !row[0])).join("")}</tr>`;
+      html += `<tr tabindex="-1">${row.map((own, i) => cell(own, i > 0 && !row[0])).join("")}</tr>`;
     }
     if (!rows.length) html += `<tr><td colspan="${columns.length}" class="none">nothing moves here</td></tr>`;
     $("lines").innerHTML = html + "</tbody></table>";
@@ -153,20 +160,21 @@
     const found = /^(\S*?:\d+): (.*)$/.exec(text);
     $("source").innerHTML = found ? `<b>${esc(found[1])}</b>  ${esc(found[2])}` : esc(text) || '<span class="hint">no source line: what the compiler made itself</span>';
   }
-  function point(row) {
-    if (!row) return;
-    document.querySelectorAll("#lines tr.same").forEach((each) => each.classList.remove("same"));
-    const source = row.dataset.source, text = D.texts[source] || "";
-    if (text) document.querySelectorAll(`#lines tr[data-source="${source}"]`).forEach((each) => each.classList.add("same"));
+  function point(target) {
+    const own = target.closest("td[data-source]") || target.closest("tr")?.querySelector("td[data-source]");
+    if (!own) return;
+    document.querySelectorAll("#lines td.same").forEach((each) => each.classList.remove("same"));
+    const source = own.dataset.source, text = D.texts[source] || "";
+    if (text) document.querySelectorAll(`#lines td[data-source="${source}"]`).forEach((each) => each.classList.add("same"));
     says(text);
   }
-  $("lines").addEventListener("mouseover", (event) => point(event.target.closest("tr[data-source]")));
-  $("lines").addEventListener("focusin", (event) => point(event.target.closest("tr[data-source]")));
+  $("lines").addEventListener("mouseover", (event) => point(event.target));
+  $("lines").addEventListener("focusin", (event) => point(event.target));
   $("lines").addEventListener("keydown", (event) => {
     const way = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!way) return;
     event.preventDefault();
-    const rows = [...document.querySelectorAll("#lines tr[data-source]")];
+    const rows = [...document.querySelectorAll("#lines tr[tabindex]")];
     const at = rows.indexOf(document.activeElement);
     const next = rows[Math.min(Math.max(at + way, 0), rows.length - 1)];
     if (next) next.focus();
@@ -203,9 +211,13 @@
     graph();
     list.hidden = true;
     input.setAttribute("aria-expanded", "false");
-    const row = document.querySelector(`#lines tr[data-name="${hit.line[NAME]}"]`);
+    const found = document.querySelector(`#lines td[data-name="${hit.line[NAME]}"]`);
     $("graph").scrollIntoView();
-    if (row) { row.classList.add("hit"); row.scrollIntoView({ block: "center" }); row.focus({ preventScroll: true }); }
+    if (!found) return;
+    found.classList.add("hit");
+    found.scrollIntoView({ block: "center" });
+    found.parentElement.focus({ preventScroll: true });
+    point(found);
   }
   input.addEventListener("input", results);
   input.addEventListener("keydown", (event) => {
