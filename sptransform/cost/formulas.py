@@ -21,13 +21,14 @@ from sptransform.cost.records import Step, Work
 S, B, N = sympy.symbols("S B N", positive=True, integer=True)
 R, U = sympy.symbols("R U", positive=True, integer=True)
 
-#: what each of n ranks sends of a tensor, as a share of all of it; of a ring, the tensor is what all hops pass on
-SHARES: Mapping[str, Callable[[Any], Any]] = {
-    "all_gather": lambda n: (n - 1) / n,
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n**2,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "send_recv": lambda n: (n - 1) / n,
+#: what each of n ranks sends of a tensor, as a share of all of it; of a ring, the tensor is what all hops pass on. In
+#: an all-to-all every rank gets its share, or, where heads are fewer than ranks, one that others get too
+SHARES: Mapping[str, Sequence[Callable[[Any], Any]]] = {
+    "all_gather": [lambda n: (n - 1) / n],
+    "all_reduce": [lambda n: 2 * (n - 1) / n],
+    "all_to_all": [lambda n: (n - 1) / n**2, lambda n: (n - 1) / n],
+    "reduce_scatter": [lambda n: (n - 1) / n],
+    "send_recv": [lambda n: (n - 1) / n],
 }
 
 Point = Mapping[sympy.Symbol, int]
@@ -128,7 +129,8 @@ def terms_of(kind: str, over: str, lengths: Terms, ranks: tuple[sympy.Symbol, ..
     """What a collective may send: of tensors that ranks of the other mesh dim divide, or do not."""
     among = {"all": sympy.prod(ranks), "outer": ranks[0], "inner": ranks[-1]}[over]
     others = {sympy.Integer(1), sympy.prod(ranks) / among}
-    return [length * SHARES[kind](among) / other for length in lengths for other in sorted(others, key=str)]
+    divided = [length / other for length in lengths for other in sorted(others, key=str)]
+    return [size * share(among) for share in SHARES[kind] for size in divided]
 
 
 def bytes_by_kind(step: Step, direction: str) -> dict[tuple[str, str], int]:

@@ -75,6 +75,16 @@ def test_the_closed_forms_are_found(strategy: str) -> None:
 
 
 @pytest.mark.slow
+def test_key_heads_that_ranks_share_are_sent_to_each() -> None:
+    at = [{N: n, S: s, B: b, H: h} for n, s, b, h in product((4, 8), (64, 128), (2, 3), (8, 16))]
+    steps = [(point | {K: 2, D: 8}, step_at("ulysses", point | {K: 2})) for point in at]
+    found = formulas_of(steps, [S * B * H, S * B, sympy.Integer(1)], "N a multiple of K, a divisor of H")
+    expected = (2 * H / N + 2) * B * S * 8 * a * E
+    assert sympy.expand(found["forward bytes"].expression - expected - 8 * a) == 0
+    assert sympy.expand(found["backward bytes"].expression - expected) == 0
+
+
+@pytest.mark.slow
 def test_usp_is_both() -> None:
     found = formulas_of(steps_of(None, list(grids())), OPEN, "heads divide by U")
     part = B * S / (R * U) * D
