@@ -52,7 +52,7 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         rows=_rows(found),
         longest=max((timeline.seconds for timeline in timelines), default=0.0),
         has_time=bool(timelines),
-        has_events=bool(timelines),
+        has_events=any(each["events"] for each in found.data["options"]),
         has_memory=any(curve is not None for curve in found.curves),
         has_rings=bool(found.data["rings"]),
         has_formulas=bool(found.data["sliders"]["names"] or found.data["machines"]),

@@ -210,3 +210,13 @@ def test_expanded_rings_are_steps_with_a_backward(tmp_path: Path) -> None:
     for explained in (plain, shown):
         explained.html(tmp_path / f"{explained is plain}.html", title="one")
     assert (tmp_path / "True.html").read_text() == (tmp_path / "False.html").read_text()
+
+
+@pytest.mark.slow
+def test_strategies_go_by_short_names(tmp_path: Path) -> None:
+    model, inputs = stack(1)
+    explained = sptransform.explain(model, ("ring", "megatron"), inputs, world_size=(2, 2))
+    explained.html(tmp_path / "pair.html")
+    page = Page((tmp_path / "pair.html").read_text(encoding="utf-8"))
+    assert page.all("h1")[0][1] == "ring x megatron on 4 ranks"
+    assert any("mesh 2 × 2" in text for _, text in page.all("th"))

@@ -343,7 +343,7 @@
     node.innerHTML = shown.map((i) => {
       const option = D.options[i], found = option.memory;
       if (!found) return `<div class="card"><h3>${esc(option.name)}</h3><p class="none">not counted</p></div>`;
-      const w = 520, h = 170, top = 20, n = found.points.length, high = (v) => top + h - (v / most) * h;
+      const w = shown.length > 1 ? 520 : 1150, h = 170, top = 20, n = found.points.length, high = (v) => top + h - (v / most) * h;
       const live = (point) => (found.points[point] / 1000) * found.peak, x = (point) => (n > 1 ? (point / (n - 1)) * w : 0);
       const path = found.points.map((_, p) => `${x(p).toFixed(1)} ${high(live(p)).toFixed(1)}`).join("L");
       const spikes = found.spikes.map((spike, k) => `<circle cx="${x(spike.point)}" cy="${high(live(spike.point))}" r="4" fill="var(--card)" stroke="var(--send_recv)" stroke-width="2"/><text class="ink" x="${Math.min(Math.max(x(spike.point), 8), w - 8)}" y="${high(live(spike.point)) - 7}" text-anchor="middle">${k + 1}</text>`).join("");
