@@ -147,7 +147,7 @@
       const line = row.find(Boolean), module = field(line, MODULE);
       if (module !== before) html += `<tr class="mod"><th scope="rowgroup" colspan="${columns.length}">${esc(module || "(itself)")}</th></tr>`;
       before = module;
-      html += `<tr tabindex="-1">${row.map((own, i) => cell(own, i > 0 && !row[0])).join("")}</tr>`;
+      html += `<tr tabindex="-1">${row.map((own, i) => cell(own, i > 0 && !row[0] && columns[0].length)).join("")}</tr>`;
     }
     if (!rows.length) html += `<tr><td colspan="${columns.length}" class="none">nothing moves here</td></tr>`;
     $("lines").innerHTML = html + "</tbody></table>";
