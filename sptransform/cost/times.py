@@ -86,7 +86,7 @@ def attention_seconds(
 ) -> Number:
     """A fused kernel of attention, or of its gradient.
 
-    A visible pair of a query and a key costs its products, at the kernel's rate, and its exponential. The forward passes
+    A visible pair of a query and a key costs its products, at the kernel's rate, and its exponential. The forward takes
     blocks of queries over all keys, the backward blocks of keys over all queries (FlashAttention-2, arXiv 2307.08691,
     §3.2). Each row of such a block loses some time, at its start and end and where a mask cuts blocks, so that kernels
     run slower where the others are few. Fewer blocks than processors leave some idle.
