@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
+from sptransform.compiler.rewrite import Rewritten
 from sptransform.diagnostics.provenance import module_path
+from sptransform.graph import dataflow, notes
 
 _LONGEST_PERIOD = 8
 
@@ -69,6 +72,28 @@ def fold_layers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Folded:
                 gm.graph.erase_node(node)
         gm.recompile()
     return Folded(gm, kept, copies)
+
+
+def are_faithful(rewritten: Rewritten, copies: Mapping[str, int]) -> bool:
+    """Whether the messages of a folded graph, as often as their layers are there, move what those of all layers do.
+
+    Buckets of small parameters span several layers, and would then stand for too many or too few. One part in a hundred
+    is let pass.
+    """
+    whole = counted = 0
+    for node in rewritten.graph_module.graph.nodes:
+        sources = dataflow.operands(node) if notes.note(node).transitions else []
+        if sources and all(notes.note(source).is_parameter for source in sources):
+            sizes = [dataflow.value(source).nbytes for source in sources]
+            names = [notes.note(source).input_name or "" for source in sources]
+            whole += sum(size * copies_of(name, copies) for size, name in zip(sizes, names, strict=True))
+            counted += sum(sizes) * copies_of(module_path(node), copies)
+    return abs(counted - whole) <= whole / 100
+
+
+def copies_of(path: str, copies: Mapping[str, int]) -> int:
+    """How many equal layers the module or parameter at ``path`` stands for."""
+    return next((n for layer, n in copies.items() if path == layer or path.startswith(f"{layer}.")), 1)
 
 
 def _stacks(graph: fx.Graph) -> list[list[_Layer]]:
@@ -131,8 +156,10 @@ def _are_alike(layers: list[_Layer], first: int, second: int, start: int) -> boo
             return type(x) is type(y) and (x is y or _equal(x, y))
         if x in partner or x is y:
             return partner.get(x, x) is y
-        if x.op in ("placeholder", "get_attr") and x.op == y.op:
+        if x.op == y.op == "placeholder":
             return _value(x) == _value(y)
+        if x.op == y.op == "get_attr":
+            return _attribute(x) == _attribute(y)
         if y in place and place[y][0] == second - 1 and _value(x) == _value(y):
             return first == start or (x in place and place[x] == (first - 1, place[y][1]))
         return False
@@ -146,8 +173,30 @@ def _are_alike(layers: list[_Layer], first: int, second: int, start: int) -> boo
     return True
 
 
+def _attribute(node: fx.Node) -> Any:
+    """What tells the attributes of two nodes apart: of a body, such as a checkpointed one, what its nodes do."""
+    held = node.graph.owning_module
+    for name in str(node.target).split("."):
+        held = getattr(held, name)
+    return _program(held.graph) if isinstance(held, fx.GraphModule) else _value(node)
+
+
+def _program(graph: fx.Graph) -> list[Any]:
+    """A graph without names: what each node calls, on which earlier nodes and on what else, and what comes out."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    return [
+        (
+            node.op,
+            _attribute(node) if node.op == "get_attr" else node.op == "placeholder" or node.target,
+            [("node", number[x]) if isinstance(x, fx.Node) else x for x in _leaves(node)],
+            _value(node),
+        )
+        for node in graph.nodes
+    ]
+
+
 def _leaves(node: fx.Node) -> list[Any]:
-    return torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+    return pytree.tree_leaves((node.args, node.kwargs))
 
 
 def _equal(x: Any, y: Any) -> bool:
@@ -159,7 +208,7 @@ def _equal(x: Any, y: Any) -> bool:
 
 def _value(node: fx.Node) -> Any:
     """What tells the results of two nodes apart: shapes, strides and dtypes."""
-    leaves = torch.utils._pytree.tree_leaves(node.meta.get("example_value"))
+    leaves = pytree.tree_leaves(node.meta.get("example_value"))
     return [
         (x.shape, x.stride(), x.dtype, x.requires_grad, x.device) if isinstance(x, torch.Tensor) else x for x in leaves
     ]

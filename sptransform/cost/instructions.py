@@ -6,7 +6,7 @@ An op that communicates in steps, such as a ring, is replaced by its steps, trac
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sptransform.cost.groups import Groups
 from sptransform.cost.op_costs import (
     ALIASES,
     ATTENTION,
+    HOPS,
     PICKS,
     UNFUSED,
     UPDATES,
@@ -195,6 +196,10 @@ class Reader:
             found.ring = node.name, waits
             found.name = f"{node.name}.{found.name}"
             found.is_fusable = False
+            if found.kind == "message" and node.target.overloadpacket in HOPS:
+                found.message = replace(found.message, kind="send_recv")
+                for buffer in found.makes:
+                    buffer.message = found.message
             waits += found.kind == "wait"
             yield found
         env[node] = pytree.tree_map(lambda x: own[x] if isinstance(x, fx.Node) else None, output.args[0])

@@ -43,6 +43,9 @@ UPDATES: dict[Any, tuple[int, ...]] = {
     sp.add_to_operand: (0,),
 }
 
+# ops whose messages go to one neighbour
+HOPS = {sp.ring_attention, sp.ring_attention_backward}
+
 # ops that read no more of their first operand than they return
 PICKS = {aten.embedding, aten.gather, aten.index, aten.index_select, sp.local_slice}
 
@@ -85,10 +88,7 @@ def num_bytes(x: Tensor) -> int:
 
 def _all_to_all(node: torch.fx.Node, num_ranks: int, rank: int) -> tuple[str, int]:
     _, _, sent, _ = node.args
-    others = [count for other, count in enumerate(sent) if other != rank and count]
-    # a ring sends to one neighbour
-    kind = "send_recv" if num_ranks > 2 and len(others) <= 1 else "all_to_all"
-    return kind, sum(others) * dataflow.value(node.args[0]).element_size()
+    return "all_to_all", (sum(sent) - sent[rank]) * dataflow.value(node.args[0]).element_size()
 
 
 _SENT: Mapping[Any, Callable[[torch.fx.Node, int, int], tuple[str, int]]] = {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx
 
 from sptransform.compiler.rewrite import Rewritten
+from sptransform.cost.folding import copies_of
 from sptransform.cost.fusion import fused
 from sptransform.cost.groups import as_rank, groups_of
 from sptransform.cost.instructions import Buffer, Instruction, Reader, saved
@@ -46,7 +47,7 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
     inputs = placeholders[len(placeholders) - len(own) :]  # before them stand the constants of the graph
     for node, placeholder in zip(own, inputs, strict=True):
         note = notes.note(node)
-        sizes.append((note, held[placeholder].size * _copies(note.input_name or "", copies)))
+        sizes.append((note, held[placeholder].size * copies_of(note.input_name or "", copies)))
     return Step(
         works=tuple(_works(fused(instructions) if fuse else instructions, copies)),
         rank=rank,
@@ -100,16 +101,12 @@ def _works(instructions: Sequence[Instruction], copies: Mapping[str, int]) -> li
             message=found.message,
             allocated=sum(buffer.size for buffer in found.makes),
             freed=freed[index],
-            copies=_copies(found.layer, copies),
+            copies=copies_of(found.layer, copies),
             ring=found.ring,
         )
         for index, found in enumerate(instructions)
     ]
     return [work for direction in ("forward", "backward") for work in _together(works, direction)]
-
-
-def _copies(layer: str, copies: Mapping[str, int]) -> int:
-    return next((n for path, n in copies.items() if layer == path or layer.startswith(f"{path}.")), 1)
 
 
 def _together(works: Sequence[Work], direction: str) -> list[Work]:
