@@ -79,18 +79,14 @@ def explanation() -> None:
 
 # picture -> its height, and what is done on the page before it is taken
 _SHOW = "for (const each of document.querySelectorAll('main section')) each.hidden = !{sections}.includes(each.id);"
+_RING = "document.querySelector('#ring button:last-child').click();"
+_CONTIGUOUS = "document.querySelector('#layout button:nth-child(2)').click();"
+_DARK = "document.documentElement.dataset.theme = 'dark';"
 PAGES = {
-    "page": (1330, _SHOW.format(sections="['side-by-side', 'layers']")),
-    "page_graph": (1010, _SHOW.format(sections="['graph', 'tensors']")),
-    "page_ring": (
-        1150,
-        _SHOW.format(sections="['rings', 'memory', 'time']")
-        + "document.querySelectorAll('#layout button')[1].click();",
-    ),
-    "page_dark": (
-        1330,
-        _SHOW.format(sections="['memory', 'time', 'what-if']") + "document.documentElement.dataset.theme = 'dark';",
-    ),
+    "page": (1720, _SHOW.format(sections="['side-by-side', 'layers']")),
+    "page_graph": (1480, _SHOW.format(sections="['graph', 'tensors']")),
+    "page_ring": (900, _SHOW.format(sections="['rings', 'memory']") + _RING + _CONTIGUOUS),
+    "page_dark": (1760, _SHOW.format(sections="['time', 'what-if']") + _DARK),
 }
 
 

@@ -107,6 +107,7 @@ def _row(found: Content, at: int) -> dict[str, Any]:
     if option.blocked is not None:
         return row
     row["kinds"] = {}
+    row["peak"] = option.peak_bytes
     for direction in DIRECTIONS:
         own = [each for each in sent if each.direction == direction]
         row[direction] = sum(each.bytes_sent for each in own)

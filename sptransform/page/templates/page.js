@@ -352,6 +352,7 @@
         <path d="M0 ${top + h}L${path}L${w} ${top + h}z" fill="var(--accent)" fill-opacity=".22"/><path d="M${path}" fill="none" stroke="var(--accent)" stroke-width="1.6"/>
         <path d="M0 ${high(found.floor)}H${w}V${top + h}H0z" fill="var(--compute)" fill-opacity=".35"/>
         <path d="M${x(found.backward)} ${top}V${top + h}" stroke="var(--soft)" stroke-dasharray="3 3"/>
+        ${D.limit && D.limit < most ? `<path d="M0 ${high(D.limit)}H${w}" stroke="var(--over)" stroke-dasharray="6 3"/><text x="3" y="${high(D.limit) - 4}">what a device has: ${bytes(D.limit)}</text>` : ""}
         <text x="3" y="${Math.min(high(found.floor) + 13, top + h - 3)}">parameters and inputs</text><text x="0" y="${top + h + 13}">forward</text><text x="${x(found.backward) + 4}" y="${top + h + 13}">backward</text>${spikes}</svg><ol class="spikes">${list}</ol></div>`;
     }).join("");
     node.querySelectorAll("svg.curve").forEach((svg) => svg.addEventListener("mousemove", (event) => {
