@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
@@ -166,7 +166,7 @@ class Strategy:
         self,
         gm: fx.GraphModule,
         inputs: list[Any],
-        trials: Callable[[fx.GraphModule, list[Any]], Callable[[Strategy, tuple[int, ...], int], Any]],
+        trials: Callable[[fx.GraphModule, list[Any], Collection[str]], Callable[[Strategy, tuple[int, ...], int], Any]],
         mesh: Mesh,
         in_parts: bool,
     ) -> Strategy:
@@ -175,8 +175,8 @@ class Strategy:
         Args:
             gm: the graph, as Dynamo gives it.
             inputs: what it is called with.
-            trials: (a graph, its inputs) -> (a strategy, the ranks of each mesh dim, a rank) -> what the rank would
-                run, as :func:`sptransform.rewrite` gives it.
+            trials: (a graph, its inputs, modules whose parameters are kept apart) -> (a strategy, the ranks of each
+                mesh dim, a rank) -> what the rank would run, as :func:`sptransform.rewrite` gives it.
             mesh: the ranks.
             in_parts: whether ranks keep parts of parameters (``shard_parameters``).
 
