@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.diagnostics.errors import UsageError, describe, shown
-from sptransform.diagnostics.said_once import warn
+from sptransform.diagnostics.said_once import OnceLogger
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.parameters.parts import first_dim
@@ -23,7 +22,7 @@ from sptransform.sharding.sizes import Size
 
 Divide = Callable[[str], Partition]
 
-log = logging.getLogger(__name__)
+log = OnceLogger(__name__)
 
 
 class Stage(NamedTuple):
@@ -203,7 +202,7 @@ def of_own_queries(rule: OpRule, divide: Divide) -> Sharded | None:
     decision = Sharded(queries, divide(queries))
     if not decision.is_allowed(rule):
         return None
-    warn(log, "an attention has one head: each rank computes its own queries, over keys that are gathered")
+    log.warning("an attention has one head: each rank computes its own queries, over keys that are gathered")
     return decision
 
 
