@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sptransform.cost.folding import fold_layers
 from sptransform.cost.hardware import Hardware, hardware_of
 from sptransform.cost.read import step_of
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.pass_manager import run_passes
 from sptransform.inspection.attended_work import checked_documents
 from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
 from sptransform.planning.comparison import Comparison
@@ -73,18 +75,21 @@ def compare(
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> Comparison:
         folded = fold_layers(gm, example_inputs)
         copies = folded.copies
-        trial = trials(rewritten_for, folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size))
+        trial = trials(
+            partial(rewritten_for, apart=copies), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
+        )
         shown = []
         with quietly():
             for done, candidate in enumerate(found):
                 progress(candidate.name, done, len(found))
                 shown.append(judged(candidate, trial, machine, copies, lengths))
-            alone = step_of(trial(Ulysses(), (1,), 0), copies=copies)
+            alone = trial(Ulysses(), (1,), 0)
+            run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
             options=ranked(_with_lines(shown)),
-            one_device=alone,
+            one_device=step_of(alone, copies=copies),
             copies=copies,
         )
 

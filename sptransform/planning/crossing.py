@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import sympy
 
+from sptransform.cost.folding import copies_of
 from sptransform.cost.formulas import N, fitted, terms_of
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.inspection.reader import explanation_of
-from sptransform.planning.judged import Trial, number_of, quietly
+from sptransform.planning.judged import Trial, quietly
 from sptransform.planning.records import Option
 
 _COUNTED_AT = (2, 4)  # the bytes of a kind have one unknown factor each, so that the second count is a check
@@ -22,7 +23,7 @@ def crossing(trial: Trial, chosen: Option, other: Option, copies: Mapping[str, i
 
     Formulas hold where the lengths and the heads of the model divide by N.
     """
-    if len({len(option.mesh) for option in (chosen, other)} | {1}) > 1 or _has_degrees(chosen) or _has_degrees(other):
+    if chosen is other or any(option.strategy.max_mesh_dims > 1 for option in (chosen, other)):
         return ""
     own, its = sent_by(trial, chosen, copies), sent_by(trial, other, copies)
     if own is None or its is None:
@@ -39,10 +40,6 @@ def crossing(trial: Trial, chosen: Option, other: Option, copies: Mapping[str, i
     else:
         where = "at any N" if first == 2 else f"from N = {first} on"
     return f"{chosen.name} sends fewer bytes than {other.name} {where}, where heads divide"
-
-
-def _has_degrees(option: Option) -> bool:
-    return option.strategy.max_mesh_dims > 1
 
 
 def sent_by(trial: Trial, option: Option, copies: Mapping[str, int]) -> sympy.Expr | None:
@@ -66,5 +63,5 @@ def _counted(trial: Trial, option: Option, num_ranks: int, copies: Mapping[str, 
     except SPTransformError:
         return None
     for collective in explanation.collectives:
-        sent[collective.kind] += collective.bytes_sent * number_of(collective.layer, copies)
+        sent[collective.kind] += collective.bytes_sent * copies_of(collective.layer, copies)
     return sent
