@@ -62,7 +62,7 @@ class Hardware:
         for keyword, value in values.items():
             name = keyword.replace("__", ".")
             self[name]
-            changed[name] = self.constants[name]._replace(value=value, source=source)
+            changed[name] = Constant(value, self.constants[name].unit, source)
         return replace(self, constants=changed)
 
     def write(self, path: str | Path) -> None:

@@ -100,7 +100,7 @@ class Reader:
             env[node] = None
             return
         packet = node.target.overloadpacket
-        name = packet._qualified_op_name.partition("::")[2]
+        name = node.target._schema.name.partition("::")[2]
         if name in COMMUNICATING and packet is getattr(torch.ops.sptransform, name, None):
             yield from self._steps(node, name, env, direction, layer)
             return
@@ -174,7 +174,7 @@ class Reader:
         elif found.flops:
             found.kind, found.sizes = "matmul", matmul_sizes(args)
         else:
-            found.is_fusable = packet._qualified_op_name.startswith("aten::") and packet not in UNFUSED
+            found.is_fusable = node.target.namespace == "aten" and packet not in UNFUSED
 
     def _steps(
         self, node: fx.Node, name: str, env: dict[fx.Node, Any], direction: str, layer: str

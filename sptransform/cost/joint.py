@@ -67,7 +67,7 @@ def _call_drawing_ops_directly(graph: fx.Graph) -> None:
     Nothing runs here, and a state is small.
     """
     for node in list(graph.nodes):
-        name = getattr(node.target, "_name", None) if node.op == "call_function" else None
+        name = node.target.name() if hasattr(node.target, "name") else ""
         if name == "run_and_save_rng_state":
             of_state, of_result = sorted(node.users, key=lambda user: user.args[1])
             with graph.inserting_before(node):
