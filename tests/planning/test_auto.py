@@ -132,6 +132,27 @@ def test_ranks_take_the_same_and_run_it() -> None:
         assert loss == pytest.approx(alone, abs=1e-12)
 
 
+def losses_of_auto(rank: int, num_ranks: int, mode: str) -> list[tuple[float, float]]:
+    """What a worker does: the loss under "auto" and on one device, at lengths of which Dynamo leaves the later open."""
+    torch._dynamo.reset()
+    model, _ = build_shape(8, 2, 2, 64, False)
+    inputs = [build_shape(8, 2, 2, tokens, False)[1] for tokens in (64, 128)]
+    alone = [float(model(**each).detach()) for each in inputs]
+    if mode == "plain":
+        model = torch.compile(model, backend="sptransform", options={"strategy": "auto", "backend": "aot_eager"})
+    else:
+        sptransform.parallelize(model, "auto", backend="aot_eager", shard_parameters=mode == "in parts")
+    return [(float(model(**each).detach()), one) for each, one in zip(inputs, alone, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["whole", "in parts", "plain"])
+def test_open_lengths_and_parameters_in_parts_are_as_on_one_device(mode: str) -> None:
+    for losses in get_pool(2).run(losses_of_auto, mode, timeout=200):
+        for loss, alone in losses:
+            assert loss == pytest.approx(alone, abs=1e-12)
+
+
 def test_it_is_a_strategy_of_the_plain_backend() -> None:
     assert Options.of({"strategy": "auto"}).strategy == Auto()
 
