@@ -17,9 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from sptransform.compiler.rewrite import Rewritten
 from sptransform.diagnostics.provenance import module_path
-from sptransform.graph import dataflow, notes
 
 _LONGEST_PERIOD = 8
 
@@ -72,23 +70,6 @@ def fold_layers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Folded:
                 gm.graph.erase_node(node)
         gm.recompile()
     return Folded(gm, kept, copies)
-
-
-def are_faithful(rewritten: Rewritten, copies: Mapping[str, int]) -> bool:
-    """Whether the messages of a folded graph, as often as their layers are there, move what those of all layers do.
-
-    Buckets of small parameters span several layers, and would then stand for too many or too few. One part in a hundred
-    is let pass.
-    """
-    whole = counted = 0
-    for node in rewritten.graph_module.graph.nodes:
-        sources = dataflow.operands(node) if notes.note(node).transitions else []
-        if sources and all(notes.note(source).is_parameter for source in sources):
-            sizes = [dataflow.value(source).nbytes for source in sources]
-            names = [notes.note(source).input_name or "" for source in sources]
-            whole += sum(size * copies_of(name, copies) for size, name in zip(sizes, names, strict=True))
-            counted += sum(sizes) * copies_of(module_path(node), copies)
-    return abs(counted - whole) <= whole / 100
 
 
 def copies_of(path: str, copies: Mapping[str, int]) -> int:
