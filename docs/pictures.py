@@ -1,12 +1,14 @@
-"""Draws the pictures of these pages: what the demo prints, and a page of `explain`. `python docs/pictures.py`
+"""Draws the pictures of the docs: what the demo prints, what `explain` prints, and pages. `python docs/pictures.py`
 
-Text is drawn in whatever monospace font the reader has: nothing is fetched.
+Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are photographed in headless Chromium.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from argparse import Namespace
@@ -48,8 +50,8 @@ def demo() -> None:
     save(console, "demo", "make demo")
 
 
-def explanation() -> None:
-    """A page of `explain`, of a large model on meta."""
+def large_model(seq_len: int) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor]]:
+    """A model of eight billion parameters and its inputs, on meta."""
     with torch.device("meta"):
         config = LlamaConfig(
             num_hidden_layers=32,
@@ -59,14 +61,58 @@ def explanation() -> None:
             intermediate_size=14336,
             vocab_size=128256,
         )
-        model = LlamaForCausalLM(config)
-        ids = torch.zeros(1, 131072, dtype=torch.long)
-    inputs = {"input_ids": ids, "labels": ids}
+        ids = torch.zeros(1, seq_len, dtype=torch.long)
+        return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def explanation() -> None:
+    """What `explain` prints of a large model."""
+    model, inputs = large_model(131072)
     console = recorder(150)
     console.print(sptransform.explain(model, "ring", inputs, world_size=8, outputs="loss"))
     save(console, "explain", 'explain(model, "ring", inputs, world_size=8, outputs="loss")')
 
 
+# picture -> its height, and what is done on the page before it is taken
+_SHOW = "for (const each of document.querySelectorAll('main section')) each.hidden = !{sections}.includes(each.id);"
+PAGES = {
+    "page": (1330, _SHOW.format(sections="['side-by-side', 'layers']")),
+    "page_graph": (1010, _SHOW.format(sections="['graph', 'tensors']")),
+    "page_ring": (
+        1150,
+        _SHOW.format(sections="['rings', 'memory', 'time']")
+        + "document.querySelectorAll('#layout button')[1].click();",
+    ),
+    "page_dark": (
+        1330,
+        _SHOW.format(sections="['memory', 'time', 'what-if']") + "document.documentElement.dataset.theme = 'dark';",
+    ),
+}
+
+
+def pages() -> None:
+    """The page of `compare`, of the same model, part by part."""
+    model, inputs = large_model(131072)
+    compared = sptransform.compare(model.bfloat16(), inputs, world_size=8, hardware="h100-nvlink", outputs="loss")
+    with tempfile.TemporaryDirectory() as directory:
+        page = Path(directory) / "page.html"
+        compared.html(page, title="Llama, 8B")
+        photograph(page.read_text(encoding="utf-8"), Path(directory))
+
+
+def photograph(page: str, directory: Path) -> None:
+    """Take every picture of :data:`PAGES` of the text of a page."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars --disable-sync"
+    flags += " --disable-background-networking --disable-component-update --virtual-time-budget=3000"
+    for name, (height, script) in PAGES.items():
+        shown = directory / f"{name}.html"
+        shown.write_text(page.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+        picture = [f"--window-size=1280,{height}", f"--screenshot={DOCS / 'images' / name}.png", shown.as_uri()]
+        profile = f"--user-data-dir={directory / name}"
+        subprocess.run([shutil.which("chromium"), *flags.split(), profile, *picture], check=True, capture_output=True)
+
+
 if __name__ == "__main__":
     demo()
     explanation()
+    pages()

@@ -26,9 +26,9 @@ from sptransform.engine.pass_manager import Pass
 from sptransform.engine.pipeline import Pipeline
 from sptransform.engine.strategy import Strategy
 from sptransform.frontend.parallelize import parallelize
-from sptransform.inspection.explain import explain
-from sptransform.inspection.explanation import Explanation
-from sptransform.inspection.reader import explanation_of
+from sptransform.page.comparison import Comparison, compare
+from sptransform.page.explain import explain
+from sptransform.page.explanation import Explanation, explanation_of
 from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
 from sptransform.planning.auto import Auto

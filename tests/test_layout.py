@@ -30,6 +30,7 @@ LEVELS = (
     ("cost",),
     ("inspection", "frontend", "testing"),
     ("planning",),
+    ("page",),
     ("sweep", "integrations"),
     ("",),  # the package itself
 )

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from sptransform.diagnostics.errors import SPTransformError
 from sptransform.diagnostics.said_once import each_sentence_once
 from sptransform.engine.context import Context
 from sptransform.engine.strategy import Strategy
+from sptransform.graph.listing import Line, listing
 from sptransform.graph.printer import line, text
 from sptransform.sharding.mesh import Mesh
 from sptransform.sharding.sizes import needs_number
@@ -120,10 +121,12 @@ class Rewritten:
     Attributes:
         graph_module: runnable where the process group exists.
         context: the request and what the passes found (``fallbacks``, ``output_placements``).
+        before: the captured graph, before any pass.
     """
 
     graph_module: fx.GraphModule
     context: Context
+    before: tuple[Line, ...] = field(default=(), repr=False, compare=False)
 
     def text(self, layer: str | None = None) -> str:
         """The graph, one line per node; with ``layer`` only the nodes of that module path and its submodules."""
@@ -243,8 +246,14 @@ def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], opt
     """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
     options = settled(options, mesh, gm, example_inputs)
     if mesh.size > 1:
-        made = rewrite_graph(gm, example_inputs, options, mesh, shard_parameters=options.keeps_parts)
-        return Rewritten(*made)
+        before: list[Line] = []
+
+        def see(graph: fx.Graph, part: Context | None) -> None:
+            if part is None:
+                before[:] = listing(graph.nodes)  # a rewriting that starts again sees the graph again
+
+        made = rewrite_graph(gm, example_inputs, options, mesh, see, shard_parameters=options.keeps_parts)
+        return Rewritten(*made, tuple(before))
     # one rank runs the model as it is, see compiler/backend.py
     context = Context(mesh, options.strategy, options.rule_table, options.outputs)
     with devices_as_written():

@@ -1,4 +1,4 @@
-"""What parameters in parts add to a step: a part of each unit's parameters a rank, gathered before each use (ZeRO-3)."""
+"""What parameters in parts add to a step: a rank keeps a part of each unit's, gathered before each use (ZeRO-3)."""
 
 from __future__ import annotations
 

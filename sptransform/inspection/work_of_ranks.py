@@ -46,7 +46,7 @@ def _work(
 ) -> AttentionWork:
     rule = decided[0][0]
     batch, heads, num_queries, num_keys = (_size(rule, role) for role in ("batch", "heads", "queries", "keys"))
-    band, is_known = _visible(node, documents is not None)
+    band, is_known = visible(node, documents is not None)
     rows: list[Intervals | None] = [None] * batch
     if documents is not None and num_queries == num_keys:
         _check_fit(node, documents, batch, num_keys)
@@ -104,7 +104,7 @@ def _check_fit(node: fx.Node, documents: Documents, batch: int, size: int) -> No
         raise UsageError(describe("documents are longer than the sequence", node=node, found=found, fix=fix))
 
 
-def _visible(node: fx.Node, in_documents: bool) -> tuple[Band, bool]:
+def visible(node: fx.Node, in_documents: bool) -> tuple[Band, bool]:
     """The distances that the node's mask leaves visible, and whether it hides nothing else.
 
     In documents, equal numbers of a query and a key are taken to mean one document, and the difference of two numbers

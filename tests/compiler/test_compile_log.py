@@ -72,11 +72,18 @@ def test_silent_without_torch_logs() -> None:
 
 def test_graphs_are_artifacts_of_the_structured_trace(debugged: Debugged) -> None:
     graphs = artifacts(debugged.trace)
-    assert graphs.keys() == {"sptransform_before", "sptransform_after"}
+    assert graphs.keys() == {"sptransform_before", "sptransform_after", "sptransform_summary"}
     assert "aten.scaled_dot_product_attention" in graphs["sptransform_before"]
     assert "@sp" not in graphs["sptransform_before"]
     assert "sptransform.all_to_all(" in graphs["sptransform_after"]
     assert "return (" in graphs["sptransform_after"]
+
+
+def test_what_is_sent_is_an_artifact_of_the_structured_trace(debugged: Debugged) -> None:
+    first, *lines = artifacts(debugged.trace)["sptransform_summary"].splitlines()
+    assert first.endswith("3 collectives forward, 3 backward, 0 fallbacks")
+    assert sum(int(line.split(": ")[1].split(" ")[0]) for line in lines) == 6
+    assert any(" forward all_to_all: 2 messages, " in line for line in lines), lines
 
 
 def artifacts(trace: str) -> dict[str, str]:

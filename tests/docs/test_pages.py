@@ -84,6 +84,8 @@ def test_the_api_page_has_all_names() -> None:
 
 def test_pictures_fetch_nothing() -> None:
     pictures = sorted((ROOT / "docs" / "images").iterdir())
-    assert [picture.name for picture in pictures] == ["demo.svg", "explain.svg"]
-    for picture in pictures:
+    drawn, taken = ["demo.svg", "explain.svg"], ["page.png", "page_dark.png", "page_graph.png", "page_ring.png"]
+    assert [picture.name for picture in pictures] == drawn + taken
+    assert all((ROOT / "docs" / "images" / name).stat().st_size < 300_000 for name in taken)
+    for picture in pictures[: len(drawn)]:
         assert not re.search(r"url\((?!#)|@import|@font-face|href=", picture.read_text()), picture

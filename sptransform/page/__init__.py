@@ -1,0 +1,1 @@
+"""What users see of all that is counted and simulated: one HTML file, and a trace for Perfetto."""

@@ -1,0 +1,63 @@
+"""What tests show on pages: a tiny model of four equal layers, under a few strategies, without processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import sptransform
+from sptransform import Comparison
+from sptransform.cost.formulas import B, Formula, N, S
+
+SEQ_LEN, WIDTH, HEADS, LAYERS = 64, 16, 4, 4
+
+
+class Layer(nn.Module):
+    """Attention and a product, with a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
+
+
+class Stack(nn.Module):
+    """Equal layers and a sum; one line of it has characters that markup must escape."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return (x * 2 if "<script>" < "&" else x * 3).sum()  # </script>
+
+
+def stack(layers: int = LAYERS) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    with torch.device("meta"):
+        return Stack(layers), {"x": torch.zeros(1, SEQ_LEN, WIDTH)}
+
+
+@cache
+def comparison() -> Comparison:
+    """Three strategies on four ranks, and one that heads block; with formulas that a slider can be checked by."""
+    model, inputs = stack()
+    found = sptransform.compare(
+        model, inputs, world_size=4, hardware="h100-nvlink", strategies=["ulysses", "ring", "megatron"]
+    )
+    formulas = {
+        "forward bytes": Formula(8 * B * S * WIDTH * (N - 1) / N**2, "S a multiple of N"),
+        "forward messages": Formula(2 * LAYERS * (N - 1), "N of 2, 4", multiple=2, ranks=(2, 4)),
+    }
+    return replace(found, options=tuple(replace(option, formulas=formulas) for option in found.options))
