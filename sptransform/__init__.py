@@ -32,8 +32,6 @@ from sptransform.page.explanation import Explanation, explanation_of
 from sptransform.parameters.broadcast import broadcast_parameters
 from sptransform.passes import PIPELINE
 from sptransform.planning.auto import Auto
-from sptransform.planning.compare import compare
-from sptransform.planning.comparison import Comparison
 from sptransform.rules.decision import Decision, Sharded
 from sptransform.rules.einsum import rule
 from sptransform.rules.rule import OpCall, OpRule
@@ -43,6 +41,8 @@ from sptransform.strategies.megatron import MegatronSP
 from sptransform.strategies.ring import AllGatherKV, Ring
 from sptransform.strategies.ulysses import Ulysses
 from sptransform.strategies.usp import USP
+from sptransform.testing.verdict import Compared, Verdict
+from sptransform.testing.verify import verify
 
 __all__ = [
     "PIPELINE",
@@ -51,6 +51,7 @@ __all__ = [
     "Auto",
     "CaptureError",
     "Comparison",
+    "Compared",
     "Context",
     "Decision",
     "Explanation",
@@ -77,6 +78,7 @@ __all__ = [
     "Ulysses",
     "UnsupportedOpError",
     "UsageError",
+    "Verdict",
     "VerificationError",
     "broadcast_parameters",
     "compare",
@@ -86,4 +88,5 @@ __all__ = [
     "rewrite",
     "rule",
     "testing",
+    "verify",
 ]

@@ -32,6 +32,12 @@ def innermost_line(stack: str) -> str | None:
     return f"{last['file']}:{last['line']}: {last['code'].strip()}"
 
 
+def without_folders(line: str) -> str:
+    """A source line without the folders of an installed package or of the working directory."""
+    line = re.sub(r"^\S*/(site|dist)-packages/(\S+/)?", "", line)
+    return line.removeprefix(f"{Path.cwd()}/")
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the module whose forward made the node: ``model.layers.0.self_attn``; "" for the root.
 

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sptransform.diagnostics.provenance import without_folders
 from sptransform.inspection.attended_work import imbalance
 from sptransform.inspection.records import Facts, Redistribution, RingPass
 
@@ -242,11 +243,7 @@ def _counted(rows: Iterable[Row]) -> list[Row]:
 
 
 def _short(source_line: str | None) -> str:
-    """A source line without the folders of an installed package or of the working directory."""
-    if source_line is None:
-        return ""
-    line = re.sub(r"^\S*/(site|dist)-packages/(\S+/)?", "", source_line)
-    return line.removeprefix(f"{Path.cwd()}/")
+    return "" if source_line is None else without_folders(source_line)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,8 @@
 """Judge an architecture: under each strategy on each number of ranks, is it exact, refused, or wrong?
 
 The model is captured once; its graph is rewritten for everything that is asked, and run on pretended ranks in lockstep.
-A difference from one device is rounding or a mistake. Which of them is not guessed from its size:
-
-1. A difference below ``TOLERANCE`` is rounding of what a model computes in float32 inside of float64.
-2. A larger one is judged on the same graph with every float32 in it replaced by float64, on ranks and on one device.
-   Rounding is then below ``TOLERANCE_IN_DOUBLE``; a mistake stays what it was.
-3. A model that runs in float32 only may differ as much as on one device, when every parameter moves by a rounding.
+Whether a difference from one device is rounding or a mistake, :mod:`sptransform.testing.rounding` tells. Every model
+may differ by ``TOLERANCE``, since most compute something in float32.
 """
 
 from __future__ import annotations
@@ -30,10 +26,7 @@ from sptransform.sweep.registries import Architecture, versions
 from sptransform.testing.capturing import while_captured
 from sptransform.testing.equality import Result, worst_error
 from sptransform.testing.pretended import Asked, Ranks, Runnable, for_ranks, forward_and_backward, parameter_names
-
-TOLERANCE = 1e-6
-TOLERANCE_IN_DOUBLE = 1e-9
-ROUNDINGS = 8.0
+from sptransform.testing.rounding import ROUNDINGS, TOLERANCE, TOLERANCE_IN_DOUBLE, moved_by_roundings, put_in_double
 
 
 def judged(architecture: Architecture, asked: Sequence[Asked]) -> Iterator[Record]:
@@ -137,35 +130,10 @@ def difference_in_double(model: Built, asked: Asked) -> tuple[str, float]:
     return difference(reference, ranks)
 
 
-def put_in_double(gm: fx.GraphModule) -> None:
-    """Make every float32 that the graph of Dynamo computes in, or casts to, a float64."""
-
-    def doubled(argument: Any) -> Any:
-        return torch.float64 if argument is torch.float32 else argument
-
-    for part in (each for each in gm.modules() if isinstance(each, fx.GraphModule)):
-        for node in part.graph.nodes:
-            if node.op == "call_method" and node.target == "float":
-                node.target = "double"
-            elif node.op in ("call_method", "call_function"):
-                node.args = fx.node.map_aggregate(node.args, doubled)
-                node.kwargs = fx.node.map_aggregate(node.kwargs, doubled)
-        part.recompile()
-    gm.double()
-
-
 def rounding(model: Built) -> float:
     """How far one device is from itself when every parameter moves by at most one rounding."""
-    generator = torch.Generator().manual_seed(4)
-    kept = [p.detach().clone() for p in model.model.parameters()]
-    epsilon = torch.finfo(model.dtype).eps
-    with torch.no_grad():
-        for p in model.model.parameters():
-            p.mul_(1 + epsilon * (torch.rand(p.shape, generator=generator) - 0.5))
-    moved = model.run()
-    with torch.no_grad():
-        for p, value in zip(model.model.parameters(), kept, strict=True):
-            p.copy_(value)
+    with moved_by_roundings(model.model.parameters()):
+        moved = model.run()
     return worst_error(model.reference, moved)[1]
 
 

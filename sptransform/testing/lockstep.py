@@ -41,6 +41,7 @@ class _Stage:
         self._seed = seed
         self._turn = 0
         self._finished: set[int] = set()
+        self._is_abandoned = False
         self._changed = threading.Condition()
 
     def start(self, rank: int) -> None:
@@ -49,7 +50,9 @@ class _Stage:
 
     def _wait(self, rank: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._turn == rank)
+            self._changed.wait_for(lambda: self._turn == rank or self._is_abandoned)
+        if self._is_abandoned:
+            raise RuntimeError("nobody waits for the ranks any more")
 
     def _pass_on(self, rank: int) -> None:
         with self._changed:
@@ -60,6 +63,12 @@ class _Stage:
     def finish(self, rank: int) -> None:
         self._finished.add(rank)
         self._pass_on(rank)
+
+    def abandon(self) -> None:
+        """Let every rank end at its next turn."""
+        with self._changed:
+            self._is_abandoned = True
+            self._changed.notify_all()
 
     def mesh_of(self, rank: int) -> tuple[Mesh, ...]:
         """The ranks as one mesh dim, and as the two that `Mesh.split` makes of them."""
@@ -179,8 +188,8 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
     autocast = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in _devices()]
 
     def work(rank: int) -> None:
-        stage.start(rank)
         try:
+            stage.start(rank)
             with ExitStack() as stack:
                 for mesh in stage.mesh_of(rank):
                     stack.enter_context(pretend(mesh.group, mesh.rank))
@@ -199,9 +208,16 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_ranks)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    _restore(state)
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C
+        stage.abandon()
+        for thread in threads:
+            thread.join()
+        raise
+    finally:
+        _restore(state)
     for rank, error in stage.errors.items():
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"on rank {rank} of {num_ranks} in lockstep, seed {seed}")

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from sptransform.sweep import judging
-from sptransform.sweep.judging import judged, put_in_double, step
+from sptransform.sweep.judging import judged, step
 from sptransform.sweep.one_device import Built, NotBuilt, built
 from sptransform.sweep.records import Record, Status
 from sptransform.sweep.registries import FAMILIES, Architecture, architectures
 from sptransform.testing.equality import Result
 from sptransform.testing.pretended import Asked, Runnable
+from sptransform.testing.rounding import put_in_double
 from tests.support.graphs import dynamo_graph
 
 TWO = [Asked(2, "ulysses")]
