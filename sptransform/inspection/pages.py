@@ -7,8 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from pathlib import Path
+from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel

@@ -73,7 +73,7 @@ class Run:
     model: str
     length: int
     batch: int = 1
-    strategy: sp.Strategy = sp.Ulysses()
+    strategy: str | sp.Strategy = "ulysses"
     ranks: int = 1
     checkpoint: str = "full"
     compiled: bool = False

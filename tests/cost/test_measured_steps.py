@@ -5,9 +5,10 @@ Each test prints a line; `pytest -s` shows them. What is left out, and why:
 - T4: mixtures of experts (how tokens fall on experts is not published), rows of several nodes (how their sequences are
   cut is not);
 - T7: float8 (its casts and scales are in none of our graphs), pipelines, asynchronous tensor parallelism;
-- T12: reinforcement learning (its step has passes whose number is not published), adapters (its frozen part is not told),
-  offloading (of the host's links nothing is published), mixtures of experts, and cards or kernels that no hardware file
-  has a published speed of (A6000, FlashAttention-2 on B200).
+- T12: reinforcement learning (its step has passes whose number is not published), adapters (how much of the model they
+  train is not told), offloading (of the host's links nothing is published), mixtures of experts, and cards or kernels
+  that no hardware file has a published speed of (A6000, FlashAttention-2 on B200);
+- T16: pipelines; full recomputation, which is published for tensor parallelism without sequence parallelism.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import pytest
 
 import sptransform as sp
 from sptransform.cost.hardware import Hardware, hardware_of
+from sptransform.cost.simulate import simulate
 from tests.cost.measured import rows, worst_error
+from tests.cost.megatron_steps import megatron_step
 from tests.cost.model_steps import MODELS, Run, optimizer_seconds, timeline_of
 
 pytestmark = pytest.mark.slow
@@ -91,3 +94,15 @@ def test_fine_tuning_steps() -> None:
     report("T12 step s", times, within=0.25)
     # what is published is what the allocator reserves, more than it hands out at a time
     report("T12 GiB (reserved by the allocator)", memory, within=0.25)
+
+
+def test_tensor_and_sequence_parallel() -> None:
+    """T16: seconds an iteration, and GiB of activations, of the model that is on one node."""
+    (size,), (memory,) = ([row for row in rows(table) if row["model"] == "22B"] for table in ("T16a", "T16b"))
+    hidden, heads, layers, batch = (int(size[name]) for name in ("hidden", "heads", "layers", "micro_batch"))
+    step = megatron_step(hidden, heads, layers, batch)
+    held = sum((work.allocated - work.freed) * work.copies for work in step.of("forward"))
+    card = hardware_of("a100-nvlink")
+    taken = simulate(step, card).seconds + optimizer_seconds(step.parameters / 2, card)
+    report("T16 step s", [("22B", float(size["seqsel_s"]), taken)], within=0.25)
+    report("T16 GiB", [("22B", float(memory["act_seqsel_GiB"]), held / GIB)], within=0.1)
