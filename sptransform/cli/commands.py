@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sptransform.page import explain as explaining
 from sptransform.page.explanation import Explanation
 from sptransform.page.render import write_page
 from sptransform.planning.units import seconds
+from sptransform.strategies.names import StrategyLike, strategy_of
 from sptransform.testing.verify import verify as verified
 
 Command = Callable[[argparse.Namespace], int]
@@ -34,9 +35,8 @@ Told = Callable[[str, int, int], None]
 
 def explain(options: argparse.Namespace) -> int:
     """One report for each strategy; with several, one page has all of them."""
-    if options.hardware is not None:
-        hardware_of(options.hardware)  # an unknown one is an error before the model is made
-    elif options.trace is not None:
+    _check_names(options.strategy, options.hardware)
+    if options.trace is not None and options.hardware is None:
         fix = "--hardware h100-nvlink"
         raise UsageError(describe("a trace has times, which hardware gives", found="no --hardware", fix=fix))
     found: list[Explanation] = []
@@ -87,8 +87,7 @@ def compare(options: argparse.Namespace) -> int:
     if len(shape) > 1:
         fix = "--world-size with one number: every mesh of so many ranks is tried"
         raise UsageError(describe("compare makes the meshes itself", found="x".join(map(str, shape)), fix=fix))
-    if options.hardware is not None:
-        hardware_of(options.hardware)
+    _check_names(options.strategy or (), options.hardware)
     with _progress("making the model") as told:
         model, inputs = _made(options)
         told("capturing", 0, 1)
@@ -106,6 +105,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """A verdict for each strategy; 1 if a model differs from one device."""
+    _check_names(options.strategy)
     found = []
     with _progress("making the model") as told:
         model, inputs = model_and_inputs(
@@ -146,6 +146,14 @@ def calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_names(strategies: Sequence[StrategyLike], hardware: str | None = None) -> None:
+    """Raise the errors of unknown names before a model is made, which may take long."""
+    for strategy in strategies:
+        strategy_of(strategy)
+    if hardware is not None:
+        hardware_of(hardware)
+
+
 def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -174,7 +182,7 @@ def _show(report: Any) -> None:
     if sys.stdout.isatty():
         Console().print(report)
     else:
-        sys.stdout.write(f"{report}\n")
+        sys.stdout.write(f"{report}\n\n")
 
 
 def _show_sections(found: list[Section]) -> None:

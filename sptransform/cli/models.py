@@ -104,7 +104,11 @@ def _factory(of: str) -> Callable[..., Any]:
         raise UsageError(describe("a model is given as MODULE:FACTORY", found=repr(of), fix=fix))
     if os.getcwd() not in sys.path:  # as `python -m` does
         sys.path.insert(0, os.getcwd())
-    found: Any = _called(name, lambda: importlib.import_module(name))
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        fix = "the module's full name, from its folder or with that in PYTHONPATH; and what it imports installed"
+        raise UsageError(describe(f"{name} cannot be imported", found=str(error), fix=fix)) from error
     for part in path.split("."):
         if not hasattr(found, part):
             there = [each for each in vars(found) if callable(vars(found)[each]) and not each.startswith("_")]
@@ -125,7 +129,7 @@ def _called(of: str, call: Callable[[], Any]) -> Any:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
         last = frames[-1]
         where = f"{last.filename}:{last.lineno}: {last.line}"
-        fix = "what the error says. Models are made on the meta device, where tensors have no values"
+        fix = "what the error says; except by verify, models are made on the meta device, where tensors have no values"
         what = f"{of} cannot be made"
         raise UsageError(describe(what, source=where, found=f"{type(error).__name__}: {error}", fix=fix)) from error
 
