@@ -1,6 +1,6 @@
 """Draws the pictures of the docs: what the demo prints, what `explain` prints, and pages. `python docs/pictures.py`
 
-Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are photographed in headless Chromium.
+Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are taken in headless Chromium.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def demo() -> None:
     save(console, "demo", "make demo")
 
 
-def large_model(seq_len: int) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor]]:
-    """A model of eight billion parameters and its inputs, on meta."""
+def large_model() -> LlamaForCausalLM:
+    """A model of eight billion parameters, on meta."""
     with torch.device("meta"):
         config = LlamaConfig(
             num_hidden_layers=32,
@@ -61,39 +61,40 @@ def large_model(seq_len: int) -> tuple[LlamaForCausalLM, dict[str, torch.Tensor]
             intermediate_size=14336,
             vocab_size=128256,
         )
-        ids = torch.zeros(1, seq_len, dtype=torch.long)
-        return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+        return LlamaForCausalLM(config)
+
+
+def inputs(tokens: int, rows: int) -> dict[str, torch.Tensor]:
+    """Of that model."""
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
 
 
 def explanation() -> None:
     """What `explain` prints of a large model."""
-    model, inputs = large_model(131072)
     console = recorder(150)
-    console.print(sptransform.explain(model, "ring", inputs, world_size=8, outputs="loss"))
+    console.print(sptransform.explain(large_model(), "ring", inputs(131072, 1), world_size=8, outputs="loss"))
     save(console, "explain", 'explain(model, "ring", inputs, world_size=8, outputs="loss")')
 
 
 # picture -> its height, and what is done on the page before it is taken
 _SHOW = "for (const each of document.querySelectorAll('main section')) each.hidden = !{sections}.includes(each.id);"
+_RING = "document.querySelector('#ring button:last-child').click();"
+_CONTIGUOUS = "document.querySelector('#layout button:nth-child(2)').click();"
+_DARK = "document.documentElement.dataset.theme = 'dark';"
 PAGES = {
-    "page": (1330, _SHOW.format(sections="['side-by-side', 'layers']")),
-    "page_graph": (1010, _SHOW.format(sections="['graph', 'tensors']")),
-    "page_ring": (
-        1150,
-        _SHOW.format(sections="['rings', 'memory', 'time']")
-        + "document.querySelectorAll('#layout button')[1].click();",
-    ),
-    "page_dark": (
-        1330,
-        _SHOW.format(sections="['memory', 'time', 'what-if']") + "document.documentElement.dataset.theme = 'dark';",
-    ),
+    "page": (1720, _SHOW.format(sections="['side-by-side', 'layers']")),
+    "page_graph": (1480, _SHOW.format(sections="['graph', 'tensors']")),
+    "page_ring": (900, _SHOW.format(sections="['rings', 'memory']") + _RING + _CONTIGUOUS),
+    "page_dark": (1760, _SHOW.format(sections="['time', 'what-if']") + _DARK),
 }
 
 
 def pages() -> None:
     """The page of `compare`, of the same model, part by part."""
-    model, inputs = large_model(131072)
-    compared = sptransform.compare(model.bfloat16(), inputs, world_size=8, hardware="h100-nvlink", outputs="loss")
+    model = large_model().bfloat16()
+    options = {"world_size": 8, "hardware": "h100-nvlink", "outputs": "loss"}
+    compared = sptransform.compare(model, inputs(131072, 1), resized=inputs, **options)
     with tempfile.TemporaryDirectory() as directory:
         page = Path(directory) / "page.html"
         compared.html(page, title="Llama, 8B")

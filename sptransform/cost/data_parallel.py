@@ -66,28 +66,25 @@ def _gathered(
     itemsize, kept, reduced = sizes
     before: dict[int, list[Work]] = {}
     after: dict[int, list[Work]] = {}
+    freed: dict[int, int] = {}
     for place, (unit, first, last) in enumerate(visits):
-        like = works[first]
-        gather = _message("all_gather", units[unit] * itemsize, ranks)
-        start = replace(_work("start", like, gather), copies=1)
+        whole, like = units[unit] * itemsize, works[first]
+        gather = _message("all_gather", whole, ranks)
+        before[first] = [_work("wait", like, gather, allocated=whole)]
         if place == 0:
-            before.setdefault(first, []).append(start)
-        before.setdefault(first, []).append(_work("wait", like, gather, allocated=units[unit] * itemsize))
-        ahead = visits[place + 1][0] if place + 1 < len(visits) else None
-        if ahead is not None:
-            before[first].append(_work("start", like, _message("all_gather", units[ahead] * itemsize, ranks)))
-        whole = units[unit] * itemsize
-        after[last] = [_work("free", works[last], None, freed=whole)]
+            before[first].insert(0, replace(_work("message", like, gather), copies=1))
+        if place + 1 < len(visits):
+            ahead = units[visits[place + 1][0]]
+            before[first].append(_work("message", like, _message("all_gather", ahead * itemsize, ranks)))
+        freed[last] = whole
         if like.direction == "backward":
             # the whole gradients, which the unit's own works made, become a part
             part = -(-units[unit] // len(ranks)) * kept
             scatter = _message("reduce_scatter", units[unit] * reduced, ranks)
-            after[last] += [
-                _work("start", works[last], scatter, allocated=part),
-                _work("free", works[last], None, freed=whole),
-            ]
+            after[last] = [_work("message", works[last], scatter, allocated=part, freed=whole)]
     found: list[Work] = []
     for index, work in enumerate(works):
+        work = replace(work, freed=work.freed + freed[index]) if index in freed else work
         found += [*before.get(index, ()), work, *after.get(index, ())]
     return found
 
@@ -96,13 +93,12 @@ def _message(kind: str, size: int, ranks: Sequence[int]) -> Message:
     return Message(kind, size * (len(ranks) - 1) // len(ranks), tuple(ranks))
 
 
-def _work(what: str, like: Work, message: Message | None, allocated: int = 0, freed: int = 0) -> Work:
-    """A work of the unit that ``like`` is of: the start of a message, its end, or memory that is given back."""
-    op = "free" if message is None else message.kind
-    kind = {"start": "message", "wait": "wait", "free": "wait"}[what]
+def _work(kind: str, like: Work, message: Message, allocated: int = 0, freed: int = 0) -> Work:
+    """The start of a message, or its end, in the layer that ``like`` is of."""
+    name = f"{like.layer or 'model'}.{message.kind}"
     return Work(
-        f"{like.layer or 'model'}.{op}",
-        op,
+        name,
+        message.kind,
         kind,
         like.direction,
         like.layer,

@@ -1,9 +1,9 @@
 """How counts of a training step depend on lengths and ranks: exact formulas, fitted to counts and checked on more.
 
-With everything even, a rank's part of a tensor is a polynomial in the tokens S and the rows B, over the number of
-ranks. What a collective sends of the whole tensor is known for each kind (:data:`SHARES`). So a count is a sum of few terms
-whose coefficients follow from as many counts, in exact arithmetic. More counts than terms are given, and one that
-does not agree means that there is no such formula: none is returned, rather than one that holds at some places.
+With everything even, a rank's part of a tensor is a polynomial in the tokens S and rows B, over the number of ranks.
+What a collective sends of the whole tensor is known for each kind (:data:`SHARES`). So a count is a sum of few terms
+whose coefficients follow from as many counts, in exact arithmetic. More counts than terms are given, and if one of
+them does not agree, there is no formula: none is returned, rather than one that holds at some places.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from sptransform.cost.records import Step, Work
 S, B, N = sympy.symbols("S B N", positive=True, integer=True)
 R, U = sympy.symbols("R U", positive=True, integer=True)
 
-#: what each of n ranks sends of a tensor, as a share of all of it; of a ring, the tensor is what all hops pass on
-SHARES: Mapping[str, Callable[[Any], Any]] = {
-    "all_gather": lambda n: (n - 1) / n,
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n**2,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "send_recv": lambda n: (n - 1) / n,
+#: what each of n ranks sends of a tensor, as a share of all of it; of a ring, the tensor is what all hops pass on. In
+#: an all-to-all every rank gets its share, or, where heads are fewer than ranks, one that others get too
+SHARES: Mapping[str, Sequence[Callable[[Any], Any]]] = {
+    "all_gather": [lambda n: (n - 1) / n],
+    "all_reduce": [lambda n: 2 * (n - 1) / n],
+    "all_to_all": [lambda n: (n - 1) / n**2, lambda n: (n - 1) / n],
+    "reduce_scatter": [lambda n: (n - 1) / n],
+    "send_recv": [lambda n: (n - 1) / n],
 }
 
 Point = Mapping[sympy.Symbol, int]
@@ -128,18 +129,21 @@ def terms_of(kind: str, over: str, lengths: Terms, ranks: tuple[sympy.Symbol, ..
     """What a collective may send: of tensors that ranks of the other mesh dim divide, or do not."""
     among = {"all": sympy.prod(ranks), "outer": ranks[0], "inner": ranks[-1]}[over]
     others = {sympy.Integer(1), sympy.prod(ranks) / among}
-    return [length * SHARES[kind](among) / other for length in lengths for other in sorted(others, key=str)]
+    divided = [length / other for length in lengths for other in sorted(others, key=str)]
+    return [size * share(among) for share in SHARES[kind] for size in divided]
 
 
 def bytes_by_kind(step: Step, direction: str) -> dict[tuple[str, str], int]:
-    """(kind, mesh dim) -> bytes. The ranks of an inner mesh dim are neighbours; "all" are those of both."""
+    """(kind, mesh dim) -> bytes. The ranks of an inner mesh dim are neighbours; "all" are those of both.
+
+    A hop of a ring of two ranks is one, though it looks like an all-to-all.
+    """
     found: dict[tuple[str, str], int] = {}
     for work in step.of(direction):
         if work.kind == "message" and work.message is not None:
             ranks = work.message.ranks
             of_one = "inner" if len(ranks) > 1 and ranks[1] - ranks[0] == 1 else "outer"
             over = "all" if len(ranks) == step.world_size else of_one
-            found[work.message.kind, over] = (
-                found.get((work.message.kind, over), 0) + work.message.bytes_sent * work.copies
-            )
+            key = (work.message.kind if work.ring is None else "send_recv", over)
+            found[key] = found.get(key, 0) + work.message.bytes_sent * work.copies
     return found

@@ -43,7 +43,7 @@ class Hardware:
             raise UsageError(
                 describe(
                     f"hardware {self.name} says nothing of {name}",
-                    found=f"constants {_listed(close_to(name, self.constants))}",
+                    found=f"constants {', '.join(_close_to(name, self.constants))}",
                     fix=f'"{name}": [VALUE, UNIT, SOURCE] in a file of its own that extends "{self.name}"',
                 )
             )
@@ -129,10 +129,5 @@ def _read(path: Path) -> Hardware:
     return Hardware(path.stem, what, constants)
 
 
-def close_to(name: str, names: Mapping[str, Any]) -> list[str]:
-    """The names most like this one."""
+def _close_to(name: str, names: Mapping[str, Any]) -> list[str]:
     return get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names)

@@ -86,9 +86,10 @@ def attention_seconds(
 ) -> Number:
     """A fused kernel of attention, or of its gradient.
 
-    A visible pair of a query and a key costs its products, at the kernel's rate, and its exponential. Each row of
-    queries loses the time of some keys, at its start and end and where a mask cuts blocks: short blocks run slower.
-    Fewer blocks of queries than processors leave some idle.
+    A visible pair of a query and a key costs its products, at the kernel's rate, and its exponential. The forward takes
+    blocks of queries over all keys, the backward blocks of keys over all queries (FlashAttention-2, arXiv 2307.08691,
+    §3.2). Each row of such a block loses some time, at its start and end and where a mask cuts blocks, so that kernels
+    run slower where the others are few. Fewer blocks than processors leave some idle.
 
     Args:
         flops: 2 for each multiply-add of a visible pair, in as many products as the pass has.
@@ -107,8 +108,9 @@ def attention_seconds(
     over_keys, over_values = FLOPS_OF_PASSES[direction]
     flops_per_pair = 2 * (over_keys * dim + over_values * value_dim)
     pairs = flops / flops_per_pair
-    rows = batch * heads * queries
-    hidden = rows - pairs / at_least(1, keys)
+    own, others = (queries, keys) if direction == "forward" else (keys, queries)
+    rows = batch * heads * own
+    hidden = rows - pairs / at_least(1, others)
     paid = pairs + rows * hardware[f"{kernel}.lost_keys"] + hidden * hardware[f"{kernel}.masked_keys"]
     # in another dtype, products are as much slower as those of matmuls
     slower = peak_flops("bfloat16", hardware) / peak_flops(dtype, hardware)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from sptransform.cost.hardware import HardwareLike
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.page.explanation import chosen_ranks, fields_of
 from sptransform.page.render import write_page
 from sptransform.page.trace import write_trace
 from sptransform.planning import compare as planned
 from sptransform.planning import comparison
+from sptransform.planning.compare import Progress
+from sptransform.planning.resized import Resized, with_formulas
+from sptransform.strategies.names import StrategyLike
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,52 @@ class Comparison(comparison.Comparison):
         write_trace(timeline, path, chosen_ranks(ranks, self.world_size), rank)
 
 
-@wraps(planned.compare)
-def compare(*args: Any, **kwargs: Any) -> Comparison:
-    return Comparison(**fields_of(planned.compare(*args, **kwargs)))
+def compare(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    world_size: int,
+    hardware: HardwareLike | None = None,
+    strategies: Sequence[StrategyLike] | None = None,
+    documents: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    resized: Resized | None = None,
+    progress: Progress = lambda name, done, of: None,
+    **options: Any,
+) -> Comparison:
+    """Return what every strategy would send, compute and hold in one training step of ``model``, side by side.
+
+    ``print`` it, ``rich.print`` it, take ``to_dict()``, or write ``html(path)`` and ``trace(path)``. The model is
+    captured once, and not run or changed; it may live on ``meta``. Where ranks differ, as where something does not
+    divide, the busiest one is shown.
+
+    Args:
+        model: the unmodified module.
+        inputs: keyword arguments (a mapping) or positional ones (a tuple) of the model's forward.
+        world_size: the number of ranks.
+        hardware: the name of a known machine, the path of a file with another, or a
+            :class:`~sptransform.cost.hardware.Hardware`: a step's time is then simulated. Without it, strategies are
+            ranked by the bytes that they send.
+        strategies: as for :func:`sptransform.parallelize`; pairs and USP are shown on every mesh of ``world_size``
+            ranks. Default: every strategy of this library, and those of sequences with tensor parallelism.
+        documents: as for :func:`sptransform.explain`.
+        resized: (tokens, rows) -> inputs of that size. The counts then become formulas in tokens, rows and ranks, which
+            the page has sliders for. This captures the model at other sizes too, and takes several times as long.
+        progress: called with the name of each strategy, how many are done, and of how many.
+        options: further options of :func:`sptransform.parallelize`.
+
+    Raises:
+        UsageError: an argument is wrong.
+        CaptureError: the model cannot be captured.
+    """
+    found = planned.compare(
+        model,
+        inputs,
+        world_size=world_size,
+        hardware=hardware,
+        strategies=strategies,
+        documents=documents,
+        progress=progress,
+        **options,
+    )
+    shown = Comparison(**fields_of(found))
+    return shown if resized is None else replace(shown, options=with_formulas(found, model, resized, **options))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,16 +13,17 @@ from sptransform.graph.listing import Line, listing
 from sptransform.page import memory, values
 from sptransform.page.folding import Key, Segment, by_layer, copies_of, segments
 from sptransform.page.graphs import Lines, Pool, sent_by_node, shown_lines, source
-from sptransform.page.machines import on_machines
+from sptransform.page.machines import memory_of, on_machines
 from sptransform.page.placed import placed
 from sptransform.page.rings import RingShape, lanes, rings_of
 from sptransform.page.sliders import sliders
 from sptransform.page.streams import lane_events
-from sptransform.page.traffic import KINDS, Sent, sent
+from sptransform.page.traffic import DIRECTIONS, KINDS, Sent, sent
 from sptransform.planning.records import Option
 
 # ranks of which the parts of tensors are drawn
 DRAWN = 8
+DIGITS = string.digits + string.ascii_lowercase
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def content(options: Sequence[Option], hardware: str | None = None) -> Content:
                 "placed": _placed(option, boxes),
                 "rings": _rings(option, shapes),
                 "memory": _memory(curve, lines),
-                "where": _where(cells, found),
+                "where": _where(cells, found, lines.texts.number),
                 "events": lane_events(option, found, lines),
             }
             for option, graph, curve, cells in zip(options, graphs, curves, sending, strict=True)
@@ -72,6 +74,7 @@ def content(options: Sequence[Option], hardware: str | None = None) -> Content:
         "rings": [_lanes(shape) for shape in shapes],
         "sliders": sliders(options),
         "machines": on_machines(options, hardware),
+        "limit": memory_of(hardware),
     }
     data |= {"texts": lines.texts.items, "lines": lines.lines.items, "places": lines.places.items, "boxes": boxes.items}
     return Content(tuple(options), tuple(found), sending, curves, data)
@@ -144,7 +147,7 @@ def _of_any_layout(shape: RingShape) -> RingShape:
 
 
 def _lanes(shape: RingShape) -> dict[str, Any]:
-    """Pairs as shares of the largest block of any layout, in thousandths; the sums in full."""
+    """Pairs of a rank at each step as shares of the largest block of any layout; the sums in full."""
     found = lanes(shape)
     largest = max(pairs for rows in found.values() for row in rows for pairs in row)
     return {
@@ -152,11 +155,17 @@ def _lanes(shape: RingShape) -> dict[str, Any]:
         "queries": shape.queries,
         "largest": largest,
         "layouts": {
-            name: [[round(1000 * pairs / largest) for pairs in row] for row in rows] for name, rows in found.items()
+            name: ["".join(_two_digits(pairs / largest) for pairs in row) for row in rows]
+            for name, rows in found.items()
         },
         "sums": {name: [sum(row) for row in rows] for name, rows in found.items()},
         "slowest": {name: sum(map(max, zip(*rows, strict=True))) for name, rows in found.items()},
     }
+
+
+def _two_digits(share: float) -> str:
+    """A number from 0 to 1 as two digits to the base 36, of 1295 at most."""
+    return "".join(DIGITS[digit] for digit in divmod(round(1295 * share), 36))
 
 
 def _memory(curve: memory.Curve | None, lines: Lines) -> dict[str, Any] | None:
@@ -180,17 +189,17 @@ def _spike(spike: memory.Spike) -> dict[str, Any]:
     return {"point": spike.point, "op": spike.work.op, "line": line, "text": held.text, "exact": held.exact}
 
 
-def _where(cells: Iterable[Sent], found: Sequence[Segment]) -> list[dict[str, Any]]:
-    """What is sent in each segment, by module."""
+def _where(cells: Iterable[Sent], found: Sequence[Segment], text: Callable[[str], int]) -> list[list[int]]:
+    """What is sent: segment, -1 for none; module, a number of a text; kind; direction; messages; bytes."""
     titles = [segment.title for segment in found]
     return [
-        {
-            "segment": titles.index(each.segment) if each.segment else -1,
-            "module": each.module,
-            "kind": each.kind,
-            "direction": each.direction,
-            "count": each.count,
-            "bytes": each.bytes_sent,
-        }
+        [
+            titles.index(each.segment) if each.segment else -1,
+            text(each.module),
+            KINDS.index(each.kind),
+            DIRECTIONS.index(each.direction),
+            each.count,
+            each.bytes_sent,
+        ]
         for each in cells
     ]

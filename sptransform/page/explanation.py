@@ -14,11 +14,14 @@ from sptransform.cost.read import step_of
 from sptransform.cost.records import Step
 from sptransform.cost.simulate import Timeline, simulate
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.strategy import Strategy
 from sptransform.inspection import explanation, reader
 from sptransform.inspection.attended_work import Documents
 from sptransform.page.render import write_page
 from sptransform.page.trace import RANKS, write_trace
+from sptransform.planning.candidates import name_of
 from sptransform.planning.records import Option
+from sptransform.strategies.composed import Composed
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Explanation(explanation.Explanation):
         """The step on the hardware. Simulated; None without hardware."""
         return None if self.hardware is None else simulate(self.step, self.hardware)
 
-    @property
+    @cached_property
     def option(self) -> Option:
         """The strategy as a comparison has it."""
         context = self.rewritten.context
         return Option(
-            name=self.strategy,
+            name=short_name(context.strategy),
             strategy=context.strategy,
             mesh=tuple(part.mesh.size for part in context.result.mesh_dims) or (self.world_size,),
             rank=self.rank,
@@ -68,7 +71,7 @@ class Explanation(explanation.Explanation):
             title: its heading.
         """
         name = None if self.hardware is None else self.hardware.name
-        write_page(path, [self.option], title=title or f"{self.strategy} on {self.world_size} ranks", hardware=name)
+        write_page(path, [self.option], title=title or f"{self.option.name} on {self.world_size} ranks", hardware=name)
 
     def trace(self, path: str | Path, *, ranks: Sequence[int] | None = None) -> None:
         """Write the simulated step as a trace for https://ui.perfetto.dev or chrome://tracing.
@@ -92,6 +95,12 @@ def explanation_of(
 ) -> Explanation:
     """What the rewritten graph inserts, where, and the bytes it sends; what :func:`explain` returns."""
     return Explanation(**fields_of(reader.explanation_of(rewritten, documents)), hardware=hardware)
+
+
+def short_name(strategy: Strategy) -> str:
+    """``ring x megatron``: the names by which users know strategies."""
+    parts = strategy.strategies if isinstance(strategy, Composed) else (strategy,)
+    return " x ".join(map(name_of, parts))
 
 
 def fields_of(found: Any) -> dict[str, Any]:

@@ -16,16 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from sptransform.page import values
 from sptransform.page.content import Content, content
 from sptransform.page.sliders import stops
-from sptransform.page.traffic import KINDS
+from sptransform.page.traffic import DIRECTIONS, KINDS
 from sptransform.planning.records import Option
 
 
 def write_page(path: str | Path, options: Sequence[Option], *, title: str, hardware: str | None = None) -> None:
     """Write :func:`page` to a file."""
     Path(path).write_text(page(options, title=title, hardware=hardware), encoding="utf-8")
-
-
-DIRECTIONS = ("forward", "backward")
 
 
 def page(options: Sequence[Option], *, title: str, hardware: str | None = None) -> str:
@@ -55,7 +52,7 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         rows=_rows(found),
         longest=max((timeline.seconds for timeline in timelines), default=0.0),
         has_time=bool(timelines),
-        has_events=bool(timelines),
+        has_events=any(each["events"] for each in found.data["options"]),
         has_memory=any(curve is not None for curve in found.curves),
         has_rings=bool(found.data["rings"]),
         has_formulas=bool(found.data["sliders"]["names"] or found.data["machines"]),
@@ -63,12 +60,15 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         meanings=values.MEANINGS,
         made=f"Made by sptransform {version('sptransform')} with torch {torch.__version__}",
         script=_text("page.js"),
+        style=_text("page.css"),
         data=_json(found.data),
     )
 
 
 def _text(name: str) -> str:
-    return (files("sptransform.page") / "templates" / name).read_text(encoding="utf-8")
+    """A style sheet or script without indentation and without lines that are comments."""
+    lines = (files("sptransform.page") / "templates" / name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.strip() for line in lines if not line.strip().startswith("//"))
 
 
 def _json(data: dict[str, Any]) -> str:
@@ -81,7 +81,7 @@ def _facts(options: Sequence[Option], hardware: str | None) -> str:
     """One line of what all options have in common."""
     num_ranks = max(prod(option.mesh) for option in options)
     at = stops(options)["at"]
-    facts = [f"{num_ranks} ranks", f"{at['B']} × {at['S']:,} tokens"]
+    facts = [f"{num_ranks} ranks", *([f"{at['B']} × {at['S']:,} tokens"] if "S" in at else [])]
     steps = [option.step for option in options if option.step is not None]
     if steps:
         facts.append(f"{values.num_bytes(max(step.parameters for step in steps)).text} of parameters on a rank")
@@ -107,6 +107,7 @@ def _row(found: Content, at: int) -> dict[str, Any]:
     if option.blocked is not None:
         return row
     row["kinds"] = {}
+    row["peak"] = option.peak_bytes
     for direction in DIRECTIONS:
         own = [each for each in sent if each.direction == direction]
         row[direction] = sum(each.bytes_sent for each in own)

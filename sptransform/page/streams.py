@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sptransform.cost.records import Work
 from sptransform.cost.simulate import Event
 from sptransform.page.folding import Key, Segment, layer_of
 from sptransform.page.graphs import Lines
+from sptransform.page.traffic import DIRECTIONS, KINDS
 from sptransform.planning.records import Option
 
 STREAMS = ("compute", "communication")
+KERNELS = ("attention", "matmul", "memory")
+# of the longer direction
+TICKS = 20_000
 # events of other layers between two of one layer, from which on they do not belong together
 FAR = 12
 
@@ -18,28 +23,41 @@ FAR = 12
 def lane_events(option: Option, segments: Sequence[Segment], lines: Lines) -> dict[str, Any] | None:
     """The events of one layer of the segment with the most layers; None without times.
 
-    Of each direction ``(stream, kind, place, start, length)``, in microseconds from the direction's start.
+    Of each direction ``(stream, kind, place, start, length)``, in units from its start; ``lasts``: seconds of each.
     """
     if option.timeline is None or not any(segment.keys[0].prefix for segment in segments):
         return None
     most = max(segments, key=lambda segment: segment.times if segment.keys[0].prefix else 0)
     key = most.keys[len(most.keys) // 2]
-    found: dict[str, Any] = {"layer": f"{key.prefix}.{key.index}".lstrip(".")}
-    for direction in ("forward", "backward"):
-        own = _stretch([event for event in option.timeline.events if event.work.direction == direction], key)
-        start = min((event.start for event in own), default=0.0)
+    stretches = [_stretch([e for e in option.timeline.events if e.work.direction == each], key) for each in DIRECTIONS]
+    starts = [min((event.start for event in own), default=0.0) for own in stretches]
+    lasts = [
+        max((event.end for event in own), default=0.0) - start for own, start in zip(stretches, starts, strict=True)
+    ]
+    unit = max(*lasts, 1e-9) / TICKS
+    found: dict[str, Any] = {
+        "layer": f"{key.prefix}.{key.index}".lstrip("."),
+        "unit": float(f"{unit:.6g}"),
+        "lasts": [float(f"{last:.6g}") for last in lasts],
+    }
+    for direction, own, start in zip(DIRECTIONS, stretches, starts, strict=True):
         found[direction] = [
             (
                 STREAMS.index(event.stream),
-                event.work.message.kind if event.work.message else event.work.kind,
+                _shown_kind(event.work),
                 lines.place(event.work.op, event.work.layer, event.work.source_line),
-                round((event.start - start) * 1e6, 1),
-                round((event.end - event.start) * 1e6, 1),
+                round((event.start - start) / unit),
+                round((event.end - event.start) / unit),
             )
             for event in own
             if event.work.kind != "wait"
         ]
     return found
+
+
+def _shown_kind(work: Work) -> int:
+    """The number of the collective, or, after these, of the kind of kernel."""
+    return KINDS.index(work.message.kind) if work.message else len(KINDS) + KERNELS.index(work.kind)
 
 
 def _stretch(events: Sequence[Event], key: Key) -> Sequence[Event]:

@@ -12,6 +12,7 @@ from sptransform.inspection.records import Facts
 from sptransform.page.folding import Segment, inside, layer_of
 
 KINDS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send_recv")
+DIRECTIONS = ("forward", "backward")
 GRADIENTS = "gradients of parameters"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,7 +133,8 @@ class Auto(Strategy):
         with quietly():
             options = ranked(judged(candidate, trial, hardware, copies) for candidate in found)
         choice = self.best_of(options, hardware)
-        where = crossing(trial, choice.chosen, choice.options[1], copies) if len(choice.options) > 1 else ""
+        others = (o for o in choice.options[1:] if o.step is not None and o.strategy.max_mesh_dims == 1)
+        where = crossing(trial, choice.chosen, next(others, choice.chosen), copies)
         return replace(choice, reason=f"{choice.reason}; {where}") if where else choice
 
     def best_of(self, options: Sequence[Option], hardware: Hardware | None) -> Choice:
@@ -189,10 +191,10 @@ def _hardware_for(mesh: Mesh) -> Hardware | None:
 
 def hardware_of_device(device: str, num_ranks: int) -> Hardware | None:
     """The first file whose device has this name, as CUDA gives it, and whose links reach so many ranks."""
-    name = device.lower()
-    files = [file for file in hardware_names() if file.split("-")[0] in name.split()]
+    words = re.split(r"\W", device.lower())
+    files = [file for file in hardware_names() if file.split("-")[0] in words]
     on_pcie = [file for file in files if file.endswith("-pcie")]
-    of_links = on_pcie if "pcie" in name else [file for file in files if file not in on_pcie] or on_pcie
+    of_links = on_pcie if "pcie" in words else [file for file in files if file not in on_pcie] or on_pcie
     reaching = (hardware_of(file) for file in of_links)
     return next((x for x in reaching if num_ranks <= x["node.ranks"] or x.get("between.bandwidth")), None)
 

@@ -17,6 +17,7 @@ from sptransform.cost.folding import fold_layers
 from sptransform.cost.hardware import Hardware, hardware_of
 from sptransform.cost.read import step_of
 from sptransform.diagnostics.errors import UsageError, describe
+from sptransform.engine.pass_manager import run_passes
 from sptransform.inspection.attended_work import checked_documents
 from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
 from sptransform.planning.comparison import Comparison
@@ -79,12 +80,13 @@ def compare(
             for done, candidate in enumerate(found):
                 progress(candidate.name, done, len(found))
                 shown.append(judged(candidate, trial, machine, copies, lengths))
-            alone = step_of(trial(Ulysses(), (1,), 0), copies=copies)
+            alone = trial(Ulysses(), (1,), 0)
+            run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
             options=ranked(_with_lines(shown)),
-            one_device=alone,
+            one_device=step_of(alone, copies=copies),
             copies=copies,
         )
 

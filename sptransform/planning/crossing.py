@@ -22,7 +22,7 @@ def crossing(trial: Trial, chosen: Option, other: Option, copies: Mapping[str, i
 
     Formulas hold where the lengths and the heads of the model divide by N.
     """
-    if len({len(option.mesh) for option in (chosen, other)} | {1}) > 1 or _has_degrees(chosen) or _has_degrees(other):
+    if chosen is other or any(option.strategy.max_mesh_dims > 1 for option in (chosen, other)):
         return ""
     own, its = sent_by(trial, chosen, copies), sent_by(trial, other, copies)
     if own is None or its is None:
@@ -39,10 +39,6 @@ def crossing(trial: Trial, chosen: Option, other: Option, copies: Mapping[str, i
     else:
         where = "at any N" if first == 2 else f"from N = {first} on"
     return f"{chosen.name} sends fewer bytes than {other.name} {where}, where heads divide"
-
-
-def _has_degrees(option: Option) -> bool:
-    return option.strategy.max_mesh_dims > 1
 
 
 def sent_by(trial: Trial, option: Option, copies: Mapping[str, int]) -> sympy.Expr | None:

@@ -26,7 +26,7 @@ def a_step() -> Step:
 
 def test_each_unit_is_gathered_twice_and_reduced_once() -> None:
     step = with_parameter_shards(a_step(), range(4), UNITS)
-    sent = {kind: 0 for kind in ("all_gather", "reduce_scatter")}
+    sent = dict.fromkeys(("all_gather", "reduce_scatter"), 0)
     for work in step.unrolled():
         if work.kind == "message":
             sent[work.message.kind] += work.message.bytes_sent

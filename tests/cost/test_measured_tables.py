@@ -151,3 +151,31 @@ def test_rings_by_layout() -> None:
                 groups[row["hw"], row["pass"]].append((column, 1 / float(row[column]), taken))
     report("T8", groups, order=1.0, regret=1.0)
     assert score(groups).error < 0.15
+
+
+def test_long_context_attention_on_one_node_and_two() -> None:
+    """T11: TFLOP/s a GPU, forward and backward, of the ways that several libraries share."""
+    card = {"H100": hardware_of("h100-ib").replaced(attention__kernel="flash3"), "B200": hardware_of("b200")}
+    ways = {"ulysses": sp.Ulysses(), "ring_p2p": sp.Ring(), "ring_allgather": sp.AllGatherKV()}
+    groups = defaultdict(list)
+    for row in rows("T11"):
+        for ranks in (8,) if row["hw"] == "B200" else (8, 16):
+            strategy = ways.get(row["method"], sp.USP(ulysses=8 if ranks > 8 else 4, ring=2))
+            if row["mask"] not in ("causal", "full") or row["method"] not in (*ways, "usp"):
+                continue
+            length = (8192 if row["hw"] == "H100" else 16384) * ranks
+            causal, direction = row["mask"] == "causal", {"fwd": "forward", "bwd": "backward"}[row["pass"]]
+            taken = attention_seconds_of(
+                strategy,
+                ranks,
+                (1, 64, 8, length, 128),
+                card[row["hw"]],
+                causal=causal,
+                passes=(direction,),
+                peers_merge=True,
+                ranks=(ranks - 1,),
+            )
+            flops = 4 * 64 * 128 * length**2 / (2 if causal else 1) * (1 if direction == "forward" else 2.5)
+            measured = flops / ranks / float(row[f"cp{ranks}"]) / 1e12
+            groups[row["hw"], row["mask"], row["pass"], ranks].append((row["method"], measured, taken))
+    report("T11", groups, order=0.9, regret=1.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sympy
 
-from sptransform.cost.hardware import Hardware, hardware_of
+from sptransform.cost.hardware import Hardware, hardware_names, hardware_of
 from sptransform.cost.records import Message, Work
 from sptransform.cost.times import attention_seconds, matmul_seconds, memory_seconds, message_seconds, seconds
 from sptransform.diagnostics.errors import UsageError
@@ -118,6 +118,16 @@ def test_a_gradient_is_told_by_its_op() -> None:
     hardware = hardware_of("h100-nvlink")
     given = {name: size for name, size in work.sizes.items() if name != "key_heads"}
     assert seconds(work, hardware) == attention_seconds(work.flops, 0, "backward", "bfloat16", hardware, **given)
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_every_file_has_what_the_formulas_read(name: str) -> None:
+    hardware = hardware_of(name)
+    assert all(0 < taken < 60 for taken in by_sizes(hardware, 2**16, 4, 1))
+    sizes = {"batch": 1, "heads": 8, "queries": 4096, "keys": 4096, "dim": 64, "value_dim": 64}
+    assert 0 < attention_seconds(10**12, 10**6, "backward", "float32", hardware, **sizes) < 60
+    assert all(message_seconds(kind, 10**6, 4, 1, hardware) < 60 for kind in ("all_reduce", "reduce_scatter"))
+    assert hardware["memory.bytes"] > 1e9
 
 
 def test_waits_take_no_time_of_their_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 import sptransform
 from sptransform import Comparison
-from sptransform.cost.formulas import B, Formula, N, S
+from sptransform.cost.formulas import B, Formula, N, R, S, U
 
 SEQ_LEN, WIDTH, HEADS, LAYERS = 64, 16, 4, 4
 
@@ -56,8 +57,10 @@ def comparison() -> Comparison:
     found = sptransform.compare(
         model, inputs, world_size=4, hardware="h100-nvlink", strategies=["ulysses", "ring", "megatron"]
     )
+    at = tuple({S: s, B: b, N: n} for s, b, n in product((64, 96), (1, 2), (2, 4, 8)))
+    grid = tuple({S: s, B: 1, R: r, U: u} for s in (128, 256) for r, u in ((2, 2), (4, 2), (8, 2)))
     formulas = {
-        "forward bytes": Formula(8 * B * S * WIDTH * (N - 1) / N**2, "S a multiple of N"),
-        "forward messages": Formula(2 * LAYERS * (N - 1), "N of 2, 4", multiple=2, ranks=(2, 4)),
+        "forward bytes": Formula(8 * B * S * WIDTH * (N - 1) / N**2, "S a multiple of 32, N of 2, 4 and 8", at),
+        "forward messages": Formula(2 * LAYERS * (R - 1) + U, "S a multiple of 128, U = 2", grid),
     }
     return replace(found, options=tuple(replace(option, formulas=formulas) for option in found.options))

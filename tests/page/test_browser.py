@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sptransform.cost.formulas import B, N, S
+from sptransform.cost.formulas import B, N, R, S, U
 from tests.page.shown import comparison
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -84,15 +84,16 @@ def test_sliders_are_python(run: Run) -> None:
         """
     )
     options = {option.name: option for option in comparison().runnable}
-    assert len(found) >= 2 * 11 * 6 * len(options)
+    assert len(found) == 2 * 4 * 6 * len(options)
     held = 0
     for name, strategy, s, b, n, shown in found:
         formula = options[strategy].formulas[name]
-        holds = s % (formula.multiple * n) == 0 and (formula.ranks is None or n in formula.ranks)
-        value = round(float(formula.expression.subs({S: s, B: b, N: n})))
-        assert shown == (f"{value:,}, counted" if holds else None), (name, strategy, s, b, n)
+        where, multiple = ({N: n}, 32) if name == "forward bytes" else ({R: n // 2, U: 2}, 128)
+        holds = any(where.items() <= point.items() for point in formula.at) and s % multiple == 0
+        value = formula.value({S: s, B: b, **where})
+        assert shown == (f"{int(value):,}, counted" if holds else None), (name, strategy, s, b, n)
         held += holds
-    assert held > len(found) / 4
+    assert len(found) / 2 < held < len(found)
 
 
 @pytest.mark.parametrize("width", [1280, 800])

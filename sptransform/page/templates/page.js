@@ -17,9 +17,14 @@
   }
   const three = (x) => (Math.abs(x) >= 999.5 ? x.toFixed(0) : String(Number(x.toPrecision(3))));
   const bytes = (x) => digits(x, "B");
+  const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
   const grouped = (x) => String(x).replace(/\B(?=(\d{3})+(?!\d))/g, ",");
 
   // ---- what is shown -------------------------------------------------------------------------------------------
+  D.options.forEach((o) => (o.where = o.where.map(([segment, module, kind, direction, count, size]) => ({ segment, module: D.texts[module], kind: D.kinds[kind], direction: ["forward", "backward"][direction], count, bytes: size }))));
+  D.rings.forEach((ring) => {
+    for (const name in ring.layouts) ring.layouts[name] = ring.layouts[name].map((row) => row.match(/../g).map((pair) => parseInt(pair, 36)));
+  });
   const runnable = D.options.map((o, i) => i).filter((i) => !D.options[i].blocked);
   // the best of each kind first
   const kind = (i) => D.options[i].name.split(" ")[0];
@@ -99,19 +104,26 @@
   segmented($("segments"), segmentNames(), segment, (i) => { segment = i; graph(); });
   $("moves").addEventListener("change", () => graph());
 
-  /** Lines of several graphs in one order: nodes of one name share a row. */
+  /** Lines of several graphs as rows: nodes of the first graph share one with their like, new ones stand side by side. */
   function aligned(columns) {
-    const order = [];
-    columns.forEach((lines) => {
-      let at = -1;
-      lines.forEach((line) => {
-        const found = order.indexOf(D.lines[line][NAME]);
-        if (found >= 0) at = Math.max(at, found);
-        else order.splice(++at, 0, D.lines[line][NAME]);
+    const base = columns[0].length ? columns[0] : columns[1] || [];
+    const order = new Map(base.map((line, i) => [D.lines[line][NAME], i]));
+    const rows = Array.from({ length: base.length + 1 }, () => ({ same: columns.map(() => null), after: [] }));
+    columns.forEach((lines, column) => {
+      let at = 0, fresh = 0;
+      lines.forEach((index) => {
+        const line = D.lines[index], found = order.get(line[NAME]);
+        if (found !== undefined && found + 1 > at) {
+          [at, fresh] = [found + 1, 0];
+          rows[at].same[column] = line;
+        } else {
+          const own = (rows[at].after[fresh] ??= columns.map(() => null));
+          own[column] = line;
+          fresh++;
+        }
       });
     });
-    const places = columns.map((lines) => new Map(lines.map((line) => [D.lines[line][NAME], D.lines[line]])));
-    return order.map((name) => places.map((place) => place.get(name)));
+    return rows.flatMap(({ same, after }) => [same, ...after]).filter((row) => row.some(Boolean));
   }
 
   function cell(line, isNew) {
@@ -122,7 +134,7 @@
     const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?@sp/g, '<span class="sp">$&</span>');
     const call = esc(field(line, CALL));
     const style = kind ? ` style="border-left-color:var(--${kind})"` : "";
-    return `<td class="${isNew ? "new" : ""}"${style} title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
+    return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
   }
 
   function graph() {
@@ -135,7 +147,7 @@
       const line = row.find(Boolean), module = field(line, MODULE);
       if (module !== before) html += `<tr class="mod"><th scope="rowgroup" colspan="${columns.length}">${esc(module || "(itself)")}</th></tr>`;
       before = module;
-      html += `<tr tabindex="-1" data-source="${row.find(Boolean)[SOURCE]}" data-name="${line[NAME]}">${row.map((own, i) => cell(own, i > 0 && !row[0])).join("")}</tr>`;
+      html += `<tr tabindex="-1">${row.map((own, i) => cell(own, i > 0 && !row[0] && columns[0].length)).join("")}</tr>`;
     }
     if (!rows.length) html += `<tr><td colspan="${columns.length}" class="none">nothing moves here</td></tr>`;
     $("lines").innerHTML = html + "</tbody></table>";
@@ -148,20 +160,21 @@
     const found = /^(\S*?:\d+): (.*)$/.exec(text);
     $("source").innerHTML = found ? `<b>${esc(found[1])}</b>  ${esc(found[2])}` : esc(text) || '<span class="hint">no source line: what the compiler made itself</span>';
   }
-  function point(row) {
-    if (!row) return;
-    document.querySelectorAll("#lines tr.same").forEach((each) => each.classList.remove("same"));
-    const source = row.dataset.source, text = D.texts[source] || "";
-    if (text) document.querySelectorAll(`#lines tr[data-source="${source}"]`).forEach((each) => each.classList.add("same"));
+  function point(target) {
+    const own = target.closest("td[data-source]") || target.closest("tr")?.querySelector("td[data-source]");
+    if (!own) return;
+    document.querySelectorAll("#lines td.same").forEach((each) => each.classList.remove("same"));
+    const source = own.dataset.source, text = D.texts[source] || "";
+    if (text) document.querySelectorAll(`#lines td[data-source="${source}"]`).forEach((each) => each.classList.add("same"));
     says(text);
   }
-  $("lines").addEventListener("mouseover", (event) => point(event.target.closest("tr[data-source]")));
-  $("lines").addEventListener("focusin", (event) => point(event.target.closest("tr[data-source]")));
+  $("lines").addEventListener("mouseover", (event) => point(event.target));
+  $("lines").addEventListener("focusin", (event) => point(event.target));
   $("lines").addEventListener("keydown", (event) => {
     const way = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!way) return;
     event.preventDefault();
-    const rows = [...document.querySelectorAll("#lines tr[data-source]")];
+    const rows = [...document.querySelectorAll("#lines tr[tabindex]")];
     const at = rows.indexOf(document.activeElement);
     const next = rows[Math.min(Math.max(at + way, 0), rows.length - 1)];
     if (next) next.focus();
@@ -198,9 +211,13 @@
     graph();
     list.hidden = true;
     input.setAttribute("aria-expanded", "false");
-    const row = document.querySelector(`#lines tr[data-name="${hit.line[NAME]}"]`);
+    const found = document.querySelector(`#lines td[data-name="${hit.line[NAME]}"]`);
     $("graph").scrollIntoView();
-    if (row) { row.classList.add("hit"); row.scrollIntoView({ block: "center" }); row.focus({ preventScroll: true }); }
+    if (!found) return;
+    found.classList.add("hit");
+    found.scrollIntoView({ block: "center" });
+    found.parentElement.focus({ preventScroll: true });
+    point(found);
   }
   input.addEventListener("input", results);
   input.addEventListener("keydown", (event) => {
@@ -311,7 +328,8 @@
       const mine = own();
       ring = mine.lanes;
       layout = Math.max(names.indexOf(mine.layout), 0);
-      segmented($("ring"), D.rings.map((each) => `${each.ranks} ranks`), ring, (i) => { ring = i; lanes(); });
+      const order = D.rings.map((_, i) => i).sort((a, b) => D.rings[a].ranks - D.rings[b].ranks);
+      segmented($("ring"), order.map((i) => `${D.rings[i].ranks} ranks`), order.indexOf(ring), (k) => { ring = order[k]; lanes(); });
       segmented($("layout"), names, layout, (i) => { layout = i; lanes(); });
       lanes();
     });
@@ -325,7 +343,7 @@
     node.innerHTML = shown.map((i) => {
       const option = D.options[i], found = option.memory;
       if (!found) return `<div class="card"><h3>${esc(option.name)}</h3><p class="none">not counted</p></div>`;
-      const w = 520, h = 170, top = 20, n = found.points.length, high = (v) => top + h - (v / most) * h;
+      const w = shown.length > 1 ? 520 : 1150, h = 170, top = 20, n = found.points.length, high = (v) => top + h - (v / most) * h;
       const live = (point) => (found.points[point] / 1000) * found.peak, x = (point) => (n > 1 ? (point / (n - 1)) * w : 0);
       const path = found.points.map((_, p) => `${x(p).toFixed(1)} ${high(live(p)).toFixed(1)}`).join("L");
       const spikes = found.spikes.map((spike, k) => `<circle cx="${x(spike.point)}" cy="${high(live(spike.point))}" r="4" fill="var(--card)" stroke="var(--send_recv)" stroke-width="2"/><text class="ink" x="${Math.min(Math.max(x(spike.point), 8), w - 8)}" y="${high(live(spike.point)) - 7}" text-anchor="middle">${k + 1}</text>`).join("");
@@ -334,6 +352,7 @@
         <path d="M0 ${top + h}L${path}L${w} ${top + h}z" fill="var(--accent)" fill-opacity=".22"/><path d="M${path}" fill="none" stroke="var(--accent)" stroke-width="1.6"/>
         <path d="M0 ${high(found.floor)}H${w}V${top + h}H0z" fill="var(--compute)" fill-opacity=".35"/>
         <path d="M${x(found.backward)} ${top}V${top + h}" stroke="var(--soft)" stroke-dasharray="3 3"/>
+        ${D.limit && D.limit < most ? `<path d="M0 ${high(D.limit)}H${w}" stroke="var(--over)" stroke-dasharray="6 3"/><text x="3" y="${high(D.limit) - 4}">what a device has: ${bytes(D.limit)}</text>` : ""}
         <text x="3" y="${Math.min(high(found.floor) + 13, top + h - 3)}">parameters and inputs</text><text x="0" y="${top + h + 13}">forward</text><text x="${x(found.backward) + 4}" y="${top + h + 13}">backward</text>${spikes}</svg><ol class="spikes">${list}</ol></div>`;
     }).join("");
     node.querySelectorAll("svg.curve").forEach((svg) => svg.addEventListener("mousemove", (event) => {
@@ -347,31 +366,31 @@
   // ---- time of one layer ----------------------------------------------------------------------------------------
   if ($("time")) draws.push(function time() {
     const node = $("events"), w = 1120, high = 20;
-    const end = (events) => Math.max(0, ...events.map((e) => e[3] + e[4]));
-    const longest = Math.max(...shown.map((i) => D.options[i].events).filter(Boolean).map((own) => Math.max(end(own.forward), end(own.backward))), 1e-9);
-    const took = (us) => (us >= 999.5 ? three(us / 1000) + " ms" : three(us) + " µs");
+    const longest = Math.max(...shown.flatMap((i) => D.options[i].events?.lasts ?? []), 1e-9);
+    const kernels = ["accent", "compute", "memory"];
     node.innerHTML = shown.map((i) => {
       const own = D.options[i].events;
       if (!own) return "";
       const rows = ["forward", "backward"].map((direction, row) => {
-        const y = 4 + row * 2.9 * high, events = own[direction], scale = (w - 230) / longest;
+        const y = 4 + row * 2.9 * high, events = own[direction], last = own.lasts[row], scale = (w - 230) / longest;
         let svg = `<text x="0" y="${y + 14}">${direction}</text><text x="66" y="${y + 14}">compute</text><text x="66" y="${y + high + 16}">messages</text>`;
-        svg += `<rect x="150" y="${y}" width="${end(events) * scale}" height="${high}" fill="url(#idle-${i})"/>`;
-        for (const [stream, kind, place, start, length] of events) {
+        svg += `<rect x="150" y="${y}" width="${last * scale}" height="${high}" fill="url(#idle-${i})"/>`;
+        for (const [stream, kind, place, begins, lasts] of events) {
+          const [start, length] = [begins * own.unit, lasts * own.unit];
           const [op, , line] = D.places[place].map((text) => D.texts[text]);
-          const fill = D.kinds.includes(kind) ? `var(--${kind})` : kind === "attention" ? "var(--accent)" : kind === "matmul" ? "var(--compute)" : "var(--memory)";
+          const fill = `var(--${D.kinds[kind] ?? kernels[kind - D.kinds.length]})`;
           svg += `<rect x="${(150 + start * scale).toFixed(2)}" y="${y + stream * (high + 2)}" width="${Math.max(length * scale, 0.4).toFixed(2)}" height="${high}" fill="${fill}"><title>${esc(op)}, ${took(length)}, simulated\n${esc(line)}</title></rect>`;
         }
-        return svg + `<text class="ink" x="${156 + end(events) * scale}" y="${y + 14}">${took(end(events))}<tspan class="soft"> ○</tspan></text>`;
+        return svg + `<text class="ink" x="${156 + last * scale}" y="${y + 14}">${took(last)}<tspan class="soft"> ○</tspan></text>`;
       });
-      return `<div class="card"><h3>${esc(D.options[i].name)} <span class="small">${esc(own.layer)}</span></h3><svg viewBox="0 0 ${w} ${5.2 * high + 6}" role="img" aria-label="Streams of one layer under ${esc(D.options[i].name)}: forward ${took(end(own.forward))}, backward ${took(end(own.backward))}"><defs><pattern id="idle-${i}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${rows.join("")}</svg></div>`;
+      return `<div class="card"><h3>${esc(D.options[i].name)} <span class="small">${esc(own.layer)}</span></h3><svg viewBox="0 0 ${w} ${5.2 * high + 6}" role="img" aria-label="Streams of one layer under ${esc(D.options[i].name)}: forward ${took(own.lasts[0])}, backward ${took(own.lasts[1])}"><defs><pattern id="idle-${i}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill="var(--faint)"/><rect width="2" height="6" fill="var(--idle)"/></pattern></defs>${rows.join("")}</svg></div>`;
     }).join("");
   });
 
   // ---- what if -------------------------------------------------------------------------------------------------
   if ($("what-if")) {
     const P = D.sliders;
-    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", `return ${f.js}`)])));
+    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", "R", "U", `return ${f.js}`)])));
     const at = {}, hasFormulas = P.names.length > 0;
     if (hasFormulas) {
       for (const key of ["N", "S", "B"]) {
@@ -387,14 +406,11 @@
     /** What the formula gives at a position; null where it does not hold. */
     function value(option, name, S, B, N) {
       const formula = P.formulas[option][name];
-      if (!formula || (formula.ranks && !formula.ranks.includes(N)) || S % (formula.multiple * N)) return null;
-      return Math.round(compiled[option][name](S, B, N));
+      if (!formula || !formula.ranks[N] || S % formula.multiple) return null;
+      return Math.round(compiled[option][name](S, B, N, ...formula.ranks[N]));
     }
-    window.sptransform = { value, at };
     const isBytes = (name) => /bytes|memory|traffic/.test(name);
     const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? digits(x, "FLOP") : grouped(x));
-
-    const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
 
     function formulas() {
       const name = hasFormulas ? $("count").value : null, times = $("machine") ? D.machines[$("machine").value] : null;
@@ -425,8 +441,8 @@
       }).join("")}</td></tr>`);
       $("machine-chart").innerHTML = `<table class="machines"><caption>Step time on each machine, simulated: ${shown.map((i) => `<span>${dot(i)}${esc(D.options[i].name)}</span>`).join(" ")} <span><i class="sw exposed"></i>waits for others</span></caption><tbody>${rows.join("")}</tbody></table>`;
     }
-    const HUES = ["--all_to_all", "--send_recv", "--all_gather", "--all_reduce", "--reduce_scatter", "--accent", "--compute", "--soft"];
-    const hue = (i) => `var(${HUES[runnable.indexOf(i) % HUES.length]})`;
+    const HUES = ["--accent", "--send_recv", "--all_gather"];
+    const hue = (i) => `var(${shown.includes(i) ? HUES[shown.indexOf(i)] : "--idle"})`;
     const dot = (i) => `<i class="sw" style="background:${hue(i)}"></i>`;
     function chart(name) {
       const w = 720, h = 330, left = 66, bottom = 34, xs = P.N.filter((n) => n > 1);
@@ -440,7 +456,7 @@
       for (let k = 0; k < 5; k++) { const v = Math.exp(low + ((high - low) * k) / 4); svg += `<path d="M${left} ${y(v)}H${w - 16}" stroke="var(--line)"/><text x="${left - 8}" y="${y(v) + 4}" text-anchor="end">${text(name, Number(v.toPrecision(3)))}</text>`; }
       const now = xs.indexOf(at.N);
       if (now >= 0) svg += `<path d="M${x(now)} 8V${h - bottom}" stroke="var(--soft)" stroke-dasharray="3 3"/>`;
-      for (const [i, own] of lines) {
+      for (const [i, own] of [...lines].sort((a, b) => shown.includes(a[0]) - shown.includes(b[0]))) {
         const points = own.map((v, k) => (v > 0 ? [x(k), y(v)] : null));
         let pen = "M", path = "";
         points.forEach((p) => { if (p) { path += `${pen}${p[0].toFixed(1)} ${p[1].toFixed(1)}`; pen = "L"; } else pen = "M"; });
