@@ -64,6 +64,12 @@ class _Stage:
         self._finished.add(rank)
         self._pass_on(rank)
 
+    def wait_for(self, number: int) -> None:
+        """Return when so many ranks have ended."""
+        # not by joining threads: an interrupted join may take a thread that still runs for one that has ended
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._finished) >= number)
+
     def abandon(self) -> None:
         """Let every rank end at its next turn."""
         with self._changed:
@@ -206,18 +212,18 @@ def in_lockstep(num_ranks: int, run: Callable[[int], T], *, seed: int = 0, inner
 
     state = _random_state()
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_ranks)]
-    for thread in threads:
-        thread.start()
     try:
         for thread in threads:
-            thread.join()
+            thread.start()
+        stage.wait_for(num_ranks)
     except BaseException:  # Ctrl-C
         stage.abandon()
-        for thread in threads:
-            thread.join()
+        stage.wait_for(sum(thread.ident is not None for thread in threads))
         raise
     finally:
         _restore(state)
+    for thread in threads:
+        thread.join()
     for rank, error in stage.errors.items():
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"on rank {rank} of {num_ranks} in lockstep, seed {seed}")

@@ -268,7 +268,7 @@ def _notes(model: nn.Module, grads: Tensors, in_evaluation: bool) -> Iterator[st
     unseen = [name for name, p in model.named_parameters() if p.requires_grad and not _is_nonzero(grads.get(name))]
     if unseen:
         names = ", ".join(unseen[:3]) + (", .." if len(unseen) > 3 else "")
-        yield f"Nothing is shown of {len(unseen)} parameters, whose gradient on one device is zero or missing: {names}."
+        yield f"Nothing is shown of parameters whose gradient on one device is zero or missing: {len(unseen)}, {names}."
 
 
 def _is_nonzero(grad: Tensor | None) -> bool:

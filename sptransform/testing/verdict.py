@@ -59,7 +59,8 @@ class Verdict:
         compared: every tensor, with its difference; gradients in the order in which the backward comes to them.
         first: of tensors that differ, the first in order of execution, and where in the model that is; None if all is
             well, or if nothing could be told.
-        dtype, mode, loss: what was compared: "float64" or the model's own, "train" or "eval", which scalar.
+        dtype, mode, loss: what was run: "float64" or the model's own, "training" or "evaluation", and in words the
+            scalar that was differentiated.
         notes: what else to know.
     """
 

@@ -47,8 +47,8 @@ def test_a_rank_that_does_not_answer_is_named_and_ended(tmp_path: Path) -> None:
         if rank == 1:
             time.sleep(600)
 
-    with pytest.raises(WorkerTimeout, match=r"within 2 s from ranks \[1\] of 2") as caught:
-        on_processes(2, stuck, timeout=2)
+    with pytest.raises(WorkerTimeout, match=r"within 1 s from ranks \[1\] of 2") as caught:
+        on_processes(2, stuck, timeout=1)
     assert "in stuck" in str(caught.value)
     assert not any(is_running(int(file.read_text())) for file in tmp_path.iterdir())
 

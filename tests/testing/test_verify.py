@@ -304,13 +304,22 @@ def test_a_model_that_returns_nothing_to_compare() -> None:
 # --- how it is shown --------------------------------------------------------------------------------------------
 
 
+def shown(ok: bool, *compared: sptransform.Compared) -> Verdict:
+    first = None if ok else "in qkv, at model.py:3: self.qkv(x)"
+    rest = ("float64", "training", "a loss", ("Note.",))
+    return Verdict(ok, "Ring()", (2, 2), True, 1e-9, "rtol", compared, first, *rest)
+
+
 def test_it_is_shown_as_text_in_colour_and_as_data(capsys: pytest.CaptureFixture[str]) -> None:
-    right, wrong = simulated(attention_with_loss()), simulated(attention_with_loss(), passes=[Larger()])
-    assert str(right).startswith("Equal to one device: Ulysses(split='heads') on 2 simulated ranks")
-    assert "everything is computed in float64" in str(right)
-    assert str(wrong).startswith("Differs from one device") and "What differs: 6 of 6 tensors" in str(wrong)
+    loss = sptransform.Compared("loss", "loss", 1e-12, 1)
+    grad = sptransform.Compared("parameter", "w", float("inf"), 0)
+    right, wrong = shown(True, loss), shown(False, loss, grad)
+    assert str(right).startswith("Equal to one device: Ring() on 2 x 2 processes\n  Largest difference: the loss, ")
+    assert "Allowed: 1e-09 of a tensor's largest value: rtol." in str(right) and "Note." in str(right)
+    assert str(wrong).startswith("Differs from one device") and "What differs: 1 of 2 tensors" in str(wrong)
     rich.print(wrong)
     assert "First difference: in qkv" in capsys.readouterr().out
     assert json.loads(json.dumps(wrong.to_dict())) == wrong.to_dict()
-    assert wrong.to_dict()["compared"][0].keys() == {"kind", "name", "error", "rank"}
-    assert sptransform.Compared("output", "logits", float("inf"), 1) and not wrong.ok
+    assert wrong.to_dict()["compared"][1] == {"kind": "parameter", "name": "w", "error": None, "rank": 0}
+    assert wrong.differing == (grad,) and wrong.worst_parameter == wrong.worst == grad
+    assert right.worst_parameter is None
