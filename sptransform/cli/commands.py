@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def doctor(options: argparse.Namespace) -> int:
     """A verdict a line; 1 if one is a problem."""
     found = checked()
     if options.json:
-        _print_json([each._asdict() for each in found])
+        _print_json([asdict(each) for each in found])
     else:
         _show_sections(found_by_doctor(found))
     return int(any(each.verdict == Verdict.PROBLEM for each in found))

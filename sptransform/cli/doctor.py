@@ -10,9 +10,9 @@ import socket
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,8 @@ class Verdict(str, Enum):
     PROBLEM = "problem"
 
 
-class Line(NamedTuple):
+@dataclass(frozen=True)
+class Line:
     """One thing that was looked at."""
 
     about: str

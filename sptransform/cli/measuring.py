@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+# Private: the collectives that a rewritten graph calls
+_c10d = torch.ops._c10d_functional
+
 WINDOW = 0.5  # seconds
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHORT, LONG = 256, 1024  # queries and keys of attention
@@ -129,14 +132,13 @@ def _links(rank: int, world_size: int) -> tuple[torch.device, str]:
 
 
 def _of_messages(send: Callable[[], Tensor], number: int) -> float:
-    c10d = torch.ops._c10d_functional
     for _ in range(2):
-        c10d.wait_tensor(send())
+        _c10d.wait_tensor(send())
     _finished()
     dist.barrier()
     start = time.perf_counter()
     for _ in range(number):
-        c10d.wait_tensor(send())
+        _c10d.wait_tensor(send())
     _finished()
     return (time.perf_counter() - start) / number
 
@@ -145,29 +147,27 @@ def _to_neighbour(x: Tensor, rank: int, world_size: int, group: str) -> Tensor:
     """As rings send: an exchange in which one rank gets everything."""
     sent, received = [0] * world_size, [0] * world_size
     sent[(rank + 1) % world_size] = received[(rank - 1) % world_size] = x.numel()
-    return torch.ops._c10d_functional.all_to_all_single(x, received, sent, group)
+    return _c10d.all_to_all_single(x, received, sent, group)
 
 
 def _to_all(x: Tensor, rank: int, world_size: int, group: str) -> Tensor:
     """An exchange in which this rank sends ``x``, in equal parts, to the others."""
     parts = [x.numel() // (world_size - 1)] * world_size
     whole = x.new_zeros(sum(parts))
-    return torch.ops._c10d_functional.all_to_all_single(whole, parts, parts, group)
+    return _c10d.all_to_all_single(whole, parts, parts, group)
 
 
 # Each sends about as many bytes as ``x`` has, as `sptransform.cost.records.Message` counts them.
 KINDS: dict[str, Callable[[Tensor, int, int, str], Tensor]] = {
     "send_recv": _to_neighbour,
     "all_to_all": _to_all,
-    "all_gather": lambda x, rank, n, group: torch.ops._c10d_functional.all_gather_into_tensor(
+    "all_gather": lambda x, rank, n, group: _c10d.all_gather_into_tensor(
         x[: x.numel() // (n - 1)].contiguous(), n, group
     ),
-    "reduce_scatter": lambda x, rank, n, group: torch.ops._c10d_functional.reduce_scatter_tensor(
+    "reduce_scatter": lambda x, rank, n, group: _c10d.reduce_scatter_tensor(
         x.new_zeros(x.numel() // (n - 1) * n), "sum", n, group
     ),
-    "all_reduce": lambda x, rank, n, group: torch.ops._c10d_functional.all_reduce(
-        x.new_zeros(x.numel() * n // (2 * (n - 1))), "sum", group
-    ),
+    "all_reduce": lambda x, rank, n, group: _c10d.all_reduce(x.new_zeros(x.numel() * n // (2 * (n - 1))), "sum", group),
 }
 
 
