@@ -6,7 +6,8 @@ Method. The machine is measured as `sptransform calibrate` does, once for each n
 float32 is rewritten for every strategy, its step is simulated with these constants, op by op as `aot_eager` runs them,
 and the same step is run by as many gloo processes, of one thread each: forward and backward, `--rounds` times after one
 that compiles, the strategies in turn, so that what else the machine does falls on all of them. A time is that of the
-slowest rank, the median over rounds. No constant is taken from these steps.
+slowest rank in the fastest round, for other work only adds to it; the median is printed beside it. No constant is taken
+from these steps.
 
 A pair is two strategies whose measured times differ by more than 15%. It is in order if the predicted ones do so too.
 """
@@ -99,13 +100,15 @@ def compared(num_ranks: int, args: argparse.Namespace, seq_len: int, hardware: H
     sizes = (args.layers, args.hidden, seq_len)
     timelines = predicted(num_ranks, *sizes, hardware)
     ranks = on_processes(num_ranks, measured, *sizes, args.rounds, timeout=TIMEOUT)
-    forward, step = ([_of_slowest([rank[part] for rank in ranks], n) for n in range(len(timelines))] for part in (0, 1))
+    rounds = [[_of_slowest([rank[part] for rank in ranks], n) for n in range(len(timelines))] for part in (0, 1)]
+    forward, step = ([min(times) for times in part] for part in rounds)
+    middle = [median(times) for times in rounds[1]]
     table = Table(title=f"{num_ranks} ranks, {seq_len} tokens: seconds of a step", title_justify="left")
-    for name in ("strategy", "forward", "measured", "predicted", "ratio", "computing", "exposed"):
+    for name in ("strategy", "forward", "measured", "median", "predicted", "ratio", "computing", "exposed"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
     for n in sorted(range(len(step)), key=lambda n: step[n]):
         found = timelines[n]
-        numbers = (forward[n], step[n], found.seconds, found.seconds / step[n], found.compute_seconds)
+        numbers = (forward[n], step[n], middle[n], found.seconds, found.seconds / step[n], found.compute_seconds)
         cells = [f"{x:.3f}" for x in (*numbers, found.exposed_seconds)]
         table.add_row(shown(num_ranks)[n].name, *cells)
     console.print(table)
@@ -118,8 +121,9 @@ def compared(num_ranks: int, args: argparse.Namespace, seq_len: int, hardware: H
     return sum(right), len(right)
 
 
-def _of_slowest(ranks: Sequence[list[list[float]]], strategy: int) -> float:
-    return median(max(times) for times in zip(*(rank[strategy] for rank in ranks), strict=True))
+def _of_slowest(ranks: Sequence[list[list[float]]], strategy: int) -> list[float]:
+    """Seconds of each round."""
+    return [max(times) for times in zip(*(rank[strategy] for rank in ranks), strict=True)]
 
 
 def main() -> None:

@@ -66,14 +66,21 @@ def test_models_are_made_without_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("t5", "T5ForConditionalGeneration"), ("vit", "ViTForImageClassification")])
-def test_inputs_of_other_kinds_are_found(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "shapes"),
+    [
+        ("t5", "T5ForConditionalGeneration", {"input_ids": (1, 24), "labels": (1, 24), "decoder_input_ids": (1, 24)}),
+        ("vit", "ViTForImageClassification", {"pixel_values": (1, 3, 32, 32), "labels": (1,)}),
+    ],
+)
+def test_inputs_of_other_kinds_are_found(
+    name: str, kind: str, shapes: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
     model, inputs = model_and_inputs(Asked(config(name, tmp_path), seq_len=24))
     assert type(model).__name__ == kind
-    shapes = {name: tuple(x.shape) for name, x in inputs.items()}
-    assert shapes == {"t5": {"input_ids": (1, 24), "labels": (1, 24)}, "vit": {"pixel_values": (1, 3, 32, 32)}}[
-        name
-    ] | ({"labels": (1,)} if name == "vit" else {})
+    assert {name: tuple(x.shape) for name, x in inputs.items()} == shapes
+    with torch.no_grad():
+        assert model(**inputs).loss.shape == ()
 
 
 ERRORS = {
