@@ -35,7 +35,7 @@ from sptransform.testing.processes import on_processes
 
 APART = 1.15  # of times, so that their order counts
 TIMEOUT = 900.0
-console = Console()
+console = Console(width=110)
 
 
 def llama(layers: int, hidden: int) -> transformers.LlamaForCausalLM:
