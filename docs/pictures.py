@@ -85,7 +85,7 @@ _DARK = "document.documentElement.dataset.theme = 'dark';"
 PAGES = {
     "page": (1720, _SHOW.format(sections="['side-by-side', 'layers']")),
     "page_graph": (1480, _SHOW.format(sections="['graph', 'tensors']")),
-    "page_ring": (900, _SHOW.format(sections="['rings', 'memory']") + _RING + _CONTIGUOUS),
+    "page_ring": (1010, _SHOW.format(sections="['rings', 'memory']") + _RING + _CONTIGUOUS),
     "page_dark": (1760, _SHOW.format(sections="['time', 'what-if']") + _DARK),
 }
 

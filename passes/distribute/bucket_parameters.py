@@ -26,12 +26,16 @@ from sptransform.graph.redistribute import is_gather, is_redistribute, merge_red
 
 @dataclass(frozen=True)
 class BucketParameters(Pass):
-    """``bucket_bytes``: largest bucket; a parameter larger than it has one of its own."""
+    """``bucket_bytes``: largest bucket; a parameter larger than it has one of its own.
+
+    ``apart``: modules whose parameters share no bucket with others.
+    """
 
     requires = frozenset({"typed"})
     ensures = frozenset({"functional", "placed", "typed"})
 
     bucket_bytes: int = BUCKET_BYTES
+    apart: tuple[str, ...] = ()
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         order = {node: position for position, node in enumerate(graph.nodes)}
@@ -41,7 +45,7 @@ class BucketParameters(Pass):
         moves.sort(key=lambda move: order[first_reader[move]])
         outside = notes.outermost(graph)
         read_before: fx.Node | None = None
-        for bucket in fill(moves, self.bucket_bytes):
+        for bucket in fill(moves, self.bucket_bytes, self.apart):
             read = first_reader[bucket[0]]
             merge_redistributes(bucket, outside[read_before or read])
             read_before = read

@@ -33,12 +33,16 @@ _REPLICATE = torch.ops.sptransform.replicate.default
 
 @dataclass(frozen=True)
 class BucketGradients(Pass):
-    """``bucket_bytes``: largest bucket; a parameter larger than it has one of its own."""
+    """``bucket_bytes``: largest bucket; a parameter larger than it has one of its own.
+
+    ``apart``: modules whose parameters share no bucket with others.
+    """
 
     requires = frozenset({"local", "lowered"})
     ensures = frozenset({"functional", "local", "lowered"})
 
     bucket_bytes: int = BUCKET_BYTES
+    apart: tuple[str, ...] = ()
 
     def run(self, graph: fx.Graph, context: Context) -> None:
         for mesh in dict.fromkeys((*(part.mesh for part in context.result.mesh_dims), context.mesh)):
@@ -53,7 +57,7 @@ class BucketGradients(Pass):
             order = {node: position for position, node in enumerate(graph.nodes)}
             outermost = notes.outermost(graph)
             # moves already stand in the order in which they are first read
-            for bucket in fill(moves, self.bucket_bytes):
+            for bucket in fill(moves, self.bucket_bytes, self.apart):
                 _merge(bucket, outermost[first_reader_of(bucket, order)])
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -47,23 +47,25 @@ def rewrite_graph(
     see: Callable[[fx.Graph, Context | None], None] = lambda graph, part: None,
     full_model: bool = True,
     shard_parameters: bool = False,
+    apart: Collection[str] = (),
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
     Lengths that Dynamo left symbolic stay symbolic if every rank always gets an equal share; if something needs the
     number itself, they are fixed. ``see`` is called with the captured graph before it changes, then after each mesh
-    dim with that dim's context; ``full_model``: ``gm`` is the whole model; ``shard_parameters``: see :class:`Context`.
+    dim with that dim's context; ``full_model``: ``gm`` is the whole model; ``shard_parameters``: see :class:`Context`;
+    ``apart``: see :meth:`Pipeline.keeping_apart`.
     """
     try:
         with _no_garbage_collection():
             fix_sizes(gm, options.strategy.multiple(mesh.size) or 1)
-            return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters)
+            return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart)
     except Exception as error:
         if not (needs_number(error) and has_symbolic_sizes(gm)):
             raise
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
-        return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters)
+        return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart)
 
 
 @contextmanager
@@ -86,6 +88,7 @@ def _rewrite_graph(
     see: Callable[[fx.Graph, Context | None], None],
     full_model: bool,
     shard_parameters: bool,
+    apart: Collection[str],
 ) -> tuple[fx.GraphModule, Context]:
     context = Context(
         mesh=mesh,
@@ -103,7 +106,7 @@ def _rewrite_graph(
         check_sequence_dims(captured.graph, options.sequence_dims, full_model)
         see(captured.graph, None)
         with traced(captured.graph, context):
-            distribute(captured, context, options.pipeline, see)
+            distribute(captured, context, options.pipeline.keeping_apart(apart) if apart else options.pipeline, see)
     for fallback in context.result.fallbacks:
         log.warning(
             "%s has no sharding rule and runs replicated (%d bytes gathered) at %s",
@@ -226,8 +229,10 @@ def settled(options: Options, mesh: Mesh, gm: fx.GraphModule, inputs: list[Any])
     if not options.strategy.chooses or mesh.size == 1:
         return options
 
-    def trials_of(graph: fx.GraphModule, given: list[Any]) -> Callable[[Strategy, tuple[int, ...], int], Rewritten]:
-        return trials(rewritten_for, graph, given, options, mesh)
+    def trials_of(
+        graph: fx.GraphModule, given: list[Any], apart: Collection[str] = ()
+    ) -> Callable[[Strategy, tuple[int, ...], int], Rewritten]:
+        return trials(partial(rewritten_for, apart=apart), graph, given, options, mesh)
 
     chosen = options.strategy.choose(gm, inputs, trials_of, mesh, options.shard_parameters)
     return replace(options, strategy=chosen)
@@ -242,8 +247,14 @@ def settled_for_call(
     return while_captured(copied, lambda gm, given: settled(options, mesh, gm, given), *args, **kwargs)
 
 
-def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Rewritten:
-    """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it."""
+def rewritten_for(
+    mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options, apart: Collection[str] = ()
+) -> Rewritten:
+    """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it.
+
+    Parameters of the modules ``apart`` travel in messages of their own, as those of a layer must that stands for
+    others.
+    """
     options = settled(options, mesh, gm, example_inputs)
     if mesh.size > 1:
         before: list[Line] = []
@@ -252,7 +263,7 @@ def rewritten_for(mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], opt
             if part is None:
                 before[:] = listing(graph.nodes)  # a rewriting that starts again sees the graph again
 
-        made = rewrite_graph(gm, example_inputs, options, mesh, see, shard_parameters=options.keeps_parts)
+        made = rewrite_graph(gm, example_inputs, options, mesh, see, shard_parameters=options.keeps_parts, apart=apart)
         return Rewritten(*made, tuple(before))
     # one rank runs the model as it is, see compiler/backend.py
     context = Context(mesh, options.strategy, options.rule_table, options.outputs)

@@ -13,7 +13,7 @@ _said: ContextVar[set[str] | None] = ContextVar("said", default=None)
 
 @contextmanager
 def each_sentence_once() -> Iterator[None]:
-    """Within, :func:`warn` says each sentence once."""
+    """Within, an :class:`OnceLogger` gives each warning once."""
     token = _said.set(set())
     try:
         yield
@@ -21,10 +21,16 @@ def each_sentence_once() -> Iterator[None]:
         _said.reset(token)
 
 
-def warn(log: logging.Logger, message: str, *args: Any) -> None:
-    """``log.warning``, unless it was said before within :func:`each_sentence_once`."""
-    said, sentence = _said.get(), message % args
-    if said is None or sentence not in said:
-        log.warning(message, *args)
-    if said is not None:
-        said.add(sentence)
+class OnceLogger:
+    """The logger of a name, whose warnings do not repeat within :func:`each_sentence_once`."""
+
+    def __init__(self, name: str) -> None:
+        self._log = logging.getLogger(name)
+
+    def warning(self, message: str, *args: Any) -> None:
+        """As ``logging.Logger.warning``."""
+        said, sentence = _said.get(), message % args
+        if said is None or sentence not in said:
+            self._log.warning(message, *args)
+        if said is not None:
+            said.add(sentence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from sptransform.diagnostics.errors import UsageError, describe
@@ -34,6 +34,14 @@ class Pipeline:
     def phases(self) -> dict[str, tuple[Pass, ...]]:
         """Name of each phase, in order -> its passes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def keeping_apart(self, modules: Iterable[str]) -> Pipeline:
+        """This pipeline, in which parameters of these modules travel in messages of their own."""
+
+        def changed(step: Pass) -> Pass:
+            return replace(step, apart=tuple(modules)) if hasattr(step, "apart") else step
+
+        return Pipeline(*(tuple(map(changed, steps)) for steps in self.phases.values()))
 
     def with_passes(self, passes: Sequence[Pass]) -> Pipeline:
         """This pipeline with a user's ``passes`` at the places that their ``after`` names; at one place, in order.

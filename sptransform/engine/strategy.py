@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.diagnostics.errors import UsageError, describe, shown
-from sptransform.diagnostics.said_once import warn
+from sptransform.diagnostics.said_once import OnceLogger
 from sptransform.engine.axes import Axes
 from sptransform.engine.inner_axes import InnerAxes
 from sptransform.parameters.parts import first_dim
@@ -23,7 +22,7 @@ from sptransform.sharding.sizes import Size
 
 Divide = Callable[[str], Partition]
 
-log = logging.getLogger(__name__)
+log = OnceLogger(__name__)
 
 
 class Stage(NamedTuple):
@@ -166,7 +165,7 @@ class Strategy:
         self,
         gm: fx.GraphModule,
         inputs: list[Any],
-        trials: Callable[[fx.GraphModule, list[Any]], Callable[[Strategy, tuple[int, ...], int], Any]],
+        trials: Callable[[fx.GraphModule, list[Any], Collection[str]], Callable[[Strategy, tuple[int, ...], int], Any]],
         mesh: Mesh,
         in_parts: bool,
     ) -> Strategy:
@@ -175,8 +174,8 @@ class Strategy:
         Args:
             gm: the graph, as Dynamo gives it.
             inputs: what it is called with.
-            trials: (a graph, its inputs) -> (a strategy, the ranks of each mesh dim, a rank) -> what the rank would
-                run, as :func:`sptransform.rewrite` gives it.
+            trials: (a graph, its inputs, modules whose parameters are kept apart) -> (a strategy, the ranks of each
+                mesh dim, a rank) -> what the rank would run, as :func:`sptransform.rewrite` gives it.
             mesh: the ranks.
             in_parts: whether ranks keep parts of parameters (``shard_parameters``).
 
@@ -203,7 +202,7 @@ def of_own_queries(rule: OpRule, divide: Divide) -> Sharded | None:
     decision = Sharded(queries, divide(queries))
     if not decision.is_allowed(rule):
         return None
-    warn(log, "an attention has one head: each rank computes its own queries, over keys that are gathered")
+    log.warning("an attention has one head: each rank computes its own queries, over keys that are gathered")
     return decision
 
 

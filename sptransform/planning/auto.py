@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,7 +108,7 @@ class Auto(Strategy):
         self,
         gm: fx.GraphModule,
         inputs: list[Any],
-        trials: Callable[[fx.GraphModule, list[Any]], Trial],
+        trials: Callable[[fx.GraphModule, list[Any], Collection[str]], Trial],
         mesh: Mesh,
         in_parts: bool,
     ) -> Strategy:
@@ -116,7 +116,7 @@ class Auto(Strategy):
         if not has_symbolic_sizes(gm):
             folded = fold_layers(gm, inputs)
             gm, inputs, copies = folded.graph_module, folded.inputs, folded.copies
-        choice = self.choice_of(trials(gm, inputs), mesh, copies, in_parts)
+        choice = self.choice_of(trials(gm, inputs, copies), mesh, copies, in_parts)
         self.choices.append(choice)
         log.info("%s", choice.reason)
         strategy = copy(choice.chosen.strategy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def compare(
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> Comparison:
         folded = fold_layers(gm, example_inputs)
         copies = folded.copies
-        trial = trials(rewritten_for, folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size))
+        trial = trials(
+            partial(rewritten_for, apart=copies), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
+        )
         shown = []
         with quietly():
             for done, candidate in enumerate(found):

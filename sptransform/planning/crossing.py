@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import sympy
 
+from sptransform.cost.folding import copies_of
 from sptransform.cost.formulas import N, fitted, terms_of
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.inspection.reader import explanation_of
-from sptransform.planning.judged import Trial, number_of, quietly
+from sptransform.planning.judged import Trial, quietly
 from sptransform.planning.records import Option
 
 _COUNTED_AT = (2, 4)  # the bytes of a kind have one unknown factor each, so that the second count is a check
@@ -62,5 +63,5 @@ def _counted(trial: Trial, option: Option, num_ranks: int, copies: Mapping[str, 
     except SPTransformError:
         return None
     for collective in explanation.collectives:
-        sent[collective.kind] += collective.bytes_sent * number_of(collective.layer, copies)
+        sent[collective.kind] += collective.bytes_sent * copies_of(collective.layer, copies)
     return sent

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sptransform.compiler.rewrite import Rewritten
+from sptransform.cost.folding import copies_of
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
 from sptransform.cost.simulate import simulate
@@ -50,13 +51,8 @@ def judged(
 
 def pairs_of_ranks(explanation: Explanation, copies: Mapping[str, int]) -> tuple[int, ...]:
     """For every rank, how many pairs of a query and a key it attends in the forward, in all layers."""
-    weighted = ([n * number_of(work.layer, copies) for n in work.pairs] for work in explanation.attention)
+    weighted = ([n * copies_of(work.layer, copies) for n in work.pairs] for work in explanation.attention)
     return tuple(map(sum, zip(*weighted, strict=True)))
-
-
-def number_of(layer: str, copies: Mapping[str, int]) -> int:
-    """How many equal layers a module of the graph stands for."""
-    return next((n for path, n in copies.items() if layer == path or layer.startswith(f"{path}.")), 1)
 
 
 def ranked(options: Iterable[Option]) -> tuple[Option, ...]:

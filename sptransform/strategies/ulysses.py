@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sptransform.diagnostics.errors import UsageError, describe
-from sptransform.diagnostics.said_once import warn
+from sptransform.diagnostics.said_once import OnceLogger
 from sptransform.engine.strategy import Divide, Strategy, check_choice, of_own_queries
 from sptransform.rules.decision import Sharded
 from sptransform.rules.rule import OpRule
 from sptransform.sharding.partition import Partition
 
-log = logging.getLogger(__name__)
+log = OnceLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Ulysses(Strategy):
             )
         size = rule.sizes[factor]
         if size < num_ranks:
-            warn(log, "%d of %d ranks have no %s in attention", num_ranks - size, num_ranks, self.split)
+            log.warning("%d of %d ranks have no %s in attention", num_ranks - size, num_ranks, self.split)
         return Sharded(factor, Partition.balanced(size, num_ranks))
 
     def around(self, num_ranks: int, num_inside: int, heads: Sequence[tuple[int, int]]) -> Strategy:

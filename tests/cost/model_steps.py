@@ -17,7 +17,7 @@ import sptransform as sp
 from sptransform.cost.data_parallel import with_parameter_shards
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
-from sptransform.cost.records import Step
+from sptransform.cost.records import Step, Work
 from sptransform.cost.simulate import Timeline, simulate
 from sptransform.cost.times import memory_seconds
 
@@ -67,7 +67,7 @@ class Run:
         strategy: how ``ranks`` share a sequence.
         ranks: that share a sequence; 1 is one device.
         checkpoint: "full" computes every layer again; "selective" the half of its products, and what is cheap.
-        compiled: pointwise ops are fused.
+        compiled: "all", "layers" or "": where pointwise ops are fused.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Run:
     strategy: str | sp.Strategy = "ulysses"
     ranks: int = 1
     checkpoint: str = "full"
-    compiled: bool = False
+    compiled: str = ""
 
 
 @cache
@@ -97,12 +97,26 @@ def model_step(run: Run) -> tuple[Step, tuple[tuple[str, int], ...]]:
     outputs = {"outputs": "loss"} if run.ranks > 1 else {}
     inputs = {"input_ids": tokens, "labels": tokens}
     rewritten = sp.rewrite(model, run.strategy, inputs, world_size=run.ranks, rank=run.ranks - 1, **outputs)
-    step = step_of(rewritten, fuse=run.compiled, copies={"model.layers.1": layers - KEPT + 1})
+    copies = {"model.layers.1": layers - KEPT + 1}
+    step = step_of(rewritten, fuse=run.compiled == "all", copies=copies)
+    if run.compiled == "layers":
+        step = _with_layers_of(step, step_of(rewritten, copies=copies))
     if run.checkpoint == "selective":
         step = _selective(step)
     units = {f"model.layers.{i}": sum(p.numel() for p in model.model.layers[i].parameters()) for i in range(KEPT)}
     units = {"": sum(p.numel() for p in model.parameters()) - sum(units.values()), **units}
     return step, tuple(units.items())
+
+
+def _with_layers_of(step: Step, compiled: Step) -> Step:
+    """``step`` in which layers are those of ``compiled``; what surrounds them stays as it is."""
+    works: list[Work] = []
+    for direction in ("forward", "backward"):
+        own = [work for work in step.works if work.direction == direction]
+        inside = [index for index, work in enumerate(own) if work.layer.startswith("model.layers.")]
+        layers = [work for work in compiled.of(direction) if work.layer.startswith("model.layers.")]
+        works += [*own[: inside[0]], *layers, *own[inside[-1] + 1 :]]
+    return replace(step, works=tuple(works))
 
 
 def _selective(step: Step) -> Step:

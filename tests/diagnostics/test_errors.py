@@ -13,6 +13,7 @@ import sptransform
 from sptransform.compiler.options import Options
 from sptransform.diagnostics import errors
 from sptransform.diagnostics.errors import SPTransformError, UsageError, describe
+from sptransform.planning.auto import Auto
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import strategy_of
 from sptransform.strategies.ring import AllGatherKV, Ring
@@ -32,7 +33,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "rank": lambda: Mesh.pretended(4, 4),
     "sequence_dims": lambda: Options(sequence_dims={"x": "1"}),
     "split": lambda: Ulysses(split="tokens"),
-    "strategy_planned": lambda: strategy_of("auto"),
+    "strategy_memory": lambda: Auto(memory=0),
     "strategy_type": lambda: strategy_of(Ulysses),
     "strategy_unknown": lambda: strategy_of("ulises"),
     "usp_layout": lambda: USP(layout="snaked"),
@@ -70,15 +71,10 @@ def test_other_wrong_options_of_strategies(make: Callable[[], Any]) -> None:
         make()
 
 
-@pytest.mark.parametrize("name", ["auto"])
-def test_planned_strategies_are_not_unknown(name: str) -> None:
-    with pytest.raises(UsageError, match="not built yet"):
-        strategy_of(name)
-
-
-@pytest.mark.parametrize("name", ["allgather", "ring", "ulysses", "usp"])
+@pytest.mark.parametrize("name", ["allgather", "auto", "ring", "ulysses", "usp"])
 def test_strategies_by_name(name: str) -> None:
-    assert strategy_of(name) == {"allgather": AllGatherKV, "ring": Ring, "ulysses": Ulysses, "usp": USP}[name]()
+    classes = {"allgather": AllGatherKV, "auto": Auto, "ring": Ring, "ulysses": Ulysses, "usp": USP}
+    assert strategy_of(name) == classes[name]()
 
 
 def test_every_message_has_the_one_form() -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import sptransform
-from sptransform import USP, AllGatherKV, Ring, Ulysses, UsageError
+from sptransform import USP, AllGatherKV, Auto, Ring, Ulysses, UsageError
 from tests.support.collective_counts import CountCollectives
 from tests.support.gloo_pool import get_pool
 from tests.support.golden import Golden
@@ -104,7 +104,7 @@ class Bad:
 TABLE: dict[str, Bad] = {
     # strategies
     "strategy_unknown": Bad(lambda m: parallel(m, strategy="ulises")),
-    "strategy_planned": Bad(lambda m: parallel(m, strategy="auto")),
+    "strategy_chosen_without_inputs": Bad(lambda m: parallel(m, strategy=Auto(megatron=True))),
     "strategy_type": Bad(lambda m: parallel(m, strategy=3)),
     "strategy_class": Bad(lambda m: parallel(m, strategy=Ulysses)),
     "strategy_split": Bad(lambda m: parallel(m, strategy=Ulysses(split="tokens"))),

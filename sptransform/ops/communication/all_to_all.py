@@ -10,6 +10,7 @@ from torch import Tensor
 from sptransform.ops.communication.collectives import all_to_all
 from sptransform.ops.communication.slicing import assemble, by_rank, conceal, expose, in_order, select
 from sptransform.ops.groups import rank_in
+from sptransform.sharding.intervals import Intervals
 from sptransform.sharding.partition import Partition
 from sptransform.sharding.placement import Shard
 
@@ -30,7 +31,7 @@ def exchange(xs: list[Tensor], sources: list[Shard], targets: list[Shard], group
         came = all_to_all(packed.reshape(-1), counts, counts, group).view(num_ranks, -1)
         widths = [block.shape[1] for block in blocks]
         return [move.from_blocks(block) for move, block in zip(moves, came.split(widths, 1), strict=True)]
-    pieces = [[move.piece_for(j).reshape(-1) for move in moves] for j in range(num_ranks)]
+    pieces = [[move.piece_for(j) for move in moves] for j in range(num_ranks)]
     sent = [sum(piece.numel() for piece in group_) for group_ in pieces]
     shapes = [[move.shape_from(i) for move in moves] for i in range(num_ranks)]
     received = [sum(prod(shape) for shape in group_) for group_ in shapes]
@@ -48,6 +49,7 @@ class _Move:
             raise ValueError(f"an exchange moves between dimensions, not {source.spec} to {target.spec}")
         # expose the later dimension first, so that the earlier one keeps its number
         self.source, self.target, self.group = source, target, group
+        self._pieces: dict[Intervals, Tensor] = {}
         first, second = (source, target) if source.dim > target.dim else (target, source)
         x, first_dim = expose(x, first)
         x, second_dim = expose(x, second)
@@ -87,7 +89,11 @@ class _Move:
         return self._finish(x)
 
     def piece_for(self, rank: int) -> Tensor:
-        return select(self.x, self.dims[1], self.target.partition.owned[rank])
+        """What ``rank`` gets, flat. Ranks that own the same get the same tensor: it is cut out once."""
+        owned = self.target.partition.owned[rank]
+        if owned not in self._pieces:
+            self._pieces[owned] = select(self.x, self.dims[1], owned).reshape(-1)
+        return self._pieces[owned]
 
     def shape_from(self, rank: int) -> list[int]:
         shape = list(self.x.shape)

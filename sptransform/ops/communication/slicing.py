@@ -90,12 +90,12 @@ def assemble(parts: Sequence[Tensor], dim: int, partition: Partition) -> Tensor:
     for part, intervals in zip(parts, partition.owned, strict=True):
         at = 0
         for lo, hi in intervals:
-            runs.append((lo, hi, part.narrow(dim, at, hi - lo)))
+            runs.append((lo, hi, _narrowed(part, dim, at, hi - lo)))
             at += hi - lo
     bounds = sorted({0, partition.size, *(lo for lo, _, _ in runs), *(hi for _, hi, _ in runs)})
     segments = []
     for lo, hi in pairwise(bounds):
-        owners = [x.narrow(dim, lo - start, hi - lo) for start, stop, x in runs if start <= lo and hi <= stop]
+        owners = [_narrowed(x, dim, lo - start, hi - lo) for start, stop, x in runs if start <= lo and hi <= stop]
         if owners:
             segments.append(sum(owners[1:], owners[0]))
         else:
@@ -104,4 +104,9 @@ def assemble(parts: Sequence[Tensor], dim: int, partition: Partition) -> Tensor:
             segments.append(parts[0].new_zeros(shape))
     if not segments:  # the axis is empty
         return parts[0].narrow(dim, 0, 0)
-    return segments[0] if len(segments) == 1 else torch.cat(segments, dim)
+    return segments[0].narrow(dim, 0, partition.size) if len(segments) == 1 else torch.cat(segments, dim)
+
+
+def _narrowed(x: Tensor, dim: int, start: int, size: int) -> Tensor:
+    """``x.narrow``, unless that is all of ``x``: with many ranks, graphs have many of these."""
+    return x if x.shape[dim] == size else x.narrow(dim, start, size)

@@ -442,7 +442,7 @@
       $("machine-chart").innerHTML = `<table class="machines"><caption>Step time on each machine, simulated: ${shown.map((i) => `<span>${dot(i)}${esc(D.options[i].name)}</span>`).join(" ")} <span><i class="sw exposed"></i>waits for others</span></caption><tbody>${rows.join("")}</tbody></table>`;
     }
     const HUES = ["--accent", "--send_recv", "--all_gather"];
-    const hue = (i) => `var(${shown.includes(i) ? HUES[shown.indexOf(i)] : "--idle"})`;
+    const hue = (i) => `var(${shown.includes(i) ? HUES[shown.indexOf(i)] : "--compute"})`;
     const dot = (i) => `<i class="sw" style="background:${hue(i)}"></i>`;
     function chart(name) {
       const w = 720, h = 330, left = 66, bottom = 34, xs = P.N.filter((n) => n > 1);
