@@ -180,7 +180,7 @@ def _links(nodes: Number, hardware: Hardware) -> tuple[str, ...]:
         describe(
             f"hardware {hardware.name} has no links between nodes",
             found=f"ranks on {nodes} nodes of {hardware['node.ranks']}",
-            fix="hardware that has, such as h100-ib, or fewer ranks",
+            fix="hardware that has, such as h100-ib; fewer ranks; or `sptransform calibrate --ranks` with as many",
         )
     )
 

@@ -36,9 +36,23 @@ class Maker:
     Args:
         tree: the model's configuration.
         main: the input that the library calls the main one, if it does.
+        batch: the number of rows.
+        length: of sequences of tokens.
+        target: the length of what a decoder makes.
+        kept: how many tokens of every row but the first are no padding.
     """
 
-    def __init__(self, tree: Tree, main: str | None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        main: str | None,
+        *,
+        batch: int = BATCH,
+        length: int = LENGTH,
+        target: int = TARGET,
+        kept: int = PADDED,
+    ) -> None:
+        self.batch, self.length, self.target, self.kept = batch, length, target, kept
         self.tree = tree
         self.main = main
         self._generator = torch.Generator().manual_seed(1)
@@ -80,7 +94,9 @@ class Maker:
             if kind_of(field) == "width" and isinstance(value, int)
         }
         widths = [width for number, width in sorted(shared, reverse=True) if number > 0]
-        return [self.normal(*shape, w) for w in widths for shape in ((BATCH, TEXT), (BATCH,), (BATCH, 35))]
+        return [
+            self.normal(*shape, w) for w in widths for shape in ((self.batch, TEXT), (self.batch,), (self.batch, 35))
+        ]
 
     # what configurations say
 
@@ -120,24 +136,26 @@ class Maker:
             for each in (value if isinstance(value, list) else [value])
         }
         usable = torch.tensor([v for v in range(3, min(sizes, default=64)) if v not in special])
-        return usable[torch.randint(len(usable), (BATCH, length, *rest), generator=self._generator)]
+        return usable[torch.randint(len(usable), (self.batch, length, *rest), generator=self._generator)]
 
     def classes(self, number: int, *shape: int) -> Tensor:
-        return torch.randint(number, (BATCH, *shape), generator=self._generator)
+        return torch.randint(number, (self.batch, *shape), generator=self._generator)
 
     def images(self) -> list[Tensor]:
         channels = [*self.sizes("num_channels", "in_channels", "in_chans"), 3]
         edges = [*self.sizes("image_size", "img_size", "sample_size"), 24, 64, 96, 128, 224]
-        found = [self.normal(BATCH, c, e, e) for e in dict.fromkeys(edges) for c in dict.fromkeys(channels)]
+        found = [self.normal(self.batch, c, e, e) for e in dict.fromkeys(edges) for c in dict.fromkeys(channels)]
         # as patches in a row
-        return [*found, *(self.normal(BATCH, 35, c * p * p) for p in self.sizes("patch_size") for c in channels)]
+        return [*found, *(self.normal(self.batch, 35, c * p * p) for p in self.sizes("patch_size") for c in channels)]
 
     def sound(self) -> list[Tensor]:
         mel = self.sizes("num_mel_bins", "input_feat_per_channel", "feature_size", "input_size") or [80]
         frames = (
-            [2 * n for n in self.sizes("max_source_positions")] + self.sizes("max_length") + [2 * LENGTH, 8 * LENGTH]
+            [2 * n for n in self.sizes("max_source_positions")]
+            + self.sizes("max_length")
+            + [2 * self.length, 8 * self.length]
         )
-        spectra = [self.normal(BATCH, n, m) for n in frames for m in mel]
+        spectra = [self.normal(self.batch, n, m) for n in frames for m in mel]
         return [*spectra, *(x.mT.contiguous() for x in spectra)]
 
     def latents(self) -> list[Tensor]:
@@ -149,17 +167,17 @@ class Maker:
         edges = [(6, 10), *((e, e) for e in self.sizes("sample_size", "image_size")), (8, 8), (16, 16)]
         found = []
         for c in channels or [4]:
-            found.append(self.normal(BATCH, 35, c))
-            found += [self.normal(BATCH, c, *edge) for edge in edges]
-            found += [self.normal(BATCH, c, frames, *edge) for frames in (3, 4) for edge in edges[:2]]
-            found += [self.normal(BATCH, frames, c, *edge) for frames in (3, 4) for edge in edges[:2]]
-            found += [self.normal(BATCH, c, 35), self.normal(BATCH, c)]
+            found.append(self.normal(self.batch, 35, c))
+            found += [self.normal(self.batch, c, *edge) for edge in edges]
+            found += [self.normal(self.batch, c, frames, *edge) for frames in (3, 4) for edge in edges[:2]]
+            found += [self.normal(self.batch, frames, c, *edge) for frames in (3, 4) for edge in edges[:2]]
+            found += [self.normal(self.batch, c, 35), self.normal(self.batch, c)]
         return found
 
     def contexts(self) -> list[Tensor]:
         widths = self.numbers(*CONTEXTS)
         lengths = [TEXT, *self.sizes("max_text_seq_length", "num_embeddings", "text_len"), 35]
-        return [self.normal(BATCH, length, width) for length in lengths for width in widths if width > 3]
+        return [self.normal(self.batch, length, width) for length in lengths for width in widths if width > 3]
 
     def labels(self) -> list[Tensor | None]:
         """Of tokens, of a decoder, of what is heard or seen; none, if none will do."""
@@ -167,17 +185,18 @@ class Maker:
         if self.main == "pixel_values":
             return [classes, None]
         if self.main != "input_ids":
-            return [self.ids(5), self.ids(TARGET), classes, None]
-        target = self.ids(TARGET)
-        target[1, -4:] = IGNORED
-        tokens = self.ids(LENGTH)
-        tokens[1, PADDED:] = IGNORED
+            return [self.ids(5), self.ids(self.target), classes, None]
+        target = self.ids(self.target)
+        target[1:, -4:] = IGNORED
+        tokens = self.ids(self.length)
+        tokens[1:, self.kept :] = IGNORED
         decodes = bool(self.tree.get("is_encoder_decoder"))
         return [target, tokens, classes, None] if decodes else [tokens, classes, None]
 
-
-def padding() -> Tensor:
-    return (torch.arange(LENGTH) < torch.tensor([LENGTH, PADDED])[:, None]).long()
+    def padding(self) -> Tensor:
+        """A mask that hides the end of every row but the first."""
+        kept = torch.tensor([self.length, *[self.kept] * (self.batch - 1)])
+        return (torch.arange(self.length) < kept[:, None]).long()
 
 
 def _steps(maker: Maker) -> list[Tensor]:
@@ -188,30 +207,35 @@ def _steps(maker: Maker) -> list[Tensor]:
 def _ids(maker: Maker) -> list[Tensor]:
     """Of tokens, and of tokens that have several codes: each a dimension, or a row."""
     codes = [n + more for n in maker.sizes("num_codebooks") for more in (0, 1)]
-    several = [maker.ids(LENGTH, n) for n in codes]
-    return [maker.ids(LENGTH), *several, *(x.mT.flatten(0, 1) for x in several)]
+    several = [maker.ids(maker.length, n) for n in codes]
+    return [maker.ids(maker.length), *several, *(x.mT.flatten(0, 1) for x in several)]
 
 
 def _masks(maker: Maker) -> list[Tensor | None]:
-    mask = torch.ones(BATCH, TEXT, dtype=torch.bool)
+    mask = torch.ones(maker.batch, TEXT, dtype=torch.bool)
     return [mask, mask.long(), None]
 
 
 # An input that is needed; one that is None in `OPTIONAL` may be left out.
 REQUIRED: dict[str, Callable[[Maker], list[Any]]] = {
     "cap_feats": lambda m: [list(x) for x in m.contexts()],
-    "decoder_input_ids": lambda m: [m.ids(TARGET)],
+    "decoder_input_ids": lambda m: [m.ids(m.target)],
     "encoder_hidden_states": Maker.contexts,
     "encoder_mask": _masks,
     "hidden_states": Maker.latents,
     "input_features": Maker.sound,
     "input_ids": _ids,
-    "input_values": lambda m: [m.normal(BATCH, 900), m.normal(BATCH, 14_400), *m.sound(), m.normal(BATCH, 1, 14_400)],
-    "inputs": lambda m: [m.ids(LENGTH), *m.images(), m.normal(BATCH, 900)],
-    "inputs_embeds": lambda m: [m.normal(BATCH, TEXT, w) for w in m.sizes("hidden_size")],
+    "input_values": lambda m: [
+        m.normal(m.batch, 900),
+        m.normal(m.batch, 14_400),
+        *m.sound(),
+        m.normal(m.batch, 1, 14_400),
+    ],
+    "inputs": lambda m: [m.ids(m.length), *m.images(), m.normal(m.batch, 900)],
+    "inputs_embeds": lambda m: [m.normal(m.batch, TEXT, w) for w in m.sizes("hidden_size")],
     "pixel_values": Maker.images,
-    "position_ids": lambda m: [torch.arange(LENGTH).expand(BATCH, LENGTH), m.normal(35 + TEXT, 3).abs() * 5],
-    "proj_embedding": lambda m: [m.normal(BATCH, w) for w in m.numbers("embedding_dim")],
+    "position_ids": lambda m: [torch.arange(m.length).expand(m.batch, m.length), m.normal(35 + TEXT, 3).abs() * 5],
+    "proj_embedding": lambda m: [m.normal(m.batch, w) for w in m.numbers("embedding_dim")],
     "timestep": _steps,
     "timestep_r": _steps,
     "r_timestep": _steps,
@@ -219,37 +243,37 @@ REQUIRED: dict[str, Callable[[Maker], list[Any]]] = {
     "x": lambda m: [list(x) for x in m.latents()],
 }
 OPTIONAL: dict[str, Callable[[Maker], list[Any]]] = {
-    "attention_mask": lambda m: [padding(), None] if m.main == "input_ids" else [],
+    "attention_mask": lambda m: [m.padding(), None] if m.main == "input_ids" else [],
     "class_labels": lambda m: [m.classes(2), None],
-    "crop_coords": lambda m: [torch.zeros(BATCH, 2)],
-    "decoder_input_ids": lambda m: [None, m.ids(TARGET)],
+    "crop_coords": lambda m: [torch.zeros(m.batch, 2)],
+    "decoder_input_ids": lambda m: [None, m.ids(m.target)],
     "encoder_attention_mask": lambda m: _masks(m) if m.main is None else [],
     "encoder_hidden_states": lambda m: [*m.contexts(), None] if m.main is None else [],
     "encoder_hidden_states_mask": _masks,
-    "guidance": lambda m: [m.normal(BATCH), None] if m.main is None else [],
+    "guidance": lambda m: [m.normal(m.batch), None] if m.main is None else [],
     "height": lambda m: [5],
     "img_ids": lambda m: [m.normal(35, n).abs() * 5 for n in (3, 4)],
-    "img_shapes": lambda m: [[[(1, 5, 7)]] * BATCH],
+    "img_shapes": lambda m: [[[(1, 5, 7)]] * m.batch],
     "input_features": lambda m: [None, *m.sound()] if m.main == "input_ids" else [],
     "labels": Maker.labels,
     "num_frames": lambda m: [1],
-    "original_size": lambda m: [torch.full((BATCH, 2), 64.0)],
-    "pixel_attention_mask": lambda m: [None, torch.ones(BATCH, 35, dtype=torch.long)],
-    "pooled_projections": lambda m: [m.normal(BATCH, w) for w in m.numbers("pooled_projection_dim")] + [None],
-    "spatial_shapes": lambda m: [None, torch.tensor([[5, 7]] * BATCH)],
-    "target_size": lambda m: [torch.full((BATCH, 2), 64.0)],
+    "original_size": lambda m: [torch.full((m.batch, 2), 64.0)],
+    "pixel_attention_mask": lambda m: [None, torch.ones(m.batch, 35, dtype=torch.long)],
+    "pooled_projections": lambda m: [m.normal(m.batch, w) for w in m.numbers("pooled_projection_dim")] + [None],
+    "spatial_shapes": lambda m: [None, torch.tensor([[5, 7]] * m.batch)],
+    "target_size": lambda m: [torch.full((m.batch, 2), 64.0)],
     "timestep": _steps,
     "txt_ids": lambda m: [m.normal(TEXT, n).abs() * 5 for n in (3, 4)],
     "width": lambda m: [7],
 }
 # by words of names, for those that are in neither
 BY_WORDS: tuple[tuple[str, Callable[[Maker, str], list[Any]]], ...] = (
-    ("mask", lambda m, name: [*_masks(m), torch.ones(BATCH, 35, dtype=torch.bool)]),
+    ("mask", lambda m, name: [*_masks(m), torch.ones(m.batch, 35, dtype=torch.bool)]),
     ("(^|_)(timesteps?|time|sigma)$", lambda m, name: _steps(m)),
     ("_lens$|_lengths$", lambda m, name: [torch.tensor([TEXT, TEXT - 4])]),
     ("num_frames$", lambda m, name: [35]),
-    ("pooled|global", lambda m, name: [*m.like(name), m.normal(BATCH, 16)]),
+    ("pooled|global", lambda m, name: [*m.like(name), m.normal(m.batch, 16)]),
     ("drop$", lambda m, name: [torch.tensor([False, True])]),
-    ("indices|_ids?$", lambda m, name: [torch.arange(3).expand(BATCH, 3), m.ids(35), m.ids(TEXT)]),
+    ("indices|_ids?$", lambda m, name: [torch.arange(3).expand(m.batch, 3), m.ids(35), m.ids(TEXT)]),
     ("hidden_states|latents|embeds|cond|text", lambda m, name: [*m.like(name), *m.latents()]),
 )

@@ -47,13 +47,13 @@ def architectures(families: tuple[str, ...] = FAMILIES) -> list[Architecture]:
     """Those of the families, of the libraries that are installed; a class of several families is of the first."""
     found: dict[str, Architecture] = {}
     if set(families) & set(REGISTRIES):
-        auto = _imported("transformers.models.auto.modeling_auto")
+        auto = imported("transformers.models.auto.modeling_auto")
         for family in families:
             for entry in getattr(auto, REGISTRIES[family]).values() if family in REGISTRIES else ():
                 for name in (entry,) if isinstance(entry, str) else entry:
                     found.setdefault(name, Architecture("transformers", family, name))
     if DIFFUSION in families:
-        models = _imported("diffusers.models.transformers")
+        models = imported("diffusers.models.transformers")
         for name, value in sorted(vars(models).items()):
             if inspect.isclass(value) and issubclass(value, nn.Module):
                 found.setdefault(name, Architecture("diffusers", DIFFUSION, name))
@@ -76,16 +76,17 @@ def is_installed(library: str) -> bool:
     return _version(library) is not None
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
+    """A module of an optional library. Raises UsageError where that is not installed."""
     library = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
             describe(
-                f"the sweep needs {library} for this",
+                f"this needs {library}",
                 found=str(error),
-                fix=f"pip install {library}, or --family others",
+                fix=f"pip install {library}; of the sweep, --family others does without",
             )
         ) from error
 
@@ -101,11 +102,14 @@ _SETTINGS = {"causal-lm": {"is_decoder": True}, "embedding": {"is_encoder_decode
 
 
 def _of_transformers(architecture: Architecture, form: Form) -> tuple[nn.Module, Tree]:
-    library = _imported("transformers")
-    kind = getattr(library, architecture.name)
-    config = kind.config_class()
-    tree = shrunk(_tree(config, library.PreTrainedConfig), form)
-    tree |= {name: v for name, v in _SETTINGS.get(architecture.family, {}).items() if name in tree}
+    kind = getattr(imported("transformers"), architecture.name)
+    return made_small(kind, kind.config_class(), architecture.family, form)
+
+
+def made_small(kind: Any, config: Any, family: str, form: Form) -> tuple[nn.Module, Tree]:
+    """A class of transformers, from its configuration made small, which is changed; and that configuration."""
+    tree = shrunk(tree_of(config), form)
+    tree |= {name: v for name, v in _SETTINGS.get(family, {}).items() if name in tree}
     _assign(config, tree)
     model = _made(kind, config, tree)
     experts = getattr(model, "set_experts_implementation", None)
@@ -122,14 +126,14 @@ def _made(kind: Any, config: Any, tree: Tree) -> nn.Module:
         return kind(config)
     except AttributeError as error:
         known = [node[error.name] for node in nodes(tree) if error.name in node]
-        if not isinstance(error.obj, _imported("transformers").PreTrainedConfig) or not known:
+        if not isinstance(error.obj, imported("transformers").PreTrainedConfig) or not known:
             raise
         setattr(error.obj, error.name, known[0])
     return _made(kind, config, tree)
 
 
 def _of_diffusers(architecture: Architecture, form: Form) -> tuple[nn.Module, Tree]:
-    kind = getattr(_imported("diffusers.models.transformers"), architecture.name)
+    kind = getattr(imported("diffusers.models.transformers"), architecture.name)
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     tree = shrunk({name: list(v) if isinstance(v, tuple) else v for name, v in defaults.items()}, form)
@@ -143,6 +147,11 @@ _ASIDE = {"id2label", "label2id", "architectures", "transformers_version"}
 
 # of a field whose value is another in some layers: the list of all layers' values
 _BY_LAYER = "by_layer_"
+
+
+def tree_of(config: Any) -> Tree:
+    """The values of a configuration of transformers, by name; configurations inside of it are trees of their own."""
+    return _tree(config, imported("transformers").PreTrainedConfig)
 
 
 def _tree(config: Any, configuration: type) -> Tree:

@@ -1,0 +1,1 @@
+"""The command ``sptransform``: explain, compare, verify, doctor, calibrate."""
