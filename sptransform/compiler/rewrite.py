@@ -57,7 +57,7 @@ def rewrite_graph(
     ``apart``: see :meth:`Pipeline.keeping_apart`.
     """
     try:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             fix_sizes(gm, options.strategy.multiple(mesh.size) or 1)
             return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart)
     except Exception as error:
@@ -69,7 +69,7 @@ def rewrite_graph(
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Pause garbage collection: scanning the graphs, which stay alive anyway, takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()

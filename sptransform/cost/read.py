@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from sptransform.compiler.rewrite import Rewritten
+from sptransform.compiler.rewrite import Rewritten, no_garbage_collection
 from sptransform.cost.folding import copies_of
 from sptransform.cost.fusion import fused
 from sptransform.cost.groups import as_rank, groups_of
@@ -17,6 +17,7 @@ from sptransform.cost.records import Step, Work
 from sptransform.graph import dataflow, notes
 
 
+@no_garbage_collection()
 def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int] | None = None) -> Step:
     """What one rank runs, sends and holds in one training step, without running it.
 
