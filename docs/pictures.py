@@ -1,4 +1,4 @@
-"""Draws the pictures of the docs: what the demo prints, what `explain` prints, and pages. `python docs/pictures.py`
+"""Draws the pictures of the docs: what the demo prints, what `explain` and `compare` print, and pages. `python docs/pictures.py`
 
 Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are taken in headless Chromium.
 """
@@ -91,10 +91,13 @@ PAGES = {
 
 
 def pages() -> None:
-    """The page of `compare`, of the same model, part by part."""
+    """What `compare` prints of the same model, and its page, part by part."""
     model = large_model().bfloat16()
     options = {"world_size": 8, "hardware": "h100-nvlink", "outputs": "loss"}
     compared = sptransform.compare(model, inputs(131072, 1), resized=inputs, **options)
+    console = recorder(130)
+    console.print(compared)
+    save(console, "compare", 'compare(model, inputs, world_size=8, hardware="h100-nvlink", outputs="loss")')
     with tempfile.TemporaryDirectory() as directory:
         page = Path(directory) / "page.html"
         compared.html(page, title="Llama, 8B")
