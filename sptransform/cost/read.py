@@ -41,7 +41,7 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
         if graphs.backward is not None:
             by_name = {node.name: buffer for node, buffer in env.items()}
             behind = saved(graphs.backward, by_name)
-            instructions += gradients_of_outputs(graphs.backward, behind, by_name)
+            instructions += gradients_of_outputs(graphs.backward, behind)
             instructions += reader.read(graphs.backward, behind, "backward")
             _keep(_output(graphs.backward), behind)
     copies = copies or {}
