@@ -1,8 +1,8 @@
 """Equal layers of a captured model: a few of them stay in the graph, and stand for the others.
 
 Layers that one module list holds, and that do the same, are found in Dynamo's graph by what their nodes compute. Of a
-run of equal layers the first stays, which may be rewritten otherwise, and the last, which stands for all others. Where
-kinds of layers alternate, the first and the last period stay.
+run of equal layers the first, one of the middle and the last stay, since the first and the last may be rewritten
+otherwise. Where kinds of layers alternate, so do the periods of which three stay.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def fold_layers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Folded:
             period, stop = _run(layers, start)
             repeats = (stop - start) // period
             if repeats > 3:
-                last = start + (repeats - 1) * period
-                copies |= {layer.path: repeats - 1 for layer in layers[last : last + period]}
-                _cut(gm.graph, layers, start + period, last, period)
+                middle = layers[start + period : start + 2 * period]
+                copies |= {layer.path: repeats - 2 for layer in middle}
+                _cut(gm.graph, layers, start + 2 * period, start + (repeats - 1) * period, period)
                 start += repeats * period
             else:
                 start += 1

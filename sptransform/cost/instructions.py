@@ -227,3 +227,12 @@ def saved(backward: fx.Graph, forward: Mapping[str, Any]) -> dict[fx.Node, Any]:
         node: forward[node.name] if node.name in forward else _new(dataflow.value(node))
         for node in backward.find_nodes(op="placeholder")
     }
+
+
+def gradients_of_outputs(backward: fx.Graph, env: Mapping[fx.Node, Any]) -> Iterator[Instruction]:
+    """What autograd does before the backward: each output has a gradient, zeros where the loss does not depend on it."""
+    for node in backward.find_nodes(op="placeholder"):
+        made = env[node]
+        if node.name.startswith("tangents_") and made is not None:  # states of generators are given as well
+            dtype = str(dataflow.value(node).dtype).removeprefix("torch.")
+            yield Instruction(node.name, "aten.zeros", "memory", "backward", "", None, dtype, {}, [made], made.size)

@@ -10,7 +10,7 @@ from sptransform.compiler.rewrite import Rewritten, no_garbage_collection
 from sptransform.cost.folding import copies_of
 from sptransform.cost.fusion import fused
 from sptransform.cost.groups import as_rank, groups_of
-from sptransform.cost.instructions import Buffer, Instruction, Reader, saved
+from sptransform.cost.instructions import Buffer, Instruction, Reader, gradients_of_outputs, saved
 from sptransform.cost.joint import training_graphs
 from sptransform.cost.op_costs import num_bytes
 from sptransform.cost.records import Step, Work
@@ -41,6 +41,7 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
         if graphs.backward is not None:
             by_name = {node.name: buffer for node, buffer in env.items()}
             behind = saved(graphs.backward, by_name)
+            instructions += gradients_of_outputs(graphs.backward, behind)
             instructions += reader.read(graphs.backward, behind, "backward")
             _keep(_output(graphs.backward), behind)
     copies = copies or {}
