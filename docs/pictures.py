@@ -1,4 +1,4 @@
-"""Draws the pictures of the docs: what the demo prints, what `explain` and `compare` print, and pages. `python docs/pictures.py`
+"""Draws the pictures of the docs: what the demo, `explain` and `compare` print, and pages. `python docs/pictures.py`
 
 Text is drawn in whatever monospace font the reader has: nothing is fetched. Pages are taken in headless Chromium.
 """

@@ -230,7 +230,7 @@ def saved(backward: fx.Graph, forward: Mapping[str, Any]) -> dict[fx.Node, Any]:
 
 
 def gradients_of_outputs(backward: fx.Graph, env: Mapping[fx.Node, Any]) -> Iterator[Instruction]:
-    """What autograd does before the backward: each output has a gradient, zeros where the loss does not depend on it."""
+    """What autograd does before the backward: each output has a gradient, zeros where no loss depends on it."""
     for node in backward.find_nodes(op="placeholder"):
         made = env[node]
         if node.name.startswith("tangents_") and made is not None:  # states of generators are given as well
