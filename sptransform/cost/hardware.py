@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +96,9 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
         return hardware
     if str(hardware) in hardware_names():
         return _shipped(str(hardware))
+    if not isinstance(hardware, str | Path):
+        fix = f"one of {', '.join(hardware_names())}, or the path of a file"
+        raise UsageError(describe("hardware is a name or a file", found=repr(hardware), fix=fix))
     path = Path(hardware)
     if not path.is_file():
         raise UsageError(
@@ -103,7 +108,7 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
                 fix="one of these, or the path of a file that `sptransform calibrate` writes",
             )
         )
-    return _read(path)
+    return _checked(_read(path))
 
 
 @cache
@@ -111,7 +116,7 @@ def _shipped(name: str) -> Hardware:
     return _read(FILES / f"{name}.json")
 
 
-def _read(path: Path) -> Hardware:
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> Hardware:
     try:
         data = json.loads(path.read_text())
         constants = {name: Constant(*each) for name, each in data["constants"].items()}
@@ -125,8 +130,57 @@ def _read(path: Path) -> Hardware:
             )
         ) from error
     if base is not None:
-        constants = {**hardware_of(base).constants, **constants}
+        constants = {**_extended(base, (*extended_by, path.resolve())).constants, **constants}
     return Hardware(path.stem, what, constants)
+
+
+def _extended(base: Any, by: tuple[Path, ...]) -> Hardware:
+    """The hardware that a file extends. Raises UsageError if that is one of those that extend it."""
+    if not isinstance(base, str) or base in hardware_names() or not Path(base).is_file():
+        return hardware_of(base)
+    if Path(base).resolve() in by:
+        found = f'"extends": {json.dumps(base)}'
+        raise UsageError(describe(f"{by[-1]} extends itself", found=found, fix=f"one of {', '.join(hardware_names())}"))
+    return _read(Path(base), by)
+
+
+def _checked(hardware: Hardware) -> Hardware:
+    """The same. Raises UsageError for a constant that no file has, which nothing would read, or that cannot be."""
+    shipped = [_shipped(file).constants for file in hardware_names()]
+    known = {_any_kind(name): each.value for constants in shipped for name, each in constants.items()}
+    for name, (value, _, _) in hardware.constants.items():
+        if _any_kind(name) not in known:
+            what = f"hardware {hardware.name} has a constant that nothing reads"
+            close = ", ".join(get_close_matches(name, _names(), n=3, cutoff=0.4)) or "a name of docs/hardware.md"
+            raise UsageError(describe(what, found=name, fix=close))
+        kind = _kind(known[_any_kind(name)])
+        is_rate = name.startswith("peak_flops.") or name.endswith(_ABOVE_ZERO)
+        wrong = _kind(value) != kind or (kind == "a number" and not (0 < value < inf or (value == 0 and not is_rate)))
+        if wrong:
+            of = " above zero" if is_rate else ", not below zero" if kind == "a number" else ""
+            what = f"{name} of hardware {hardware.name} has to be {kind}{of}"
+            raise UsageError(describe(what, found=repr(value), fix=f"such as {known[_any_kind(name)]!r}"))
+    return hardware
+
+
+# what times are divided by
+_ABOVE_ZERO = ("bandwidth", "efficiency", ".flops", "node.ranks")
+
+
+def _names() -> list[str]:
+    return sorted({name for file in hardware_names() for name in _shipped(file).constants})
+
+
+def _any_kind(name: str) -> str:
+    """The name of a constant, for any dtype, and for any attention kernel."""
+    name = re.sub(r"^peak_flops\.\w+$", "peak_flops.DTYPE", name)
+    return re.sub(r"^attention\.\w+\.(forward|backward)\.", r"attention.KERNEL.\1.", name)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "a bool"
+    return "a number" if isinstance(value, int | float) else "a name"
 
 
 def _close_to(name: str, names: Mapping[str, Any]) -> list[str]:

@@ -112,6 +112,8 @@ def chosen_ranks(ranks: Sequence[int] | None, world_size: int) -> tuple[int, ...
     """The ranks of a trace. Raises UsageError where there is no such rank."""
     if ranks is None:
         return tuple(range(min(RANKS, world_size)))
+    if isinstance(ranks, int):
+        ranks = [ranks]
     wrong = [rank for rank in ranks if not isinstance(rank, int) or not 0 <= rank < world_size]
     if wrong or not ranks:
         fix = f"ranks from 0 to {world_size - 1}"

@@ -96,8 +96,7 @@ class Auto(Strategy):
 
     def mesh_of(self, device_mesh: DeviceMesh | None) -> Mesh:
         mesh = super().mesh_of(device_mesh)
-        if self.hardware is None:
-            _device_of_all(mesh)  # where every rank takes part
+        _device_of_all(mesh)  # where every rank takes part, also one that was given hardware
         return mesh
 
     def mesh_shapes(self, num_ranks: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -66,7 +66,21 @@ def compare(
     if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 2:
         fix = "2 or more: one rank sends nothing, under any strategy"
         raise UsageError(describe("compare takes a number of ranks", found=f"world_size={world_size!r}", fix=fix))
+    if not isinstance(model, nn.Module):
+        found_type = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise UsageError(describe("compare takes an nn.Module", found=found_type, fix="the model itself"))
+    if not isinstance(inputs, Mapping | tuple):
+        fix = "(x,), or {'x': x}"
+        raise UsageError(describe("inputs are the arguments of a call", found=type(inputs).__name__, fix=fix))
+    if given := {"strategy", "mesh"} & options.keys():
+        fix = "strategies=[..]" if "strategy" in given else "world_size="
+        what = "compare makes strategies and meshes itself"
+        raise UsageError(describe(what, found=", ".join(f"{name}=" for name in sorted(given)), fix=fix))
     found = candidates((world_size,), (*OF_SEQUENCES, *OF_WEIGHTS) if strategies is None else strategies)
+    if not found:
+        what = f"none of these strategies takes {world_size} ranks"
+        fix = "others, or a number of ranks that is a product of two: pairs and USP have a mesh of two dims"
+        raise UsageError(describe(what, found=f"strategies={strategies!r}", fix=fix))
     machine, lengths = None if hardware is None else hardware_of(hardware), checked_documents(documents)
     chosen = Options.of({"outputs": "dtensor", **options})
     model, inputs = without_meta(model, inputs)

@@ -38,6 +38,9 @@ def with_formulas(facts: ComparisonFacts, model: nn.Module, resized: Resized, **
     Raises:
         UsageError: nothing says how many tokens and rows there are, or they do not divide by enough.
     """
+    if not callable(resized):
+        fix = "lambda tokens, rows: {'input_ids': torch.zeros(rows, tokens, dtype=torch.long)}"
+        raise UsageError(describe("resized is a function (tokens, rows) -> inputs", found=repr(resized), fix=fix))
     tokens, rows = sizes_of(facts.runnable)
     alike = [o for o in facts.runnable if o.strategy.max_mesh_dims == 1]
     steps: dict[Strategy, list[tuple[Point, Step]]] = {
@@ -45,6 +48,11 @@ def with_formulas(facts: ComparisonFacts, model: nn.Module, resized: Resized, **
     }
     for point in points(tokens, rows, facts.world_size):
         found = compare(model, resized(point[S], point[B]), world_size=point[N], strategies=list(steps), **options)
+        if found.runnable and (sizes := sizes_of(found.runnable)) != (point[S], point[B]):
+            asked = f"resized({point[S]}, {point[B]})"
+            fix = "inputs of the tokens and rows that resized is called with"
+            found_sizes = f"{asked} makes inputs of {sizes[0]} tokens, {sizes[1]} rows"
+            raise UsageError(describe("resized makes inputs of another size", found=found_sizes, fix=fix))
         for option in found.runnable:
             steps[option.strategy].append((point, option.step))
     return tuple(replace(o, formulas=_formulas(steps.get(o.strategy, []))) for o in facts.options)

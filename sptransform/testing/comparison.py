@@ -131,6 +131,9 @@ def _on_rank(rank: int, world_size: int, comparison: Comparison) -> tuple[Settin
     options = {"backend": "aot_eager", "check_timeout": comparison.timeout, **comparison.options}
     shape = comparison.asked.num_ranks
     mesh = init_device_mesh("cpu", shape) if isinstance(shape, tuple) and len(shape) > 1 else None
+    if comparison.asked.strategy.chooses and comparison.asked.strategy.shards_weights:
+        args, kwargs = comparison.trial.arguments(reference.in_double)
+        options["inputs"] = kwargs or args
     with reference.running() as model:
         got = reference.step(parallelize(model, comparison.asked.strategy, mesh=mesh, **options))
     if not options.get("grad_sync", True):

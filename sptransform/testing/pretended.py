@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from sptransform.compiler.options import Options
-from sptransform.compiler.rewrite import rewrite_graph
+from sptransform.compiler.rewrite import rewrite_graph, settled
 from sptransform.engine.context import Context
 from sptransform.ops.groups import pretend
 from sptransform.sharding.mesh import Mesh
@@ -106,6 +106,7 @@ def for_ranks(
     request = Options(**{"strategy": asked.strategy, "outputs": "dtensor"} | options)
     graphs: list[Runnable] = []
     shape = asked.num_ranks if isinstance(asked.num_ranks, tuple) else (asked.num_ranks,)
+    request = settled(request, Mesh.pretended(shape), gm, inputs)
     for rank in range(prod(shape)):
         if graphs and all(part.result.is_even for part in graphs[0].context.result.mesh_dims):
             graphs.append(graphs[0])

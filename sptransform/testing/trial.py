@@ -234,6 +234,10 @@ def _one_device(trial: Trial, in_double: bool) -> OneDevice:
                 return step(trial.made(in_double, in_evaluation), trial.arguments(in_double), loss, **how)
 
             first, narrow = run(lambda outputs: loss_of(outputs, trial.loss), in_order=True), NarrowFloats()
+            if not first.result.loss.isfinite():
+                what = "the loss on one device is no finite number, of which nothing can be shown"
+                fix = "inputs for which it is finite, or loss=, a function of what the model returns"
+                raise UsageError(describe(what, found=f"{float(first.result.loss)}, {first.loss.words}", fix=fix))
             again = run(lambda outputs, first=first: first.loss, seed=1, watched=narrow)
             drawn = max(differences(first.result, again.result), key=lambda each: each.error)
             if drawn.error <= TOLERANCE:
@@ -268,11 +272,12 @@ def _notes(model: nn.Module, grads: Tensors, in_evaluation: bool) -> Iterator[st
     unseen = [name for name, p in model.named_parameters() if p.requires_grad and not _is_nonzero(grads.get(name))]
     if unseen:
         names = ", ".join(unseen[:3]) + (", .." if len(unseen) > 3 else "")
-        yield f"Nothing is shown of parameters whose gradient on one device is zero or missing: {len(unseen)}, {names}."
+        whose = "parameters whose gradient on one device is zero, no number, or missing"
+        yield f"Nothing is shown of {whose}: {len(unseen)}, {names}."
 
 
 def _is_nonzero(grad: Tensor | None) -> bool:
-    return grad is not None and bool(grad.any())
+    return grad is not None and bool((grad[grad.isfinite()] != 0).any())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -65,3 +66,49 @@ def test_what_is_no_file_of_hardware(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match="is no file of hardware"):
         hardware_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "memory.bandwidht",
+            1e12,
+            "has a constant that nothing reads\n  found: memory.bandwidht\n  fix: memory.bandwidth",
+        ),
+        ("memory.bandwidth", "fast", "has to be a number above zero\n  found: 'fast'"),
+        ("memory.bandwidth", 0, "has to be a number above zero\n  found: 0"),
+        ("node.ranks", -8, "has to be a number above zero\n  found: -8"),
+        ("launch.seconds", -1e-6, "has to be a number, not below zero"),
+        ("inside.overlaps", "no", "has to be a bool\n  found: 'no'"),
+        ("attention.kernel", 3, "has to be a name\n  found: 3"),
+    ],
+)
+def test_a_constant_that_cannot_be_is_refused(tmp_path: Path, name: str, value: object, says: str) -> None:
+    path = tmp_path / "mine.json"
+    constants = {name: [value, "", "me"]}
+    path.write_text(json.dumps({"what": "x", "extends": "h100-ib", "constants": constants}))
+    with pytest.raises(UsageError, match=says):
+        hardware_of(path)
+
+
+def test_constants_of_other_kernels_and_dtypes_and_zeros_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    constants = {name: [0.0, "", "me"] for name in ("launch.seconds", "attention.mine.forward.lost_keys")}
+    constants["peak_flops.float4"] = [1e16, "FLOP/s", "me"]
+    path.write_text(json.dumps({"what": "x", "extends": "h100-ib", "constants": constants}))
+    assert hardware_of(path)["peak_flops.float4"] == 1e16
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    path, other = tmp_path / "mine.json", tmp_path / "other.json"
+    for file, base in ((path, other), (other, path)):
+        file.write_text(json.dumps({"what": "x", "extends": str(base), "constants": {}}))
+    with pytest.raises(UsageError, match="extends itself"):
+        hardware_of(path)
+
+
+@pytest.mark.parametrize("hardware", [5, True, b"h100-ib", ["h100-ib"]], ids=repr)
+def test_what_is_neither_a_name_nor_a_file(hardware: object) -> None:
+    with pytest.raises(UsageError, match="hardware is a name or a file"):
+        hardware_of(hardware)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from sptransform.cost.read import step_of
 from sptransform.cost.records import Step
 from sptransform.cost.simulate import simulate
 from sptransform.engine.strategy import Strategy
-from sptransform.planning import judged
+from sptransform.planning import auto, judged
 from sptransform.planning.auto import hardware_of_device
 from sptransform.sharding.mesh import Mesh
 from tests.support.gloo_pool import get_pool
@@ -185,3 +185,15 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any]) -> None:
 def test_none_of_them_can_run_a_model_without_a_sequence() -> None:
     with pytest.raises(UsageError, match="no strategy can run this model"):
         sptransform.explain(torch.nn.Linear(4, 4), "auto", (torch.ones(3, 4),), world_size=2)
+
+
+@pytest.mark.parametrize("hardware", [None, "h100-ib"])
+def test_ranks_with_and_without_hardware_ask_for_devices_alike(
+    monkeypatch: pytest.MonkeyPatch, hardware: str | None
+) -> None:
+    """Ranks that are given different hardware get an error at the first call; none may wait here for the others."""
+    asked = []
+    monkeypatch.setattr(auto, "_device_of_all", asked.append)
+    monkeypatch.setattr(Strategy, "mesh_of", lambda strategy, device_mesh: Mesh.pretended(2))
+    Auto(hardware).mesh_of(None)
+    assert len(asked) == 1

@@ -118,3 +118,20 @@ def test_the_busiest_rank_is_shown() -> None:
 def test_ranks_are_a_number(world_size: object) -> None:
     with pytest.raises(UsageError, match="compare takes a number of ranks"):
         sptransform.compare(nn.Identity(), (torch.ones(1),), world_size=world_size)
+
+
+WRONG = {
+    "a class": ({"model": nn.Linear}, "takes an nn.Module"),
+    "no arguments": ({"inputs": torch.ones(2)}, "inputs are the arguments of a call"),
+    "one strategy": ({"strategy": "ring"}, "fix: strategies="),
+    "a mesh": ({"mesh": 2}, "fix: world_size="),
+    "none": ({"strategies": []}, "none of these strategies takes 2 ranks"),
+    "pairs on a prime": ({"strategies": ["usp", ("ring", "megatron")]}, "none of these strategies takes 2 ranks"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_compared_is_refused(name: str) -> None:
+    given, says = WRONG[name]
+    with pytest.raises(UsageError, match=says):
+        sptransform.compare(**{"model": nn.Linear(2, 2), "inputs": (torch.ones(2, 2),), "world_size": 2, **given})

@@ -49,3 +49,23 @@ def test_points_are_more_than_terms() -> None:
     found = [{S: 64, B: 1, N: 8}, *points(64, 1, 8)]
     assert len(found) == 6 and len({tuple(point.values()) for point in found}) == 6
     assert {point[N] for point in found} == {8, 4, 2} and {point[B] for point in found} == {1, 2}
+
+
+OTHERS = {
+    "the same whatever is asked": (lambda tokens, rows: resized(128, 1), "64, 1. makes inputs of 128 tokens, 1 rows"),
+    "as many rows whatever is asked": (
+        lambda tokens, rows: resized(tokens, 1),
+        "128, 2. makes inputs of 128 tokens, 1",
+    ),
+    "no function": (5, "found: 5"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_inputs_of_another_size_than_asked_for_are_refused(name: str) -> None:
+    """Formulas would be fitted to counts at sizes that were not counted."""
+    given, says = OTHERS[name]
+    with torch.device("meta"):
+        model = Stack(1)
+    with pytest.raises(UsageError, match=f"resized (makes|is a function)(.|\n)*{says}"):
+        sptransform.compare(model, resized(128, 1), world_size=8, strategies=["ring"], resized=given)

@@ -66,6 +66,18 @@ def kinds(verdict: Verdict) -> dict[str, int]:
     return {kind: found.count(kind) for kind in dict.fromkeys(found)}
 
 
+@pytest.mark.parametrize("world_size", [2, (2, 2)])
+def test_what_auto_chooses_runs_on_simulated_ranks(world_size: Any) -> None:
+    verdict = simulated(attention_with_loss(), "auto", world_size=world_size)
+    assert verdict.ok and verdict.worst.error < 1e-12, str(verdict)
+
+
+@pytest.mark.slow
+def test_auto_that_may_cut_parameters_gets_the_inputs() -> None:
+    verdict = verify(attention_with_loss(), sptransform.Auto(megatron=True), token_inputs(), world_size=2, timeout=200)
+    assert verdict.ok and verdict.worst.error < 1e-12, str(verdict)
+
+
 # --- what is right ----------------------------------------------------------------------------------------------
 
 
@@ -299,6 +311,12 @@ def test_a_model_that_returns_nothing_to_compare() -> None:
 
     with pytest.raises(UsageError, match="no floating-point tensor"):
         simulated(Nothing())
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    """On ranks it would be no number either, whatever they compute."""
+    with pytest.raises(UsageError, match=r"the loss on one device is no finite number.*\n  found: nan"):
+        simulated(attention_with_loss(), loss=lambda outputs: outputs * float("nan"))
 
 
 # --- how it is shown --------------------------------------------------------------------------------------------
