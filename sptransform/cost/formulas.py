@@ -122,15 +122,24 @@ def _bytes(
     sent = [(point, bytes_by_kind(step, direction)) for point, step in steps]
     for kind, over in sorted({key for _, by_kind in sent for key in by_kind}):
         counts = [(point, by_kind.get((kind, over), 0)) for point, by_kind in sent]
-        yield fitted(terms_of(kind, over, lengths, ranks), counts)
+        # of an all-to-all either share alone first: both together may be more terms than there are counts
+        shares = range(len(SHARES[kind]))
+        tried = (terms_of(kind, over, lengths, ranks, some) for some in (*([at] for at in shares), shares))
+        yield next((found for terms in tried if (found := fitted(terms, counts)) is not None), None)
 
 
-def terms_of(kind: str, over: str, lengths: Terms, ranks: tuple[sympy.Symbol, ...]) -> list[sympy.Expr]:
-    """What a collective may send: of tensors that ranks of the other mesh dim divide, or do not."""
+def terms_of(
+    kind: str, over: str, lengths: Terms, ranks: tuple[sympy.Symbol, ...], shares: Sequence[int] | None = None
+) -> list[sympy.Expr]:
+    """What a collective may send: of tensors that ranks of the other mesh dim divide, or do not.
+
+    ``shares``: which of its :data:`SHARES`; None means all.
+    """
     among = {"all": sympy.prod(ranks), "outer": ranks[0], "inner": ranks[-1]}[over]
     others = {sympy.Integer(1), sympy.prod(ranks) / among}
     divided = [length / other for length in lengths for other in sorted(others, key=str)]
-    return [size * share(among) for share in SHARES[kind] for size in divided]
+    chosen = SHARES[kind] if shares is None else [SHARES[kind][at] for at in shares]
+    return [size * share(among) for share in chosen for size in divided]
 
 
 def bytes_by_kind(step: Step, direction: str) -> dict[tuple[str, str], int]:

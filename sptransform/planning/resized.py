@@ -20,7 +20,6 @@ from sptransform.planning.records import ComparisonFacts, Option
 Resized = Callable[[int, int], Mapping[str, Any] | tuple[Any, ...]]
 
 LENGTHS = polynomials({S: 1, B: 1})
-HOLDS = "ranks and lengths that divide as those that were counted"
 
 
 def with_formulas(facts: ComparisonFacts, model: nn.Module, resized: Resized, **options: Any) -> tuple[Option, ...]:
@@ -59,7 +58,9 @@ def with_formulas(facts: ComparisonFacts, model: nn.Module, resized: Resized, **
 
 
 def _formulas(steps: Sequence[tuple[Point, Step]]) -> Mapping[str, Any]:
-    return formulas_of(steps, LENGTHS, HOLDS) if steps else {}
+    ranks = sorted({point[N] for point, _ in steps})
+    holds = f"on {', '.join(map(str, ranks))} ranks, for tokens that divide as those that were counted"
+    return formulas_of(steps, LENGTHS, holds) if steps else {}
 
 
 def points(tokens: int, rows: int, num_ranks: int) -> Iterator[Point]:

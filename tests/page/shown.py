@@ -20,14 +20,15 @@ SEQ_LEN, WIDTH, HEADS, LAYERS = 64, 16, 4, 4
 class Layer(nn.Module):
     """Attention and a product, with a residual connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int = HEADS) -> None:
         super().__init__()
+        self.heads = heads
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
-        query, key, value = self.qkv(x).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
 
@@ -35,9 +36,9 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Equal layers and a sum; one line of it has characters that markup must escape."""
 
-    def __init__(self, layers: int = LAYERS) -> None:
+    def __init__(self, layers: int = LAYERS, heads: int = HEADS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(heads) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

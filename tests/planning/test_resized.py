@@ -12,7 +12,7 @@ from sptransform.planning.resized import points
 from tests.page.shown import WIDTH, Stack
 
 pytestmark = pytest.mark.timeout(280)
-STRATEGIES = ["ring", "allgather", "megatron"]
+STRATEGIES = ["ring", "allgather", "megatron", "ulysses"]
 
 
 def resized(tokens: int, rows: int) -> dict[str, torch.Tensor]:
@@ -22,7 +22,7 @@ def resized(tokens: int, rows: int) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_formulas_equal_counts_elsewhere() -> None:
     with torch.device("meta"):
-        model = Stack(1)
+        model = Stack(1, heads=8)  # which 8 ranks divide
     found = sptransform.compare(model, resized(128, 1), world_size=8, strategies=STRATEGIES, resized=resized)
     elsewhere = {S: 256, B: 3, N: 4}
     counted = sptransform.compare(model, resized(256, 3), world_size=4, strategies=STRATEGIES)
@@ -36,6 +36,7 @@ def test_formulas_equal_counts_elsewhere() -> None:
                 assert formula.value(elsewhere) == counts[what](direction), (option.name, name)
                 names.add((option.name, name))
     assert {("ring", "forward bytes"), ("ring", "backward bytes"), ("ring", "forward messages")} <= names
+    assert {("ulysses", "forward bytes"), ("ulysses", "backward bytes")} <= names
     assert {("allgather", "forward bytes"), ("megatron", "forward bytes")} <= names
 
 
