@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from sptransform.diagnostics.errors import UsageError, describe
 
@@ -85,7 +89,7 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
 
     Args:
         hardware: one of :func:`hardware_names`; the path of a file as :meth:`Hardware.write` makes it, or that
-            ``"extends"`` another by name and has ``"constants"`` of its own; or the hardware itself.
+            ``"extends"`` another, by name or by its path from there, and has ``"constants"`` of its own; or the hardware itself.
 
     Raises:
         UsageError: there is no such file, or it is not of this form.
@@ -94,24 +98,33 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
         return hardware
     if str(hardware) in hardware_names():
         return _shipped(str(hardware))
-    path = Path(hardware)
+    return _file(Path(hardware), ())
+
+
+def _file(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
+    """The file at ``path``, which these extend."""
     if not path.is_file():
         raise UsageError(
             describe(
-                f"there is no hardware {str(hardware)!r}",
+                f"there is no hardware {str(path)!r}",
                 found=f"files {', '.join(hardware_names())}",
                 fix="one of these, or the path of a file that `sptransform calibrate` writes",
             )
         )
-    return _read(path)
+    if path.resolve() in extended_by:
+        fix = f'"extends" with one of {", ".join(hardware_names())}'
+        raise UsageError(describe("a file of hardware extends itself", found=str(path), fix=fix))
+    read = _read(path, (*extended_by, path.resolve()))
+    _check_constants(read, path)
+    return read
 
 
 @cache
 def _shipped(name: str) -> Hardware:
-    return _read(FILES / f"{name}.json")
+    return _read(FILES / f"{name}.json", ())
 
 
-def _read(path: Path) -> Hardware:
+def _read(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
     try:
         data = json.loads(path.read_text())
         constants = {name: Constant(*each) for name, each in data["constants"].items()}
@@ -125,8 +138,44 @@ def _read(path: Path) -> Hardware:
             )
         ) from error
     if base is not None:
-        constants = {**hardware_of(base).constants, **constants}
+        extended = _shipped(base) if base in hardware_names() else _file(path.parent / str(base), extended_by)
+        constants = {**extended.constants, **constants}
     return Hardware(path.stem, what, constants)
+
+
+_ABOVE_ZERO = re.compile(r"(flops|bandwidth|efficiency|tile|ranks|processors|memory\.bytes|peak_flops\..*)$")
+
+
+def _check_constants(hardware: Hardware, path: Path) -> None:
+    """Raise UsageError where a file has what nothing would read, or what gives no times."""
+    known = {_form(name): each.value for file in hardware_names() for name, each in _shipped(file).constants.items()}
+    for name, (value, *_) in hardware.constants.items():
+        found = f'"{name}": {json.dumps(value)}'
+        if _form(name) not in known:
+            close = _close_to(name, {name: None for file in hardware_names() for name in _shipped(file).constants})
+            fix = f"{' or '.join(close[:3])}; docs/hardware.md has all"
+            raise UsageError(describe(f"{path} has a constant that nothing reads", found=found, fix=fix))
+        wanted = _wanted(name, value, known[_form(name)])
+        if wanted is not None:
+            raise UsageError(describe(f"{path} has a constant of no use", found=found, fix=wanted))
+
+
+def _wanted(name: str, value: Any, like: Any) -> str | None:
+    """What the constant should be, of the kind of ``like``; None if it is."""
+    if isinstance(like, bool | str):
+        return None if isinstance(value, type(like)) else "true or false" if isinstance(like, bool) else "a name"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if _ABOVE_ZERO.search(name):
+        return None if is_number and value > 0 else "a number above 0, in SI units"
+    return None if is_number and value >= 0 else "a number, 0 or above, in SI units"
+
+
+def _form(name: str) -> str:
+    """The name without which kernel, or which dtype, it is of."""
+    kind, _, dtype = name.partition(".")
+    if kind == "peak_flops" and (dtype == "float8" or isinstance(getattr(torch, dtype, None), torch.dtype)):
+        return "peak_flops.DTYPE"
+    return re.sub(r"^attention\.\w+\.(forward|backward)\.", r"attention.KERNEL.\1.", name)
 
 
 def _close_to(name: str, names: Mapping[str, Any]) -> list[str]:

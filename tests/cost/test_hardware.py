@@ -65,3 +65,33 @@ def test_what_is_no_file_of_hardware(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match="is no file of hardware"):
         hardware_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("memory.bandwith", "4e12", r"nothing reads[\s\S]*fix: memory\.bandwidth"),
+        ("peak_flops.bfloat61", "4e14", r"nothing reads[\s\S]*fix: peak_flops\.bfloat16"),
+        ("peak_flops.bfloat16", '"fast"', "above 0"),
+        ("peak_flops.bfloat16", "0", "above 0"),
+        ("peak_flops.bfloat16", "NaN", "above 0"),
+        ("inside.latency", "-1e-6", "0 or above"),
+        ("inside.overlaps", "1", "true or false"),
+        ("attention.kernel", "3", "a name"),
+    ],
+)
+def test_constants_of_no_use_are_refused(tmp_path: Path, name: str, value: str, says: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(f'{{"what": "mine", "extends": "h100-ib", "constants": {{"{name}": [{value}, "", "me"]}}}}')
+    with pytest.raises(UsageError, match=says):
+        hardware_of(path)
+
+
+def test_a_file_extends_another_beside_it_but_not_itself(tmp_path: Path) -> None:
+    form = '{{"what": "mine", "extends": "{}", "constants": {{"attention.mine.forward.flops": [1e14, "FLOP/s", "me"]}}}}'
+    (tmp_path / "one.json").write_text(form.format("h200"))
+    (tmp_path / "two.json").write_text(form.format("one.json"))
+    (tmp_path / "self.json").write_text(form.format("self.json"))
+    assert hardware_of(tmp_path / "two.json")["attention.mine.forward.flops"] == 1e14
+    with pytest.raises(UsageError, match="extends itself"):
+        hardware_of(tmp_path / "self.json")
