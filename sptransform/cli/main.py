@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,8 @@ them. CONFIG.json is a configuration of Hugging Face (needs transformers).
 def main(given: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 if `doctor` or `verify` found a problem, or 2 for an error."""
     options = parser().parse_args(given)
+    # what it logs with a traceback is in the error too
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         code = options.run(options)
         sys.stdout.flush()

@@ -89,7 +89,8 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
 
     Args:
         hardware: one of :func:`hardware_names`; the path of a file as :meth:`Hardware.write` makes it, or that
-            ``"extends"`` another, by name or by its path from there, and has ``"constants"`` of its own; or the hardware itself.
+            ``"extends"`` another, by name or by its path from there, and has ``"constants"`` of its own; or the
+            hardware itself.
 
     Raises:
         UsageError: there is no such file, or it is not of this form.

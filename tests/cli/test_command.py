@@ -109,6 +109,11 @@ ERRORS = {
         ["verify", "tests.cli.factories:too_wide", "--strategy", "ring", "--simulated"],
         "a step of tests.cli.factories:too_wide fails",
     ),
+    "inputs of another shape": (
+        ["explain", "tests.cli.factories:too_wide", "--strategy", "ring", *SIZES],
+        "fails on tensors of the shapes",
+    ),
+    "a choice on simulated ranks": (["verify", BUILD, "--strategy", "auto", "--simulated"], "choose no strategy"),
     "small": (["verify", BUILD, "--small", "--strategy", "ring"], "only a configuration can be made small"),
     "no folder of the page": (["compare", BUILD, *SIZES, "--html", "none/out.html"], "no folder none"),
     "no folder of the trace": (
@@ -145,9 +150,7 @@ def test_a_module_that_fails(
 
 
 @pytest.mark.parametrize("more", [{"hidden_size": "wide"}, {"hidden_size": 33}, {"model_type": ["llama"]}])
-def test_a_configuration_of_no_use(
-    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_of_no_use(more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", config("llama", tmp_path, **more), *SIZES]) == 2
     assert "is no configuration" in capsys.readouterr().err
 

@@ -88,7 +88,9 @@ def test_constants_of_no_use_are_refused(tmp_path: Path, name: str, value: str, 
 
 
 def test_a_file_extends_another_beside_it_but_not_itself(tmp_path: Path) -> None:
-    form = '{{"what": "mine", "extends": "{}", "constants": {{"attention.mine.forward.flops": [1e14, "FLOP/s", "me"]}}}}'
+    form = (
+        '{{"what": "mine", "extends": "{}", "constants": {{"attention.mine.forward.flops": [1e14, "FLOP/s", "me"]}}}}'
+    )
     (tmp_path / "one.json").write_text(form.format("h200"))
     (tmp_path / "two.json").write_text(form.format("one.json"))
     (tmp_path / "self.json").write_text(form.format("self.json"))
