@@ -13,6 +13,7 @@ import sympy
 import sptransform
 from sptransform.cost.formulas import B, N, S
 from sptransform.page import values
+from sptransform.page.content import content
 from sptransform.page.graphs import LONGEST, shortened, source
 from sptransform.page.render import _facts
 from sptransform.page.sliders import javascript
@@ -227,3 +228,11 @@ def test_the_most_that_a_strategy_keeps_of_parameters_is_no_figure_of_all() -> N
     options = comparison().runnable
     assert "up to " in _facts(options, None)  # megatron keeps a part
     assert "up to " not in _facts(options[:1], None)
+
+
+def test_the_limit_is_that_of_the_machine_in_the_users_file(tmp_path: Path) -> None:
+    mine = tmp_path / "h200.json"  # a name that the library has too
+    mine.write_text('{"what": "mine", "extends": "h100-ib", "constants": {"memory.bytes": [12345, "B", "me"]}}')
+    model, inputs = stack()
+    explanation = sptransform.explain(model, "ring", inputs, world_size=2, hardware=str(mine))
+    assert content([explanation.option], "h200").data["limit"] == 12345
