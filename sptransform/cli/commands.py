@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sptransform.cli import calibrate as calibration
 from sptransform.cli.doctor import Verdict, checked
 from sptransform.cli.doctor import sections as found_by_doctor
-from sptransform.cli.models import Asked, failed, model_and_inputs
+from sptransform.cli.models import Asked, model_and_inputs, stepping
 from sptransform.cost.hardware import hardware_of
-from sptransform.diagnostics.errors import SPTransformError, UsageError, describe
+from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.inspection import pages
 from sptransform.inspection.pages import Section
 from sptransform.page import comparison
@@ -115,13 +116,7 @@ def verify(options: argparse.Namespace) -> int:
         for done, strategy in enumerate(options.strategy):
             told(_name(strategy), done, len(options.strategy))
             given = {"world_size": _shape(options), "processes": not options.simulated}
-            try:
-                found.append(verified(model, strategy, inputs, **given))
-            except SPTransformError:
-                raise
-            except Exception as error:  # of the model, on one device
-                what, fix = f"a step of {options.model} fails", "a model and inputs that run on one device"
-                raise failed(what, error, fix) from error
+            found.append(stepping(options.model, partial(verified, model, strategy, inputs, **given)))
     if options.json:
         _print_json([verdict.to_dict() for verdict in found])
     else:

@@ -129,7 +129,7 @@ def _factory(of: str) -> Callable[..., Any]:
         fix = "the module's full name, from its folder or with that in PYTHONPATH; and what it imports installed"
         raise UsageError(describe(f"{name} cannot be imported", found=str(error), fix=fix)) from error
     except (Exception, SystemExit) as error:
-        raise failed(f"{name} cannot be imported", error, "what the error says") from error
+        raise _failed(f"{name} cannot be imported", error, "what the error says") from error
     for part in path.split("."):
         if not hasattr(found, part):
             there = [each for each in vars(found) if callable(vars(found)[each]) and not each.startswith("_")]
@@ -148,10 +148,20 @@ def _called(of: str, call: Callable[[], Any]) -> Any:
         raise
     except (Exception, SystemExit) as error:
         fix = "what the error says; except by verify, models are made on the meta device, where tensors have no values"
-        raise failed(f"{of} cannot be made", error, fix) from error
+        raise _failed(f"{of} cannot be made", error, fix) from error
 
 
-def failed(what: str, error: BaseException, fix: str) -> UsageError:
+def stepping(of: str, step: Callable[[], Any]) -> Any:
+    """What a step of the model gives; what the model raises on one device is a UsageError with its line."""
+    try:
+        return step()
+    except SPTransformError:
+        raise
+    except Exception as error:
+        raise _failed(f"a step of {of} fails", error, "a model and inputs that run on one device") from error
+
+
+def _failed(what: str, error: BaseException, fix: str) -> UsageError:
     """The error of what the user's code raised, with its line if it is not this file that made a wrong call."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     last = frames[-1]
@@ -180,7 +190,7 @@ def _of_config(asked: Asked) -> tuple[nn.Module, None, torch.dtype]:
     try:
         config = kinds[kind_of].from_dict(data)
     except Exception as error:
-        raise failed(f"{asked.of} is no configuration of {kind_of}", error, "what the error says") from error
+        raise _failed(f"{asked.of} is no configuration of {kind_of}", error, "what the error says") from error
     kind, family = _class_of(config, library)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # training keeps no keys
