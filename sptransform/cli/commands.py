@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sptransform.cli import calibrate as calibration
 from sptransform.cli.doctor import Verdict, checked
 from sptransform.cli.doctor import sections as found_by_doctor
-from sptransform.cli.models import Asked, model_and_inputs
+from sptransform.cli.models import Asked, model_and_inputs, stepping
 from sptransform.cost.hardware import hardware_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.inspection import pages
@@ -37,9 +39,7 @@ Told = Callable[[str, int, int], None]
 def explain(options: argparse.Namespace) -> int:
     """One report for each strategy; with several, one page has all of them."""
     _check_names(options.strategy, options.hardware)
-    if options.trace is not None and options.hardware is None:
-        fix = "--hardware h100-nvlink"
-        raise UsageError(describe("a trace has times, which hardware gives", found="no --hardware", fix=fix))
+    _check_files(options)
     found: list[Explanation] = []
     with _progress("making the model") as told:
         model, inputs = _made(options)
@@ -89,6 +89,7 @@ def compare(options: argparse.Namespace) -> int:
         fix = "--world-size with one number: every mesh of so many ranks is tried"
         raise UsageError(describe("compare makes the meshes itself", found="x".join(map(str, shape)), fix=fix))
     _check_names(options.strategy or (), options.hardware)
+    _check_files(options)
     with _progress("making the model") as told:
         model, inputs = _made(options)
         told("capturing", 0, 1)
@@ -114,8 +115,8 @@ def verify(options: argparse.Namespace) -> int:
         )
         for done, strategy in enumerate(options.strategy):
             told(_name(strategy), done, len(options.strategy))
-            processes = not options.simulated
-            found.append(verified(model, strategy, inputs, world_size=_shape(options), processes=processes))
+            given = {"world_size": _shape(options), "processes": not options.simulated}
+            found.append(stepping(options.model, partial(verified, model, strategy, inputs, **given)))
     if options.json:
         _print_json([verdict.to_dict() for verdict in found])
     else:
@@ -136,6 +137,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     """A hardware file of this machine."""
+    _check_writable("--out", options.out)
     with _progress("starting processes") as told:
         hardware = calibration.calibrate(options.ranks, told)
     calibration.write(hardware, options.out)
@@ -153,6 +155,31 @@ def _check_names(strategies: Sequence[StrategyLike], hardware: str | None = None
         strategy_of(strategy)
     if hardware is not None:
         hardware_of(hardware)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Raise the errors of what shall be written before a model is made."""
+    if options.trace is not None and options.hardware is None:
+        fix = "--hardware h100-nvlink"
+        raise UsageError(describe("a trace has times, which hardware gives", found="no --hardware", fix=fix))
+    for name in ("html", "trace"):
+        if getattr(options, name) is not None:
+            _check_writable(f"--{name}", getattr(options, name))
+
+
+def _check_writable(argument: str, path: str) -> None:
+    file = Path(path)
+    folder = file.parent
+    if file.is_dir():
+        found = "it is a folder"
+    elif not folder.is_dir():
+        found = f"no folder {folder}"
+    elif not os.access(file if file.exists() else folder, os.W_OK):
+        found = "it may not be written"
+    else:
+        return
+    fix = f"{argument} with the path of a file, in a folder that is there"
+    raise UsageError(describe(f"{path} cannot be written", found=found, fix=fix))
 
 
 def _number(value: Any) -> str:
@@ -197,9 +224,10 @@ def _print_json(data: Any) -> int:
 
 @contextmanager
 def _progress(first: str) -> Iterator[Told]:
-    """Progress on stderr, if that is a terminal."""
+    """Progress on stderr, if that is a terminal. What a model prints goes there too: stdout is for the report."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with redirect_stdout(sys.stderr), progress:
         task = progress.add_task(first, total=None)
         yield lambda name, done, of: progress.update(task, description=name, completed=done, total=of)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -32,13 +35,20 @@ them. CONFIG.json is a configuration of Hugging Face (needs transformers).
 def main(given: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 if `doctor` or `verify` found a problem, or 2 for an error."""
     options = parser().parse_args(given)
+    # what it logs with a traceback is in the error too
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
     except SPTransformError as error:
         Console(stderr=True).print(Text("error: ", "bold red"), Text(str(error)), sep="", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads the report has enough of it, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def parser() -> argparse.ArgumentParser:

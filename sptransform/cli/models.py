@@ -62,6 +62,9 @@ def model_and_inputs(asked: Asked) -> tuple[nn.Module, Inputs]:
         UsageError: there is no such factory or configuration, it fails, or no inputs are found.
     """
     make = _of_config if asked.of.endswith(".json") else _of_factory
+    if asked.small and make is _of_factory:
+        fix = f"a smaller model made by {asked.of}, without --small"
+        raise UsageError(describe("only a configuration can be made small", found=asked.of, fix=fix))
     torch.manual_seed(0)
     model, inputs, dtype = make(asked)
     if dtype is not None:
@@ -86,7 +89,10 @@ def _device(asked: Asked) -> Any:
 
 def _of_factory(asked: Asked) -> tuple[nn.Module, Inputs | None, torch.dtype | None]:
     factory = _factory(asked.of)
-    accepted = inspect.signature(factory).parameters
+    try:
+        accepted = inspect.signature(factory).parameters
+    except ValueError as error:  # some classes written in C
+        raise UsageError(describe(f"{asked.of} is no function", found=str(error), fix=_FACTORY_FIX)) from error
     sizes = {"seq_len": asked.seq_len, "batch": asked.batch}
     with _device(asked):
         made = _called(asked.of, lambda: factory(**{name: n for name, n in sizes.items() if name in accepted}))
@@ -94,12 +100,25 @@ def _of_factory(asked: Asked) -> tuple[nn.Module, Inputs | None, torch.dtype | N
     if not isinstance(model, nn.Module) or not isinstance(inputs, Mapping | tuple | None):
         found = f"{type(model).__name__} and {type(inputs).__name__}"
         raise UsageError(describe(f"{asked.of} made no model", found=found, fix=_FACTORY_FIX))
+    if inputs is not None:
+        _check_call(asked.of, model, inputs)
     return model, inputs, asked.dtype
+
+
+def _check_call(of: str, model: nn.Module, inputs: Inputs) -> None:
+    """Raise UsageError where ``inputs`` are no arguments of the model."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(**inputs) if isinstance(inputs, Mapping) else signature.bind(*inputs)
+    except TypeError as error:
+        fix = "inputs that model(*inputs) takes, or model(**inputs) if they are a mapping"
+        found = f"{error}; forward{signature}"
+        raise UsageError(describe(f"{of} made inputs that its model does not take", found=found, fix=fix)) from error
 
 
 def _factory(of: str) -> Callable[..., Any]:
     name, _, path = of.partition(":")
-    if not path:
+    if not path or not all(name.split(".")):
         fix = f"{_FACTORY_FIX}; or the path of a config.json"
         raise UsageError(describe("a model is given as MODULE:FACTORY", found=repr(of), fix=fix))
     if os.getcwd() not in sys.path:  # as `python -m` does
@@ -109,6 +128,8 @@ def _factory(of: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         fix = "the module's full name, from its folder or with that in PYTHONPATH; and what it imports installed"
         raise UsageError(describe(f"{name} cannot be imported", found=str(error), fix=fix)) from error
+    except (Exception, SystemExit) as error:
+        raise _failed(f"{name} cannot be imported", error, "what the error says") from error
     for part in path.split("."):
         if not hasattr(found, part):
             there = [each for each in vars(found) if callable(vars(found)[each]) and not each.startswith("_")]
@@ -125,13 +146,28 @@ def _called(of: str, call: Callable[[], Any]) -> Any:
         return call()
     except SPTransformError:
         raise
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        last = frames[-1]
-        where = f"{last.filename}:{last.lineno}: {last.line}"
+    except (Exception, SystemExit) as error:
         fix = "what the error says; except by verify, models are made on the meta device, where tensors have no values"
-        what = f"{of} cannot be made"
-        raise UsageError(describe(what, source=where, found=f"{type(error).__name__}: {error}", fix=fix)) from error
+        raise _failed(f"{of} cannot be made", error, fix) from error
+
+
+def stepping(of: str, step: Callable[[], Any]) -> Any:
+    """What a step of the model gives; what the model raises on one device is a UsageError with its line."""
+    try:
+        return step()
+    except SPTransformError:
+        raise
+    except Exception as error:
+        raise _failed(f"a step of {of} fails", error, "a model and inputs that run on one device") from error
+
+
+def _failed(what: str, error: BaseException, fix: str) -> UsageError:
+    """The error of what the user's code raised, with its line if it is not this file that made a wrong call."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    last = frames[-1]
+    where = None if last.filename == __file__ else f"{last.filename}:{last.lineno}: {last.line}"
+    found = " ".join(f"{type(error).__name__}: {error}".split())
+    return UsageError(describe(what, source=where, found=found, fix=fix))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -142,15 +178,19 @@ def _of_config(asked: Asked) -> tuple[nn.Module, None, torch.dtype]:
     library = imported("transformers")
     data = _read(asked.of)
     kinds = library.CONFIG_MAPPING
-    if data.get("model_type") not in kinds:
+    kind_of = data.get("model_type")
+    if not isinstance(kind_of, str) or kind_of not in kinds:
         raise UsageError(
             describe(
                 f"{asked.of} is no configuration that transformers knows",
-                found=f"model_type={data.get('model_type')!r}, transformers {library.__version__}",
+                found=f"model_type={kind_of!r}, transformers {library.__version__}",
                 fix="a config.json of Hugging Face with its model_type, a newer transformers, or MODULE:FACTORY",
             )
         )
-    config = kinds[data["model_type"]].from_dict(data)
+    try:
+        config = kinds[kind_of].from_dict(data)
+    except Exception as error:
+        raise _failed(f"{asked.of} is no configuration of {kind_of}", error, "what the error says") from error
     kind, family = _class_of(config, library)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # training keeps no keys

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from sptransform.diagnostics.errors import UsageError, describe
 
@@ -87,7 +89,8 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
 
     Args:
         hardware: one of :func:`hardware_names`; the path of a file as :meth:`Hardware.write` makes it, or that
-            ``"extends"`` another by name and has ``"constants"`` of its own; or the hardware itself.
+            ``"extends"`` another, by name or by its path from there, and has ``"constants"`` of its own; or the
+            hardware itself.
 
     Raises:
         UsageError: there is no such file, or it is not of this form.
@@ -99,24 +102,33 @@ def hardware_of(hardware: HardwareLike) -> Hardware:
     if not isinstance(hardware, str | Path):
         fix = f"one of {', '.join(hardware_names())}, or the path of a file"
         raise UsageError(describe("hardware is a name or a file", found=repr(hardware), fix=fix))
-    path = Path(hardware)
+    return _file(Path(hardware), ())
+
+
+def _file(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
+    """The file at ``path``, which these extend."""
     if not path.is_file():
         raise UsageError(
             describe(
-                f"there is no hardware {str(hardware)!r}",
+                f"there is no hardware {str(path)!r}",
                 found=f"files {', '.join(hardware_names())}",
                 fix="one of these, or the path of a file that `sptransform calibrate` writes",
             )
         )
-    return _checked(_read(path))
+    if path.resolve() in extended_by:
+        fix = f'"extends" with one of {", ".join(hardware_names())}'
+        raise UsageError(describe("a file of hardware extends itself", found=str(path), fix=fix))
+    read = _read(path, (*extended_by, path.resolve()))
+    _check_constants(read, path)
+    return read
 
 
 @cache
 def _shipped(name: str) -> Hardware:
-    return _read(FILES / f"{name}.json")
+    return _read(FILES / f"{name}.json", ())
 
 
-def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> Hardware:
+def _read(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
     try:
         data = json.loads(path.read_text())
         constants = {name: Constant(*each) for name, each in data["constants"].items()}
@@ -130,57 +142,44 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> Hardware:
             )
         ) from error
     if base is not None:
-        constants = {**_extended(base, (*extended_by, path.resolve())).constants, **constants}
+        extended = _shipped(base) if base in hardware_names() else _file(path.parent / str(base), extended_by)
+        constants = {**extended.constants, **constants}
     return Hardware(path.stem, what, constants)
 
 
-def _extended(base: Any, by: tuple[Path, ...]) -> Hardware:
-    """The hardware that a file extends. Raises UsageError if that is one of those that extend it."""
-    if not isinstance(base, str) or base in hardware_names() or not Path(base).is_file():
-        return hardware_of(base)
-    if Path(base).resolve() in by:
-        found = f'"extends": {json.dumps(base)}'
-        raise UsageError(describe(f"{by[-1]} extends itself", found=found, fix=f"one of {', '.join(hardware_names())}"))
-    return _read(Path(base), by)
+_ABOVE_ZERO = re.compile(r"(flops|bandwidth|efficiency|tile|ranks|processors|memory\.bytes|peak_flops\..*)$")
 
 
-def _checked(hardware: Hardware) -> Hardware:
-    """The same. Raises UsageError for a constant that no file has, which nothing would read, or that cannot be."""
-    shipped = [_shipped(file).constants for file in hardware_names()]
-    known = {_any_kind(name): each.value for constants in shipped for name, each in constants.items()}
-    for name, (value, _, _) in hardware.constants.items():
-        if _any_kind(name) not in known:
-            what = f"hardware {hardware.name} has a constant that nothing reads"
-            close = ", ".join(get_close_matches(name, _names(), n=3, cutoff=0.4)) or "a name of docs/hardware.md"
-            raise UsageError(describe(what, found=name, fix=close))
-        kind = _kind(known[_any_kind(name)])
-        is_rate = name.startswith("peak_flops.") or name.endswith(_ABOVE_ZERO)
-        wrong = _kind(value) != kind or (kind == "a number" and not (0 < value < inf or (value == 0 and not is_rate)))
-        if wrong:
-            of = " above zero" if is_rate else ", not below zero" if kind == "a number" else ""
-            what = f"{name} of hardware {hardware.name} has to be {kind}{of}"
-            raise UsageError(describe(what, found=repr(value), fix=f"such as {known[_any_kind(name)]!r}"))
-    return hardware
+def _check_constants(hardware: Hardware, path: Path) -> None:
+    """Raise UsageError where a file has what nothing would read, or what gives no times."""
+    known = {_form(name): each.value for file in hardware_names() for name, each in _shipped(file).constants.items()}
+    for name, (value, *_) in hardware.constants.items():
+        found = f'"{name}": {json.dumps(value)}'
+        if _form(name) not in known:
+            close = _close_to(name, {name: None for file in hardware_names() for name in _shipped(file).constants})
+            fix = f"{' or '.join(close[:3])}; docs/hardware.md has all"
+            raise UsageError(describe(f"{path} has a constant that nothing reads", found=found, fix=fix))
+        wanted = _wanted(name, value, known[_form(name)])
+        if wanted is not None:
+            raise UsageError(describe(f"{path} has a constant of no use", found=found, fix=wanted))
 
 
-# what times are divided by
-_ABOVE_ZERO = ("bandwidth", "efficiency", ".flops", "node.ranks")
+def _wanted(name: str, value: Any, like: Any) -> str | None:
+    """What the constant should be, of the kind of ``like``; None if it is."""
+    if isinstance(like, bool | str):
+        return None if isinstance(value, type(like)) else "true or false" if isinstance(like, bool) else "a name"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if _ABOVE_ZERO.search(name):
+        return None if is_number and value > 0 else "a number above 0, in SI units"
+    return None if is_number and value >= 0 else "a number, 0 or above, in SI units"
 
 
-def _names() -> list[str]:
-    return sorted({name for file in hardware_names() for name in _shipped(file).constants})
-
-
-def _any_kind(name: str) -> str:
-    """The name of a constant, for any dtype, and for any attention kernel."""
-    name = re.sub(r"^peak_flops\.\w+$", "peak_flops.DTYPE", name)
+def _form(name: str) -> str:
+    """The name without which kernel, or which dtype, it is of."""
+    kind, _, dtype = name.partition(".")
+    if kind == "peak_flops" and (dtype == "float8" or isinstance(getattr(torch, dtype, None), torch.dtype)):
+        return "peak_flops.DTYPE"
     return re.sub(r"^attention\.\w+\.(forward|backward)\.", r"attention.KERNEL.\1.", name)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "a bool"
-    return "a number" if isinstance(value, int | float) else "a name"
 
 
 def _close_to(name: str, names: Mapping[str, Any]) -> list[str]:

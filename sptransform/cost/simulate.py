@@ -55,6 +55,7 @@ class Timeline:
         peak_bytes: the most held at a time, parameters, inputs and gradients included.
         events: in the order they were issued.
         hardware: its name.
+        memory_bytes: what a device of it has; None if it does not say.
     """
 
     seconds: float
@@ -63,6 +64,7 @@ class Timeline:
     peak_bytes: int
     events: tuple[Event, ...] = field(repr=False)
     hardware: str = ""
+    memory_bytes: int | None = None
 
     @property
     def exposed_seconds(self) -> float:
@@ -98,7 +100,13 @@ def simulate(step: Step, hardware: HardwareLike, *, overlap: bool | None = None)
     for works in step.blocks():
         run.block([replace(work, copies=1) for work in works], works[0].copies)
     return Timeline(
-        max(run.computed, run.sent), run.compute, run.communication, run.peak, tuple(run.events), hardware.name
+        max(run.computed, run.sent),
+        run.compute,
+        run.communication,
+        run.peak,
+        tuple(run.events),
+        hardware.name,
+        hardware.get("memory.bytes"),
     )
 
 

@@ -13,7 +13,7 @@ from sptransform.graph.listing import Line, listing
 from sptransform.page import memory, values
 from sptransform.page.folding import Key, Segment, by_layer, copies_of, segments
 from sptransform.page.graphs import Lines, Pool, sent_by_node, shown_lines, source
-from sptransform.page.machines import memory_of, on_machines
+from sptransform.page.machines import on_machines
 from sptransform.page.placed import placed
 from sptransform.page.rings import RingShape, lanes, rings_of
 from sptransform.page.sliders import sliders
@@ -74,7 +74,7 @@ def content(options: Sequence[Option], hardware: str | None = None) -> Content:
         "rings": [_lanes(shape) for shape in shapes],
         "sliders": sliders(options),
         "machines": on_machines(options, hardware),
-        "limit": memory_of(hardware),
+        "limit": next((int(o.timeline.memory_bytes) for o in options if o.timeline and o.timeline.memory_bytes), None),
     }
     data |= {"texts": lines.texts.items, "lines": lines.lines.items, "places": lines.places.items, "boxes": boxes.items}
     return Content(tuple(options), tuple(found), sending, curves, data)

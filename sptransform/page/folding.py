@@ -103,16 +103,34 @@ def segments(
 
 
 def _segment(keys: tuple[Key, ...], prefixes: Sequence[str], copies: Mapping[tuple[str, int], int]) -> Segment:
-    first, last = keys[0], keys[-1]
+    first = keys[0]
     if first.prefix:
         stands_for = [copies.get((key.prefix, key.index), 1) for key in keys]
-        end = last.index + stands_for[-1] - 1
-        numbers = str(first.index) if first.index == end else f"{first.index}..{end}"
+        numbers = _numbers(keys, copies)
         return Segment(f"{first.prefix}.{numbers}".lstrip("."), keys, sum(stands_for))
     names = list(dict.fromkeys(prefixes))
     following, before = names[first.order // 2 :][:1], names[: first.order // 2][-1:]
     title = f"before {following[0]}" if following else f"after {before[0]}" if before else "the model"
     return Segment(title.strip(), keys)
+
+
+def _numbers(keys: tuple[Key, ...], copies: Mapping[tuple[str, int], int]) -> str:
+    """``0..31``, or ``2,4..30`` of a kind of layers that alternates with others.
+
+    A layer that stands for several is the last of them. Where p kinds alternate, p neighbours stand for others, and
+    each for every p-th layer before it.
+    """
+    first, last = keys[0], keys[-1]
+    kinds = [first.index]
+    for step in (-1, 1):
+        while (first.prefix, kinds[-1] + step) in copies:
+            kinds.append(kinds[-1] + step)
+        kinds.reverse()
+    begin = first.index - len(kinds) * (copies.get((first.prefix, first.index), 1) - 1)
+    if begin == last.index:
+        return str(begin)
+    second = f",{begin + len(kinds)}" if len(kinds) > 1 and first == last else ""
+    return f"{begin}{second}..{last.index}"
 
 
 def _form(key: Key, lines: Sequence[Line]) -> list[tuple[str, ...]]:

@@ -30,12 +30,6 @@ def on_machines(options: Sequence[Option], chosen: str | None) -> dict[str, list
     return {name: times for name, times in found.items() if any(times)}
 
 
-def memory_of(name: str | None) -> int | None:
-    """The bytes of memory of a device of the machine; None if the library does not know the machine."""
-    size = hardware_of(name).get("memory.bytes") if name in hardware_names() else None
-    return None if size is None else int(size)
-
-
 def _times(step: Step, name: str) -> list[float] | None:
     try:
         return _rounded(simulate(step, hardware_of(name)))

@@ -82,9 +82,10 @@ def _facts(options: Sequence[Option], hardware: str | None) -> str:
     num_ranks = max(prod(option.mesh) for option in options)
     at = stops(options)["at"]
     facts = [f"{num_ranks} ranks", *([f"{at['B']} × {at['S']:,} tokens"] if "S" in at else [])]
-    steps = [option.step for option in options if option.step is not None]
-    if steps:
-        facts.append(f"{values.num_bytes(max(step.parameters for step in steps)).text} of parameters on a rank")
+    sizes = [option.step.parameters for option in options if option.step is not None]
+    if sizes:
+        up_to = "up to " if min(sizes) < max(sizes) else ""
+        facts.append(f"{up_to}{values.num_bytes(max(sizes)).text} of parameters on a rank")
     return " · ".join([*facts, *([hardware] if hardware else [])])
 
 

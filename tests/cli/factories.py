@@ -31,4 +31,21 @@ def fails() -> Any:
     raise RuntimeError("the weights are elsewhere")
 
 
+def exits() -> Any:
+    raise SystemExit(3)
+
+
+def misfit(seq_len: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    return Attention(), {"y": torch.zeros(1, seq_len, 16)}
+
+
+def too_wide(seq_len: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Attention(), (torch.zeros(1, seq_len, 17),)
+
+
+def prints(seq_len: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    print("noise")
+    return build(seq_len, 1)
+
+
 no_function = 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,29 @@ ERRORS = {
     "no hardware": (["compare", BUILD, *SIZES, "--hardware", "h1000"], "there is no hardware 'h1000'"),
     "a mesh": (["compare", BUILD, "--world-size", "2x2", "--seq-len", "32"], "compare makes the meshes itself"),
     "no times": (["explain", BUILD, "--strategy", "ring", *SIZES, "--trace", "x.json"], "a trace has times"),
+    "no module's name": (["explain", ":build", "--strategy", "ring", *SIZES], "a model is given as MODULE:FACTORY"),
+    "a relative module": (["explain", ".x:build", "--strategy", "ring", *SIZES], "a model is given as MODULE:FACTORY"),
+    "a class of C": (["explain", "torch:Tensor", "--strategy", "ring", *SIZES], "is no function"),
+    "it exits": (["explain", "tests.cli.factories:exits", "--strategy", "ring", *SIZES], "SystemExit: 3"),
+    "other inputs": (["explain", "tests.cli.factories:misfit", "--strategy", "ring", *SIZES], "does not take"),
+    "wrong inputs": (
+        ["verify", "tests.cli.factories:too_wide", "--strategy", "ring", "--simulated"],
+        "a step of tests.cli.factories:too_wide fails",
+    ),
+    "inputs of another shape": (
+        ["explain", "tests.cli.factories:too_wide", "--strategy", "ring", *SIZES],
+        "fails on tensors of the shapes",
+    ),
+    "a choice on simulated ranks": (["verify", BUILD, "--strategy", "auto", "--simulated"], "choose no strategy"),
+    "small": (["verify", BUILD, "--small", "--strategy", "ring"], "only a configuration can be made small"),
+    "no folder of the page": (["compare", BUILD, *SIZES, "--html", "none/out.html"], "no folder none"),
+    "no folder of the trace": (
+        ["explain", BUILD, "--strategy", "ring", *SIZES, "--hardware", "h200", "--trace", "none/out.json"],
+        "no folder none",
+    ),
+    "a page that is a folder": (["compare", BUILD, *SIZES, "--html", "."], "it is a folder"),
+    "no folder of the file": (["calibrate", "--out", "none/here.json"], "no folder none"),
+    "no times to compare": (["compare", BUILD, *SIZES, "--trace", "x.json"], "a trace has times"),
     "one rank": (["calibrate", "--ranks", "1"], "messages are measured between ranks"),
 }
 
@@ -109,6 +134,39 @@ def test_errors_say_the_fix(given: tuple[list[str], str], capsys: pytest.Capture
     shown = capsys.readouterr()
     assert message in shown.err and "\n  fix: " in shown.err and "Traceback" not in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("raise RuntimeError('no weights')", "RuntimeError: no weights"), ("x = (", "SyntaxError")]
+)
+def test_a_module_that_fails(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["explain", "failing_module:build", "--strategy", "ring", *SIZES]) == 2
+    shown = capsys.readouterr().err
+    assert "failing_module cannot be imported" in shown and message in shown and "failing_module.py" in shown
+
+
+@pytest.mark.parametrize("more", [{"hidden_size": "wide"}, {"hidden_size": 33}, {"model_type": ["llama"]}])
+def test_a_configuration_of_no_use(more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", config("llama", tmp_path, **more), *SIZES]) == 2
+    assert "is no configuration" in capsys.readouterr().err
+
+
+def test_what_a_model_prints_is_no_part_of_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tests.cli.factories:prints", "--strategy", "ring", *SIZES, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) and shown.err == "noise\n"
+
+
+def test_a_reader_that_has_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["explain", BUILD, "--strategy", "ring", *SIZES, "--json"]) == 0
 
 
 def test_an_unknown_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,9 @@ import sympy
 import sptransform
 from sptransform.cost.formulas import B, N, S
 from sptransform.page import values
+from sptransform.page.content import content
 from sptransform.page.graphs import LONGEST, shortened, source
+from sptransform.page.render import _facts
 from sptransform.page.sliders import javascript
 from tests.page.shown import LAYERS, comparison, stack
 
@@ -220,3 +222,17 @@ def test_strategies_go_by_short_names(tmp_path: Path) -> None:
     page = Page((tmp_path / "pair.html").read_text(encoding="utf-8"))
     assert page.all("h1")[0][1] == "ring x megatron on 4 ranks"
     assert any("mesh 2 × 2" in text for _, text in page.all("th"))
+
+
+def test_the_most_that_a_strategy_keeps_of_parameters_is_no_figure_of_all() -> None:
+    options = comparison().runnable
+    assert "up to " in _facts(options, None)  # megatron keeps a part
+    assert "up to " not in _facts(options[:1], None)
+
+
+def test_the_limit_is_that_of_the_machine_in_the_users_file(tmp_path: Path) -> None:
+    mine = tmp_path / "h200.json"  # a name that the library has too
+    mine.write_text('{"what": "mine", "extends": "h100-ib", "constants": {"memory.bytes": [12345, "B", "me"]}}')
+    model, inputs = stack()
+    explanation = sptransform.explain(model, "ring", inputs, world_size=2, hardware=str(mine))
+    assert content([explanation.option], "h200").data["limit"] == 12345
