@@ -117,20 +117,20 @@ def _segment(keys: tuple[Key, ...], prefixes: Sequence[str], copies: Mapping[tup
 def _numbers(keys: tuple[Key, ...], copies: Mapping[tuple[str, int], int]) -> str:
     """``0..31``, or ``2,4..30`` of a kind of layers that alternates with others.
 
-    A layer that stands for several is the last of them. Where p kinds alternate, p neighbours stand for others, and
-    each for every p-th layer before it.
+    A layer that stands for several is the first of them. Where p kinds alternate, p neighbours stand for others, and
+    each for every p-th layer after it.
     """
     first, last = keys[0], keys[-1]
-    kinds = [first.index]
+    kinds = [last.index]
     for step in (-1, 1):
-        while (first.prefix, kinds[-1] + step) in copies:
+        while (last.prefix, kinds[-1] + step) in copies:
             kinds.append(kinds[-1] + step)
         kinds.reverse()
-    begin = first.index - len(kinds) * (copies.get((first.prefix, first.index), 1) - 1)
-    if begin == last.index:
-        return str(begin)
-    second = f",{begin + len(kinds)}" if len(kinds) > 1 and first == last else ""
-    return f"{begin}{second}..{last.index}"
+    end = last.index + len(kinds) * (copies.get((last.prefix, last.index), 1) - 1)
+    if end == first.index:
+        return str(end)
+    second = f",{first.index + len(kinds)}" if len(kinds) > 1 and first == last else ""
+    return f"{first.index}{second}..{end}"
 
 
 def _form(key: Key, lines: Sequence[Line]) -> list[tuple[str, ...]]:

@@ -46,18 +46,21 @@ def test_layers_that_wire_alike_lines_differently_are_told_apart() -> None:
 
 def test_a_layer_of_a_short_graph_stands_for_several() -> None:
     graph = [*layer(0), *layer(1, reads="relu_0"), *layer(31, reads="relu_1")]
-    assert titles(graph, copies={("net", 31): 30}) == [("net.0..31", 32)]
+    assert titles(graph, copies={("net", 1): 30}) == [("net.0..31", 32)]
 
 
-def test_a_layer_that_stands_for_others_is_the_last_of_them() -> None:
+def test_a_layer_that_stands_for_others_is_the_first_of_them() -> None:
     first = layer(0, op="aten.gelu")
-    assert titles([*first, *layer(31)], copies={("net", 31): 31}) == [("net.0", 1), ("net.1..31", 31)]
+    last = layer(31, op="aten.gelu")
+    found = titles([*first, *layer(1), *last], copies={("net", 1): 30})
+    assert found == [("net.0", 1), ("net.1..30", 30), ("net.31", 1)]
 
 
 def test_layers_of_two_kinds_that_alternate() -> None:
-    graph = [*layer(0), *layer(1, op="aten.gelu"), *layer(30), *layer(31, op="aten.gelu")]
-    found = titles(graph, copies={("net", 30): 15, ("net", 31): 15})
-    assert found == [("net.0", 1), ("net.1", 1), ("net.2,4..30", 15), ("net.3,5..31", 15)]
+    graph = [line for i in (0, 2, 30) for line in (*layer(i), *layer(i + 1, op="aten.gelu"))]
+    found = titles(graph, copies={("net", 2): 14, ("net", 3): 14})
+    ends = [[(f"net.{i}", 1), (f"net.{i + 1}", 1)] for i in (0, 30)]
+    assert found == [*ends[0], ("net.2,4..28", 14), ("net.3,5..29", 14), *ends[1]]
 
 
 def test_paths() -> None:
