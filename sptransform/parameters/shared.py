@@ -46,6 +46,7 @@ _OF_THE_OBJECT = {
     *("grad", "is_complex", "is_contiguous", "is_floating_point", "is_inference", "is_pinned", "is_shared"),
     *("is_signed", "ndimension", "nelement", "numel", "register_post_accumulate_grad_hook", "retain_grad", "size"),
     *("storage", "storage_offset", "stride", "type", "untyped_storage"),
+    "_has_compatible_shallow_copy_type",  # asked of a parameter whose module is moved
 }
 # what gives gradients, which are cut as their tensors are
 _OF_GRADIENTS = {Tensor.grad.__get__, torch.autograd.grad}
