@@ -439,7 +439,6 @@ def test_sequence_dims_of_no_input_are_refused(sequence_dims: dict[str, int]) ->
 
 WRONG = [
     ({"strategy": "ulises"}, "'ulises'"),
-    ({"strategy": "auto"}, "not built yet"),
     ({"strategy": 3}, "3"),
     ({"outputs": "gathered"}, "'gathered'"),
     ({"backend": "inducktor"}, "'inducktor'"),
