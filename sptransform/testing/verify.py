@@ -126,9 +126,6 @@ def _checked(
     if chosen.outputs == "local":
         fix = "outputs='dtensor' or 'full', which hold the same"
         raise UsageError(describe("parts of outputs are not compared", found="outputs='local'", fix=fix))
-    if chosen.strategy.chooses and not processes:
-        fix = "processes=True, or the strategy that explain names"
-        raise UsageError(describe("simulated ranks choose no strategy", found=str(chosen.strategy), fix=fix))
     for name in () if processes else ("backend", "fullgraph", "shard_parameters"):
         if (value := options.get(name)) is not None and value is not (name == "fullgraph"):
             what = f"simulated ranks have no {name}"

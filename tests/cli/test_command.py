@@ -113,7 +113,6 @@ ERRORS = {
         ["explain", "tests.cli.factories:too_wide", "--strategy", "ring", *SIZES],
         "fails on tensors of the shapes",
     ),
-    "a choice on simulated ranks": (["verify", BUILD, "--strategy", "auto", "--simulated"], "choose no strategy"),
     "small": (["verify", BUILD, "--small", "--strategy", "ring"], "only a configuration can be made small"),
     "no folder of the page": (["compare", BUILD, *SIZES, "--html", "none/out.html"], "no folder none"),
     "no folder of the trace": (

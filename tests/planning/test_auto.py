@@ -92,6 +92,7 @@ def test_it_takes_what_an_exhaustive_search_finds(monkeypatch: pytest.MonkeyPatc
     assert len(taken) > 2  # else nothing was decided
 
 
+@pytest.mark.slow
 def test_without_hardware_bytes_decide_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = build_shape(8, 2, 1, 64, False)
     explanation = sptransform.explain(model, "auto", inputs, world_size=4)

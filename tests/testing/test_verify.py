@@ -66,6 +66,7 @@ def kinds(verdict: Verdict) -> dict[str, int]:
     return {kind: found.count(kind) for kind in dict.fromkeys(found)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, (2, 2)])
 def test_what_auto_chooses_runs_on_simulated_ranks(world_size: Any) -> None:
     verdict = simulated(attention_with_loss(), "auto", world_size=world_size)
