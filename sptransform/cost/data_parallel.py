@@ -70,7 +70,7 @@ def _gathered(
     for place, (unit, first, last) in enumerate(visits):
         whole, like = units[unit] * itemsize, works[first]
         gather = _message("all_gather", whole, ranks)
-        before[first] = [_work("wait", like, gather, allocated=whole)]
+        before[first] = [_work("wait", like, gather, allocates=(whole,))]
         if place == 0:
             before[first].insert(0, replace(_work("message", like, gather), copies=1))
         if place + 1 < len(visits):
@@ -81,10 +81,10 @@ def _gathered(
             # the whole gradients, which the unit's own works made, become a part
             part = -(-units[unit] // len(ranks)) * kept
             scatter = _message("reduce_scatter", units[unit] * reduced, ranks)
-            after[last] = [_work("message", works[last], scatter, allocated=part, freed=whole)]
+            after[last] = [_work("message", works[last], scatter, allocates=(part,), frees=(whole,))]
     found: list[Work] = []
     for index, work in enumerate(works):
-        work = replace(work, freed=work.freed + freed[index]) if index in freed else work
+        work = replace(work, frees=(*work.frees, freed[index])) if index in freed else work
         found += [*before.get(index, ()), work, *after.get(index, ())]
     return found
 
@@ -93,7 +93,9 @@ def _message(kind: str, size: int, ranks: Sequence[int]) -> Message:
     return Message(kind, size * (len(ranks) - 1) // len(ranks), tuple(ranks))
 
 
-def _work(kind: str, like: Work, message: Message, allocated: int = 0, freed: int = 0) -> Work:
+def _work(
+    kind: str, like: Work, message: Message, allocates: tuple[int, ...] = (), frees: tuple[int, ...] = ()
+) -> Work:
     """The start of a message, or its end, in the layer that ``like`` is of."""
     name = f"{like.layer or 'model'}.{message.kind}"
     return Work(
@@ -103,7 +105,7 @@ def _work(kind: str, like: Work, message: Message, allocated: int = 0, freed: in
         like.direction,
         like.layer,
         message=message,
-        allocated=allocated,
-        freed=freed,
+        allocates=allocates,
+        frees=frees,
         copies=like.copies,
     )

@@ -85,9 +85,10 @@ def _works(instructions: Sequence[Instruction], copies: Mapping[str, int]) -> li
     last: dict[Buffer, int] = {}
     for index, found in enumerate(instructions):
         last |= dict.fromkeys((*found.reads, *found.makes), index)
-    freed = [0] * len(instructions)
+    frees: list[list[int]] = [[] for _ in instructions]
     for buffer, index in last.items():
-        freed[index] += 0 if buffer.stays else buffer.size
+        if buffer.size and not buffer.stays:
+            frees[index].append(buffer.size)
     works = [
         Work(
             name=found.name,
@@ -101,8 +102,8 @@ def _works(instructions: Sequence[Instruction], copies: Mapping[str, int]) -> li
             traffic=0 if found.kind in ("message", "wait") else sum(found.reads.values()) + found.writes,
             sizes=found.sizes,
             message=found.message,
-            allocated=sum(buffer.size for buffer in found.makes),
-            freed=freed[index],
+            allocates=tuple(buffer.size for buffer in found.makes if buffer.size),
+            frees=tuple(frees[index]),
             copies=copies_of(found.layer, copies),
             ring=found.ring,
         )

@@ -39,8 +39,8 @@ class Work:
         sizes: what a kernel's efficiency depends on. Of a matmul "m", "n", "k", "batch"; of attention "batch",
             "heads", "key_heads", "queries", "keys", "dim", "value_dim".
         message: of "message", what is sent; of "wait", what is waited for.
-        allocated: bytes of new memory that the op's results take.
-        freed: bytes that nobody reads after this op.
+        allocates: the new memory that the op's results take, in bytes, piece by piece.
+        frees: the pieces that nobody reads after this op.
         copies: how many equal layers of the model this op stands for, one after the other.
         ring: of an op in a ring, the node of the ring and the step's number; None elsewhere.
     """
@@ -56,10 +56,20 @@ class Work:
     traffic: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     message: Message | None = None
-    allocated: int = 0
-    freed: int = 0
+    allocates: tuple[int, ...] = ()
+    frees: tuple[int, ...] = ()
     copies: int = 1
     ring: tuple[str, int] | None = None
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of new memory that the op's results take."""
+        return sum(self.allocates)
+
+    @property
+    def freed(self) -> int:
+        """Bytes that nobody reads after this op."""
+        return sum(self.frees)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from sptransform.cost.reserved import reserved_bytes
 from sptransform.inspection import pages
 from sptransform.planning.pages import sections
 from sptransform.planning.records import ComparisonFacts, Option
@@ -53,6 +54,7 @@ def _plain(option: Option) -> dict[str, Any]:
         "imbalance": option.imbalance,
         "kernels": option.kernels,
         "peak_bytes": step.peak_bytes(),
+        "reserved_bytes": reserved_bytes(step),
         "parameter_bytes": step.parameters,
         "fallbacks": [fallback.op for fallback in option.explanation.fallbacks],
         "formulas": {name: {"is": str(f.expression), "holds": f.holds} for name, f in option.formulas.items()},

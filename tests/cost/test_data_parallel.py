@@ -16,7 +16,7 @@ def a_step() -> Step:
 
     def work(layer: str, direction: str, allocated: int) -> Work:
         copies = COPIES.get(layer, 1)
-        return Work("k", "aten.mm", "matmul", direction, layer, dtype="bfloat16", allocated=allocated, copies=copies)
+        return Work("k", "aten.mm", "matmul", direction, layer, dtype="bfloat16", allocates=(allocated,), copies=copies)
 
     path = ["embedding", "layers.0", "layers.1", "layers.2", "head"]
     works = [work(layer, "forward", 0) for layer in path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,15 +17,15 @@ BESIDE, ALONE = hardware_of("l20-pcie"), hardware_of("h100-nvlink")
 SMALL, LARGE = (Message("send_recv", size, (0, 1, 2, 3)) for size in (10**6, 10**9))
 
 
-def kernel(traffic: int = 10**9, **more: int) -> Work:
+def kernel(traffic: int = 10**9, **more: Any) -> Work:
     return Work("k", "aten.add", "memory", "forward", "", traffic=traffic, **more)
 
 
-def start(message: Message, **more: int) -> Work:
+def start(message: Message, **more: Any) -> Work:
     return Work("m", "send", "message", "forward", "", message=message, **more)
 
 
-def wait(message: Message, **more: int) -> Work:
+def wait(message: Message, **more: Any) -> Work:
     return Work("w", "wait", "wait", "forward", "", message=message, **more)
 
 
@@ -68,14 +69,14 @@ def a_layer(rng: random.Random, copies: int) -> list[Work]:
     messages = [Message("send_recv", size + i, (0, 1, 2, 3)) for i, size in enumerate(sizes)]
     works = [*map(start, messages), *map(wait, messages), *(kernel(rng.choice(sizes)) for _ in messages)]
     rng.shuffle(works)
-    return [replace(w, copies=copies, allocated=rng.randrange(50), freed=rng.randrange(50)) for w in works]
+    return [replace(w, copies=copies, allocates=(rng.randrange(50),), frees=(rng.randrange(50),)) for w in works]
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("overlap", [True, False])
 def test_equal_layers_at_once_are_the_layers_one_by_one(seed: int, overlap: bool) -> None:
     rng = random.Random(seed)
-    works = [kernel(allocated=40), *a_layer(rng, 30), kernel(10**8), *a_layer(rng, 7)]
+    works = [kernel(allocates=(40,)), *a_layer(rng, 30), kernel(10**8), *a_layer(rng, 7)]
     step = Step(tuple(works), 0, 4, parameters=100, gradients=0, inputs=10)
     folded = simulate(step, BESIDE, overlap=overlap)
     flat = simulate(replace(step, works=tuple(step.unrolled())), BESIDE, overlap=overlap)
