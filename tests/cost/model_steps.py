@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -68,6 +68,7 @@ class Run:
         ranks: that share a sequence; 1 is one device.
         checkpoint: "full" computes every layer again; "selective" the half of its products, and what is cheap.
         compiled: "all", "layers" or "": where pointwise ops are fused.
+        caller: whether the caller computes the loss, of logits in float32 that it keeps until the backward is done.
     """
 
     model: str
@@ -77,6 +78,20 @@ class Run:
     ranks: int = 1
     checkpoint: str = "full"
     compiled: str = ""
+    caller: bool = False
+
+
+class WithLoss(nn.Module):
+    """What a training script does with the logits of ``model``, which it still names during the backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.causal = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.causal(input_ids).logits.float()
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.mean(), logits.detach()
 
 
 @cache
@@ -96,25 +111,27 @@ def model_step(run: Run) -> tuple[Step, tuple[tuple[str, int], ...]]:
     model.gradient_checkpointing_enable()
     outputs = {"outputs": "loss"} if run.ranks > 1 else {}
     inputs = {"input_ids": tokens, "labels": tokens}
-    rewritten = sp.rewrite(model, run.strategy, inputs, world_size=run.ranks, rank=run.ranks - 1, **outputs)
-    copies = {"model.layers.1": layers - KEPT + 1}
+    prefix = "causal.model.layers" if run.caller else "model.layers"
+    whole = WithLoss(model) if run.caller else model
+    rewritten = sp.rewrite(whole, run.strategy, inputs, world_size=run.ranks, rank=run.ranks - 1, **outputs)
+    copies = {f"{prefix}.1": layers - KEPT + 1}
     step = step_of(rewritten, fuse=run.compiled == "all", copies=copies)
     if run.compiled == "layers":
-        step = _with_layers_of(step, step_of(rewritten, copies=copies))
+        step = _with_layers_of(step, step_of(rewritten, copies=copies), prefix)
     if run.checkpoint == "selective":
         step = _selective(step)
-    units = {f"model.layers.{i}": sum(p.numel() for p in model.model.layers[i].parameters()) for i in range(KEPT)}
+    units = {f"{prefix}.{i}": sum(p.numel() for p in model.model.layers[i].parameters()) for i in range(KEPT)}
     units = {"": sum(p.numel() for p in model.parameters()) - sum(units.values()), **units}
     return step, tuple(units.items())
 
 
-def _with_layers_of(step: Step, compiled: Step) -> Step:
+def _with_layers_of(step: Step, compiled: Step, prefix: str) -> Step:
     """``step`` in which layers are those of ``compiled``; what surrounds them stays as it is."""
     works: list[Work] = []
     for direction in ("forward", "backward"):
         own = [work for work in step.works if work.direction == direction]
-        inside = [index for index, work in enumerate(own) if work.layer.startswith("model.layers.")]
-        layers = [work for work in compiled.of(direction) if work.layer.startswith("model.layers.")]
+        inside = [index for index, work in enumerate(own) if work.layer.startswith(f"{prefix}.")]
+        layers = [work for work in compiled.of(direction) if work.layer.startswith(f"{prefix}.")]
         works += [*own[: inside[0]], *layers, *own[inside[-1] + 1 :]]
     return replace(step, works=tuple(works))
 
@@ -132,13 +149,20 @@ def _selective(step: Step) -> Step:
     return replace(step, works=tuple(works))
 
 
-def timeline_of(run: Run, hardware: Hardware, *, sharded_over: int = 0) -> tuple[Timeline, int]:
+def step_on(run: Run, *, sharded_over: int = 0) -> tuple[Step, int]:
     """The step with parameters in parts over so many ranks, if any, and how many parameters the model has."""
     step, given = model_step(run)
     units, layers = dict(given), MODELS[run.model][1]
-    count = sum(units.values()) + (layers - KEPT) * units["model.layers.1"]
+    middle = next(number for unit, number in units.items() if unit.endswith(".layers.1"))
+    count = sum(units.values()) + (layers - KEPT) * middle
     if sharded_over:
         step = with_parameter_shards(step, range(sharded_over), units, kept=4)
+    return step, count
+
+
+def timeline_of(run: Run, hardware: Hardware, *, sharded_over: int = 0) -> tuple[Timeline, int]:
+    """:func:`step_on`, simulated."""
+    step, count = step_on(run, sharded_over=sharded_over)
     return simulate(step, hardware), count
 
 

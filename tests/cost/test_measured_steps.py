@@ -17,10 +17,11 @@ import pytest
 
 import sptransform as sp
 from sptransform.cost.hardware import Hardware, hardware_of
+from sptransform.cost.reserved import reserved_bytes
 from sptransform.cost.simulate import simulate
 from tests.cost.measured import rows, worst_error
 from tests.cost.megatron_steps import megatron_step
-from tests.cost.model_steps import MODELS, Run, optimizer_seconds, timeline_of
+from tests.cost.model_steps import MODELS, Run, optimizer_seconds, step_on, timeline_of
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
@@ -77,28 +78,27 @@ def test_data_parallel_steps_of_8b() -> None:
 KERNELS = {"FA2": "flash2", "FA3": "flash3"}
 
 
-@pytest.mark.parametrize(("compiled", "within"), [("layers", 0.45), ("", 0.15)])
-def test_fine_tuning_steps(compiled: str, within: float) -> None:
-    """T12: seconds of a micro-batch, and GiB. Gradients and AdamW in float32; the loss is not compiled.
+def test_fine_tuning_steps() -> None:
+    """T12: seconds of a micro-batch, and GiB. Gradients and AdamW in float32; the caller keeps logits in float32.
 
-    The script of the benchmark asks for compiled layers. So computed, the steps of 0.6B are predicted 27 and 44% too
-    fast, those of 4B 17 and 20%; were nothing compiled, all would be within 14%.
+    The script asks for compiled layers, each wrapped by a checkpoint. Transformers' call of flash-attn breaks the graph
+    (huggingface/transformers #41803), and Dynamo compiles nothing of a checkpoint that does (pytorch #161889). So no
+    ops are taken to be fused; were they, steps of 0.6B would be predicted 27 and 44% too fast, those of 4B 17 and 20%.
     """
     times, memory = [], []
     for row in rows("T12"):
         card = {"H100": "h100-ib", "H200": "h200"}.get(row["hw"].partition("x")[2])
         if row["model"] in MODELS and row["type"] == "SFT full" and row["ac"] == "recompute" and card:
             hardware, gpus = h100(KERNELS[row["attn"]], card), int(row["hw"][0])
-            run = Run(row["model"], int(row["S"]), compiled=compiled)
-            timeline, parameters = timeline_of(run, hardware, sharded_over=gpus)
+            step, parameters = step_on(Run(row["model"], int(row["S"]), caller=True), sharded_over=gpus)
             what = f"{row['model']} {row['S']} {row['hw']} {row['attn']}"
-            taken = timeline.seconds + optimizer_seconds(parameters / gpus, hardware)
+            taken = simulate(step, hardware).seconds + optimizer_seconds(parameters / gpus, hardware)
             times.append((what, float(row["step_s"]), taken))
             states = 12 * parameters / gpus  # two moments, and the gradients of the micro-batch before
-            memory.append((what, float(row["peak_GiB"]), (timeline.peak_bytes + states) / GIB))
-    report(f"T12 step s, compiled: {compiled or 'nothing'}", times, within=within)
-    # what is published is max_memory_reserved: what the allocator keeps, more than it hands out at a time
-    report("T12 GiB", memory, within=0.25)
+            # what is published is max_memory_reserved
+            memory.append((what, float(row["peak_GiB"]), (reserved_bytes(step) + states) / GIB))
+    report("T12 step s", times, within=0.25)
+    report("T12 GiB", memory, within=0.1)
 
 
 def test_tensor_and_sequence_parallel() -> None:

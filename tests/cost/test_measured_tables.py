@@ -6,21 +6,20 @@ the model was made; where that misses the aim of 90% of pairs and a regret of 1.
 What is left out, and why:
 
 - lengths below 32K of T9: launches of the measuring script, as its authors' repeated runs show;
-- groups of which the fastest row takes over twice what the attention kernels alone take by their published speed: what
-  they measure is mostly something else (T9a at 32K: 14% of peak). They are printed with the others, not judged.
-- layouts other than zigzag, and all-to-alls of packed QKV, where a table has several: one of each is compared.
+- layouts other than zigzag, where a table has several.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from statistics import geometric_mean
 
 import pytest
 
 import sptransform as sp
 from sptransform.cost.hardware import HardwareLike, hardware_of
-from sptransform.cost.times import seconds
-from tests.cost.attention_steps import attention_seconds_of, attention_step
+from tests.cost.attention_steps import attention_seconds_of
 from tests.cost.measured import Groups, is_measured, rows, score
 
 pytestmark = pytest.mark.slow
@@ -33,35 +32,27 @@ def report(table: str, groups: Groups, *, order: float, regret: float) -> None:
     assert found.regret <= regret
 
 
-def usp_groups(table: str, hardware: HardwareLike, world_size: int) -> Groups:
-    """Tables of Ulysses degrees, forward iterations a second, by (g, B, S, H, D)."""
+def usp_groups(table: str, hardware: HardwareLike, world_size: int, columns: tuple[str, ...]) -> Groups:
+    """Tables of Ulysses degrees, forward iterations a second, by (g, B, S, H, D); of several columns their mean."""
     groups = defaultdict(list)
     for row in rows(table):
         group, batch, length, heads, dim, ulysses = (int(row[name]) for name in ("g", "B", "S", "H", "D", "U"))
-        if length >= 32768 and is_measured(row["zigzag_sep"]):
+        found = [float(row[column]) for column in columns if is_measured(row[column])]
+        if length >= 32768:
             sizes = (batch, heads, heads // group, length, dim)
-            strategy = sp.USP(ulysses=ulysses, ring=world_size // ulysses)
-            taken = attention_seconds_of(strategy, world_size, sizes, hardware, peers_merge=True)
-            groups[(group, *sizes)].append((f"ulysses {ulysses}", 1 / float(row["zigzag_sep"]), taken))
+            taken = attention_seconds_of(usp(row, world_size), world_size, sizes, hardware, peers_merge=True)
+            groups[(group, *sizes)].append((f"ulysses {ulysses}", 1 / geometric_mean(found), taken))
     return groups
-
-
-def of_kernels(groups: Groups, hardware: HardwareLike, world_size: int) -> Groups:
-    """The groups whose fastest row takes at most twice what the kernels alone take."""
-    kept = {}
-    for key, group in groups.items():
-        step = attention_step(sp.USP(ulysses=1, ring=world_size), world_size, 0, key[1:], True, True)
-        kernels = sum(seconds(work, hardware_of(hardware)) for work in step.of("forward") if work.kind == "attention")
-        if min(measured for _, measured, _ in group) <= 2 * kernels:
-            kept[key] = group
-    return kept
 
 
 @pytest.mark.parametrize(("table", "hardware"), [("T9a", "a100-nvlink"), ("T9b", "l20-pcie")])
 def test_ulysses_degrees(table: str, hardware: str) -> None:
-    groups = usp_groups(table, hardware, 8)
-    print(f"\n{score(groups).line(f'{table}, all groups')}", *score(groups).wrong, sep="\n  ")
-    report(table, of_kernels(groups, hardware, 8), order=0.9, regret=1.05)
+    """T9. Queries, keys and values go in one all-to-all or in three: two columns, of which the mean is judged.
+
+    Without an all-to-all, of Ulysses degree 1, both columns time one program; of T9a they differ by 2 to 28%.
+    """
+    print(f"\n{score(usp_groups(table, hardware, 8, ('zigzag_sep',))).line(f'{table}, three all-to-alls')}")
+    report(table, usp_groups(table, hardware, 8, ("zigzag_sep", "zigzag_pack")), order=0.9, regret=1.05)
 
 
 def test_gathering_keys_or_passing_them_round() -> None:
@@ -104,21 +95,22 @@ def test_ring_or_ulysses_in_a_training_step() -> None:
     report("T3", groups, order=1.0, regret=1.0)
 
 
-def test_64_chips_on_a_torus() -> None:
-    """T5b: 32 layers of attention, computed twice forward. XLA fuses merges.
+@pytest.mark.parametrize(
+    ("table", "layout", "order", "regret"), [("T5b", "zigzag", 0.9, 1.16), ("T5c", "contiguous", 0.8, 1.1)]
+)
+def test_64_chips_on_a_torus(table: str, layout: str, order: float, regret: float) -> None:
+    """T5: 32 layers of attention, computed twice forward. XLA fuses merges. T5c was found when all was done.
 
-    Two of 25 pairs are wrong: at 64K tokens rings of 8 were slower than gathering and than rings of 16, by a time that
-    does not grow with the tokens.
+    At 64K tokens both tables have rings of 8 slower than rings of 16, by a time that does not grow with the tokens: it
+    is not attention's. Such a mesh splits axes of the torus, over which parameters are gathered too.
     """
     ways = {
-        "all_gather": sp.AllGatherKV(),
-        "ring": sp.Ring(),
-        "usp 16x4": sp.USP(ring=16, ulysses=4),
-        "usp 8x8": sp.USP(ring=8, ulysses=8),
-        "usp 32x2": sp.USP(ring=32, ulysses=2),
+        "all_gather": sp.AllGatherKV(layout),
+        "ring": sp.Ring(layout),
+        **{f"usp {r}x{64 // r}": sp.USP(ring=r, ulysses=64 // r, layout=layout) for r in (8, 16, 32)},
     }
     groups = defaultdict(list)
-    for row in rows("T5b"):
+    for row in rows(table):
         for length in (65536, 131072, 262144):
             taken = attention_seconds_of(
                 ways[row["method"]],
@@ -129,7 +121,7 @@ def test_64_chips_on_a_torus() -> None:
                 ranks=(63,),
             )
             groups[length].append((row["method"], float(row[f"S{length}"]), 32 * taken))
-    report("T5b", groups, order=0.9, regret=1.16)
+    report(table, groups, order=order, regret=regret)
 
 
 def test_rings_by_layout() -> None:
@@ -179,3 +171,41 @@ def test_long_context_attention_on_one_node_and_two() -> None:
             measured = flops / ranks / float(row[f"cp{ranks}"]) / 1e12
             groups[row["hw"], row["mask"], row["pass"], ranks].append((row["method"], measured, taken))
     report("T11", groups, order=0.9, regret=1.05)
+
+
+def test_tables_that_were_not_looked_at() -> None:
+    """T9c, T9d: Ulysses degrees on 4 cards on PCIe and on 8 on NVLink, that nothing was chosen by."""
+    groups = defaultdict(list)
+    for row in rows("T9c"):
+        if row["S"] == "65536":  # shorter ones are noise, as their repeats show
+            sizes = (2, 32, 32, 65536, 32)
+            taken = attention_seconds_of(usp(row, 4), 4, sizes, "a100-pcie", peers_merge=True)
+            groups["T9c"].append((f"ulysses {row['U']}", 1 / float(row["zigzag_sep"]), taken))
+    for row in rows("T9d"):
+        for column, passes in (("fwd", ("forward",)), ("fwd_bwd", ("forward", "backward"))):
+            sizes = (2, 64, 8, 8 * int(row["S_local"]), 128)
+            taken = attention_seconds_of(usp(row, 8), 8, sizes, "a100-nvlink", passes=passes, peers_merge=True)
+            groups["T9d", column].append((f"ulysses {row['U']}", 1 / float(row[column]), taken))
+    report("T9c, T9d", groups, order=1.0, regret=1.02)
+
+
+def usp(row: Mapping[str, str], world_size: int) -> sp.USP:
+    return sp.USP(ulysses=int(row["U"]), ring=world_size // int(row["U"]))
+
+
+def test_ulysses_or_a_ring_on_four_cards() -> None:
+    """T9e: of the 4090, after this table, all-to-alls were no longer taken to share a link (no peer-to-peer).
+
+    On it no message seems to be hidden beside kernels, and on H800 Ulysses is slower with longer sequences: 2 of 6 are
+    wrong.
+    """
+    groups = {}
+    for row in rows("T9e"):
+        sizes, card = (int(row["B"]), 40, 40, int(row["S"]), 128), row["hw"][2:].split()[0].lower()
+        ways = {"usp_2x2_ms": sp.USP(ulysses=2, ring=2), "ulysses4_ms": sp.Ulysses()}
+        hardware = {"4090": "4090-pcie", "h800": "h800"}[card]
+        groups[tuple(row.values())] = [
+            (name, float(row[name]), attention_seconds_of(way, 4, sizes, hardware, causal=False, peers_merge=True))
+            for name, way in ways.items()
+        ]
+    report("T9e", groups, order=0.66, regret=1.17)
