@@ -205,7 +205,11 @@ def test_ulysses_or_a_ring_on_four_cards() -> None:
         ways = {"usp_2x2_ms": sp.USP(ulysses=2, ring=2), "ulysses4_ms": sp.Ulysses()}
         hardware = {"4090": "4090-pcie", "h800": "h800"}[card]
         groups[tuple(row.values())] = [
-            (name, float(row[name]), attention_seconds_of(way, 4, sizes, hardware, causal=False, peers_merge=True))
+            (
+                name,
+                float(row[name]) / 1e3,
+                attention_seconds_of(way, 4, sizes, hardware, causal=False, peers_merge=True),
+            )
             for name, way in ways.items()
         ]
     report("T9e", groups, order=0.66, regret=1.17)
