@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import sptransform as sp
 from sptransform.cost.data_parallel import with_parameter_shards
+from sptransform.cost.folding import LayerRun
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
 from sptransform.cost.records import Step, Work
@@ -97,10 +98,10 @@ def model_step(run: Run) -> tuple[Step, tuple[tuple[str, int], ...]]:
     outputs = {"outputs": "loss"} if run.ranks > 1 else {}
     inputs = {"input_ids": tokens, "labels": tokens}
     rewritten = sp.rewrite(model, run.strategy, inputs, world_size=run.ranks, rank=run.ranks - 1, **outputs)
-    copies = {"model.layers.1": layers - KEPT + 1}
-    step = step_of(rewritten, fuse=run.compiled == "all", copies=copies)
+    runs = {"model.layers.1": LayerRun("model.layers.1", layers - KEPT + 1)}
+    step = step_of(rewritten, fuse=run.compiled == "all", runs=runs)
     if run.compiled == "layers":
-        step = _with_layers_of(step, step_of(rewritten, copies=copies))
+        step = _with_layers_of(step, step_of(rewritten, runs=runs))
     if run.checkpoint == "selective":
         step = _selective(step)
     units = {f"model.layers.{i}": sum(p.numel() for p in model.model.layers[i].parameters()) for i in range(KEPT)}
