@@ -72,7 +72,7 @@ def _gathered(
         gather = _message("all_gather", whole, ranks)
         before[first] = [_work("wait", like, gather, allocates=(whole,))]
         if place == 0:
-            before[first].insert(0, replace(_work("message", like, gather), copies=1))
+            before[first].insert(0, replace(_work("message", like, gather), copies=1, run=""))
         if place + 1 < len(visits):
             ahead = units[visits[place + 1][0]]
             before[first].append(_work("message", like, _message("all_gather", ahead * itemsize, ranks)))
@@ -108,4 +108,5 @@ def _work(
         allocates=allocates,
         frees=frees,
         copies=like.copies,
+        run=like.run,
     )

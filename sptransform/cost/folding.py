@@ -23,18 +23,34 @@ _LONGEST_PERIOD = 8
 
 
 @dataclass(frozen=True)
+class LayerRun:
+    """Equal layers that follow each other, or periods of layers, of which one is kept for several.
+
+    Attributes:
+        first: path of the first layer that is kept for others; no other run has it. "" of what stands for itself.
+        times: how many the kept period stands for, itself included.
+    """
+
+    first: str = ""
+    times: int = 1
+
+
+_ITSELF = LayerRun()
+
+
+@dataclass(frozen=True)
 class Folded:
     """A graph of few layers.
 
     Attributes:
         graph_module: the graph.
         inputs: of those it was captured with, the ones it still reads.
-        copies: paths of the layers that stand for others -> how many they stand for, themselves included.
+        runs: paths of the layers that stand for others -> of which run.
     """
 
     graph_module: fx.GraphModule
     inputs: list[Any]
-    copies: dict[str, int]
+    runs: dict[str, LayerRun]
 
 
 @dataclass
@@ -48,7 +64,7 @@ class _Layer:
 def fold_layers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Folded:
     """A copy of Dynamo's ``gm`` in which equal layers that follow each other are few; without such, all of it."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    copies: dict[str, int] = {}
+    runs: dict[str, LayerRun] = {}
     for layers in _stacks(gm.graph):
         start = 0
         while start < len(layers):
@@ -56,25 +72,25 @@ def fold_layers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Folded:
             repeats = (stop - start) // period
             if repeats > 3:
                 middle = layers[start + period : start + 2 * period]
-                copies |= {layer.path: repeats - 2 for layer in middle}
+                runs |= {layer.path: LayerRun(middle[0].path, repeats - 2) for layer in middle}
                 _cut(gm.graph, layers, start + 2 * period, start + (repeats - 1) * period, period)
                 start += repeats * period
             else:
                 start += 1
     placeholders = gm.graph.find_nodes(op="placeholder")
     kept = list(inputs)
-    if copies:
+    if runs:
         kept = [x for x, node in zip(inputs, placeholders, strict=True) if node.users]
         for node in placeholders:
             if not node.users:
                 gm.graph.erase_node(node)
         gm.recompile()
-    return Folded(gm, kept, copies)
+    return Folded(gm, kept, runs)
 
 
-def copies_of(path: str, copies: Mapping[str, int]) -> int:
-    """How many equal layers the module or parameter at ``path`` stands for."""
-    return next((n for layer, n in copies.items() if path == layer or path.startswith(f"{layer}.")), 1)
+def run_of(path: str, runs: Mapping[str, LayerRun]) -> LayerRun:
+    """The equal layers that the module or parameter at ``path`` stands for."""
+    return next((run for layer, run in runs.items() if path == layer or path.startswith(f"{layer}.")), _ITSELF)
 
 
 def _stacks(graph: fx.Graph) -> list[list[_Layer]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx
 
 from sptransform.compiler.rewrite import Rewritten, no_garbage_collection
-from sptransform.cost.folding import copies_of
+from sptransform.cost.folding import LayerRun, run_of
 from sptransform.cost.fusion import fused
 from sptransform.cost.groups import as_rank, groups_of
 from sptransform.cost.instructions import Buffer, Instruction, Reader, gradients_of_outputs, saved
@@ -18,14 +18,14 @@ from sptransform.graph import dataflow, notes
 
 
 @no_garbage_collection()
-def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int] | None = None) -> Step:
+def step_of(rewritten: Rewritten, *, fuse: bool = True, runs: Mapping[str, LayerRun] | None = None) -> Step:
     """What one rank runs, sends and holds in one training step, without running it.
 
     Args:
         rewritten: what :func:`sptransform.rewrite` returns.
         fuse: count pointwise ops as Inductor fuses them; False counts each op apart, as ``backend="aot_eager"`` runs
             them.
-        copies: module paths -> how many equal layers each stands for, as
+        runs: module paths -> the equal layers that each stands for, as
             :func:`sptransform.cost.folding.fold_layers` says.
     """
     rank, groups = rewritten.context.mesh.rank, groups_of(rewritten)
@@ -44,14 +44,14 @@ def step_of(rewritten: Rewritten, *, fuse: bool = True, copies: Mapping[str, int
             instructions += gradients_of_outputs(graphs.backward, behind)
             instructions += reader.read(graphs.backward, behind, "backward")
             _keep(_output(graphs.backward), behind)
-    copies = copies or {}
+    runs = runs or {}
     sizes = []
     inputs = placeholders[len(placeholders) - len(own) :]  # before them stand the constants of the graph
     for node, placeholder in zip(own, inputs, strict=True):
         note = notes.note(node)
-        sizes.append((note, held[placeholder].size * copies_of(note.input_name or "", copies)))
+        sizes.append((note, held[placeholder].size * run_of(note.input_name or "", runs).times))
     return Step(
-        works=tuple(_works(fused(instructions) if fuse else instructions, copies)),
+        works=tuple(_works(fused(instructions) if fuse else instructions, runs)),
         rank=rank,
         world_size=rewritten.context.mesh.size,
         parameters=sum(size for note, size in sizes if note.is_parameter or note.is_buffer),
@@ -80,7 +80,7 @@ def _keep(outputs: Sequence[fx.Node | None], env: Mapping[fx.Node, Buffer]) -> N
             env[node].stays = True
 
 
-def _works(instructions: Sequence[Instruction], copies: Mapping[str, int]) -> list[Work]:
+def _works(instructions: Sequence[Instruction], runs: Mapping[str, LayerRun]) -> list[Work]:
     """The instructions with what is freed after each; those of equal layers follow each other."""
     last: dict[Buffer, int] = {}
     for index, found in enumerate(instructions):
@@ -104,26 +104,28 @@ def _works(instructions: Sequence[Instruction], copies: Mapping[str, int]) -> li
             message=found.message,
             allocates=tuple(buffer.size for buffer in found.makes if buffer.size),
             frees=tuple(frees[index]),
-            copies=copies_of(found.layer, copies),
+            copies=run.times,
+            run=run.first,
             ring=found.ring,
         )
         for index, found in enumerate(instructions)
+        for run in [run_of(found.layer, runs)]
     ]
     return [work for direction in ("forward", "backward") for work in _together(works, direction)]
 
 
 def _together(works: Sequence[Work], direction: str) -> list[Work]:
-    """The works of one direction. Between those of one layer that is repeated stands nothing else.
+    """The works of one direction. Between those of one run of equal layers stands nothing else.
 
     A backward computes some of a neighbour's again among them, and ends a message late; these come after.
     """
     own = [work for work in works if work.direction == direction]
     found: list[Work] = []
     while own:
-        copies = own[0].copies
-        if copies == 1:
+        run = own[0].run
+        if not run:
             found.append(own.pop(0))
             continue
-        found += [work for work in own if work.copies == copies]
-        own = [work for work in own if work.copies != copies]
+        found += [work for work in own if work.run == run]
+        own = [work for work in own if work.run != run]
     return found

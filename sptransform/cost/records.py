@@ -42,6 +42,7 @@ class Work:
         allocates: the new memory that the op's results take, in bytes, piece by piece.
         frees: the pieces that nobody reads after this op.
         copies: how many equal layers of the model this op stands for, one after the other.
+        run: which equal layers these are: path of the first that stands for others; "" where ``copies`` is 1.
         ring: of an op in a ring, the node of the ring and the step's number; None elsewhere.
     """
 
@@ -59,6 +60,7 @@ class Work:
     allocates: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
     copies: int = 1
+    run: str = ""
     ring: tuple[str, int] | None = None
 
     @property
@@ -98,13 +100,13 @@ class Step:
         """The ops as they run: what stands for several layers comes that often, one layer after the other."""
         for works in self.blocks():
             for _ in range(works[0].copies):
-                yield from (replace(work, copies=1) for work in works)
+                yield from (replace(work, copies=1, run="") for work in works)
 
     def blocks(self) -> Iterator[list[Work]]:
-        """Stretches of works of equal ``copies`` and direction."""
+        """Stretches of works of one direction that run once, or of one run of equal layers."""
         block: list[Work] = []
         for work in self.works:
-            if block and (work.copies, work.direction) != (block[0].copies, block[0].direction):
+            if block and (work.run, work.copies, work.direction) != (block[0].run, block[0].copies, block[0].direction):
                 yield block
                 block = []
             block.append(work)

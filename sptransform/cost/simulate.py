@@ -98,7 +98,7 @@ def simulate(step: Step, hardware: HardwareLike, *, overlap: bool | None = None)
     hardware = hardware_of(hardware)
     run = _Run(hardware, overlap, step.parameters + step.inputs)
     for works in step.blocks():
-        run.block([replace(work, copies=1) for work in works], works[0].copies)
+        run.block([replace(work, copies=1, run="") for work in works], works[0].copies)
     return Timeline(
         max(run.computed, run.sent),
         run.compute,

@@ -15,7 +15,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.capture.lengths import has_symbolic_sizes
-from sptransform.cost.folding import fold_layers
+from sptransform.cost.folding import LayerRun, fold_layers
 from sptransform.cost.hardware import Hardware, HardwareLike, hardware_names, hardware_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.strategy import Strategy
@@ -111,18 +111,18 @@ class Auto(Strategy):
         mesh: Mesh,
         in_parts: bool,
     ) -> Strategy:
-        copies: Mapping[str, int] = {}
+        runs: Mapping[str, LayerRun] = {}
         if not has_symbolic_sizes(gm):
             folded = fold_layers(gm, inputs)
-            gm, inputs, copies = folded.graph_module, folded.inputs, folded.copies
-        choice = self.choice_of(trials(gm, inputs, copies), mesh, copies, in_parts)
+            gm, inputs, runs = folded.graph_module, folded.inputs, folded.runs
+        choice = self.choice_of(trials(gm, inputs, runs), mesh, runs, in_parts)
         self.choices.append(choice)
         log.info("%s", choice.reason)
         strategy = copy(choice.chosen.strategy)
         object.__setattr__(strategy, "reason", choice.reason)
         return strategy
 
-    def choice_of(self, trial: Trial, mesh: Mesh, copies: Mapping[str, int], in_parts: bool = False) -> Choice:
+    def choice_of(self, trial: Trial, mesh: Mesh, runs: Mapping[str, LayerRun], in_parts: bool = False) -> Choice:
         """What is chosen of all that ``trial`` rewrites; see :meth:`choose`."""
         hardware = hardware_of(self.hardware) if self.hardware is not None else _hardware_for(mesh)
         considered = [*OF_SEQUENCES, *(OF_WEIGHTS if self.megatron else ())]
@@ -130,10 +130,10 @@ class Auto(Strategy):
         if in_parts:  # parameters are kept over all ranks, not over the two dims of a USP
             found = [c for c in found if c.strategy.max_mesh_dims == 1 or len(c.shape) == 2]
         with quietly():
-            options = ranked(judged(candidate, trial, hardware, copies) for candidate in found)
+            options = ranked(judged(candidate, trial, hardware, runs) for candidate in found)
         choice = self.best_of(options, hardware)
         others = (o for o in choice.options[1:] if o.step is not None and o.strategy.max_mesh_dims == 1)
-        where = crossing(trial, choice.chosen, next(others, choice.chosen), copies)
+        where = crossing(trial, choice.chosen, next(others, choice.chosen), runs)
         return replace(choice, reason=f"{choice.reason}; {where}") if where else choice
 
     def best_of(self, options: Sequence[Option], hardware: Hardware | None) -> Choice:

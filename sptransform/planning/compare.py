@@ -88,23 +88,23 @@ def compare(
 
     def use(gm: fx.GraphModule, example_inputs: list[Any]) -> Comparison:
         folded = fold_layers(gm, example_inputs)
-        copies = folded.copies
+        runs = folded.runs
         trial = trials(
-            partial(rewritten_for, apart=copies), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
+            partial(rewritten_for, apart=runs), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
         )
         shown = []
         with quietly():
             for done, candidate in enumerate(found):
                 progress(candidate.name, done, len(found))
-                shown.append(judged(candidate, trial, machine, copies, lengths))
+                shown.append(judged(candidate, trial, machine, runs, lengths))
             alone = trial(Ulysses(), (1,), 0)
             run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
             options=ranked(_with_lines(shown)),
-            one_device=step_of(alone, copies=copies),
-            copies=copies,
+            one_device=step_of(alone, runs=runs),
+            copies={path: run.times for path, run in runs.items()},
         )
 
     return while_captured(model, use, *args, **kwargs)

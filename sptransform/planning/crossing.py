@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import sympy
 
-from sptransform.cost.folding import copies_of
+from sptransform.cost.folding import LayerRun, run_of
 from sptransform.cost.formulas import N, fitted, terms_of
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.inspection.reader import explanation_of
@@ -18,14 +18,14 @@ _COUNTED_AT = (2, 4)  # the bytes of a kind have one unknown factor each, so tha
 _UP_TO = 4096  # ranks for which the formulas are compared
 
 
-def crossing(trial: Trial, chosen: Option, other: Option, copies: Mapping[str, int]) -> str:
+def crossing(trial: Trial, chosen: Option, other: Option, runs: Mapping[str, LayerRun]) -> str:
     """``ulysses sends fewer bytes than ring from N = 5 on``; empty where no formula says so.
 
     Formulas hold where the lengths and the heads of the model divide by N.
     """
     if chosen is other or any(option.strategy.max_mesh_dims > 1 for option in (chosen, other)):
         return ""
-    own, its = sent_by(trial, chosen, copies), sent_by(trial, other, copies)
+    own, its = sent_by(trial, chosen, runs), sent_by(trial, other, runs)
     if own is None or its is None:
         return ""
     difference = sympy.lambdify(N, sympy.together(own - its))
@@ -42,9 +42,9 @@ def crossing(trial: Trial, chosen: Option, other: Option, copies: Mapping[str, i
     return f"{chosen.name} sends fewer bytes than {other.name} {where}, where heads divide"
 
 
-def sent_by(trial: Trial, option: Option, copies: Mapping[str, int]) -> sympy.Expr | None:
+def sent_by(trial: Trial, option: Option, runs: Mapping[str, LayerRun]) -> sympy.Expr | None:
     """The bytes of a training step in the number of ranks N; None if the counts follow no formula."""
-    counts = {n: _counted(trial, option, n, copies) for n in _COUNTED_AT}
+    counts = {n: _counted(trial, option, n, runs) for n in _COUNTED_AT}
     if None in counts.values():
         return None
     parts = []
@@ -54,7 +54,7 @@ def sent_by(trial: Trial, option: Option, copies: Mapping[str, int]) -> sympy.Ex
     return None if None in parts else sympy.Add(*parts)
 
 
-def _counted(trial: Trial, option: Option, num_ranks: int, copies: Mapping[str, int]) -> Counter[str] | None:
+def _counted(trial: Trial, option: Option, num_ranks: int, runs: Mapping[str, LayerRun]) -> Counter[str] | None:
     """Kind -> bytes on rank 0; None where the strategy is blocked."""
     sent: Counter[str] = Counter()
     try:
@@ -63,5 +63,5 @@ def _counted(trial: Trial, option: Option, num_ranks: int, copies: Mapping[str, 
     except SPTransformError:
         return None
     for collective in explanation.collectives:
-        sent[collective.kind] += collective.bytes_sent * copies_of(collective.layer, copies)
+        sent[collective.kind] += collective.bytes_sent * run_of(collective.layer, runs).times
     return sent

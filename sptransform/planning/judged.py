@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sptransform.compiler.rewrite import Rewritten
-from sptransform.cost.folding import copies_of
+from sptransform.cost.folding import LayerRun, run_of
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
 from sptransform.cost.simulate import simulate
@@ -28,30 +28,30 @@ def judged(
     candidate: Candidate,
     trial: Trial,
     hardware: Hardware | None,
-    copies: Mapping[str, int],
+    runs: Mapping[str, LayerRun],
     documents: Documents | None = None,
 ) -> Option:
     """The candidate's step on its busiest rank; blocked, if this library refuses it. Other errors are raised.
 
-    ``copies``: of the graph that ``trial`` rewrites, see :func:`sptransform.cost.folding.fold_layers`.
+    ``runs``: of the graph that ``trial`` rewrites, see :func:`sptransform.cost.folding.fold_layers`.
     """
     option = Option(candidate.name, candidate.strategy, candidate.shape)
     try:
         explanation = explanation_of(trial(candidate.strategy, candidate.shape, 0), documents)
-        pairs = pairs_of_ranks(explanation, copies)
+        pairs = pairs_of_ranks(explanation, runs)
         busiest = pairs.index(max(pairs)) if pairs else 0
         if busiest:
             explanation = explanation_of(trial(candidate.strategy, candidate.shape, busiest), documents)
-        step = step_of(explanation.rewritten, copies=copies)
+        step = step_of(explanation.rewritten, runs=runs)
     except SPTransformError as error:
         return replace(option, blocked=str(error))
     timeline = None if hardware is None else simulate(step, hardware)
     return replace(option, rank=busiest, explanation=explanation, pairs=pairs, step=step, timeline=timeline)
 
 
-def pairs_of_ranks(explanation: Explanation, copies: Mapping[str, int]) -> tuple[int, ...]:
+def pairs_of_ranks(explanation: Explanation, runs: Mapping[str, LayerRun]) -> tuple[int, ...]:
     """For every rank, how many pairs of a query and a key it attends in the forward, in all layers."""
-    weighted = ([n * copies_of(work.layer, copies) for n in work.pairs] for work in explanation.attention)
+    weighted = ([n * run_of(work.layer, runs).times for n in work.pairs] for work in explanation.attention)
     return tuple(map(sum, zip(*weighted, strict=True)))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout, gelu, scaled_dot_product_attention
 
 import sptransform as sp
+from sptransform.cost.folding import LayerRun
 from sptransform.cost.read import step_of
 from sptransform.cost.records import Step
 
@@ -56,4 +57,4 @@ def megatron_step(hidden: int, heads: int, layers: int, batch: int) -> Step:
         model = Model(hidden, heads).to(torch.bfloat16)
         tokens = torch.empty(batch, LENGTH, dtype=torch.long)
     rewritten = sp.rewrite(model, "megatron", (tokens, tokens), world_size=RANKS, outputs="loss")
-    return step_of(rewritten, fuse=False, copies={"blocks.1": layers - KEPT + 1})
+    return step_of(rewritten, fuse=False, runs={"blocks.1": LayerRun("blocks.1", layers - KEPT + 1)})

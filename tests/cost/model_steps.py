@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import sptransform as sp
 from sptransform.cost.data_parallel import with_parameter_shards
+from sptransform.cost.folding import LayerRun
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
 from sptransform.cost.records import Step, Work
@@ -67,7 +68,7 @@ class Run:
         strategy: how ``ranks`` share a sequence.
         ranks: that share a sequence; 1 is one device.
         checkpoint: "full" computes every layer again; "selective" the half of its products, and what is cheap.
-        compiled: "all", "layers" or "": where pointwise ops are fused.
+        compiled: whether pointwise ops are fused.
         caller: whether the caller computes the loss, of logits in float32 that it keeps until the backward is done.
     """
 
@@ -77,7 +78,7 @@ class Run:
     strategy: str | sp.Strategy = "ulysses"
     ranks: int = 1
     checkpoint: str = "full"
-    compiled: str = ""
+    compiled: bool = False
     caller: bool = False
 
 
@@ -114,26 +115,13 @@ def model_step(run: Run) -> tuple[Step, tuple[tuple[str, int], ...]]:
     prefix = "causal.model.layers" if run.caller else "model.layers"
     whole = WithLoss(model) if run.caller else model
     rewritten = sp.rewrite(whole, run.strategy, inputs, world_size=run.ranks, rank=run.ranks - 1, **outputs)
-    copies = {f"{prefix}.1": layers - KEPT + 1}
-    step = step_of(rewritten, fuse=run.compiled == "all", copies=copies)
-    if run.compiled == "layers":
-        step = _with_layers_of(step, step_of(rewritten, copies=copies), prefix)
+    runs = {f"{prefix}.1": LayerRun(f"{prefix}.1", layers - KEPT + 1)}
+    step = step_of(rewritten, fuse=run.compiled, runs=runs)
     if run.checkpoint == "selective":
         step = _selective(step)
     units = {f"{prefix}.{i}": sum(p.numel() for p in model.model.layers[i].parameters()) for i in range(KEPT)}
     units = {"": sum(p.numel() for p in model.parameters()) - sum(units.values()), **units}
     return step, tuple(units.items())
-
-
-def _with_layers_of(step: Step, compiled: Step, prefix: str) -> Step:
-    """``step`` in which layers are those of ``compiled``; what surrounds them stays as it is."""
-    works: list[Work] = []
-    for direction in ("forward", "backward"):
-        own = [work for work in step.works if work.direction == direction]
-        inside = [index for index, work in enumerate(own) if work.layer.startswith(f"{prefix}.")]
-        layers = [work for work in compiled.of(direction) if work.layer.startswith(f"{prefix}.")]
-        works += [*own[: inside[0]], *layers, *own[inside[-1] + 1 :]]
-    return replace(step, works=tuple(works))
 
 
 def _selective(step: Step) -> Step:
