@@ -18,7 +18,7 @@ from sptransform.cost.data_parallel import with_parameter_shards
 from sptransform.cost.folding import LayerRun
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
-from sptransform.cost.records import Step, Work
+from sptransform.cost.records import Step
 from sptransform.cost.simulate import Timeline, simulate
 from sptransform.cost.times import memory_seconds
 
