@@ -103,6 +103,7 @@ def _works(instructions: Sequence[Instruction], runs: Mapping[str, LayerRun]) ->
             message=found.message,
             allocated=sum(buffer.size for buffer in found.makes),
             freed=freed[index],
+            scratch=found.scratch,
             copies=run.times,
             run=run.first,
             ring=found.ring,
