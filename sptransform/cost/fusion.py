@@ -62,4 +62,4 @@ def _kernel(together: list[Instruction], last_read: dict[Buffer, int], end: int)
     written = sum(found.writes for found in together if not found.makes)  # in place
     last = together[-1]
     op = last.op if len(together) == 1 else f"{len(together)} fused, {last.op}"
-    return replace(last, op=op, reads=reads, makes=leaves, writes=written + sum(x.size for x in leaves))
+    return replace(last, op=op, reads=reads, makes=leaves, scratch=0, writes=written + sum(x.size for x in leaves))

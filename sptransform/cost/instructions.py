@@ -5,7 +5,7 @@ An op that communicates in steps, such as a ring, is replaced by its steps, trac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from sptransform.cost.op_costs import (
     sent_by,
 )
 from sptransform.cost.records import Message
+from sptransform.cost.scratch import scratch_of
 from sptransform.diagnostics import provenance
 from sptransform.graph import dataflow
 from sptransform.ops.communication.steps import COMMUNICATING, group_of
@@ -52,6 +53,7 @@ class Instruction:
         reads: what it reads -> how many bytes of it.
         makes: the new memory of its results.
         writes: bytes that it writes.
+        scratch: bytes that its kernel holds beside ``reads`` and ``makes``.
         is_fusable: whether a compiler may put it into one kernel with others around it.
     """
 
@@ -69,6 +71,7 @@ class Instruction:
     sizes: dict[str, int] = field(default_factory=dict)
     message: Message | None = None
     ring: tuple[str, int] | None = None
+    scratch: int = 0
     is_fusable: bool = False
 
 
@@ -78,6 +81,7 @@ class Reader:
     def __init__(self, rank: int, groups: Groups) -> None:
         self.rank, self.groups = rank, groups
         self._traces: dict[Any, fx.GraphModule] = {}
+        self._scratch: dict[Any, int] = {}
 
     def read(self, graph: fx.Graph, env: dict[fx.Node, Any], direction: str) -> Iterator[Instruction]:
         """The instructions of ``graph``. ``env``: its placeholders -> their memory; filled with that of all nodes."""
@@ -169,6 +173,10 @@ class Reader:
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), dataflow.value)
         found.flops = flops_of(node, args, kwargs)
+        key = _call(packet, args, kwargs)
+        if key not in self._scratch:
+            self._scratch[key] = scratch_of(packet, args, kwargs)
+        found.scratch = self._scratch[key]
         if packet in ATTENTION:
             found.kind, found.sizes = "attention", attention_sizes(node, args, kwargs)
         elif found.flops:
@@ -181,8 +189,7 @@ class Reader:
     ) -> Iterator[Instruction]:
         """What an op that communicates in steps does: its own ops, in the memory of the graph around it."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), dataflow.value)
-        leaves = pytree.tree_leaves((args, kwargs))
-        key = name, tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        key = _call(name, args, kwargs)
         if key not in self._traces:
             ranks = self.groups.get(group_of(name, args, kwargs))
             self._traces[key] = trace_steps(name, ranks.index(self.rank) if ranks else 0, args, kwargs)
@@ -203,6 +210,12 @@ class Reader:
             waits += found.kind == "wait"
             yield found
         env[node] = pytree.tree_map(lambda x: own[x] if isinstance(x, fx.Node) else None, output.args[0])
+
+
+def _call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """What two calls of equal cost have in common."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return op, spec, tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
 
 
 def _aliased(node: fx.Node, packet: Any) -> fx.Node | None:

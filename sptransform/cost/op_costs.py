@@ -67,6 +67,35 @@ UNFUSED = {
 }
 
 
+def _exponentials(x: Tensor, *args: Any, **kwargs: Any) -> int:
+    return num_bytes(x)
+
+
+def _cast_to_sum(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> int:
+    """Integers are cast before they are added up; CUDA adds up 16-bit numbers in float32 as they are."""
+    wide = dtype or (x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.int64)
+    as_they_are = wide == x.dtype or (x.device.type == "cuda" and wide == torch.float32 and x.dtype.itemsize == 2)
+    return 0 if as_they_are else x.numel() * wide.itemsize
+
+
+def _cast_to_common(*args: Any, **kwargs: Any) -> int:
+    """On a CPU, operands of another dtype than the result's are cast before."""
+    tensors = [x for x in args[:2] if isinstance(x, Tensor) and x.device.type == "cpu"]
+    wide = torch.result_type(*args[:2])
+    return sum(x.numel() * wide.itemsize for x in tensors if x.dtype != wide)
+
+
+# op -> bytes that torch's kernel of it holds while it runs, beyond operands and results, as a function of its arguments
+INNER: Mapping[Any, Callable[..., int]] = {
+    aten.add: _cast_to_common,
+    aten.div: _cast_to_common,
+    aten.logsumexp: _exponentials,
+    aten.mul: _cast_to_common,
+    aten.sub: _cast_to_common,
+    aten.sum: _cast_to_sum,
+}
+
+
 def sent_by(node: torch.fx.Node, num_ranks: int, rank: int) -> tuple[str, int] | None:
     """(kind, bytes that ``rank`` of the group sends) of a node that starts a collective; None for any other node."""
     read = _SENT.get(getattr(node.target, "overloadpacket", None))

@@ -104,6 +104,7 @@ def _works(instructions: Sequence[Instruction], runs: Mapping[str, LayerRun]) ->
             message=found.message,
             allocates=tuple(buffer.size for buffer in found.makes if buffer.size),
             frees=tuple(frees[index]),
+            scratch=found.scratch,
             copies=run.times,
             run=run.first,
             ring=found.ring,

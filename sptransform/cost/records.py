@@ -41,6 +41,7 @@ class Work:
         message: of "message", what is sent; of "wait", what is waited for.
         allocates: the new memory that the op's results take, in bytes, piece by piece.
         frees: the pieces that nobody reads after this op.
+        scratch: bytes that the kernel holds while it runs, beyond its operands and results.
         copies: how many equal layers of the model this op stands for, one after the other.
         run: which equal layers these are: path of the first that stands for others; "" where ``copies`` is 1.
         ring: of an op in a ring, the node of the ring and the step's number; None elsewhere.
@@ -59,6 +60,7 @@ class Work:
     message: Message | None = None
     allocates: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
+    scratch: int = 0
     copies: int = 1
     run: str = ""
     ring: tuple[str, int] | None = None
@@ -130,10 +132,10 @@ class Step:
         return sum(w.message.bytes_sent * w.copies for w in self.of(direction) if w.kind == "message" and w.message)
 
     def live_bytes(self) -> Iterator[int]:
-        """Bytes held after each op of :meth:`unrolled` has its results and before it frees, parameters included."""
+        """The most bytes held during each op of :meth:`unrolled`, before it frees any; parameters included."""
         live = self.parameters + self.inputs
         for work in self.unrolled():
-            yield live + work.allocated
+            yield live + work.allocated + work.scratch
             live += work.allocated - work.freed
 
     def peak_bytes(self) -> int:

@@ -21,7 +21,7 @@ class Event:
         stream: "compute" or "communication".
         start: seconds from the start of the step.
         end: as ``start``; of a "wait", when its message has come.
-        live: bytes held when the op has its results, before it frees any.
+        live: the most bytes held during the op, before it frees any.
         repeats: how often it runs again in equal layers, each ``period`` later, with ``growth`` more bytes held.
         period: seconds.
         growth: bytes.
@@ -153,7 +153,7 @@ class _Run:
     def issue(self, work: Work) -> None:
         taken = seconds(work, self.hardware)
         self.live += work.allocated
-        self.peak = max(self.peak, self.live)
+        self.peak = max(self.peak, self.live + work.scratch)
         if work.kind == "wait":
             done = self.pending[work.message].popleft() if self.pending.get(work.message) else self.computed
             start, self.computed = self.computed, max(self.computed, done)
@@ -179,7 +179,7 @@ class _Run:
         self.record(work, "communication", start, self.sent)
 
     def record(self, work: Work, stream: str, start: float, end: float) -> None:
-        self.events.append(Event(work, stream, start, end, self.live))
+        self.events.append(Event(work, stream, start, end, self.live + work.scratch))
 
     def state(self) -> tuple[object, ...]:
         """How far the other stream, and the messages under way, are ahead of the kernels."""
