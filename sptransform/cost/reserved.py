@@ -23,14 +23,15 @@ def reserved_bytes(step: Step) -> int:
     """What ``torch.cuda.max_memory_reserved()`` would say of the step, in bytes, without optimizer states.
 
     Layers that stand for others are unrolled. The step runs twice, since a second one finds other blocks free than the
-    first. Which of several pieces of one size is freed is not known: the newest is. Streams of collectives are left out.
+    first. Which of several pieces of one size is freed is not known: the newest is. Collectives' streams are left out.
     """
     allocator = _Allocator()
     for _ in range(2):
         for work in step.unrolled():
-            for size in (*work.allocates, work.scratch):
+            scratch = (work.scratch,) if work.scratch else ()
+            for size in (*work.allocates, *scratch):
                 allocator.allocate(size)
-            for size in (work.scratch, *work.frees):
+            for size in (*scratch, *work.frees):
                 allocator.free(size)
         allocator.free_all()
     return step.parameters + step.inputs + allocator.reserved
@@ -55,8 +56,6 @@ class _Allocator:
         self._live: dict[int, list[_Block]] = defaultdict(list)  # by what was asked for
 
     def allocate(self, size: int) -> None:
-        if not size:
-            return
         rounded = -(-size // _UNIT) * _UNIT
         is_small = rounded <= _SMALL
         free = self._free[is_small]
