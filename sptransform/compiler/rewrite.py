@@ -23,7 +23,7 @@ from sptransform.compiler.distribute import distribute
 from sptransform.compiler.dynamo import configured
 from sptransform.compiler.fake_models import faked, without_meta
 from sptransform.compiler.options import Options
-from sptransform.compiler.trials import trials
+from sptransform.compiler.trials import Capture, trials
 from sptransform.diagnostics import provenance
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.diagnostics.said_once import each_sentence_once
@@ -48,24 +48,25 @@ def rewrite_graph(
     full_model: bool = True,
     shard_parameters: bool = False,
     apart: Collection[str] = (),
+    capturing: Capture = capture,
 ) -> tuple[fx.GraphModule, Context]:
     """Capture ``gm`` and run the pipeline on it; returns the rewritten graph and what the passes found.
 
     Lengths that Dynamo left symbolic stay symbolic if every rank always gets an equal share; if something needs the
     number itself, they are fixed. ``see`` is called with the captured graph before it changes, then after each mesh
     dim with that dim's context; ``full_model``: ``gm`` is the whole model; ``shard_parameters``: see :class:`Context`;
-    ``apart``: see :meth:`Pipeline.keeping_apart`.
+    ``apart``: see :meth:`Pipeline.keeping_apart`; ``capturing`` makes the captured graph, which is rewritten in place.
     """
     try:
         with no_garbage_collection():
             fix_sizes(gm, options.strategy.multiple(mesh.size) or 1)
-            return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart)
+            return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart, capturing)
     except Exception as error:
         if not (needs_number(error) and has_symbolic_sizes(gm)):
             raise
         log.info("compiling for one length: %s", error)
         fix_sizes(gm, None)
-        return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart)
+        return _rewrite_graph(gm, inputs, options, mesh, see, full_model, shard_parameters, apart, capturing)
 
 
 @contextmanager
@@ -89,6 +90,7 @@ def _rewrite_graph(
     full_model: bool,
     shard_parameters: bool,
     apart: Collection[str],
+    capturing: Capture,
 ) -> tuple[fx.GraphModule, Context]:
     context = Context(
         mesh=mesh,
@@ -102,7 +104,7 @@ def _rewrite_graph(
         loss_chunk=options.loss_chunk,
     )
     with devices_as_written(), each_sentence_once():
-        captured = capture(gm, inputs)
+        captured = capturing(gm, inputs)
         check_sequence_dims(captured.graph, options.sequence_dims, full_model)
         see(captured.graph, None)
         with traced(captured.graph, context):
@@ -248,12 +250,17 @@ def settled_for_call(
 
 
 def rewritten_for(
-    mesh: Mesh, gm: fx.GraphModule, example_inputs: list[Any], options: Options, apart: Collection[str] = ()
+    mesh: Mesh,
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    capturing: Capture = capture,
+    apart: Collection[str] = (),
 ) -> Rewritten:
     """Dynamo's ``gm``, which is called with ``example_inputs``, as :func:`rewrite_call` rewrites it.
 
     Parameters of the modules ``apart`` travel in messages of their own, as those of a layer must that stands for
-    others.
+    others. ``capturing``: see :func:`rewrite_graph`.
     """
     options = settled(options, mesh, gm, example_inputs)
     if mesh.size > 1:
@@ -263,9 +270,12 @@ def rewritten_for(
             if part is None:
                 before[:] = listing(graph.nodes)  # a rewriting that starts again sees the graph again
 
-        made = rewrite_graph(gm, example_inputs, options, mesh, see, shard_parameters=options.keeps_parts, apart=apart)
+        keeps_parts = options.keeps_parts
+        made = rewrite_graph(
+            gm, example_inputs, options, mesh, see, shard_parameters=keeps_parts, apart=apart, capturing=capturing
+        )
         return Rewritten(*made, tuple(before))
     # one rank runs the model as it is, see compiler/backend.py
     context = Context(mesh, options.strategy, options.rule_table, options.outputs)
     with devices_as_written():
-        return Rewritten(capture(gm, example_inputs), context)
+        return Rewritten(capturing(gm, example_inputs), context)

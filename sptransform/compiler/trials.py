@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -15,16 +16,20 @@ from torch import fx
 from torch._guards import tracing
 from torch.distributed.tensor import DTensor
 
+from sptransform.capture.capture import capture
 from sptransform.capture.lengths import has_symbolic_sizes
 from sptransform.compiler.options import Options
 from sptransform.engine.strategy import Strategy
+from sptransform.graph import notes
 from sptransform.sharding.mesh import Mesh
 
 T = TypeVar("T")
+# Dynamo's graph and its inputs -> the captured graph
+Capture = Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule]
 
 
 def trials(
-    rewrite: Callable[[Mesh, fx.GraphModule, list[Any], Options], T],
+    rewrite: Callable[[Mesh, fx.GraphModule, list[Any], Options, Capture], T],
     gm: fx.GraphModule,
     inputs: list[Any],
     options: Options,
@@ -32,31 +37,30 @@ def trials(
 ) -> Callable[[Strategy, tuple[int, ...], int], T]:
     """What ``rewrite`` makes of Dynamo's ``gm`` for (a strategy, the ranks of each mesh dim, a rank).
 
-    ``gm`` stays as it is, and nothing is run. Lengths that Dynamo left open are those of ``inputs``. If some inputs are
-    in parts on the ranks of ``mesh``, the graphs are for this rank of it, else for pretended ranks.
+    ``gm`` stays as it is, and nothing is run. It is captured once: ``rewrite`` gets a function that gives a copy of the
+    captured graph. Lengths that Dynamo left open are those of ``inputs``. If some inputs are in parts on the ranks of
+    ``mesh``, the graphs are for this rank of it, else for pretended ranks.
     """
     in_parts = mesh.device_mesh is not None and any(isinstance(x, DTensor) for x in inputs)
+    own = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    given = list(map(_number, inputs))
+    is_open = has_symbolic_sizes(gm)
+    if is_open:
+        for node in own.graph.find_nodes(op="placeholder"):
+            node.meta.pop("example_value", None)
+
+    @cache
+    def captured() -> fx.GraphModule:
+        return capture(own, given)
 
     def trial(strategy: Strategy, shape: tuple[int, ...], rank: int) -> T:
-        own = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         chosen = replace(options, strategy=strategy)
         on = strategy.mesh_of(mesh.device_mesh) if in_parts else strategy.pretended_mesh(shape, rank)
-        with _lengths_as_given(own):
-            return rewrite(on, own, list(map(_number, inputs)), chosen)
+        # a fake mode of its own if Dynamo left lengths open
+        with tracing(None) if is_open else nullcontext():
+            return rewrite(on, own, given, chosen, lambda *_: notes.copied(captured()))
 
     return trial
-
-
-@contextmanager
-def _lengths_as_given(gm: fx.GraphModule) -> Iterator[None]:
-    """Within, ``gm`` is captured for the lengths of its inputs, in a fake mode of its own if Dynamo left some open."""
-    if not has_symbolic_sizes(gm):
-        yield
-        return
-    for node in gm.graph.find_nodes(op="placeholder"):
-        node.meta.pop("example_value", None)
-    with tracing(None):
-        yield
 
 
 def _number(x: Any) -> Any:

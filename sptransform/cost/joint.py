@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from functorch.compile import aot_module_simplified, min_cut_rematerialization_partition
@@ -54,11 +57,25 @@ def training_graphs(rewritten: Rewritten) -> TrainingGraphs:
             found.append(traced.graph)
         return traced
 
-    with tracing(TracingContext(mode)), as_rank(rewritten.context.mesh.rank, groups_of(rewritten)):
+    with tracing(TracingContext(mode)), as_rank(rewritten.context.mesh.rank, groups_of(rewritten)), _without_code():
         aot_module_simplified(gm, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
     for graph in found:
         _call_drawing_ops_directly(graph)
     return TrainingGraphs(found[0], found[1] if len(found) > 1 else None)
+
+
+@contextmanager
+def _without_code() -> Iterator[None]:
+    """Within, new graph modules get no Python code, which takes a tenth of the time; one that is called is interpreted.
+
+    torch writes the code of every graph on the way to the last one, to run it and to log it.
+    """
+    with (
+        patch.object(fx.GraphModule, "recompile"),
+        patch.object(fx.GraphModule, "forward", lambda gm, *args: fx.Interpreter(gm).run(*args)),
+        patch.object(fx.GraphModule, "print_readable", return_value=""),
+    ):
+        yield
 
 
 def _call_drawing_ops_directly(graph: fx.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +126,16 @@ def fork(source: fx.Node, target: fx.Node) -> None:
     """Give ``target``, another form of ``source``, all its metadata and a copy of its note."""
     target.meta = dict(source.meta)
     copy_note(source, target)
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` with a graph of its own, whose nodes have notes of their own. Fake values and constants are shared."""
+    own = fx.GraphModule(gm, deepcopy(gm.graph))
+    own.meta = dict(gm.meta)
+    for node in own.graph.nodes:
+        if _KEY in node.meta:
+            node.meta[_KEY] = replace(note(node))
+    return own
 
 
 def derive_differentiable(node: fx.Node) -> None:

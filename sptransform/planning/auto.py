@@ -15,6 +15,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from sptransform.capture.lengths import has_symbolic_sizes
+from sptransform.compiler.rewrite import no_garbage_collection
 from sptransform.cost.folding import LayerRun, fold_layers
 from sptransform.cost.hardware import Hardware, HardwareLike, hardware_names, hardware_of
 from sptransform.diagnostics.errors import UsageError, describe
@@ -103,6 +104,7 @@ class Auto(Strategy):
         grids = ((c.strategy.ring, c.strategy.ulysses) for c in candidates(shape, ("usp",)))
         return [] if len(shape) == 2 else [grid for grid in grids if 1 not in grid]
 
+    @no_garbage_collection()
     def choose(
         self,
         gm: fx.GraphModule,

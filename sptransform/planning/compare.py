@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from sptransform.compiler.fake_models import without_meta
 from sptransform.compiler.options import Options
-from sptransform.compiler.rewrite import arguments_of, rewritten_for, while_captured
+from sptransform.compiler.rewrite import arguments_of, no_garbage_collection, rewritten_for, while_captured
 from sptransform.compiler.trials import trials
 from sptransform.cost.folding import fold_layers
 from sptransform.cost.hardware import Hardware, hardware_of
@@ -31,6 +31,7 @@ from sptransform.strategies.ulysses import Ulysses
 Progress = Callable[[str, int, int], None]
 
 
+@no_garbage_collection()
 def compare(
     model: nn.Module,
     inputs: Mapping[str, Any] | tuple[Any, ...],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def judged(
         step = step_of(explanation.rewritten, runs=runs)
     except SPTransformError as error:
         return replace(option, blocked=str(error))
+    finally:
+        gc.collect(0)  # what was made since the last option, where collection is paused
     timeline = None if hardware is None else simulate(step, hardware)
     return replace(option, rank=busiest, explanation=explanation, pairs=pairs, step=step, timeline=timeline)
 
