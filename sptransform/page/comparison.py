@@ -12,6 +12,7 @@ from torch import nn
 from sptransform.cost.hardware import HardwareLike
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.page.explanation import chosen_ranks, fields_of
+from sptransform.page.files import check_writable
 from sptransform.page.render import write_page
 from sptransform.page.trace import write_trace
 from sptransform.planning import compare as planned
@@ -34,7 +35,11 @@ class Comparison(comparison.Comparison):
         Args:
             path: of the file.
             title: its heading.
+
+        Raises:
+            UsageError: no file can be written there.
         """
+        check_writable(path)
         title = title or f"Strategies on {self.world_size} ranks"
         write_page(path, self.options, title=title, hardware=self.hardware)
 
@@ -47,8 +52,10 @@ class Comparison(comparison.Comparison):
             ranks: as for :meth:`sptransform.Explanation.trace`.
 
         Raises:
-            UsageError: no hardware was given, or there is no such rank, or no such strategy that can run.
+            UsageError: no file can be written there; no hardware was given, or there is no such rank, or no such
+                strategy that can run.
         """
+        check_writable(path)
         timelines = {option.name: (option.timeline, option.rank) for option in self.runnable if option.timeline}
         name = next(iter(timelines), None) if strategy is None else strategy
         if name not in timelines:

@@ -20,6 +20,7 @@ from sptransform.page.sliders import sliders
 from sptransform.page.streams import lane_events
 from sptransform.page.traffic import DIRECTIONS, KINDS, Sent, sent
 from sptransform.planning.records import Option
+from sptransform.planning.units import size
 
 # ranks of which the parts of tensors are drawn
 DRAWN = 8
@@ -101,7 +102,7 @@ def _segment(segment: Segment, before: dict[Key, list[Line]], lines: Lines) -> d
 def _graph(option: Option, graph: dict[Key, list[Line]], found: Sequence[Segment], lines: Lines) -> list[list[int]]:
     if option.explanation is None:
         return []
-    sending = sent_by_node(option.explanation, values.byte_text)
+    sending = sent_by_node(option.explanation, size)
     return [lines.numbers(shown_lines(graph, segment.keys), sending) for segment in found]
 
 

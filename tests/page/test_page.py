@@ -173,9 +173,10 @@ def test_a_page_of_one_strategy_and_of_one_rank(tmp_path: Path) -> None:
 
 
 def test_numbers_have_three_digits() -> None:
-    shown = [values.num_bytes(x).text for x in (0, 7, 999, 1000, 999_499, 999_600, 12_345_678, 10**12)]
-    assert shown == ["0 B", "7 B", "999 B", "1 kB", "999 kB", "1 MB", "12.3 MB", "1 TB"]
+    shown = [values.num_bytes(x).text for x in (0, 7, 1023, 1024, 1_048_000, 1_048_500, 12_345_678, 2**50)]
+    assert shown == ["0 B", "7 B", "1,023 B", "1 KiB", "1,023 KiB", "1 MiB", "11.8 MiB", "1 PiB"]
     assert [values.seconds(x).text for x in (2.5, 0.25, 1e-3, 2e-5, 0)] == ["2.5 s", "250 ms", "1 ms", "20 µs", "0 µs"]
+    assert [values.flops(x).text for x in (999, 123_456, 5 * 10**18)] == ["999 FLOP", "123 kFLOP", "5 EFLOP"]
     assert values.share(0.125).text == "+12.5%"
 
 

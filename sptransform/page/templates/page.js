@@ -9,15 +9,17 @@
   const sum = (xs) => xs.reduce((a, b) => a + b, 0);
   const number = (text, source, exact) => `<span class="n" data-p="${source}" title="${esc(exact ?? text)}, ${source}">${esc(text)}</span>`;
 
-  // the same three digits as Python's values.py
-  function digits(x, unit) {
-    for (const [size, prefix] of [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
-      if (Math.abs(x) >= size * 0.9995) return `${three(x / size)} ${prefix}${unit}`;
-    return `${three(x)} ${unit}`.trim();
+  // the same three digits as Python's units.py
+  const TIMES = [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]];
+  const BINARY = ["PiB", "TiB", "GiB", "MiB", "KiB", "B"].map((unit, i) => [1024 ** (5 - i), unit]);
+  const DECIMAL = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
+  function digits(x, scales) {
+    const [scale, unit] = scales.find(([each]) => Math.abs(x) >= each * 0.9995) ?? scales.at(-1), value = x / scale;
+    return `${Math.abs(value) < 999.5 ? Number(value.toPrecision(3)) : grouped(Math.round(value))} ${unit}`.trim();
   }
-  const three = (x) => (Math.abs(x) >= 999.5 ? x.toFixed(0) : String(Number(x.toPrecision(3))));
-  const bytes = (x) => digits(x, "B");
-  const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
+  const bytes = (x) => digits(x, BINARY);
+  const took = (x) => digits(x, TIMES);
+  const flops = (x) => digits(x, DECIMAL.map(([scale, prefix]) => [scale, prefix + "FLOP"]));
   const grouped = (x) => String(x).replace(/\B(?=(\d{3})+(?!\d))/g, ",");
 
   // ---- what is shown -------------------------------------------------------------------------------------------
@@ -410,7 +412,7 @@
       return Math.round(compiled[option][name](S, B, N, ...formula.ranks[N]));
     }
     const isBytes = (name) => /bytes|memory|traffic/.test(name);
-    const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? digits(x, "FLOP") : grouped(x));
+    const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? flops(x) : grouped(x));
 
     function formulas() {
       const name = hasFormulas ? $("count").value : null, times = $("machine") ? D.machines[$("machine").value] : null;
