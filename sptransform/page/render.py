@@ -54,6 +54,7 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         has_time=bool(timelines),
         has_events=any(each["events"] for each in found.data["options"]),
         has_memory=any(curve is not None for curve in found.curves),
+        has_two_dims=any(len(option.explanation.rewritten.context.result.mesh_dims) > 1 for option in options if option.explanation),
         has_rings=bool(found.data["rings"]),
         has_formulas=bool(found.data["sliders"]["names"] or found.data["machines"]),
         hardwares=tuple(found.data["machines"]),

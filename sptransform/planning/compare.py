@@ -81,6 +81,7 @@ def compare(
         what = f"none of these strategies takes {world_size} ranks"
         fix = "others, or a number of ranks that is a product of two: pairs and USP have a mesh of two dims"
         raise UsageError(describe(what, found=f"strategies={strategies!r}", fix=fix))
+    mesh = Mesh.pretended(world_size)
     machine, lengths = None if hardware is None else hardware_of(hardware), checked_documents(documents)
     chosen = Options.of({"outputs": "dtensor", **options})
     model, inputs = without_meta(model, inputs)
@@ -90,7 +91,7 @@ def compare(
         folded = fold_layers(gm, example_inputs)
         copies = folded.copies
         trial = trials(
-            partial(rewritten_for, apart=copies), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
+            partial(rewritten_for, apart=copies), folded.graph_module, folded.inputs, chosen, mesh
         )
         shown = []
         with quietly():

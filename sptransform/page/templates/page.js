@@ -133,7 +133,7 @@
     const [kind, forward, backward] = field(line, SENT).split("|");
     const tip = [forward && `sends ${forward} forward`, backward && `${backward} backward`].filter(Boolean).join(", ");
     const tag = kind ? `<span class="tag ${kind}">${kind}${forward ? " " + forward : ""}</span>` : "";
-    const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?@sp/g, '<span class="sp">$&</span>');
+    const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?(@(sp|outer|inner))+/g, '<span class="sp">$&</span>');
     const call = esc(field(line, CALL));
     const style = kind ? ` style="border-left-color:var(--${kind})"` : "";
     return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
