@@ -8,7 +8,9 @@ import torch
 import transformers
 
 
-def small_llama(num_layers: int, hidden: int, heads: int, vocabulary: int, **options: Any) -> transformers.LlamaForCausalLM:
+def small_llama(
+    num_layers: int, hidden: int, heads: int, vocabulary: int, **options: Any
+) -> transformers.LlamaForCausalLM:
     """``options``: further ones of its config."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

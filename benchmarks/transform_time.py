@@ -99,7 +99,8 @@ class Clock:
 
 def measure(num_layers: int, inner_backend: str, profile: cProfile.Profile | None = None) -> Times:
     torch._dynamo.reset()
-    model = sptransform.parallelize(small_llama(num_layers, WIDTH, heads=4, vocabulary=64), "ulysses", backend=inner_backend)
+    model = small_llama(num_layers, WIDTH, heads=4, vocabulary=64)
+    sptransform.parallelize(model, "ulysses", backend=inner_backend)
     ids = torch.randint(64, (BATCH, SEQ_LEN))
     capture, passes, step = Clock(profile), Clock(profile), Clock()
     after: list[float] = []

@@ -2,8 +2,8 @@
 
 ``16@sp`` is a dimension cut over the ranks, with its local size (``16..13@sp`` where sizes differ); a tensor that is
 not cut is followed by its placement, ``I``, ``R`` or ``P``. On two mesh dims ``8@outer`` and ``8@inner`` say which one
-cuts, ``4@outer@inner`` is cut by both, and ``P@inner`` is the placement on one of them. A redistribution shows the change instead of its other
-arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
+cuts, ``4@outer@inner`` is cut by both, and ``P@inner`` is the placement on one of them. A redistribution shows the
+change instead of its other arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
 """
 
 from __future__ import annotations
