@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sptransform.cost.hardware import HardwareLike
+from sptransform.cost.hardware import HardwareLike, hardware_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.page.explanation import chosen_ranks, fields_of
 from sptransform.page.files import check_writable
@@ -115,4 +115,7 @@ def compare(
         **options,
     )
     shown = Comparison(**fields_of(found))
-    return shown if resized is None else replace(shown, options=with_formulas(found, model, resized, **options))
+    if resized is None:
+        return shown
+    machine = None if hardware is None else hardware_of(hardware)
+    return replace(shown, options=with_formulas(found, model, resized, hardware=machine, progress=progress, **options))

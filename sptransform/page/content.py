@@ -17,6 +17,7 @@ from sptransform.page.machines import on_machines
 from sptransform.page.placed import placed
 from sptransform.page.rings import RingShape, lanes, rings_of
 from sptransform.page.sliders import sliders
+from sptransform.page.step_times import step_times
 from sptransform.page.streams import lane_events
 from sptransform.page.traffic import DIRECTIONS, KINDS, Sent, sent
 from sptransform.planning.records import Option
@@ -74,6 +75,7 @@ def content(options: Sequence[Option], hardware: str | None = None) -> Content:
         ],
         "rings": [_lanes(shape) for shape in shapes],
         "sliders": sliders(options),
+        "times": step_times(options, hardware),
         "machines": on_machines(options, hardware),
         "limit": next((int(o.timeline.memory_bytes) for o in options if o.timeline and o.timeline.memory_bytes), None),
     }

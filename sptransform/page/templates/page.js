@@ -391,9 +391,9 @@
 
   // ---- what if -------------------------------------------------------------------------------------------------
   if ($("what-if")) {
-    const P = D.sliders;
-    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", "R", "U", `return ${f.js}`)])));
-    const at = {}, hasFormulas = P.names.length > 0;
+    const P = D.sliders, T = D.times;
+    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, js]) => [name, new Function("S", "B", "N", `return ${js}`)])));
+    const at = {}, hasFormulas = P.names.length > 0, STEP = "step time";
     if (hasFormulas) {
       for (const key of ["N", "S", "B"]) {
         const slider = $(key);
@@ -407,29 +407,64 @@
 
     /** What the formula gives at a position; null where it does not hold. */
     function value(option, name, S, B, N) {
-      const formula = P.formulas[option][name];
-      if (!formula || !formula.ranks[N] || S % formula.multiple) return null;
-      return Math.round(compiled[option][name](S, B, N, ...formula.ranks[N]));
+      if (name === STEP) return stepTime(option, S, B, N);
+      const formula = compiled[option][name], holds = P.holds[option];
+      return formula && N in holds.ranks && S % holds.multiple === 0 ? Math.round(formula(S, B, N)) : null;
+    }
+
+    const quantitiesAt = T && new Function("S", `return [${T.quantities}]`);
+    const kinds = new Map();
+    /** What one op of a kind takes on a machine, as a function of its quantities; null where the machine cannot tell. */
+    function kindOn(machine, at) {
+      const key = `${machine} ${at}`;
+      if (!kinds.has(key)) kinds.set(key, T.machines[machine].js[at] && new Function(...T.arguments[at], `return ${T.machines[machine].js[at]}`));
+      return kinds.get(key);
+    }
+    /** Seconds of a step on the chosen machine: simulated at the page's own sizes, elsewhere the sum over its ops. */
+    function stepTime(option, S, B, N) {
+      const machine = $("machine").value, simulated = D.machines[machine]?.[option]?.[0] ?? null;
+      if (!hasFormulas || (S === P.at.S && B === P.at.B && N === P.at.N)) return simulated;
+      const own = T?.options[option][N], on = T?.machines[machine];
+      if (!own || !on || B !== T.rows[option] || S % T.multiples[option]) return null;
+      const quantities = quantitiesAt(S);
+      let seconds = 0;
+      for (let k = 0; k < own.length; k += 2) {
+        const [kind, places, [first, stride, ranks]] = T.parts[own[k]], given = places.map((place) => quantities[place]), takes = kindOn(machine, kind);
+        if (!takes) return null;
+        if (ranks) {
+          const nodes = new Set(Array.from({ length: ranks }, (_, i) => Math.floor((first + i * stride) / on.ranks))).size;
+          // where kernels do not wait for it, a sum does not say how long both take
+          if ((nodes > 1 ? on.between : on.inside) !== false) return null;
+          given.push(ranks, nodes);
+        }
+        seconds += own[k + 1] * takes(...given);
+      }
+      return seconds;
     }
     const isBytes = (name) => /bytes|memory|traffic/.test(name);
-    const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? flops(x) : grouped(x));
+    const text = (name, x) => (name === STEP ? took(x) : isBytes(name) ? bytes(x) : /flop/i.test(name) ? flops(x) : grouped(x));
+    const exact = (name, x) => (name === STEP ? `${x} s` : Number.isSafeInteger(x) ? grouped(x) : x.toExponential(14));
+    const source = (name) => (name === STEP ? "simulated" : "counted");
+    const named = (i, N) => P.holds[i].ranks[N] || D.options[i].name;
 
     function formulas() {
-      const name = hasFormulas ? $("count").value : null, times = $("machine") ? D.machines[$("machine").value] : null;
+      const name = hasFormulas ? $("count").value : null, steps = $("machine") && name !== STEP;
       if (hasFormulas)
         for (const key of ["N", "S", "B"]) {
           at[key] = P[key][$(key).value];
           $(`at-${key}`).textContent = grouped(at[key]);
         }
-      const now = runnable.map((i) => [i, name && value(i, name, at.S, at.B, at.N), times?.[i]?.[0] ?? null]);
+      const now = runnable.map((i) => [i, name && value(i, name, at.S, at.B, at.N), steps ? stepTime(i, at.S, at.B, at.N) : null]);
       const by = hasFormulas ? 1 : 2;
-      const rows = now.sort((a, b) => (a[by] ?? Infinity) - (b[by] ?? Infinity)).map(([i, x, s]) => `<tr><th scope="row">${dot(i)}${esc(D.options[i].name)}</th>`
-        + (name ? `<td class="num" title="${esc(P.formulas[i][name]?.text ?? "no formula")}">${x === null ? "–" : number(text(name, x), "counted", grouped(x))}</td>` : "")
-        + (times ? `<td class="num">${s === null ? "–" : number(took(s), "simulated", `${s} s`)}</td>` : "") + "</tr>");
-      $("formula-table").innerHTML = `<table><thead><tr><th scope="col">Strategy</th>${name ? `<th scope="col" class="num">${esc(name)}</th>` : ""}${times ? `<th scope="col" class="num">Step on ${esc($("machine").value)}${name ? "*" : ""}</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
-        + (name && times ? `<p class="small">* at N ${grouped(P.at.N)}, S ${grouped(P.at.S)}, B ${grouped(P.at.B)}</p>` : "");
+      const shownAs = (what, x) => (x === null ? "–" : number(text(what, x), source(what), exact(what, x)));
+      const rows = now.sort((a, b) => (a[by] ?? Infinity) - (b[by] ?? Infinity)).map(([i, x, s]) => `<tr title="${esc(P.holds[i].words)}"><th scope="row">${dot(i)}${esc(named(i, at.N))}</th>`
+        + (name ? `<td class="num" title="${esc(name === STEP ? "" : P.formulas[i][name] ?? "no formula")}">${shownAs(name, x)}</td>` : "")
+        + (steps ? `<td class="num">${shownAs(STEP, s)}</td>` : "") + "</tr>");
+      const machine = esc($("machine")?.value ?? "");
+      $("formula-table").innerHTML = `<table><thead><tr><th scope="col">Strategy</th>${name ? `<th scope="col" class="num">${esc(name)}${name === STEP ? ` on ${machine}` : ""}</th>` : ""}${steps ? `<th scope="col" class="num">Step on ${machine}</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
+        + (T && at.B !== P.at.B ? `<p class="small">Step times are for B ${grouped(P.at.B)}.</p>` : "");
       if (name) chart(name);
-      if (times) machines();
+      if ($("machine")) machines();
     }
 
     /** The step on each machine, as a bar for each strategy that is shown; the end of a bar waits for others. */
@@ -462,7 +497,7 @@
         const points = own.map((v, k) => (v > 0 ? [x(k), y(v)] : null));
         let pen = "M", path = "";
         points.forEach((p) => { if (p) { path += `${pen}${p[0].toFixed(1)} ${p[1].toFixed(1)}`; pen = "L"; } else pen = "M"; });
-        svg += `<path d="${path}" fill="none" stroke="${hue(i)}" stroke-width="2"/>` + points.map((p, k) => (p ? `<circle cx="${p[0]}" cy="${p[1]}" r="${xs[k] === at.N ? 4.5 : 2.6}" fill="${hue(i)}"><title>${esc(D.options[i].name)}, N = ${xs[k]}: ${text(name, own[k])}</title></circle>` : "")).join("");
+        svg += `<path d="${path}" fill="none" stroke="${hue(i)}" stroke-width="2"/>` + points.map((p, k) => (p ? `<circle cx="${p[0]}" cy="${p[1]}" r="${xs[k] === at.N ? 4.5 : 2.6}" fill="${hue(i)}"><title>${esc(named(i, xs[k]))}, N = ${xs[k]}: ${text(name, own[k])}</title></circle>` : "")).join("");
       }
       $("formula-chart").innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="${esc(name)} by the number of ranks">${svg}</svg>`;
     }
