@@ -95,8 +95,8 @@ def compare(
         strategies: as for :func:`sptransform.parallelize`; pairs and USP are shown on every mesh of ``world_size``
             ranks. Default: every strategy of this library, and those of sequences with tensor parallelism.
         documents: as for :func:`sptransform.explain`.
-        resized: (tokens, rows) -> inputs of that size. The counts then become formulas in tokens, rows and ranks, which
-            the page has sliders for. This captures the model at other sizes too, and takes several times as long.
+        resized: (tokens, rows) -> inputs of that size. Counts and times then become formulas in tokens, rows and ranks,
+            which the page has sliders for. This counts the model at other sizes too, and takes ten times as long.
         progress: called with the name of each strategy, how many are done, and of how many.
         options: further options of :func:`sptransform.parallelize`.
 

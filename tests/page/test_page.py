@@ -11,9 +11,12 @@ import pytest
 import sympy
 
 import sptransform
+from sptransform import UsageError
 from sptransform.cost.formulas import B, N, S
+from sptransform.cost.hardware import hardware_of
 from sptransform.page import values
 from sptransform.page.content import content
+from sptransform.page.explanation import Explanation, fields_of
 from sptransform.page.graphs import LONGEST, shortened, source
 from sptransform.page.render import _facts
 from sptransform.page.sliders import javascript
@@ -237,3 +240,12 @@ def test_the_limit_is_that_of_the_machine_in_the_users_file(tmp_path: Path) -> N
     model, inputs = stack()
     explanation = sptransform.explain(model, "ring", inputs, world_size=2, hardware=str(mine))
     assert content([explanation.option], "h200").data["limit"] == 12345
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    option = comparison().runnable[0]
+    explanation = Explanation(**fields_of(option.explanation), hardware=hardware_of("h100-nvlink"))
+    for write in (explanation.html, explanation.trace, comparison().html, comparison().trace):
+        with pytest.raises(UsageError, match="missing/out cannot be written"):
+            write(tmp_path / "missing" / "out")
+    assert not {"step", "timeline"} & vars(explanation).keys()
