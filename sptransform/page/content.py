@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -150,7 +151,7 @@ def _of_any_layout(shape: RingShape) -> RingShape:
 
 
 def _lanes(shape: RingShape) -> dict[str, Any]:
-    """Pairs of a rank at each step as shares of the largest block of any layout; the sums in full."""
+    """Pairs of a rank at each step as shares of the largest block of any layout, equal steps as one; sums in full."""
     found = lanes(shape)
     largest = max(pairs for rows in found.values() for row in rows for pairs in row)
     return {
@@ -158,12 +159,18 @@ def _lanes(shape: RingShape) -> dict[str, Any]:
         "queries": shape.queries,
         "largest": largest,
         "layouts": {
-            name: ["".join(_two_digits(pairs / largest) for pairs in row) for row in rows]
+            name: [_runs([_two_digits(pairs / largest) for pairs in row]) for row in rows]
             for name, rows in found.items()
         },
         "sums": {name: [sum(row) for row in rows] for name, rows in found.items()},
         "slowest": {name: sum(map(max, zip(*rows, strict=True))) for name, rows in found.items()},
     }
+
+
+def _runs(items: Sequence[str]) -> str:
+    """``ab3 cd`` for ab, ab, ab, cd: equal neighbours once, with their number."""
+    runs = [(item, len(list(same))) for item, same in groupby(items)]
+    return " ".join(item if times == 1 else f"{item}{times}" for item, times in runs)
 
 
 def _two_digits(share: float) -> str:

@@ -96,10 +96,10 @@ def with_formulas(
 # (times the tokens, times the rows) -> which of the outer sizes are counted there, beside what was compared. More than
 # the terms of a formula, and each symbol with several values at several values of the others
 PLACES: Mapping[tuple[Fraction, int], Sequence[int]] = {
+    (Fraction(1, 2), 2): (0, 1),  # first, for it shows at once whether both lengths are heeded
     (Fraction(1), 1): (1, 2),
     (Fraction(1, 2), 1): (0, 1, 2),
     (Fraction(1, 4), 1): (0, 1, 2),
-    (Fraction(1, 2), 2): (0, 1),
     (Fraction(1), 2): (0, 1),
     (Fraction(1, 2), 3): (0,),
 }

@@ -25,7 +25,7 @@
   // ---- what is shown -------------------------------------------------------------------------------------------
   D.options.forEach((o) => (o.where = o.where.map(([segment, module, kind, direction, count, size]) => ({ segment, module: D.texts[module], kind: D.kinds[kind], direction: ["forward", "backward"][direction], count, bytes: size }))));
   D.rings.forEach((ring) => {
-    for (const name in ring.layouts) ring.layouts[name] = ring.layouts[name].map((row) => row.match(/../g).map((pair) => parseInt(pair, 36)));
+    for (const name in ring.layouts) ring.layouts[name] = ring.layouts[name].map((row) => row.split(" ").flatMap((run) => Array(Number(run.slice(2) || 1)).fill(parseInt(run.slice(0, 2), 36))));
   });
   const runnable = D.options.map((o, i) => i).filter((i) => !D.options[i].blocked);
   // the best of each kind first
@@ -136,7 +136,7 @@
     const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?(@(sp|outer|inner))+/g, '<span class="sp">$&</span>');
     const call = esc(field(line, CALL));
     const style = kind ? ` style="border-left-color:var(--${kind})"` : "";
-    return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
+    return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${esc(field(line, TYPE))} = ${call}${tip && `\n${tip}`}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
   }
 
   function graph() {
@@ -377,8 +377,11 @@
         const y = 4 + row * 2.9 * high, events = own[direction], last = own.lasts[row], scale = (w - 230) / longest;
         let svg = `<text x="0" y="${y + 14}">${direction}</text><text x="66" y="${y + 14}">compute</text><text x="66" y="${y + high + 16}">messages</text>`;
         svg += `<rect x="150" y="${y}" width="${last * scale}" height="${high}" fill="url(#idle-${i})"/>`;
-        for (const [stream, kind, place, begins, lasts] of events) {
-          const [start, length] = [begins * own.unit, lasts * own.unit];
+        const done = [0, 0];
+        for (let k = 0; k < events.length; k += 4) {
+          const [kind, place, gap, lasts] = events.slice(k, k + 4), stream = Number(kind < D.kinds.length);
+          const [start, length] = [(done[stream] + gap) * own.unit, lasts * own.unit];
+          done[stream] += gap + lasts;
           const [op, , line] = D.places[place].map((text) => D.texts[text]);
           const fill = `var(--${D.kinds[kind] ?? kernels[kind - D.kinds.length]})`;
           svg += `<rect x="${(150 + start * scale).toFixed(2)}" y="${y + stream * (high + 2)}" width="${Math.max(length * scale, 0.4).toFixed(2)}" height="${high}" fill="${fill}"><title>${esc(op)}, ${took(length)}, simulated\n${esc(line)}</title></rect>`;
