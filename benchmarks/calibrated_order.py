@@ -20,9 +20,10 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-import transformers
 from rich.console import Console
 from rich.table import Table
+from small_llama import small_llama
+from transformers import LlamaForCausalLM
 
 import sptransform
 from sptransform.cli.calibrate import calibrate
@@ -38,18 +39,8 @@ TIMEOUT = 900.0
 console = Console(width=110)
 
 
-def llama(layers: int, hidden: int) -> transformers.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
+def llama(layers: int, hidden: int) -> LlamaForCausalLM:
+    return small_llama(layers, hidden, heads=8, vocabulary=256, use_cache=False)
 
 
 def inputs(seq_len: int) -> dict[str, torch.Tensor]:

@@ -33,9 +33,9 @@ from unittest import mock
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-import transformers
 from rich.console import Console
 from rich.table import Table
+from small_llama import small_llama
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sptransform
@@ -97,23 +97,10 @@ class Clock:
             self.seconds += time.process_time() - start
 
 
-def llama(num_layers: int) -> transformers.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=SEQ_LEN,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
 def measure(num_layers: int, inner_backend: str, profile: cProfile.Profile | None = None) -> Times:
     torch._dynamo.reset()
-    model = sptransform.parallelize(llama(num_layers), "ulysses", backend=inner_backend)
+    model = small_llama(num_layers, WIDTH, heads=4, vocabulary=64)
+    sptransform.parallelize(model, "ulysses", backend=inner_backend)
     ids = torch.randint(64, (BATCH, SEQ_LEN))
     capture, passes, step = Clock(profile), Clock(profile), Clock()
     after: list[float] = []

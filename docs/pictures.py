@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from large_model import inputs, llama_8b
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sptransform
 
@@ -50,30 +50,10 @@ def demo() -> None:
     save(console, "demo", "make demo")
 
 
-def large_model() -> LlamaForCausalLM:
-    """A model of eight billion parameters, on meta."""
-    with torch.device("meta"):
-        config = LlamaConfig(
-            num_hidden_layers=32,
-            hidden_size=4096,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            intermediate_size=14336,
-            vocab_size=128256,
-        )
-        return LlamaForCausalLM(config)
-
-
-def inputs(tokens: int, rows: int) -> dict[str, torch.Tensor]:
-    """Of that model."""
-    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    return {"input_ids": ids, "labels": ids}
-
-
 def explanation() -> None:
     """What `explain` prints of a large model."""
     console = recorder(150)
-    console.print(sptransform.explain(large_model(), "ring", inputs(131072, 1), world_size=8, outputs="loss"))
+    console.print(sptransform.explain(llama_8b(), "ring", inputs(131072, 1), world_size=8, outputs="loss"))
     save(console, "explain", 'explain(model, "ring", inputs, world_size=8, outputs="loss")')
 
 
@@ -92,7 +72,7 @@ PAGES = {
 
 def pages() -> None:
     """What `compare` prints of the same model, and its page, part by part."""
-    model = large_model().bfloat16()
+    model = llama_8b()
     options = {"world_size": 8, "hardware": "h100-nvlink", "outputs": "loss"}
     compared = sptransform.compare(model, inputs(131072, 1), resized=inputs, **options)
     console = recorder(130)

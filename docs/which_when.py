@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from large_model import inputs, llama_8b
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sptransform
 from sptransform import AllGatherKV, Comparison, MegatronSP, Ring, Ulysses
@@ -186,26 +186,13 @@ def small() -> Comparison:
 
 
 def large() -> Comparison:
-    config = LlamaConfig(
-        num_hidden_layers=32,
-        hidden_size=4096,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        vocab_size=128256,
-        max_position_embeddings=LARGE_TOKENS,
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
-        ids = torch.zeros(1, LARGE_TOKENS, dtype=torch.long)
-    return compared(model, {"input_ids": ids, "labels": ids}, LARGE_RANKS)
+    return compared(llama_8b(), inputs(LARGE_TOKENS, 1), LARGE_RANKS)
 
 
-def compared(model: nn.Module, inputs: Any, num_ranks: int, **options: Any) -> Comparison:
+def compared(model: nn.Module, given: Any, num_ranks: int, **options: Any) -> Comparison:
     strategies = ["ulysses", Ulysses(split="batch"), "ring", "allgather", "usp", "megatron"]
     strategies += [(Ring(), MegatronSP()), (AllGatherKV(), MegatronSP())]
-    return sptransform.compare(model, inputs, world_size=num_ranks, strategies=strategies, outputs="loss", **options)
+    return sptransform.compare(model, given, world_size=num_ranks, strategies=strategies, outputs="loss", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------

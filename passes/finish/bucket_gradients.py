@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import fx
@@ -84,6 +85,8 @@ def _merge(nodes: list[fx.Node], before: fx.Node) -> None:
     note.mesh, note.differentiable = merged[0].mesh, any(each.differentiable for each in merged)
     note.transitions = tuple(transition for each in merged for transition in each.transitions)
     note.placements = tuple(placement for each in merged for placement in each.placements)
+    by_dim = zip(*(each.earlier for each in merged), strict=True)
+    note.earlier = tuple(None if None in own else tuple(chain(*own)) for own in by_dim)
     for node, output in zip(nodes, outputs, strict=True):
         (old,) = node.users
         notes.fork(old, output)

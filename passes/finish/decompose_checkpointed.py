@@ -104,3 +104,5 @@ def _state(new: fx.Node, old: fx.Node, which: slice) -> None:
     stated, placements = notes.note(old).local_types, notes.note(old).placements
     notes.note(new).local_types = None if stated is None else stated[which]
     notes.note(new).placements = None if placements is None else placements[which]
+    earlier = notes.note(old).earlier
+    notes.note(new).earlier = tuple(None if placed is None else placed[which] for placed in earlier)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -27,6 +26,7 @@ from sptransform.inspection.pages import Section
 from sptransform.page import comparison
 from sptransform.page import explain as explaining
 from sptransform.page.explanation import Explanation
+from sptransform.page.files import check_writable
 from sptransform.page.render import write_page
 from sptransform.planning.units import seconds
 from sptransform.strategies.names import StrategyLike, strategy_of
@@ -137,7 +137,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     """A hardware file of this machine."""
-    _check_writable("--out", options.out)
+    check_writable(options.out, "--out")
     with _progress("starting processes") as told:
         hardware = calibration.calibrate(options.ranks, told)
     calibration.write(hardware, options.out)
@@ -164,22 +164,7 @@ def _check_files(options: argparse.Namespace) -> None:
         raise UsageError(describe("a trace has times, which hardware gives", found="no --hardware", fix=fix))
     for name in ("html", "trace"):
         if getattr(options, name) is not None:
-            _check_writable(f"--{name}", getattr(options, name))
-
-
-def _check_writable(argument: str, path: str) -> None:
-    file = Path(path)
-    folder = file.parent
-    if file.is_dir():
-        found = "it is a folder"
-    elif not folder.is_dir():
-        found = f"no folder {folder}"
-    elif not os.access(file if file.exists() else folder, os.W_OK):
-        found = "it may not be written"
-    else:
-        return
-    fix = f"{argument} with the path of a file, in a folder that is there"
-    raise UsageError(describe(f"{path} cannot be written", found=found, fix=fix))
+            check_writable(getattr(options, name), f"--{name}")
 
 
 def _number(value: Any) -> str:

@@ -49,7 +49,7 @@ def distribute(
             num_ranks=context.mesh.size,
             result=Result(result.fallbacks),
         )
-        notes.forget_placements(gm.graph)
+        notes.forget_placements(gm.graph, is_first=index == 0)
         run_passes(gm, pipeline.distribute, part)
         part.result.is_even = notes.is_even(gm.graph)
         if index + 1 < len(stages):

@@ -8,14 +8,19 @@ them does not agree, there is no formula: none is returned, rather than one that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from itertools import product
+from operator import and_
 from typing import Any
 
 import sympy
+from sympy import QQ
+from sympy.polys.matrices import DomainMatrix
 
-from sptransform.cost.records import Step, Work
+from sptransform.cost.records import Message, Step, Work
 
 #: tokens of a sequence, rows of a batch, ranks; of two mesh dims, ranks of the outer one and of the inner one
 S, B, N = sympy.symbols("S B N", positive=True, integer=True)
@@ -33,6 +38,7 @@ SHARES: Mapping[str, Sequence[Callable[[Any], Any]]] = {
 
 Point = Mapping[sympy.Symbol, int]
 Terms = Sequence[sympy.Expr]
+Ranks = tuple[sympy.Expr, ...]  # of each mesh dim
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class Formula:
         expression: in :data:`S`, :data:`B`, :data:`N` (or :data:`R`, :data:`U`), and what else was left open.
         holds: where, in words.
         at: the points at which it was counted.
+        names: numbers of ranks at which it was counted -> the name that the strategy has there.
     """
 
     expression: sympy.Expr
     holds: str
     at: tuple[Point, ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def value(self, point: Point) -> sympy.Rational:
         """The count at a point."""
@@ -59,15 +67,21 @@ def fitted(terms: Terms, counts: Sequence[tuple[Point, int]]) -> sympy.Expr | No
 
     Only what the counts decide is claimed: with as many terms as counts nothing would be checked, so that is None too.
     """
-    unknown = sympy.symbols(f"c:{len(terms)}")
     rows = [[sympy.sympify(term).subs(dict(point)) for term in terms] for point, _ in counts]
-    matrix, values = sympy.Matrix(rows), sympy.Matrix([count for _, count in counts])
-    if len(counts) <= len(terms) or matrix.rank() < len(terms):
+    found = solved(rows, [count for _, count in counts])
+    return None if found is None else sympy.factor_terms(sum(c * term for c, term in zip(found, terms, strict=True)))
+
+
+def solved(rows: Sequence[Sequence[Any]], values: Sequence[Any]) -> list[sympy.Rational] | None:
+    """The one solution of linear equations with rational coefficients, of which there are more than unknowns."""
+    unknowns = len(rows[0])
+    if len(rows) <= unknowns:
         return None
-    (found,) = sympy.linsolve((matrix, values), *unknown) or (None,)
-    if found is None:
+    given = [[QQ.from_sympy(sympy.sympify(x)) for x in (*row, value)] for row, value in zip(rows, values, strict=True)]
+    reduced, pivots = DomainMatrix(given, (len(rows), unknowns + 1), QQ).rref()
+    if pivots != tuple(range(unknowns)):
         return None
-    return sympy.factor_terms(sum(c * term for c, term in zip(found, terms, strict=True)))
+    return [QQ.to_sympy(reduced[row, unknowns].element) for row in range(unknowns)]
 
 
 def polynomials(degrees: Mapping[sympy.Symbol, int]) -> list[sympy.Expr]:
@@ -76,7 +90,14 @@ def polynomials(degrees: Mapping[sympy.Symbol, int]) -> list[sympy.Expr]:
     return [sympy.prod(factors) for factors in product(*powers)]
 
 
-def formulas_of(steps: Sequence[tuple[Point, Step]], lengths: Terms, holds: str) -> dict[str, Formula]:
+def formulas_of(
+    steps: Sequence[tuple[Point, Step]],
+    lengths: Terms,
+    holds: str,
+    *,
+    ranks: Ranks | None = None,
+    work: Sequence[Terms] | None = None,
+) -> dict[str, Formula]:
     """By name, the counts of a step that have a formula: bytes, messages, FLOPs and memory traffic, each direction.
 
     Args:
@@ -84,10 +105,11 @@ def formulas_of(steps: Sequence[tuple[Point, Step]], lengths: Terms, holds: str)
             times as many as ``lengths``. Points have N, or R and U: the ranks of the outer mesh dim, and of the inner.
         lengths: the terms in S, B and whatever else differs between the steps.
         holds: for what lengths and ranks, in words.
+        ranks: those of each mesh dim in the symbols of the points, as ``(N / 8, 8)``. Default: what the points have.
+        work: terms for FLOPs instead of ``lengths``; of several lists, the first one that has a formula.
     """
     at = tuple(point for point, _ in steps)
-    ranks = (N,) if N in at[0] else (R, U)
-    all_ranks = sympy.prod(ranks)
+    ranks = ranks or ((N,) if N in at[0] else (R, U))
     found: dict[str, Formula] = {}
 
     def add(name: str, expression: sympy.Expr | None) -> None:
@@ -97,12 +119,29 @@ def formulas_of(steps: Sequence[tuple[Point, Step]], lengths: Terms, holds: str)
     for direction in ("forward", "backward"):
         add(f"{direction} bytes", _sum(_bytes(steps, lengths, ranks, direction)))
         numbers = [(point, step.messages(direction)) for point, step in steps]
-        add(f"{direction} messages", fitted([sympy.Integer(1), *ranks], numbers))
-        shared = [term / n for term in lengths for n in (sympy.Integer(1), all_ranks)]
-        add(f"{direction} FLOPs", fitted(shared, [(point, step.flops(direction)) for point, step in steps]))
+        add(f"{direction} messages", fitted([sympy.Integer(1), *_open(ranks)], numbers))
+        flops = [(point, step.flops(direction)) for point, step in steps]
+        tried = (terms for each in work or [lengths] for terms in _shared(each, ranks))
+        add(f"{direction} FLOPs", first_fitted(flops, tried))
         moved = [(point, _traffic(step.of(direction))) for point, step in steps]
-        add(f"{direction} traffic", fitted(shared, moved))
+        add(f"{direction} traffic", first_fitted(moved, _shared(lengths, ranks)))
     return found
+
+
+def first_fitted(counts: Sequence[tuple[Point, int]], tried: Iterable[Terms]) -> sympy.Expr | None:
+    """The formula of the first terms that have one: few first, since all at once may be more than there are counts."""
+    return next((found for terms in tried if (found := fitted(terms, counts)) is not None), None)
+
+
+def _open(ranks: Ranks) -> list[sympy.Expr]:
+    return [n for n in ranks if not n.is_number]
+
+
+def _shared(lengths: Terms, ranks: Ranks) -> Iterator[Terms]:
+    """What all ranks share, then also what each does whole, or shares with the ranks once more."""
+    n = sympy.prod(ranks)
+    for parts in ([1 / n], [1 / n, sympy.Integer(1)], [1 / n, 1 / n**2], [1 / n, 1 / n**2, sympy.Integer(1)]):
+        yield [length * part for length in lengths for part in parts]
 
 
 def _traffic(works: Iterable[Work]) -> int:
@@ -116,43 +155,83 @@ def _sum(parts: Iterable[sympy.Expr | None]) -> sympy.Expr | None:
 
 
 def _bytes(
-    steps: Sequence[tuple[Point, Step]], lengths: Terms, ranks: tuple[sympy.Symbol, ...], direction: str
-) -> Iterable[sympy.Expr | None]:
+    steps: Sequence[tuple[Point, Step]], lengths: Terms, ranks: Ranks, direction: str
+) -> Iterator[sympy.Expr | None]:
     """The bytes of every kind of collective over every mesh dim."""
     sent = [(point, bytes_by_kind(step, direction)) for point, step in steps]
+    reduced = [(point, tensors_reduced(step, direction)) for point, step in steps]
     for kind, over in sorted({key for _, by_kind in sent for key in by_kind}):
+        among = _among(over, ranks)
         counts = [(point, by_kind.get((kind, over), 0)) for point, by_kind in sent]
-        # of an all-to-all either share alone first: both together may be more terms than there are counts
-        shares = range(len(SHARES[kind]))
-        tried = (terms_of(kind, over, lengths, ranks, some) for some in (*([at] for at in shares), shares))
-        yield next((found for terms in tried if (found := fitted(terms, counts)) is not None), None)
+        if kind == "all_reduce":
+            fixed = fixed_all_reduces([(point, tensors.get(over, Counter())) for point, tensors in reduced], among)
+            yield fixed
+            counts = [(point, count - fixed.subs(dict(point))) for point, count in counts]
+        if any(count for _, count in counts):
+            shares = range(len(SHARES[kind]))
+            tried = (*([at] for at in shares), shares) if not among.is_number else ([0],)
+            yield first_fitted(counts, (t for some in tried for t in terms_of(kind, over, lengths, ranks, some)))
+
+
+def _among(over: str, ranks: Ranks) -> sympy.Expr:
+    return {"all": sympy.prod(ranks), "outer": ranks[0], "inner": ranks[-1]}[over]
 
 
 def terms_of(
-    kind: str, over: str, lengths: Terms, ranks: tuple[sympy.Symbol, ...], shares: Sequence[int] | None = None
-) -> list[sympy.Expr]:
-    """What a collective may send: of tensors that ranks of the other mesh dim divide, or do not.
+    kind: str, over: str, lengths: Terms, ranks: Ranks, shares: Sequence[int] = (0,)
+) -> Iterator[list[sympy.Expr]]:
+    """What a collective may send: of tensors that ranks of the other mesh dim divide; that they do not; or of both.
 
-    ``shares``: which of its :data:`SHARES`; None means all.
+    ``shares``: which of its :data:`SHARES`.
     """
-    among = {"all": sympy.prod(ranks), "outer": ranks[0], "inner": ranks[-1]}[over]
-    others = {sympy.Integer(1), sympy.prod(ranks) / among}
-    divided = [length / other for length in lengths for other in sorted(others, key=str)]
-    chosen = SHARES[kind] if shares is None else [SHARES[kind][at] for at in shares]
-    return [size * share(among) for share in chosen for size in divided]
+    among = _among(over, ranks)
+    others = sympy.prod(ranks) / among
+    for divisors in ([1],) if others.is_number else ([others], [1], [others, 1]):
+        yield [
+            length / each * SHARES[kind][at](among) for at in shares for length in lengths for each in divisors
+        ]
+
+
+def fixed_all_reduces(tensors: Sequence[tuple[Point, Counter[int]]], among: sympy.Expr) -> sympy.Expr:
+    """The bytes of all-reduces whose tensors are the same at all points, such as a loss and gradients of parameters.
+
+    Where ranks do not divide what they send of a tensor, the count of its bytes is rounded down, and so is the formula.
+    """
+    alike = reduce(and_, (found for _, found in tensors))
+    at = [among.subs(dict(point)) for point, _ in tensors]
+    share = 2 * (among - 1) / among
+    terms = []
+    for size, number in sorted(alike.items()):
+        is_whole = all(2 * size % n == 0 for n in at)
+        terms.append(number * (size * share if is_whole else sympy.floor(size * share)))
+    return sympy.factor_terms(sympy.Add(*terms))
+
+
+def tensors_reduced(step: Step, direction: str) -> dict[str, Counter[int]]:
+    """Of the all-reduces over each mesh dim, how many tensors of how many bytes they sum."""
+    found: dict[str, Counter[int]] = {}
+    for work in step.of(direction):
+        message = work.message
+        if work.kind == "message" and message is not None and message.kind == "all_reduce":
+            # what is sent grows with the tensor, so that the smallest one that sends so much is the tensor
+            n = len(message.ranks)
+            size = -(-message.bytes_sent * n // (2 * (n - 1))) if n > 1 else 0
+            found.setdefault(over_of(message, step), Counter())[size] += work.copies
+    return found
+
+
+def over_of(message: Message, step: Step) -> str:
+    """ "all", or the mesh dim that a message goes over: the ranks of an inner one are neighbours."""
+    if len(message.ranks) == step.world_size:
+        return "all"
+    return "inner" if len(message.ranks) > 1 and message.ranks[1] - message.ranks[0] == 1 else "outer"
 
 
 def bytes_by_kind(step: Step, direction: str) -> dict[tuple[str, str], int]:
-    """(kind, mesh dim) -> bytes. The ranks of an inner mesh dim are neighbours; "all" are those of both.
-
-    A hop of a ring of two ranks is one, though it looks like an all-to-all.
-    """
+    """(kind, mesh dim) -> bytes. A hop of a ring of two ranks is one, though it looks like an all-to-all."""
     found: dict[tuple[str, str], int] = {}
     for work in step.of(direction):
         if work.kind == "message" and work.message is not None:
-            ranks = work.message.ranks
-            of_one = "inner" if len(ranks) > 1 and ranks[1] - ranks[0] == 1 else "outer"
-            over = "all" if len(ranks) == step.world_size else of_one
-            key = (work.message.kind if work.ring is None else "send_recv", over)
+            key = (work.message.kind if work.ring is None else "send_recv", over_of(work.message, step))
             found[key] = found.get(key, 0) + work.message.bytes_sent * work.copies
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sptransform.graph.dataflow import projection
+from sptransform.graph.dataflow import operands, projection
 from sptransform.graph.regions import Region
 from sptransform.rules.decision import Decision
 from sptransform.rules.rule import OpRule
@@ -43,6 +43,7 @@ class Note:
     decision: Decision | None = None
     decided: tuple[tuple[OpRule, Decision], ...] = ()  # of attention: rule and decision on earlier mesh dims
     placements: tuple[Placement, ...] | None = None  # one per output of the node
+    earlier: tuple[tuple[Placement, ...] | None, ...] = ()  # the placements on earlier mesh dims
     local_types: tuple[tuple[tuple[Size, ...], torch.dtype], ...] | None = None  # expected (shape, dtype) per output
     transitions: tuple[tuple[Placement, Placement], ...] = ()  # redistribute nodes: (from, to) per tensor
     mesh: Mesh | None = None  # lowered nodes that communicate: over these ranks
@@ -66,6 +67,29 @@ def placement(node: fx.Node) -> Placement | None:
         return None if placements is None else placements[picked[1]]
     placements = note(node).placements
     return None if placements is None else placements[0]
+
+
+def placement_by_dim(node: fx.Node, output: int = 0) -> tuple[Placement | None, ...]:
+    """Placement of an output on every mesh dim that was distributed, the outermost first; None where nobody noted it.
+
+    A move on an inner mesh dim leaves the placement on the outer one as it was.
+    """
+    picked = projection(node)
+    if picked is not None:
+        return placement_by_dim(*picked)
+    found = note(node)
+    own = _of_output(found.placements, output)
+    if found.earlier:
+        return (*(_of_output(placements, output) for placements in found.earlier), own)
+    # an input knows on how many mesh dims the graph was distributed before
+    num_earlier = len(note(next(iter(node.graph.nodes))).earlier)
+    if num_earlier and found.transitions:
+        return (*placement_by_dim(operands(node)[output])[:num_earlier], own)
+    return (*[None] * num_earlier, own)
+
+
+def _of_output(placements: tuple[Placement, ...] | None, output: int) -> Placement | None:
+    return None if placements is None or output >= len(placements) else placements[output]
 
 
 def set_placement(node: fx.Node, *placements: Placement) -> None:
@@ -169,11 +193,18 @@ def _differs_at_borders(found: Note) -> bool:
     return any(partition is not None and not resize.is_alike(partition) for partition, resize in resized)
 
 
-def forget_placements(graph: fx.Graph) -> None:
-    """Reset the notes before placement on the next mesh dim. Keeps what no mesh dim changes, and what was sent."""
+def forget_placements(graph: fx.Graph, is_first: bool) -> None:
+    """Reset the notes before placement on the next mesh dim. Keeps what no mesh dim changes, and what was sent.
+
+    Placements become those of an earlier mesh dim, unless the next one ``is_first``.
+    """
     for node in graph.nodes:
         kept = ("differentiable", "input_name", "is_parameter", "is_buffer", "stored", "transitions", "mesh", "sends")
-        node.meta[_KEY] = Note(**{name: getattr(note(node), name) for name in kept}, decided=decided(node))
+        found = note(node)
+        earlier = () if is_first else (*found.earlier, found.placements)
+        node.meta[_KEY] = Note(
+            **{name: getattr(found, name) for name in kept}, decided=decided(node), earlier=earlier
+        )
 
 
 def decided(node: fx.Node) -> tuple[tuple[OpRule, Decision], ...]:

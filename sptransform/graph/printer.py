@@ -1,8 +1,9 @@
 """One line per node: ``%linear : f32[2,16@sp,64] = aten.linear(%x, %w)``. Goldens, errors and dumps use this form.
 
 ``16@sp`` is a dimension cut over the ranks, with its local size (``16..13@sp`` where sizes differ); a tensor that is
-not cut is followed by its placement, ``I``, ``R`` or ``P``. A redistribution shows the change instead of its other
-arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
+not cut is followed by its placement, ``I``, ``R`` or ``P``. On two mesh dims ``8@outer`` and ``8@inner`` say which one
+cuts, ``4@outer@inner`` is cut by both, and ``P@inner`` is the placement on one of them. A redistribution shows the
+change instead of its other arguments: ``%q1 : f32[2,4@sp,64,16] = sptransform.all_to_all([%q], S(2) -> S(1))``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ Names = Mapping[fx.Node, str]
 
 _OWN_NAMES: Names = MappingProxyType({})
 
+# by how many there are
+_DIMS: Mapping[int, tuple[str, ...]] = {0: (), 1: ("sp",), 2: ("outer", "inner")}
+
 _DTYPES = {
     torch.bfloat16: "bf16",
     torch.bool: "b8",
@@ -33,16 +37,26 @@ _DTYPES = {
 }
 
 
-def tensor_type(value: torch.Tensor, placement: Placement | None, *, is_local: bool = False) -> str:
-    """Dtype, shape and placement of a tensor; ``value`` has global sizes unless ``is_local``."""
+def tensor_type(value: torch.Tensor, *placements: Placement | None, is_local: bool = False) -> str:
+    """Dtype, shape and placement of a tensor on each mesh dim, the outermost first.
+
+    ``value`` has sizes that are whole on the last of these mesh dims, unless ``is_local``.
+    """
     sizes = [str(size_of(size)) for size in value.shape]
-    suffix = ""
-    if isinstance(placement, Shard):
-        local = [placement.outer * n for n in placement.partition.local_sizes]
-        size = str(local[0]) if placement.partition.is_even else f"{max(local)}..{min(local)}"
-        sizes[placement.dim] = f"{sizes[placement.dim] if is_local else size}@sp"
-    elif placement is not None:
-        suffix = f" {placement}"
+    whole: list[tuple[str, str]] = []
+    for name, placement in zip(_DIMS[len(placements)], placements, strict=True):
+        if isinstance(placement, Shard):
+            sizes[placement.dim] += f"@{name}"
+        elif placement is not None:
+            whole.append((str(placement), f"@{name}"))
+    if placements and isinstance(last := placements[-1], Shard) and not is_local:
+        local = [last.outer * n for n in last.partition.local_sizes]
+        size = str(local[0]) if last.partition.is_even else f"{max(local)}..{min(local)}"
+        sizes[last.dim] = "@".join((size, *sizes[last.dim].split("@")[1:]))
+    if len(whole) == len(placements) and len({placement for placement, _ in whole}) == 1:
+        suffix = f" {whole[0][0]}"
+    else:
+        suffix = "".join(f" {placement}{at}" for placement, at in whole)
     return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{','.join(sizes)}]{suffix}"
 
 
@@ -83,13 +97,9 @@ def _is_default(node: fx.Node, key: str) -> bool:
 def line(node: fx.Node, *, is_local: bool = False, names: Names = _OWN_NAMES) -> str:
     """The node as one line of text; ``names`` has other names for some nodes."""
     name = names.get(node, node.name)
-    placements = notes.note(node).placements
-    picked = dataflow.projection(node)
-    if picked is not None:
-        placements = None if notes.placement(node) is None else (notes.placement(node),)
     tensors = dataflow.values(node)
-    shown = placements or (None,) * len(tensors)
-    types = [tensor_type(t, p, is_local=is_local) for t, p in zip(tensors, shown, strict=False)]
+    placements = [notes.placement_by_dim(node, output) for output in range(len(tensors))]
+    types = [tensor_type(t, *p, is_local=is_local) for t, p in zip(tensors, placements, strict=True)]
     kind = f" : {', '.join(types)}" if types else ""
     if node.op == "placeholder":
         return f"%{name}{kind} = input"

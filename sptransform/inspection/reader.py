@@ -150,5 +150,5 @@ def _outputs(graph: fx.Graph) -> Iterator[Output]:
     (output,) = (node for node in graph.nodes if node.op == "output")
     for producer in dataflow.operands(output):
         placement = notes.placement(producer)
-        kind = tensor_type(dataflow.value(producer), placement, is_local=True)
+        kind = tensor_type(dataflow.value(producer), *notes.placement_by_dim(producer), is_local=True)
         yield Output(producer.name, "whole" if placement is None else str(placement), kind)

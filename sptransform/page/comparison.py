@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from sptransform.cost.hardware import HardwareLike
+from sptransform.cost.hardware import HardwareLike, hardware_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.page.explanation import chosen_ranks, fields_of
+from sptransform.page.files import check_writable
 from sptransform.page.render import write_page
 from sptransform.page.trace import write_trace
 from sptransform.planning import compare as planned
@@ -34,7 +35,11 @@ class Comparison(comparison.Comparison):
         Args:
             path: of the file.
             title: its heading.
+
+        Raises:
+            UsageError: no file can be written there.
         """
+        check_writable(path)
         title = title or f"Strategies on {self.world_size} ranks"
         write_page(path, self.options, title=title, hardware=self.hardware)
 
@@ -47,8 +52,10 @@ class Comparison(comparison.Comparison):
             ranks: as for :meth:`sptransform.Explanation.trace`.
 
         Raises:
-            UsageError: no hardware was given, or there is no such rank, or no such strategy that can run.
+            UsageError: no file can be written there; no hardware was given, or there is no such rank, or no such
+                strategy that can run.
         """
+        check_writable(path)
         timelines = {option.name: (option.timeline, option.rank) for option in self.runnable if option.timeline}
         name = next(iter(timelines), None) if strategy is None else strategy
         if name not in timelines:
@@ -88,8 +95,8 @@ def compare(
         strategies: as for :func:`sptransform.parallelize`; pairs and USP are shown on every mesh of ``world_size``
             ranks. Default: every strategy of this library, and those of sequences with tensor parallelism.
         documents: as for :func:`sptransform.explain`.
-        resized: (tokens, rows) -> inputs of that size. The counts then become formulas in tokens, rows and ranks, which
-            the page has sliders for. This captures the model at other sizes too, and takes several times as long.
+        resized: (tokens, rows) -> inputs of that size. Counts and times then become formulas in tokens, rows and ranks,
+            which the page has sliders for. This counts the model at other sizes too, and takes ten times as long.
         progress: called with the name of each strategy, how many are done, and of how many.
         options: further options of :func:`sptransform.parallelize`.
 
@@ -108,4 +115,7 @@ def compare(
         **options,
     )
     shown = Comparison(**fields_of(found))
-    return shown if resized is None else replace(shown, options=with_formulas(found, model, resized, **options))
+    if resized is None:
+        return shown
+    machine = None if hardware is None else hardware_of(hardware)
+    return replace(shown, options=with_formulas(found, model, resized, hardware=machine, progress=progress, **options))

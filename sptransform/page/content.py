@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -17,9 +18,11 @@ from sptransform.page.machines import on_machines
 from sptransform.page.placed import placed
 from sptransform.page.rings import RingShape, lanes, rings_of
 from sptransform.page.sliders import sliders
+from sptransform.page.step_times import step_times
 from sptransform.page.streams import lane_events
 from sptransform.page.traffic import DIRECTIONS, KINDS, Sent, sent
 from sptransform.planning.records import Option
+from sptransform.planning.units import size
 
 # ranks of which the parts of tensors are drawn
 DRAWN = 8
@@ -73,6 +76,7 @@ def content(options: Sequence[Option], hardware: str | None = None) -> Content:
         ],
         "rings": [_lanes(shape) for shape in shapes],
         "sliders": sliders(options),
+        "times": step_times(options, hardware),
         "machines": on_machines(options, hardware),
         "limit": next((int(o.timeline.memory_bytes) for o in options if o.timeline and o.timeline.memory_bytes), None),
     }
@@ -101,7 +105,7 @@ def _segment(segment: Segment, before: dict[Key, list[Line]], lines: Lines) -> d
 def _graph(option: Option, graph: dict[Key, list[Line]], found: Sequence[Segment], lines: Lines) -> list[list[int]]:
     if option.explanation is None:
         return []
-    sending = sent_by_node(option.explanation, values.byte_text)
+    sending = sent_by_node(option.explanation, size)
     return [lines.numbers(shown_lines(graph, segment.keys), sending) for segment in found]
 
 
@@ -147,7 +151,7 @@ def _of_any_layout(shape: RingShape) -> RingShape:
 
 
 def _lanes(shape: RingShape) -> dict[str, Any]:
-    """Pairs of a rank at each step as shares of the largest block of any layout; the sums in full."""
+    """Pairs of a rank at each step as shares of the largest block of any layout, equal steps as one; sums in full."""
     found = lanes(shape)
     largest = max(pairs for rows in found.values() for row in rows for pairs in row)
     return {
@@ -155,12 +159,18 @@ def _lanes(shape: RingShape) -> dict[str, Any]:
         "queries": shape.queries,
         "largest": largest,
         "layouts": {
-            name: ["".join(_two_digits(pairs / largest) for pairs in row) for row in rows]
+            name: [_runs([_two_digits(pairs / largest) for pairs in row]) for row in rows]
             for name, rows in found.items()
         },
         "sums": {name: [sum(row) for row in rows] for name, rows in found.items()},
         "slowest": {name: sum(map(max, zip(*rows, strict=True))) for name, rows in found.items()},
     }
+
+
+def _runs(items: Sequence[str]) -> str:
+    """``ab3 cd`` for ab, ab, ab, cd: equal neighbours once, with their number."""
+    runs = [(item, len(list(same))) for item, same in groupby(items)]
+    return " ".join(item if times == 1 else f"{item}{times}" for item, times in runs)
 
 
 def _two_digits(share: float) -> str:

@@ -17,6 +17,7 @@ from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.strategy import Strategy
 from sptransform.inspection import explanation, reader
 from sptransform.inspection.attended_work import Documents
+from sptransform.page.files import check_writable
 from sptransform.page.render import write_page
 from sptransform.page.trace import RANKS, write_trace
 from sptransform.planning.candidates import name_of
@@ -69,7 +70,11 @@ class Explanation(explanation.Explanation):
         Args:
             path: of the file.
             title: its heading.
+
+        Raises:
+            UsageError: no file can be written there.
         """
+        check_writable(path)
         name = None if self.hardware is None else self.hardware.name
         write_page(path, [self.option], title=title or f"{self.option.name} on {self.world_size} ranks", hardware=name)
 
@@ -82,8 +87,9 @@ class Explanation(explanation.Explanation):
                 eight.
 
         Raises:
-            UsageError: no hardware was given, or there is no such rank.
+            UsageError: no file can be written there, no hardware was given, or there is no such rank.
         """
+        check_writable(path)
         if self.timeline is None:
             fix = 'explain(.., hardware="h100-nvlink")'
             raise UsageError(describe("a trace has times, which hardware gives", found="hardware=None", fix=fix))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sptransform.cost.records import Step, Work
 
-POINTS = 240
+POINTS = 180
 SPIKES = 3
 
 

@@ -54,6 +54,7 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         has_time=bool(timelines),
         has_events=any(each["events"] for each in found.data["options"]),
         has_memory=any(curve is not None for curve in found.curves),
+        has_two_dims=any(map(_has_two_dims, options)),
         has_rings=bool(found.data["rings"]),
         has_formulas=bool(found.data["sliders"]["names"] or found.data["machines"]),
         hardwares=tuple(found.data["machines"]),
@@ -63,6 +64,11 @@ def page(options: Sequence[Option], *, title: str, hardware: str | None = None) 
         style=_text("page.css"),
         data=_json(found.data),
     )
+
+
+def _has_two_dims(option: Option) -> bool:
+    """Whether its graph is cut one mesh dim after the other, as that of USP is on a mesh of one dim too."""
+    return option.explanation is not None and len(option.explanation.rewritten.context.result.mesh_dims) > 1
 
 
 def _text(name: str) -> str:

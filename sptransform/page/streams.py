@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sptransform.cost.records import Work
@@ -15,7 +15,7 @@ from sptransform.planning.records import Option
 STREAMS = ("compute", "communication")
 KERNELS = ("attention", "matmul", "memory")
 # of the longer direction
-TICKS = 20_000
+TICKS = 5_000
 # events of other layers between two of one layer, from which on they do not belong together
 FAR = 12
 
@@ -23,7 +23,8 @@ FAR = 12
 def lane_events(option: Option, segments: Sequence[Segment], lines: Lines) -> dict[str, Any] | None:
     """The events of one layer of the segment with the most layers; None without times.
 
-    Of each direction ``(stream, kind, place, start, length)``, in units from its start; ``lasts``: seconds of each.
+    Of each direction one list of ``kind, place, gap, length`` of every event: a gap is from the end of what ran before
+    on its stream, in units. ``lasts``: seconds of each direction. What communicates is the other stream.
     """
     if option.timeline is None or not any(segment.keys[0].prefix for segment in segments):
         return None
@@ -41,18 +42,18 @@ def lane_events(option: Option, segments: Sequence[Segment], lines: Lines) -> di
         "lasts": [float(f"{last:.6g}") for last in lasts],
     }
     for direction, own, start in zip(DIRECTIONS, stretches, starts, strict=True):
-        found[direction] = [
-            (
-                STREAMS.index(event.stream),
-                _shown_kind(event.work),
-                lines.place(event.work.op, event.work.layer, event.work.source_line),
-                round((event.start - start) / unit),
-                round((event.end - event.start) / unit),
-            )
-            for event in own
-            if event.work.kind != "wait"
-        ]
+        found[direction] = list(_flat([event for event in own if event.work.kind != "wait"], start, unit, lines))
     return found
+
+
+def _flat(events: Sequence[Event], origin: float, unit: float, lines: Lines) -> Iterator[int]:
+    done = dict.fromkeys(STREAMS, 0)
+    for event in events:
+        start, end = (round((at - origin) / unit) for at in (event.start, event.end))
+        yield _shown_kind(event.work)
+        yield lines.place(event.work.op, event.work.layer, event.work.source_line)
+        yield from (start - done[event.stream], end - start)
+        done[event.stream] = end
 
 
 def _shown_kind(work: Work) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sptransform.planning import units
+
 COUNTED, SIMULATED, MEASURED = "counted", "simulated", "measured"
 MEANINGS = {
     COUNTED: "read off the rewritten graph, or a formula that equals that count",
     SIMULATED: "computed by the cost model from counts and published constants of the hardware",
     MEASURED: "taken from a run",
 }
-_SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
 
 @dataclass(frozen=True)
 class Value:
@@ -28,20 +28,8 @@ class Value:
     source: str
 
 
-def _three_digits(x: float, unit: str) -> str:
-    for size, prefix in _SI:
-        if abs(x) >= size * 0.9995:
-            return f"{x / size:.3g} {prefix}{unit}" if x < 999.5 * size else f"{x / size:.0f} {prefix}{unit}"
-    return f"{x:.3g} {unit}".rstrip() if abs(x) < 999.5 else f"{x:.0f} {unit}".rstrip()
-
-
-def byte_text(x: float) -> str:
-    """``1.07 GB``: decimal units, three digits."""
-    return _three_digits(x, "B")
-
-
 def num_bytes(x: int, source: str = COUNTED) -> Value:
-    return Value(byte_text(x), f"{x:,} bytes", source)
+    return Value(units.size(x), f"{x:,} bytes", source)
 
 
 def count(x: int, source: str = COUNTED) -> Value:
@@ -49,17 +37,11 @@ def count(x: int, source: str = COUNTED) -> Value:
 
 
 def flops(x: int, source: str = COUNTED) -> Value:
-    return Value(_three_digits(x, "FLOP"), f"{x:,} FLOP", source)
+    return Value(units.quantity(x, "FLOP"), f"{x:,} FLOP", source)
 
 
 def seconds(x: float, source: str = SIMULATED) -> Value:
-    """Seconds, milliseconds or microseconds."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if x >= size * 0.9995 or unit == "µs":
-            return Value(
-                f"{x / size:.3g} {unit}" if x < 999.5 * size else f"{x / size:.0f} {unit}", f"{x:.9g} s", source
-            )
-    raise AssertionError
+    return Value(units.seconds(x), f"{x:.9g} s", source)
 
 
 def share(x: float, source: str = COUNTED) -> Value:

@@ -49,6 +49,24 @@ def candidates(
     return list({(candidate.strategy, candidate.shape): candidate for candidate in found}.values())
 
 
+def grid_of(candidate: Candidate) -> tuple[int, ...]:
+    """The ranks of each mesh dim that its graph is cut over: of a USP on a mesh of one dim, of its ring first."""
+    shapes = candidate.strategy.mesh_shapes(prod(candidate.shape), candidate.shape)
+    return shapes[0] if len(shapes) == 1 else candidate.shape
+
+
+def with_outer(candidate: Candidate, outer: int) -> Candidate:
+    """The candidate with so many ranks on the outer mesh dim, and as many as before on the inner one."""
+    inner = grid_of(candidate)[1:]
+    strategy = candidate.strategy
+    if isinstance(strategy, USP) and inner:
+        strategy = replace(strategy, ring=outer)
+    grid = (outer, *inner)
+    shape = grid if len(candidate.shape) == len(grid) else (prod(grid),)
+    name = _pair(strategy, grid) if isinstance(strategy, Composed) else name_of(strategy)
+    return Candidate(name, strategy, shape)
+
+
 def _of(strategy: Strategy, shape: tuple[int, ...]) -> list[Candidate]:
     num_ranks = prod(shape)
     grids = [shape] if len(shape) == 2 else [(num_ranks // n, n) for n in divisors(num_ranks)[1:-1]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -14,7 +14,7 @@ from sptransform.compiler.fake_models import without_meta
 from sptransform.compiler.options import Options
 from sptransform.compiler.rewrite import arguments_of, no_garbage_collection, rewritten_for, while_captured
 from sptransform.compiler.trials import trials
-from sptransform.cost.folding import fold_layers
+from sptransform.cost.folding import LayerRun, fold_layers
 from sptransform.cost.hardware import Hardware, hardware_of
 from sptransform.cost.read import step_of
 from sptransform.diagnostics.errors import UsageError, describe
@@ -22,13 +22,14 @@ from sptransform.engine.pass_manager import run_passes
 from sptransform.inspection.attended_work import checked_documents
 from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
 from sptransform.planning.comparison import Comparison
-from sptransform.planning.judged import judged, quietly, ranked
+from sptransform.planning.judged import Trial, judged, quietly, ranked
 from sptransform.planning.records import Option
 from sptransform.sharding.mesh import Mesh
 from sptransform.strategies.names import StrategyLike
 from sptransform.strategies.ulysses import Ulysses
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 @no_garbage_collection()
@@ -82,24 +83,17 @@ def compare(
         what = f"none of these strategies takes {world_size} ranks"
         fix = "others, or a number of ranks that is a product of two: pairs and USP have a mesh of two dims"
         raise UsageError(describe(what, found=f"strategies={strategies!r}", fix=fix))
+    Mesh.pretended(world_size)  # refuses too many ranks
     machine, lengths = None if hardware is None else hardware_of(hardware), checked_documents(documents)
     chosen = Options.of({"outputs": "dtensor", **options})
-    model, inputs = without_meta(model, inputs)
-    args, kwargs = arguments_of(inputs)
 
-    def use(gm: fx.GraphModule, example_inputs: list[Any]) -> Comparison:
-        folded = fold_layers(gm, example_inputs)
-        runs = folded.runs
-        trial = trials(
-            partial(rewritten_for, apart=runs), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
-        )
+    def use(trial: Trial, runs: Mapping[str, LayerRun]) -> Comparison:
         shown = []
-        with quietly():
-            for done, candidate in enumerate(found):
-                progress(candidate.name, done, len(found))
-                shown.append(judged(candidate, trial, machine, runs, lengths))
-            alone = trial(Ulysses(), (1,), 0)
-            run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
+        for done, candidate in enumerate(found):
+            progress(candidate.name, done, len(found))
+            shown.append(judged(candidate, trial, machine, runs, lengths))
+        alone = trial(Ulysses(), (1,), 0)
+        run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
@@ -108,7 +102,29 @@ def compare(
             copies={path: run.times for path, run in runs.items()},
         )
 
-    return while_captured(model, use, *args, **kwargs)
+    return while_tried(model, inputs, chosen, use)
+
+
+def while_tried(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    options: Options,
+    use: Callable[[Trial, Mapping[str, LayerRun]], T],
+) -> T:
+    """What ``use`` makes of the model, captured once: of what rewrites it for any strategy and ranks, and its runs.
+
+    The runs of equal layers are those of :func:`sptransform.cost.folding.fold_layers`.
+    """
+    model, inputs = without_meta(model, inputs)
+    args, kwargs = arguments_of(inputs)
+
+    def found(gm: fx.GraphModule, example_inputs: list[Any]) -> T:
+        folded = fold_layers(gm, example_inputs)
+        rewrite = partial(rewritten_for, apart=folded.runs)
+        with quietly():
+            return use(trials(rewrite, folded.graph_module, folded.inputs, options, Mesh.pretended(1)), folded.runs)
+
+    return while_captured(model, found, *args, **kwargs)
 
 
 def _with_lines(options: Sequence[Option]) -> Iterator[Option]:

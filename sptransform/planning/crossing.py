@@ -49,8 +49,8 @@ def sent_by(trial: Trial, option: Option, runs: Mapping[str, LayerRun]) -> sympy
         return None
     parts = []
     for kind in sorted({kind for by_kind in counts.values() for kind in by_kind}):
-        (term, *_) = terms_of(kind, "all", [sympy.Integer(1)], (N,))
-        parts.append(fitted([term], [({N: n}, by_kind[kind]) for n, by_kind in counts.items()]))
+        (terms,) = terms_of(kind, "all", [sympy.Integer(1)], (N,))
+        parts.append(fitted(terms, [({N: n}, by_kind[kind]) for n, by_kind in counts.items()]))
     return None if None in parts else sympy.Add(*parts)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from sptransform.cost.formulas import Formula
 from sptransform.cost.records import Step
 from sptransform.cost.simulate import Timeline
+from sptransform.cost.time_formulas import StepTimes
 from sptransform.engine.strategy import Strategy
 from sptransform.inspection.attended_work import imbalance
 from sptransform.inspection.explanation import Explanation
@@ -31,6 +32,7 @@ class Option:
         step: the ops of ``rank``, forward and backward, in all layers. Counted.
         timeline: the step on the hardware. Simulated; None without hardware.
         formulas: by name, such as "forward bytes", how a count of ``step`` depends on lengths and ranks.
+        times: how long ``step`` takes at other lengths and on other numbers of ranks; None without formulas.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Option:
     step: Step | None = None
     timeline: Timeline | None = None
     formulas: Mapping[str, Formula] = field(default_factory=dict)
+    times: StepTimes | None = None
 
     @property
     def imbalance(self) -> float:

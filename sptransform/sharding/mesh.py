@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sptransform.diagnostics.errors import UsageError, describe
 
 PRETENDED_GROUP = "sptransform"
+#: most ranks that are pretended: who sends how much to whom is a table of ranks by ranks, 1.5 GiB for 2,048 of them
+MOST_PRETENDED = 4096
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,17 @@ class Mesh:
         """A mesh without processes, to make and inspect graphs. A tuple ``world_size`` gives the ranks per dim.
 
         Raises:
-            UsageError: an impossible rank.
+            UsageError: an impossible rank, or more ranks than :data:`MOST_PRETENDED`.
         """
         shape = world_size if isinstance(world_size, tuple) else (world_size,)
         size = prod(shape)
         if min(shape) < 1 or not 0 <= rank < size:
             fix = f"a rank from 0 to {size - 1}" if min(shape) > 0 else "world_size=1 or more"
             raise UsageError(describe("no such rank", found=f"rank {rank} of world_size {world_size}", fix=fix))
+        if size > MOST_PRETENDED:
+            what = "too many ranks to pretend in one process"
+            fix = f"{MOST_PRETENDED} ranks or fewer; ranks of data parallelism, which no strategy uses, are not counted"
+            raise UsageError(describe(what, found=f"world_size={world_size}", fix=fix))
         return Mesh(size, rank, PRETENDED_GROUP, shape=shape)
 
     @staticmethod

@@ -18,6 +18,7 @@ from sptransform.diagnostics.errors import (
     SPTransformError,
     describe,
 )
+from sptransform.engine.strategy import Strategy
 from sptransform.frontend.parallelize import parallelize
 from sptransform.testing.equality import Difference, Result, Tensors, differences
 from sptransform.testing.first_difference import first_difference
@@ -31,7 +32,10 @@ OfRanks = list[list[Difference]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How one device was run: what is left of :class:`OneDevice` without its tensors."""
+    """How one device was run: what is left of :class:`OneDevice` without its tensors; and why ranks had what strategy.
+
+    ``reason``: of a strategy that chooses, which one it chose and why; empty for others.
+    """
 
     bound: float
     why: str
@@ -40,9 +44,11 @@ class Setting:
     mode: str
     loss: str
     notes: tuple[str, ...]
+    reason: str
 
     @staticmethod
-    def of(reference: OneDevice) -> Setting:
+    def of(reference: OneDevice, strategy: Strategy) -> Setting:
+        """After the ranks were run, for only then has ``strategy`` chosen."""
         own = next((str(x.dtype) for x in reference.first.result.grads.values()), str(torch.get_default_dtype()))
         return Setting(
             reference.bound,
@@ -52,6 +58,7 @@ class Setting:
             "training" if reference.is_training else "evaluation",
             reference.first.loss.words,
             reference.notes,
+            strategy.reason,
         )
 
 
@@ -140,7 +147,8 @@ def _on_rank(rank: int, world_size: int, comparison: Comparison) -> tuple[Settin
         for grads in (got.grads, got.input_grads):
             for name in sorted(grads):  # in the same order on all ranks
                 dist.all_reduce(grads[name])
-    return Setting.of(reference), _compared(comparison, reference.first.result, got)
+    found = _compared(comparison, reference.first.result, got)
+    return Setting.of(reference, comparison.asked.strategy), found
 
 
 def _on_simulated_ranks(comparison: Comparison) -> tuple[Setting, OfRanks]:
@@ -149,7 +157,8 @@ def _on_simulated_ranks(comparison: Comparison) -> tuple[Setting, OfRanks]:
     def use(graph: Captured) -> OfRanks:
         return _of_ranks(comparison, graph, reference.first.result)
 
-    return Setting.of(reference), captured(reference, use, comparison.options.get("outputs"))
+    found = captured(reference, use, comparison.options.get("outputs"))
+    return Setting.of(reference, comparison.asked.strategy), found
 
 
 def _in_double(comparison: Comparison) -> tuple[OfRanks, OfRanks]:

@@ -62,6 +62,7 @@ class Verdict:
         dtype, mode, loss: what was run: "float64" or the model's own, "training" or "evaluation", and in words the
             scalar that was differentiated.
         notes: what else to know.
+        reason: of a strategy that chooses, such as ``"auto"``, which one it chose and why; empty for others.
     """
 
     ok: bool
@@ -76,6 +77,7 @@ class Verdict:
     mode: str
     loss: str
     notes: tuple[str, ...] = ()
+    reason: str = ""
 
     @property
     def worst(self) -> Compared:
@@ -116,6 +118,8 @@ class Verdict:
         sentences = [f"Largest difference: {_said(self.worst)}."]
         if (parameter := self.worst_parameter) is not None and parameter != self.worst:
             sentences.append(f"Worst parameter: {parameter.name}, {parameter.error:.1e}.")
+        if self.reason:
+            sentences.append(f"{self.reason[0].upper()}{self.reason[1:]}.")
         if self.first is not None:
             sentences.append(f"First difference: {self.first}")
         yield Section(f"{'Equal to' if self.ok else 'Differs from'} one device: {where}", sentences=sentences)

@@ -72,7 +72,7 @@ def verify(
     first = None if ok else comparison.first_difference(setting.bound, in_double, compared)
     return Verdict(
         ok, str(asked.strategy), world_size, processes, setting.bound, setting.why, compared, first, setting.dtype,
-        setting.mode, setting.loss, setting.notes,
+        setting.mode, setting.loss, setting.notes, setting.reason,
     )  # fmt: skip
 
 

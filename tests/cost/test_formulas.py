@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -10,8 +11,22 @@ import pytest
 import sympy
 
 from sptransform import USP
-from sptransform.cost.formulas import B, Formula, N, Point, R, S, U, fitted, formulas_of, polynomials
-from sptransform.cost.records import Step
+from sptransform.cost.formulas import (
+    B,
+    Formula,
+    N,
+    Point,
+    R,
+    S,
+    U,
+    first_fitted,
+    fitted,
+    fixed_all_reduces,
+    formulas_of,
+    polynomials,
+    tensors_reduced,
+)
+from sptransform.cost.records import Message, Step, Work
 from tests.support.layers import layer_step
 
 H, K, D, W = sympy.symbols("H K D W", positive=True, integer=True)
@@ -132,3 +147,25 @@ def test_only_what_counts_decide_is_claimed() -> None:
     assert fitted([1, x], counts) is None  # there is no such formula
     assert fitted([1, x, 2 * x], counts) is None  # there are several
     assert Formula(3 * x**2 + 1, "").value({x: 2}) == 13
+
+
+def test_bytes_that_are_rounded_down_have_a_formula_that_is() -> None:
+    """Of a loss of 4 bytes, 16 ranks send 7 each, not 7.5. What grows with tokens is left to the fit."""
+    at = [({N: n, S: s}, Counter({4: 1, 1024: 3, s * 24: 1})) for n, s in product((8, 16, 32), (64, 128))]
+    found = fixed_all_reduces(at, N)
+    assert [found.subs({N: n}) for n in (2, 8, 16, 32)] == [4 + 3072, 7 + 5376, 7 + 5760, 7 + 5952]
+    assert "Math.floor" in sympy.jscode(found)
+
+
+def test_a_tensor_is_known_by_what_is_sent_of_it() -> None:
+    for size, n in product((1, 4, 8, 12, 30, 4096), (2, 3, 8, 64)):
+        message = Message("all_reduce", 2 * size * (n - 1) // n, tuple(range(n)))
+        work = Work("x", "x", "message", "forward", "", message=message, copies=5)
+        step = Step((work,), 0, n, 0, 0, 0)
+        assert tensors_reduced(step, "forward") == {"all": Counter({size: 5})}
+
+
+def test_few_terms_are_tried_first() -> None:
+    counts = [({N: n}, 24 // n) for n in (2, 4, 8)]
+    assert first_fitted(counts, [[sympy.Integer(1)], [1 / N], [1 / N, 1 / N**2]]) == 24 / N
+    assert first_fitted(counts, [[sympy.Integer(1)], [N]]) is None

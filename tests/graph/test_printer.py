@@ -45,6 +45,26 @@ def test_local_values_have_their_own_size() -> None:
     assert tensor_type(fake(2, 14), shard, is_local=True) == "f32[2,14@sp]"
 
 
+OUTER, INNER = Shard(1, Partition.contiguous(64, 4)), Shard(1, Partition.contiguous(16, 2))
+
+
+@pytest.mark.parametrize(
+    ("placements", "expected"),
+    [
+        ((OUTER, R), "f32[2,8@outer] R@inner"),
+        ((P, INNER), "f32[2,8@inner] P@outer"),
+        ((OUTER, INNER), "f32[2,8@outer@inner]"),
+        ((I, I), "f32[2,8] I"),
+        ((I, P), "f32[2,8] I@outer P@inner"),
+        ((None, INNER), "f32[2,8@inner]"),
+    ],
+)
+def test_types_on_two_mesh_dims(placements: tuple[Placement | None, ...], expected: str) -> None:
+    assert tensor_type(fake(2, 8), *placements, is_local=True) == expected
+    whole = fake(2, 16 if placements[1] == INNER else 8)
+    assert tensor_type(whole, *placements) == expected, "sizes are whole on the inner dim, local on the outer"
+
+
 def test_lines() -> None:
     def model(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = x.to(torch.float64).chunk(2, -1)

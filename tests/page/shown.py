@@ -7,12 +7,15 @@ from functools import cache
 from itertools import product
 
 import torch
+from sympy import floor
 from torch import nn
 from torch.nn import functional
 
 import sptransform
 from sptransform import Comparison
-from sptransform.cost.formulas import B, Formula, N, R, S, U
+from sptransform.cost.formulas import B, Formula, N, S
+from sptransform.cost.hardware import hardware_of
+from sptransform.cost.time_formulas import StepTimes, parts_of
 
 SEQ_LEN, WIDTH, HEADS, LAYERS = 64, 16, 4, 4
 
@@ -59,9 +62,32 @@ def comparison() -> Comparison:
         model, inputs, world_size=4, hardware="h100-nvlink", strategies=["ulysses", "ring", "megatron"]
     )
     at = tuple({S: s, B: b, N: n} for s, b, n in product((64, 96), (1, 2), (2, 4, 8)))
-    grid = tuple({S: s, B: 1, R: r, U: u} for s in (128, 256) for r, u in ((2, 2), (4, 2), (8, 2)))
-    formulas = {
-        "forward bytes": Formula(8 * B * S * WIDTH * (N - 1) / N**2, "S a multiple of 32, N of 2, 4 and 8", at),
-        "forward messages": Formula(2 * LAYERS * (R - 1) + U, "S a multiple of 128, U = 2", grid),
+    holds = "on 2, 4, 8 ranks, for tokens that 32 divides"
+    expressions = {
+        "forward bytes": 8 * B * S * WIDTH * (N - 1) / N**2 + floor(8 * (N - 1) / N),
+        "forward FLOPs": 10**14 * (B * S**2 + S) / N,
     }
-    return replace(found, options=tuple(replace(option, formulas=formulas) for option in found.options))
+
+    def formulas(name: str) -> dict[str, Formula]:
+        return {what: Formula(is_, holds, at, {2: name, 4: name, 8: f"{name} 8"}) for what, is_ in expressions.items()}
+
+    return replace(found, options=tuple(replace(option, formulas=formulas(option.name)) for option in found.options))
+
+
+@cache
+def comparison_with_times() -> Comparison:
+    """The same, whose steps on four ranks were counted at other lengths too."""
+    found = comparison()
+    steps = {option.name: [(SEQ_LEN, option.step)] for option in found.runnable}
+    for tokens in (2 * SEQ_LEN, 4 * SEQ_LEN):
+        model, _ = stack()
+        inputs = {"x": torch.zeros(1, tokens, WIDTH, device="meta")}
+        for option in sptransform.compare(model, inputs, world_size=4, strategies=list(steps)).runnable:
+            steps[option.name].append((tokens, option.step))
+
+    def times(name: str) -> StepTimes | None:
+        if name not in steps or (parts := parts_of(steps[name])) is None:
+            return None
+        return StepTimes({4: parts}, {4: name}, 1, SEQ_LEN, hardware_of("h100-nvlink"))
+
+    return replace(found, options=tuple(replace(option, times=times(option.name)) for option in found.options))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from sptransform.cost.formulas import B, N, R, S, U
-from tests.page.shown import comparison
+from sptransform.cost.formulas import B, N, S
+from sptransform.cost.hardware import hardware_of
+from tests.page.shown import comparison, comparison_with_times
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -35,7 +37,7 @@ Run = Callable[..., Any]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a function's body on the page and returns what it returns; the console must stay empty."""
     folder = tmp_path_factory.mktemp("browser")
-    comparison().html(folder / "page.html")
+    comparison_with_times().html(folder / "page.html")
     text = (folder / "page.html").read_text(encoding="utf-8")
 
     def run(body: str, width: int = 1280, *flags: str) -> Any:
@@ -69,7 +71,7 @@ def test_sliders_are_python(run: Run) -> None:
           slider.value = at;
           slider.dispatchEvent(new Event("input"));
         };
-        for (const name of stops.names) {
+        for (const name of [...stops.names, "step time"]) {
           const select = document.getElementById("count");
           select.value = name;
           select.dispatchEvent(new Event("change"));
@@ -83,17 +85,52 @@ def test_sliders_are_python(run: Run) -> None:
         return rows;
         """
     )
-    options = {option.name: option for option in comparison().runnable}
-    assert len(found) == 2 * 4 * 6 * len(options)
-    held = 0
+    options = {option.name: option for option in comparison_with_times().runnable}
+    assert len(found) == 3 * 3 * 6 * len(options)
+    hardware, held = hardware_of("h100-nvlink"), Counter()
     for name, strategy, s, b, n, shown in found:
-        formula = options[strategy].formulas[name]
-        where, multiple = ({N: n}, 32) if name == "forward bytes" else ({R: n // 2, U: 2}, 128)
-        holds = any(where.items() <= point.items() for point in formula.at) and s % multiple == 0
-        value = formula.value({S: s, B: b, **where})
-        assert shown == (f"{int(value):,}, counted" if holds else None), (name, strategy, s, b, n)
-        held += holds
-    assert len(found) / 2 < held < len(found)
+        option = options[strategy.removesuffix(" 8")]
+        assert strategy.endswith(" 8") == (n == 8), "it is called what it is on so many ranks"
+        if name == "step time":
+            value = option.times.seconds(s, b, n, hardware)
+            if s == 64 and b == 1 and n == 4:
+                value = float(f"{option.timeline.seconds:.6g}")
+            assert (shown is None) == (value is None), (strategy, s, b, n)
+            assert shown is None or float(shown.removesuffix(" s, simulated")) == pytest.approx(value, rel=1e-12)
+        else:
+            value = int(option.formulas[name].value({S: s, B: b, N: n})) if s % 32 == 0 else None
+            # beyond 2^53 a number of JavaScript has fewer digits
+            large = shown is not None and "e+" in shown
+            assert large == (value is not None and value >= 2**53)
+            if large:
+                assert float(shown.removesuffix(", counted")) == pytest.approx(value, rel=1e-14)
+            else:
+                assert shown == (None if value is None else f"{value:,}, counted"), (name, strategy, s, b, n)
+        held[name] += value is not None
+    assert 0 < held["step time"] < held["forward bytes"] == held["forward FLOPs"] == 3 * 6 * len(options)
+
+
+def test_no_time_is_shown_where_messages_run_beside_kernels(run: Run) -> None:
+    """On PCIe a step's time is no sum: at the page's own sizes it is simulated, elsewhere there is a dash."""
+    shown = run(
+        """
+        const texts = [], say = (id, value, event) => {
+          const node = document.getElementById(id);
+          node.value = value;
+          node.dispatchEvent(new Event(event));
+        };
+        say("count", "step time", "change");
+        for (const machine of ["h100-nvlink", "l20-pcie"]) for (const s of [0, 5]) {
+          say("machine", machine, "change");
+          say("S", s, "input");
+          texts.push([...document.querySelectorAll("#formula-table tbody td")].map((cell) => cell.textContent));
+        }
+        return texts;
+        """
+    )
+    own, elsewhere, of_pcie, of_pcie_elsewhere = shown
+    assert all(text.endswith("s") for text in (*own, *elsewhere, *of_pcie)) and own != elsewhere
+    assert set(of_pcie_elsewhere) == {"–"}
 
 
 @pytest.mark.parametrize("width", [1280, 800])

@@ -11,9 +11,12 @@ import pytest
 import sympy
 
 import sptransform
+from sptransform import UsageError
 from sptransform.cost.formulas import B, N, S
+from sptransform.cost.hardware import hardware_of
 from sptransform.page import values
 from sptransform.page.content import content
+from sptransform.page.explanation import Explanation, fields_of
 from sptransform.page.graphs import LONGEST, shortened, source
 from sptransform.page.render import _facts
 from sptransform.page.sliders import javascript
@@ -173,9 +176,10 @@ def test_a_page_of_one_strategy_and_of_one_rank(tmp_path: Path) -> None:
 
 
 def test_numbers_have_three_digits() -> None:
-    shown = [values.num_bytes(x).text for x in (0, 7, 999, 1000, 999_499, 999_600, 12_345_678, 10**12)]
-    assert shown == ["0 B", "7 B", "999 B", "1 kB", "999 kB", "1 MB", "12.3 MB", "1 TB"]
+    shown = [values.num_bytes(x).text for x in (0, 7, 1023, 1024, 1_048_000, 1_048_500, 12_345_678, 2**50)]
+    assert shown == ["0 B", "7 B", "1,023 B", "1 KiB", "1,023 KiB", "1 MiB", "11.8 MiB", "1 PiB"]
     assert [values.seconds(x).text for x in (2.5, 0.25, 1e-3, 2e-5, 0)] == ["2.5 s", "250 ms", "1 ms", "20 µs", "0 µs"]
+    assert [values.flops(x).text for x in (999, 123_456, 5 * 10**18)] == ["999 FLOP", "123 kFLOP", "5 EFLOP"]
     assert values.share(0.125).text == "+12.5%"
 
 
@@ -236,3 +240,12 @@ def test_the_limit_is_that_of_the_machine_in_the_users_file(tmp_path: Path) -> N
     model, inputs = stack()
     explanation = sptransform.explain(model, "ring", inputs, world_size=2, hardware=str(mine))
     assert content([explanation.option], "h200").data["limit"] == 12345
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    option = comparison().runnable[0]
+    explanation = Explanation(**fields_of(option.explanation), hardware=hardware_of("h100-nvlink"))
+    for write in (explanation.html, explanation.trace, comparison().html, comparison().trace):
+        with pytest.raises(UsageError, match="missing/out cannot be written"):
+            write(tmp_path / "missing" / "out")
+    assert not {"step", "timeline"} & vars(explanation).keys()

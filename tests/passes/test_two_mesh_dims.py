@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from sptransform.graph import notes
+from sptransform.graph.printer import text
 from sptransform.sharding.mesh import PRETENDED_GROUP
 from sptransform.strategies.usp import USP
 from tests.support.rewritten import Asked, function_on_ranks
@@ -48,3 +49,10 @@ def test_gradients_are_summed_once_where_shares_are_even(length: int, groups: li
 def test_one_exchange_brings_back_the_order(length: int, layout: str, groups: list[str]) -> None:
     nodes = rewritten(length, layout).find_nodes(op="call_function", target=sp.repartition.default)
     assert [node.args[-1] for node in nodes] == groups
+
+
+def test_what_is_printed_marks_both_mesh_dims() -> None:
+    printed = text(rewritten(16).nodes, is_local=True)
+    assert ": f32[1,4@outer@inner,8] = aten.linear(" in printed
+    assert ": f32[1,2@inner,8@outer,2], " in printed, "of attention: heads on the inner dim, a ring on the outer"
+    assert "f32[8,8] R = getitem(%replicate" in printed, "a bucket of both dims"

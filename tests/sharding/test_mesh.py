@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from sptransform import USP, Ring, UsageError
-from sptransform.sharding.mesh import PRETENDED_GROUP, Mesh
+from sptransform.sharding.mesh import MOST_PRETENDED, PRETENDED_GROUP, Mesh
 from tests.support.gloo_pool import get_pool
 
 
@@ -37,6 +37,13 @@ def test_pretended_ranks_have_one_group() -> None:
 def test_ranks_that_are_not_there(world_size: int, rank: int) -> None:
     with pytest.raises(UsageError, match="no such rank"):
         Mesh.pretended(world_size, rank)
+
+
+def test_more_ranks_than_a_table_of_them_has_room_for() -> None:
+    assert Mesh.pretended((64, 64), 4095).size == MOST_PRETENDED
+    for world_size in (4097, 100_000, (4096, 2)):
+        with pytest.raises(UsageError, match="too many ranks to pretend"):
+            Mesh.pretended(world_size)
 
 
 def ranks_of(mesh: Mesh) -> tuple[int, int, list[int]]:

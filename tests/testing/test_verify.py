@@ -71,12 +71,14 @@ def kinds(verdict: Verdict) -> dict[str, int]:
 def test_what_auto_chooses_runs_on_simulated_ranks(world_size: Any) -> None:
     verdict = simulated(attention_with_loss(), "auto", world_size=world_size)
     assert verdict.ok and verdict.worst.error < 1e-12, str(verdict)
+    assert verdict.reason.startswith("auto takes ") and f"A{verdict.reason[1:]}." in str(verdict)
 
 
 @pytest.mark.slow
 def test_auto_that_may_cut_parameters_gets_the_inputs() -> None:
     verdict = verify(attention_with_loss(), sptransform.Auto(megatron=True), token_inputs(), world_size=2, timeout=200)
     assert verdict.ok and verdict.worst.error < 1e-12, str(verdict)
+    assert verdict.reason.startswith("auto takes "), "of the process of a rank"
 
 
 # --- what is right ----------------------------------------------------------------------------------------------

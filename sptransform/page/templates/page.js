@@ -9,21 +9,23 @@
   const sum = (xs) => xs.reduce((a, b) => a + b, 0);
   const number = (text, source, exact) => `<span class="n" data-p="${source}" title="${esc(exact ?? text)}, ${source}">${esc(text)}</span>`;
 
-  // the same three digits as Python's values.py
-  function digits(x, unit) {
-    for (const [size, prefix] of [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
-      if (Math.abs(x) >= size * 0.9995) return `${three(x / size)} ${prefix}${unit}`;
-    return `${three(x)} ${unit}`.trim();
+  // the same three digits as Python's units.py
+  const TIMES = [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]];
+  const BINARY = ["PiB", "TiB", "GiB", "MiB", "KiB", "B"].map((unit, i) => [1024 ** (5 - i), unit]);
+  const DECIMAL = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
+  function digits(x, scales) {
+    const [scale, unit] = scales.find(([each]) => Math.abs(x) >= each * 0.9995) ?? scales.at(-1), value = x / scale;
+    return `${Math.abs(value) < 999.5 ? Number(value.toPrecision(3)) : grouped(Math.round(value))} ${unit}`.trim();
   }
-  const three = (x) => (Math.abs(x) >= 999.5 ? x.toFixed(0) : String(Number(x.toPrecision(3))));
-  const bytes = (x) => digits(x, "B");
-  const took = (x) => (x >= 0.9995 ? digits(x, "s") : x >= 0.9995e-3 ? `${three(x * 1e3)} ms` : `${three(x * 1e6)} µs`);
+  const bytes = (x) => digits(x, BINARY);
+  const took = (x) => digits(x, TIMES);
+  const flops = (x) => digits(x, DECIMAL.map(([scale, prefix]) => [scale, prefix + "FLOP"]));
   const grouped = (x) => String(x).replace(/\B(?=(\d{3})+(?!\d))/g, ",");
 
   // ---- what is shown -------------------------------------------------------------------------------------------
   D.options.forEach((o) => (o.where = o.where.map(([segment, module, kind, direction, count, size]) => ({ segment, module: D.texts[module], kind: D.kinds[kind], direction: ["forward", "backward"][direction], count, bytes: size }))));
   D.rings.forEach((ring) => {
-    for (const name in ring.layouts) ring.layouts[name] = ring.layouts[name].map((row) => row.match(/../g).map((pair) => parseInt(pair, 36)));
+    for (const name in ring.layouts) ring.layouts[name] = ring.layouts[name].map((row) => row.split(" ").flatMap((run) => Array(Number(run.slice(2) || 1)).fill(parseInt(run.slice(0, 2), 36))));
   });
   const runnable = D.options.map((o, i) => i).filter((i) => !D.options[i].blocked);
   // the best of each kind first
@@ -131,10 +133,10 @@
     const [kind, forward, backward] = field(line, SENT).split("|");
     const tip = [forward && `sends ${forward} forward`, backward && `${backward} backward`].filter(Boolean).join(", ");
     const tag = kind ? `<span class="tag ${kind}">${kind}${forward ? " " + forward : ""}</span>` : "";
-    const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?@sp/g, '<span class="sp">$&</span>');
+    const type = esc(field(line, TYPE)).replace(/\d+(\.\.\d+)?(@(sp|outer|inner))+/g, '<span class="sp">$&</span>');
     const call = esc(field(line, CALL));
     const style = kind ? ` style="border-left-color:var(--${kind})"` : "";
-    return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${tip || call}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
+    return `<td class="${isNew ? "new" : ""}"${style} data-source="${line[SOURCE]}" data-name="${line[NAME]}" title="${esc(field(line, TYPE))} = ${call}${tip && `\n${tip}`}">${tag}%${esc(field(line, NAME))} <span class="t">: ${type}</span><span class="c">${call}</span></td>`;
   }
 
   function graph() {
@@ -375,8 +377,11 @@
         const y = 4 + row * 2.9 * high, events = own[direction], last = own.lasts[row], scale = (w - 230) / longest;
         let svg = `<text x="0" y="${y + 14}">${direction}</text><text x="66" y="${y + 14}">compute</text><text x="66" y="${y + high + 16}">messages</text>`;
         svg += `<rect x="150" y="${y}" width="${last * scale}" height="${high}" fill="url(#idle-${i})"/>`;
-        for (const [stream, kind, place, begins, lasts] of events) {
-          const [start, length] = [begins * own.unit, lasts * own.unit];
+        const done = [0, 0];
+        for (let k = 0; k < events.length; k += 4) {
+          const [kind, place, gap, lasts] = events.slice(k, k + 4), stream = Number(kind < D.kinds.length);
+          const [start, length] = [(done[stream] + gap) * own.unit, lasts * own.unit];
+          done[stream] += gap + lasts;
           const [op, , line] = D.places[place].map((text) => D.texts[text]);
           const fill = `var(--${D.kinds[kind] ?? kernels[kind - D.kinds.length]})`;
           svg += `<rect x="${(150 + start * scale).toFixed(2)}" y="${y + stream * (high + 2)}" width="${Math.max(length * scale, 0.4).toFixed(2)}" height="${high}" fill="${fill}"><title>${esc(op)}, ${took(length)}, simulated\n${esc(line)}</title></rect>`;
@@ -389,9 +394,9 @@
 
   // ---- what if -------------------------------------------------------------------------------------------------
   if ($("what-if")) {
-    const P = D.sliders;
-    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, f]) => [name, new Function("S", "B", "N", "R", "U", `return ${f.js}`)])));
-    const at = {}, hasFormulas = P.names.length > 0;
+    const P = D.sliders, T = D.times;
+    const compiled = P.formulas.map((own) => Object.fromEntries(Object.entries(own).map(([name, js]) => [name, new Function("S", "B", "N", `return ${js}`)])));
+    const at = {}, hasFormulas = P.names.length > 0, STEP = "step time";
     if (hasFormulas) {
       for (const key of ["N", "S", "B"]) {
         const slider = $(key);
@@ -405,29 +410,64 @@
 
     /** What the formula gives at a position; null where it does not hold. */
     function value(option, name, S, B, N) {
-      const formula = P.formulas[option][name];
-      if (!formula || !formula.ranks[N] || S % formula.multiple) return null;
-      return Math.round(compiled[option][name](S, B, N, ...formula.ranks[N]));
+      if (name === STEP) return stepTime(option, S, B, N);
+      const formula = compiled[option][name], holds = P.holds[option];
+      return formula && N in holds.ranks && S % holds.multiple === 0 ? Math.round(formula(S, B, N)) : null;
+    }
+
+    const quantitiesAt = T && new Function("S", `return [${T.quantities}]`);
+    const kinds = new Map();
+    /** What one op of a kind takes on a machine, as a function of its quantities; null where the machine cannot tell. */
+    function kindOn(machine, at) {
+      const key = `${machine} ${at}`;
+      if (!kinds.has(key)) kinds.set(key, T.machines[machine].js[at] && new Function(...T.arguments[at], `return ${T.machines[machine].js[at]}`));
+      return kinds.get(key);
+    }
+    /** Seconds of a step on the chosen machine: simulated at the page's own sizes, elsewhere the sum over its ops. */
+    function stepTime(option, S, B, N) {
+      const machine = $("machine").value, simulated = D.machines[machine]?.[option]?.[0] ?? null;
+      if (!hasFormulas || (S === P.at.S && B === P.at.B && N === P.at.N)) return simulated;
+      const own = T?.options[option][N], on = T?.machines[machine];
+      if (!own || !on || B !== T.rows[option] || S % T.multiples[option]) return null;
+      const quantities = quantitiesAt(S);
+      let seconds = 0;
+      for (let k = 0; k < own.length; k += 2) {
+        const [kind, places, [first, stride, ranks]] = T.parts[own[k]], given = places.map((place) => quantities[place]), takes = kindOn(machine, kind);
+        if (!takes) return null;
+        if (ranks) {
+          const nodes = new Set(Array.from({ length: ranks }, (_, i) => Math.floor((first + i * stride) / on.ranks))).size;
+          // where kernels do not wait for it, a sum does not say how long both take
+          if ((nodes > 1 ? on.between : on.inside) !== false) return null;
+          given.push(ranks, nodes);
+        }
+        seconds += own[k + 1] * takes(...given);
+      }
+      return seconds;
     }
     const isBytes = (name) => /bytes|memory|traffic/.test(name);
-    const text = (name, x) => (isBytes(name) ? bytes(x) : /flop/i.test(name) ? digits(x, "FLOP") : grouped(x));
+    const text = (name, x) => (name === STEP ? took(x) : isBytes(name) ? bytes(x) : /flop/i.test(name) ? flops(x) : grouped(x));
+    const exact = (name, x) => (name === STEP ? `${x} s` : Number.isSafeInteger(x) ? grouped(x) : x.toExponential(14));
+    const source = (name) => (name === STEP ? "simulated" : "counted");
+    const named = (i, N) => P.holds[i].ranks[N] || D.options[i].name;
 
     function formulas() {
-      const name = hasFormulas ? $("count").value : null, times = $("machine") ? D.machines[$("machine").value] : null;
+      const name = hasFormulas ? $("count").value : null, steps = $("machine") && name !== STEP;
       if (hasFormulas)
         for (const key of ["N", "S", "B"]) {
           at[key] = P[key][$(key).value];
           $(`at-${key}`).textContent = grouped(at[key]);
         }
-      const now = runnable.map((i) => [i, name && value(i, name, at.S, at.B, at.N), times?.[i]?.[0] ?? null]);
+      const now = runnable.map((i) => [i, name && value(i, name, at.S, at.B, at.N), steps ? stepTime(i, at.S, at.B, at.N) : null]);
       const by = hasFormulas ? 1 : 2;
-      const rows = now.sort((a, b) => (a[by] ?? Infinity) - (b[by] ?? Infinity)).map(([i, x, s]) => `<tr><th scope="row">${dot(i)}${esc(D.options[i].name)}</th>`
-        + (name ? `<td class="num" title="${esc(P.formulas[i][name]?.text ?? "no formula")}">${x === null ? "–" : number(text(name, x), "counted", grouped(x))}</td>` : "")
-        + (times ? `<td class="num">${s === null ? "–" : number(took(s), "simulated", `${s} s`)}</td>` : "") + "</tr>");
-      $("formula-table").innerHTML = `<table><thead><tr><th scope="col">Strategy</th>${name ? `<th scope="col" class="num">${esc(name)}</th>` : ""}${times ? `<th scope="col" class="num">Step on ${esc($("machine").value)}${name ? "*" : ""}</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
-        + (name && times ? `<p class="small">* at N ${grouped(P.at.N)}, S ${grouped(P.at.S)}, B ${grouped(P.at.B)}</p>` : "");
+      const shownAs = (what, x) => (x === null ? "–" : number(text(what, x), source(what), exact(what, x)));
+      const rows = now.sort((a, b) => (a[by] ?? Infinity) - (b[by] ?? Infinity)).map(([i, x, s]) => `<tr title="${esc(P.holds[i].words)}"><th scope="row">${dot(i)}${esc(named(i, at.N))}</th>`
+        + (name ? `<td class="num" title="${esc(name === STEP ? "" : P.formulas[i][name] ?? "no formula")}">${shownAs(name, x)}</td>` : "")
+        + (steps ? `<td class="num">${shownAs(STEP, s)}</td>` : "") + "</tr>");
+      const machine = esc($("machine")?.value ?? "");
+      $("formula-table").innerHTML = `<table><thead><tr><th scope="col">Strategy</th>${name ? `<th scope="col" class="num">${esc(name)}${name === STEP ? ` on ${machine}` : ""}</th>` : ""}${steps ? `<th scope="col" class="num">Step on ${machine}</th>` : ""}</tr></thead><tbody>${rows.join("")}</tbody></table>`
+        + (T && at.B !== P.at.B ? `<p class="small">Step times are for B ${grouped(P.at.B)}.</p>` : "");
       if (name) chart(name);
-      if (times) machines();
+      if ($("machine")) machines();
     }
 
     /** The step on each machine, as a bar for each strategy that is shown; the end of a bar waits for others. */
@@ -460,7 +500,7 @@
         const points = own.map((v, k) => (v > 0 ? [x(k), y(v)] : null));
         let pen = "M", path = "";
         points.forEach((p) => { if (p) { path += `${pen}${p[0].toFixed(1)} ${p[1].toFixed(1)}`; pen = "L"; } else pen = "M"; });
-        svg += `<path d="${path}" fill="none" stroke="${hue(i)}" stroke-width="2"/>` + points.map((p, k) => (p ? `<circle cx="${p[0]}" cy="${p[1]}" r="${xs[k] === at.N ? 4.5 : 2.6}" fill="${hue(i)}"><title>${esc(D.options[i].name)}, N = ${xs[k]}: ${text(name, own[k])}</title></circle>` : "")).join("");
+        svg += `<path d="${path}" fill="none" stroke="${hue(i)}" stroke-width="2"/>` + points.map((p, k) => (p ? `<circle cx="${p[0]}" cy="${p[1]}" r="${xs[k] === at.N ? 4.5 : 2.6}" fill="${hue(i)}"><title>${esc(named(i, xs[k]))}, N = ${xs[k]}: ${text(name, own[k])}</title></circle>` : "")).join("");
       }
       $("formula-chart").innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="${esc(name)} by the number of ranks">${svg}</svg>`;
     }
