@@ -20,6 +20,7 @@ from sptransform.cost.read import step_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.pass_manager import run_passes
 from sptransform.inspection.attended_work import checked_documents
+from sptransform.planning.beside import Beside
 from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
 from sptransform.planning.comparison import Comparison
 from sptransform.planning.judged import judged, quietly, ranked
@@ -93,18 +94,20 @@ def compare(
         trial = trials(
             partial(rewritten_for, apart=copies), folded.graph_module, folded.inputs, chosen, Mesh.pretended(world_size)
         )
-        shown = []
-        with quietly():
+        begun = []
+        with quietly(), Beside() as beside:
             for done, candidate in enumerate(found):
                 progress(candidate.name, done, len(found))
-                shown.append(judged(candidate, trial, machine, copies, lengths))
+                begun.append(judged(candidate, trial, machine, copies, lengths, beside.call))
             alone = trial(Ulysses(), (1,), 0)
             run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
+            one_device = step_of(alone, copies=copies)
+            shown = [option() for option in begun]
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
             options=ranked(_with_lines(shown)),
-            one_device=step_of(alone, copies=copies),
+            one_device=one_device,
             copies=copies,
         )
 
