@@ -57,7 +57,7 @@ def training_graphs(rewritten: Rewritten) -> TrainingGraphs:
             found.append(traced.graph)
         return traced
 
-    with tracing(TracingContext(mode)), as_rank(rewritten.context.mesh.rank, groups_of(rewritten)), _without_code():
+    with tracing(TracingContext(mode)), as_rank(rewritten.context.mesh.rank, groups_of(rewritten)), without_code():
         aot_module_simplified(gm, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
     for graph in found:
         _call_drawing_ops_directly(graph)
@@ -65,7 +65,7 @@ def training_graphs(rewritten: Rewritten) -> TrainingGraphs:
 
 
 @contextmanager
-def _without_code() -> Iterator[None]:
+def without_code() -> Iterator[None]:
     """Within, new graph modules get no Python code, which takes a tenth of the time; one that is called is interpreted.
 
     torch writes the code of every graph on the way to the last one, to run it and to log it.

@@ -132,7 +132,7 @@ class Auto(Strategy):
         if in_parts:  # parameters are kept over all ranks, not over the two dims of a USP
             found = [c for c in found if c.strategy.max_mesh_dims == 1 or len(c.shape) == 2]
         with quietly():
-            options = ranked(judged(candidate, trial, hardware, runs) for candidate in found)
+            options = ranked(judged(candidate, trial, hardware, runs)() for candidate in found)
         choice = self.best_of(options, hardware)
         others = (o for o in choice.options[1:] if o.step is not None and o.strategy.max_mesh_dims == 1)
         where = crossing(trial, choice.chosen, next(others, choice.chosen), runs)

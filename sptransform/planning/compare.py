@@ -20,6 +20,7 @@ from sptransform.cost.read import step_of
 from sptransform.diagnostics.errors import UsageError, describe
 from sptransform.engine.pass_manager import run_passes
 from sptransform.inspection.attended_work import checked_documents
+from sptransform.planning.beside import Beside
 from sptransform.planning.candidates import OF_SEQUENCES, OF_WEIGHTS, candidates
 from sptransform.planning.comparison import Comparison
 from sptransform.planning.judged import Trial, judged, quietly, ranked
@@ -88,17 +89,20 @@ def compare(
     chosen = Options.of({"outputs": "dtensor", **options})
 
     def use(trial: Trial, runs: Mapping[str, LayerRun]) -> Comparison:
-        shown = []
-        for done, candidate in enumerate(found):
-            progress(candidate.name, done, len(found))
-            shown.append(judged(candidate, trial, machine, runs, lengths))
-        alone = trial(Ulysses(), (1,), 0)
-        run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
+        begun = []
+        with Beside() as beside:
+            for done, candidate in enumerate(found):
+                progress(candidate.name, done, len(found))
+                begun.append(judged(candidate, trial, machine, runs, lengths, beside.call))
+            alone = trial(Ulysses(), (1,), 0)
+            run_passes(alone.graph_module, chosen.pipeline.normalize, alone.context)  # which read masks
+            one_device = step_of(alone, runs=runs)
+            shown = [option() for option in begun]
         return Comparison(
             world_size=world_size,
             hardware=None if machine is None else machine.name,
             options=ranked(_with_lines(shown)),
-            one_device=step_of(alone, runs=runs),
+            one_device=one_device,
             copies={path: run.times for path, run in runs.items()},
         )
 

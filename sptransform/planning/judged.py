@@ -7,11 +7,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from sptransform.compiler.rewrite import Rewritten
 from sptransform.cost.folding import LayerRun, run_of
 from sptransform.cost.hardware import Hardware
 from sptransform.cost.read import step_of
+from sptransform.cost.records import Step
 from sptransform.cost.simulate import simulate
 from sptransform.diagnostics.errors import SPTransformError
 from sptransform.engine.strategy import Strategy
@@ -25,16 +27,23 @@ from sptransform.planning.records import Option
 Trial = Callable[[Strategy, tuple[int, ...], int], Rewritten]
 
 
+def _now(compute: Callable[[], Step]) -> Callable[[], Step]:
+    step = compute()
+    return lambda: step
+
+
 def judged(
     candidate: Candidate,
     trial: Trial,
     hardware: Hardware | None,
     runs: Mapping[str, LayerRun],
     documents: Documents | None = None,
-) -> Option:
-    """The candidate's step on its busiest rank; blocked, if this library refuses it. Other errors are raised.
+    call: Callable[[Callable[[], Step]], Callable[[], Step]] = _now,
+) -> Callable[[], Option]:
+    """A function that gives the candidate's step on its busiest rank; blocked, if this library refuses it.
 
-    ``runs``: of the graph that ``trial`` rewrites, see :func:`sptransform.cost.folding.fold_layers`.
+    Other errors are raised. ``runs``: of the graph that ``trial`` rewrites, see
+    :func:`sptransform.cost.folding.fold_layers`. ``call`` begins to count the step, and returns what gives it.
     """
     option = Option(candidate.name, candidate.strategy, candidate.shape)
     try:
@@ -43,13 +52,22 @@ def judged(
         busiest = pairs.index(max(pairs)) if pairs else 0
         if busiest:
             explanation = explanation_of(trial(candidate.strategy, candidate.shape, busiest), documents)
-        step = step_of(explanation.rewritten, runs=runs)
+        counted = call(partial(step_of, explanation.rewritten, runs=runs))
     except SPTransformError as error:
-        return replace(option, blocked=str(error))
+        blocked = replace(option, blocked=str(error))
+        return lambda: blocked
     finally:
         gc.collect(0)  # what was made since the last option, where collection is paused
-    timeline = None if hardware is None else simulate(step, hardware)
-    return replace(option, rank=busiest, explanation=explanation, pairs=pairs, step=step, timeline=timeline)
+
+    def found() -> Option:
+        try:
+            step = counted()
+        except SPTransformError as error:
+            return replace(option, blocked=str(error))
+        timeline = None if hardware is None else simulate(step, hardware)
+        return replace(option, rank=busiest, explanation=explanation, pairs=pairs, step=step, timeline=timeline)
+
+    return found
 
 
 def pairs_of_ranks(explanation: Explanation, runs: Mapping[str, LayerRun]) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def with_formulas(
         for candidate, outer in wanted.items():
             for number in sizes:
                 scaled = with_outer(candidate, outer[number])
-                option = judged(scaled, trial, None, runs)
+                option = judged(scaled, trial, None, runs)()
                 if option.step is not None:
                     _check_sizes(option, *at)
                     point = {S: at[0], B: at[1], N: prod(scaled.shape)}

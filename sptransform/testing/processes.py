@@ -149,7 +149,7 @@ class Workers:
             seat = Seat(rank, self.world_size, self._directory, theirs)
             seat.stacks.touch()
             process = context.Process(target=life, args=(seat, *args), daemon=True)
-            with warnings.catch_warnings():  # of other threads at a fork: see _can_fork
+            with warnings.catch_warnings():  # of other threads at a fork: see can_fork
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             theirs.close()
@@ -306,7 +306,7 @@ def on_processes(world_size: int, function: Callable[..., Any], *args: Any, time
         UsageError: processes have to be spawned, and the arguments cannot be pickled.
         WorkerFailure: a rank raised, ended, or did not answer within ``timeout`` seconds.
     """
-    method = "fork" if _can_fork() else "spawn"
+    method = "fork" if can_fork() else "spawn"
     workers = Workers(world_size)
     try:
         call = (function, args) if method == "fork" else _dumped((function, args))
@@ -324,7 +324,7 @@ def _dumped(call: Call) -> bytes:
         raise UsageError(describe(what, found=f"{type(error).__name__}: {error}", fix=_FIX)) from error
 
 
-def _can_fork() -> bool:
+def can_fork() -> bool:
     """Whether a fork of this process can compute: a forked process says so.
 
     It cannot where a GPU is in use, or where autograd has started the threads that it has for GPUs; nor join a group

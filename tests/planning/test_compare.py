@@ -13,6 +13,7 @@ from torch import nn
 import sptransform
 from sptransform import USP, AllGatherKV, Comparison, MegatronSP, Ring, Ulysses, UsageError
 from sptransform.cost.read import step_of
+from sptransform.planning import beside
 from sptransform.planning.candidates import candidates
 from tests.support.layers import meta_layer
 from tests.support.models import Inputs
@@ -42,6 +43,16 @@ def four() -> Comparison:
     model, inputs = shape(2)
     strategies = ["ulysses", "ring", (Ulysses(), MegatronSP()), "usp"]
     return sptransform.compare(model, inputs, world_size=4, hardware="h100-nvlink", strategies=strategies)
+
+
+@pytest.mark.slow
+def test_one_core_finds_the_same(four: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "_has_two_cores", lambda: False)
+    model, inputs = shape(2)
+    strategies = [option.strategy for option in four.options]
+    alone = sptransform.compare(model, inputs, world_size=4, hardware="h100-nvlink", strategies=strategies)
+    assert alone.to_dict() == four.to_dict()
+    assert [option.step for option in alone.options] == [option.step for option in four.options]
 
 
 def test_it_counts_what_explain_counts(four: Comparison) -> None:
