@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
 
 from sptransform.cost.hardware import Hardware, hardware_names, hardware_of
-from sptransform.cost.time_formulas import Part, arguments_of, time_function
+from sptransform.cost.time_formulas import Part, arguments_of, is_added, time_function
 from sptransform.diagnostics.errors import UsageError
 from sptransform.page.graphs import Pool
 from sptransform.planning.records import Option
 
 
 def step_times(options: Sequence[Option], chosen: str | None) -> dict[str, Any] | None:
-    """What a script adds up; None without formulas, or without a machine.
+    """What a script adds up; None without formulas, or without a machine where a step's time is a sum.
 
     ``parts``: (function, quantities, ranks); a quantity is a number in ``quantities``, expressions in S, and ranks
     are (first, stride, number). ``options``: of each, number of ranks -> (part, how often) alternately, in one list.
     """
-    if chosen is None or not any(option.times is not None and option.times.parts for option in options):
+    own = next((option.times.hardware for option in options if option.times is not None), None)
+    if chosen is None or own is None:
         return None
+    machines = {chosen: own, **{name: hardware_of(name) for name in hardware_names() if name != chosen}}
     quantities, parts, functions = Pool(), Pool(), Pool()
 
     def number_of(part: Part) -> int:
@@ -31,23 +33,26 @@ def step_times(options: Sequence[Option], chosen: str | None) -> dict[str, Any] 
 
     def of(option: Option) -> dict[int, list[int]]:
         on = {} if option.times is None else option.times.parts
-        return {n: [x for part, number in own.items() for x in (number_of(part), number)] for n, own in on.items()}
+        sums = {n: parts for n, parts in on.items() if any(_is_sum(parts, machine) for machine in machines.values())}
+        return {n: [x for part, number in own.items() for x in (number_of(part), number)] for n, own in sums.items()}
 
     found = [of(option) for option in options]
-    own = next((option.times.hardware for option in options if option.times is not None), None)
-    machines = {chosen: own} if own is not None else {}
-    machines |= {name: hardware_of(name) for name in hardware_names() if name != chosen}
+    if not any(found):
+        return None
     return {
         "options": found,
         "rows": [0 if option.times is None else option.times.rows for option in options],
         "multiples": [1 if option.times is None else option.times.multiple for option in options],
-        "names": [{} if option.times is None else dict(option.times.names) for option in options],
         "parts": parts.items,
         "quantities": quantities.items,
         "functions": functions.items,
         "arguments": [arguments_of(function) for function in functions.items],
         "machines": {name: _machine(hardware, functions.items) for name, hardware in machines.items()},
     }
+
+
+def _is_sum(parts: Iterable[Part], hardware: Hardware) -> bool:
+    return all(is_added(part.ranks, hardware) for part in parts if part.ranks)
 
 
 def _machine(hardware: Hardware, functions: Sequence[str]) -> Mapping[str, Any]:

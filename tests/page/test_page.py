@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import sptransform
 from sptransform import UsageError
 from sptransform.cost.formulas import B, N, S
 from sptransform.cost.hardware import hardware_of
+from sptransform.cost.time_formulas import Part, StepTimes
 from sptransform.page import values
 from sptransform.page.content import content
 from sptransform.page.explanation import Explanation, fields_of
 from sptransform.page.graphs import LONGEST, shortened, source
 from sptransform.page.render import _facts
 from sptransform.page.sliders import javascript
+from sptransform.page.step_times import step_times
 from tests.page.shown import LAYERS, comparison, stack
 
 pytestmark = pytest.mark.timeout(240)
@@ -199,6 +202,20 @@ def test_formulas_become_javascript() -> None:
     assert javascript(sympy.Max(S, B) / N) == "Math.max(B, S)/N"
     with pytest.raises(ValueError, match="no slider for H"):
         javascript(S * sympy.Symbol("H"))
+
+
+def test_times_that_are_a_sum_nowhere_take_no_room() -> None:
+    """Between nodes messages run beside kernels, on every machine that has such links."""
+    option = comparison().runnable[0]
+
+    def shown(ranks: tuple[int, ...]) -> dict[str, Any] | None:
+        parts = {Part("all_gather", (8 * S,), ranks): 3}
+        times = StepTimes({4: parts}, {4: option.name}, 1, 64, hardware_of("h100-nvlink"))
+        return step_times([replace(option, times=times)], "h100-nvlink")
+
+    assert shown((0, 8)) is None and step_times([option], "h100-nvlink") is None
+    found = shown((0, 1, 2, 3))
+    assert (found["options"], found["parts"], found["quantities"]) == ([{4: [0, 3]}], [(0, (0,), (0, 1, 4))], ["8*S"])
 
 
 def test_the_largest_texts_are_pooled(data: dict[str, Any]) -> None:
