@@ -111,7 +111,8 @@ def gradients(program: MaskProgram, operands: Sequence[Tensor], trained: Sequenc
     target = without_gradient(program, trained)
     if target is not None:
         raise NotImplementedError(f"{target} passes no gradient to the operands of a mask: detach them")
-    values, reached = program.values(operands), _reached(program, trained)
+    reached = _reached(program, trained)
+    values = program.values(operands, reached.union(*(step.refs for step in program.steps if reached & {*step.refs})))
     of_value = {Ref(len(values) - 1): grad.sum_to_size(values[-1].shape)}
     for index, step in reversed([*enumerate(program.steps, start=program.num_operands)]):
         own = of_value.pop(Ref(index), None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import inf, nan
@@ -125,14 +125,8 @@ class MaskProgram:
         return "; ".join(f"%{i} = {step}" for i, step in enumerate(self.steps, start=self.num_operands))
 
     def run(self, operands: Sequence[Tensor]) -> Tensor:
-        """Compute the mask; the operands broadcast. What no later step reads is let go."""
-        values: list[Any] = list(operands)
-        for step, read_last in zip(self.steps, self._read_last, strict=True):
-            args, kwargs = step.arguments(values)
-            values.append(step.target(*args, **kwargs))
-            for index in read_last:
-                values[index] = None
-        return values[-1]
+        """Compute the mask; the operands broadcast."""
+        return self.values(operands, kept=())[-1]
 
     @cached_property
     def _read_last(self) -> list[list[int]]:
@@ -140,12 +134,16 @@ class MaskProgram:
         last = {x.index: at for at, step in enumerate(self.steps) for x in step.refs}
         return [[index for index, at in last.items() if at == step] for step in range(len(self.steps))]
 
-    def values(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """The operands and the result of every step."""
-        values = list(operands)
-        for step in self.steps:
+    def values(self, operands: Sequence[Tensor], kept: Collection[Ref] | None = None) -> list[Any]:
+        """The operands and the result of every step; with ``kept``, None for others that steps have read last."""
+        values: list[Any] = list(operands)
+        for step, read_last in zip(self.steps, self._read_last, strict=True):
             args, kwargs = step.arguments(values)
             values.append(step.target(*args, **kwargs))
+            del args, kwargs
+            for index in read_last:
+                if kept is not None and Ref(index) not in kept:
+                    values[index] = None
         return values
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sptransform
 from sptransform.compiler.rewrite import Rewritten
@@ -28,21 +28,83 @@ pytestmark = pytest.mark.timeout(280)
 Counted = dict[tuple[str, str], tuple[int, int]]  # (direction, kind) -> messages, bytes
 
 
-def build_llama() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """Wide enough that tensors, not what the allocator and torch add to each, are what is held."""
+# name -> (class, tokens, sizes). Wide enough that tensors, not what the allocator and torch add to each, are held
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+WIDE = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, **GROUPED, "use_cache": False}
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "bamba": (
+        "BambaForCausalLM",
+        1024,
+        {
+            **WIDE,
+            "intermediate_size": 256,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 64,
+        },
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        1024,
+        {"vocab_size": 512, "n_positions": 1024, "n_embd": 128, "n_layer": 2, "n_head": 8, "use_cache": False},
+    ),
+    "llama": ("LlamaForCausalLM", 2048, {**WIDE, "intermediate_size": 352, "dtype": "bfloat16"}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        1024,
+        {**WIDE, "intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2, "dtype": "bfloat16"},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        1024,
+        {
+            "vocab_size": 512,
+            "d_model": 128,
+            "d_kv": 16,
+            "d_ff": 512,
+            "num_layers": 2,
+            "num_heads": 8,
+            "decoder_start_token_id": 0,
+            "use_cache": False,
+        },
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        0,
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "intermediate_size": 512,
+            "image_size": 256,
+            "patch_size": 8,
+            "num_labels": 16,
+        },
+    ),
+}
+
+
+def build_model(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096)
-    ids = torch.randint(512, (1, 2048))
-    return LlamaForCausalLM(config).to(torch.bfloat16), {"input_ids": ids, "labels": ids, "use_cache": False}
+    kind, tokens, sizes = MODELS[name]
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**sizes)).to(getattr(torch, sizes.get("dtype", "float32"))).train()
+    if not tokens:
+        size = sizes["image_size"]
+        return model, {"pixel_values": torch.randn(1, 3, size, size), "labels": torch.tensor([3])}
+    ids = torch.randint(512, (1, tokens))
+    return model, {"input_ids": ids, "labels": ids}
 
 
-def ran_and_held(rank: int, num_ranks: int, strategies: list[Any]) -> list[tuple[Counted, int]]:
+def ran_and_held(rank: int, num_ranks: int, name: str, strategies: list[Any]) -> list[tuple[Counted, int]]:
     """What a worker does: messages and bytes of a step as they ran, and what is held at its peak."""
     found = []
     for strategy in strategies:
         torch._dynamo.reset()
-        model, inputs = build_llama()
+        model, inputs = build_model(name)
         sptransform.parallelize(model, strategy, backend="aot_eager", check_replicas="never")
         model(**inputs).loss.backward()  # compiles
         model.zero_grad()
@@ -53,9 +115,9 @@ def ran_and_held(rank: int, num_ranks: int, strategies: list[Any]) -> list[tuple
     return found
 
 
-def counted(strategy: Any, num_ranks: int, rank: int) -> tuple[Counted, int]:
+def counted(name: str, strategy: Any, num_ranks: int, rank: int) -> tuple[Counted, int]:
     """The same, without running anything."""
-    model, inputs = build_llama()
+    model, inputs = build_model(name)
     step = step_of(sptransform.rewrite(model, strategy, inputs, world_size=num_ranks, rank=rank), fuse=False)
     messages: Counted = {}
     for work in step.works:
@@ -97,18 +159,23 @@ def peak_of_step(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_ranks", "strategies"),
+    ("name", "num_ranks", "strategies"),
     [
-        (2, ["ring", "ulysses"]),
-        (2, ["allgather", "megatron"]),
-        (4, ["ulysses", "ring", "allgather"]),
-        (4, ["megatron", sptransform.USP(2, 2)]),
+        ("llama", 2, ["ring", "ulysses"]),
+        ("llama", 2, ["allgather", "megatron"]),
+        ("llama", 4, ["ulysses", "ring", "allgather"]),
+        ("llama", 4, ["megatron", sptransform.USP(2, 2)]),
+        ("bamba", 2, ["ulysses", "ring"]),
+        ("gpt2", 2, ["ulysses", "ring"]),
+        ("mixtral", 2, ["ulysses", "ring"]),
+        ("t5", 2, ["ulysses", "ring"]),
+        ("vit", 2, ["ulysses", "ring"]),
     ],
 )
-def test_a_step_is_counted_as_it_runs(num_ranks: int, strategies: list[Any]) -> None:
-    for rank, of_rank in enumerate(get_pool(num_ranks).run(ran_and_held, strategies, timeout=250)):
+def test_a_step_is_counted_as_it_runs(name: str, num_ranks: int, strategies: list[Any]) -> None:
+    for rank, of_rank in enumerate(get_pool(num_ranks).run(ran_and_held, name, strategies, timeout=250)):
         for strategy, (ran, held) in zip(strategies, of_rank, strict=True):
-            messages, peak = counted(strategy, num_ranks, rank)
+            messages, peak = counted(name, strategy, num_ranks, rank)
             assert messages == ran
             assert abs(peak - held) <= 0.05 * held, (peak, held)
 

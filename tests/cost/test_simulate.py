@@ -88,6 +88,13 @@ def test_equal_layers_at_once_are_the_layers_one_by_one(seed: int, overlap: bool
     assert sorted(live for _, live in folded.live_bytes()) == sorted(live for _, live in flat.live_bytes())
 
 
+def test_two_runs_of_as_many_layers_follow_each_other() -> None:
+    works = [replace(kernel(copies=3), name=name, run=name) for name in ("encoder.1", "decoder.1")]
+    step = Step(tuple(works), 0, 4, parameters=100, gradients=0, inputs=10)
+    assert [work.name for work in step.unrolled()] == ["encoder.1"] * 3 + ["decoder.1"] * 3
+    assert [event.work.name for event in simulate(step, BESIDE).unrolled()] == [work.name for work in step.unrolled()]
+
+
 def test_many_equal_layers_are_few_events() -> None:
     timeline = run(*(replace(work, copies=1000) for work in (start(SMALL), kernel(), wait(SMALL))))
     assert len(timeline.events) == 3

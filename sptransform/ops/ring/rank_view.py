@@ -181,8 +181,8 @@ class RankView:
         calls = self.plan(block)
         return min((call.k_start for call in calls), default=0), max((call.k_stop for call in calls), default=0)
 
-    def calls(self, block: int) -> Iterator[tuple[Call, Tensor | None, dict[str, Any]]]:
-        """The calls of this rank's queries on a block, each with its mask and the options of the block ops.
+    def calls(self, block: int) -> Iterator[tuple[Call, dict[str, Any]]]:
+        """The calls of this rank's queries on a block, each with the options of the block ops.
 
         Without those that are :meth:`joined`.
         """
@@ -198,7 +198,7 @@ class RankView:
                 options = {**options, "sliding": True}
             if self._data_plan is not None:
                 options = {**options, "varying": True}
-            yield call, self._mask(call, block), options
+            yield call, options
 
     def joined(self, block: int) -> list[Joined]:
         """The calls that are computed together, if the kernel takes pieces of sequences."""
@@ -238,7 +238,8 @@ class RankView:
     def _key_positions(self, bounds: list[int]) -> Tensor | slice:
         return slice(*bounds) if len(bounds) == 2 else positions(bounds, self.query.device)
 
-    def _mask(self, call: Call, block: int) -> Tensor | None:
+    def mask(self, call: Call, block: int) -> Tensor | None:
+        """What hides keys of the block from the queries of a call; see :func:`block_mask`."""
         keys = _bounds(self.keys_of(block), call.k_start, call.k_stop)
         band = None
         if call.kind == "band" and self.limits != (None, None):

@@ -130,10 +130,17 @@ def _results(view: RankView, block: int, key: Tensor, value: Tensor) -> Iterator
     for group in view.joined(block):
         for part in group.results(view.query, key, value):
             yield *part, False
-    for call, mask, options in view.calls(block):
-        xs = _queries(view.query, call), _keys(key, call), _keys(value, call)
-        found = _sp.attention_block(*xs, mask, call.kind == "causal", **options)
-        yield call.batch, call.q_start, found, mask is not None and mask.is_floating_point()
+    for call, options in view.calls(block):
+        yield _result(view, block, (key, value), call, options)
+
+
+def _result(
+    view: RankView, block: int, keys: tuple[Tensor, Tensor], call: Call, options: dict[str, Any]
+) -> tuple[Any, int, Any, bool]:
+    mask = view.mask(call, block)  # let go before the next call makes its own
+    xs = _queries(view.query, call), *(_keys(x, call) for x in keys)
+    found = _sp.attention_block(*xs, mask, call.kind == "causal", **options)
+    return call.batch, call.q_start, found, mask is not None and mask.is_floating_point()
 
 
 def _attend_backward(
@@ -161,8 +168,7 @@ def _attend_backward(
                 _add(sums, total, x, start - first, (own, stop - first), batch)
                 for total, x, own in zip(parts, found, keys, strict=True)
             ]
-        for i, part in enumerate(operands):
-            of_operands[i] = sums.add_to_operand(of_operands[i], *part)
+        _add_to_operands(sums, of_operands, operands)
     return (
         grad_query,
         first,
@@ -177,16 +183,34 @@ def _gradients(
     grad, out, lse = whole
     for group in view.joined(block):
         yield *group.gradients(grad, view.query, *keys, out, lse), ()
-    for call, mask, options in view.calls(block):
-        xs = grad, view.query, *keys, out, lse
-        places = _queries, _queries, _keys, _keys, _queries, _queries
-        grad_rows, query, key, value, *rest = (place(x, call) for place, x in zip(places, xs, strict=True))
-        backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
-        found = backward(grad_rows, query, key, value, mask, *rest, call.kind == "causal", **options)
-        of_query, of_key, of_value, *of_mask = found
-        operands = view.operand_gradients(call, block, *of_mask) if view.trained else ()
-        of_keys = [(call.batch, call.k_start, (of_key, of_value))]
-        yield [(call.batch, call.q_start, (of_query,))], of_keys, operands
+    for call, options in view.calls(block):
+        yield _gradients_of(view, block, keys, whole, call, options)
+
+
+def _gradients_of(
+    view: RankView,
+    block: int,
+    keys: tuple[Tensor, Tensor],
+    whole: tuple[Tensor, ...],
+    call: Call,
+    options: dict[str, Any],
+) -> tuple[list[Part], list[Part], Iterable[Any]]:
+    grad, out, lse = whole
+    xs = grad, view.query, *keys, out, lse
+    places = _queries, _queries, _keys, _keys, _queries, _queries
+    grad_rows, query, key, value, *rest = (place(x, call) for place, x in zip(places, xs, strict=True))
+    mask = view.mask(call, block)  # let go before the next call makes its own
+    backward = _sp.attention_block_backward_with_mask if view.trained else _sp.attention_block_backward
+    found = backward(grad_rows, query, key, value, mask, *rest, call.kind == "causal", **options)
+    of_query, of_key, of_value, *of_mask = found
+    operands = view.operand_gradients(call, block, *of_mask) if view.trained else ()
+    of_keys = [(call.batch, call.k_start, (of_key, of_value))]
+    return [(call.batch, call.q_start, (of_query,))], of_keys, operands
+
+
+def _add_to_operands(sums: Sums, totals: list[Tensor], parts: Iterable[tuple[Tensor, int, list[int]]]) -> None:
+    for i, part in enumerate(parts):
+        totals[i] = sums.add_to_operand(totals[i], *part)
 
 
 def _keys_at(view: RankView, step: int, held: Tensor | None) -> tuple[Tensor, Tensor]:
