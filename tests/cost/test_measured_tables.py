@@ -58,8 +58,8 @@ def test_ulysses_degrees(table: str, hardware: str) -> None:
 def test_gathering_keys_or_passing_them_round() -> None:
     """T1. The cards are not named; with 32 heads of 128. One of 17 pairs is wrong: 4 cards on PCIe at 8K tokens.
 
-    Rings of grouped heads were mended in that library on the day of the table (vllm-omni #5255). If its ring passed keys
-    and values of all heads round, all pairs would be right; nothing says so, and it is not assumed.
+    Rings of grouped heads were mended in that library on the day of the table (vllm-omni #5255). If its ring passed
+    keys and values of all heads round, all pairs would be right; nothing says so, and it is not assumed.
     """
     groups = {}
     for row in rows("T1"):
