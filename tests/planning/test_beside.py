@@ -20,8 +20,9 @@ HERE = os.getpid()
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(beside, "_has_two_cores", lambda: True)
     monkeypatch.setattr(beside, "can_fork", lambda: True)
+    before = {*multiprocessing.active_children()}  # such as ranks that tests share
     yield
-    assert not multiprocessing.active_children()
+    assert {*multiprocessing.active_children()} <= before
 
 
 def test_a_fork_computes_one_call_and_this_process_the_next() -> None:
