@@ -215,7 +215,9 @@ class Reader:
 def _call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """What two calls of equal cost have in common."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    return op, spec, tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+    # an op may do otherwise with 1.0 than with 1, which Python takes for equal
+    what = ((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+    return op, spec, tuple(what)
 
 
 def _aliased(node: fx.Node, packet: Any) -> fx.Node | None:

@@ -8,6 +8,7 @@ import pickle
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -23,12 +24,14 @@ class Beside:
     """Computes calls in a fork, one at a time, and what comes meanwhile here: two cores have work, this one first.
 
     Everything is computed here where there is one core, where a fork cannot compute, and after a fork that failed. A
-    fork that raises, ends or hangs costs time, not the result: the call is then made here.
+    fork that cannot be started, raises, ends or hangs costs time, not the result: the call is then made here.
     """
 
     def __init__(self) -> None:
         self._running: _Forked[Any] | None = None
-        self._may_fork = _has_two_cores() and not multiprocessing.current_process().daemon and can_fork()
+        self._may_fork = False
+        with suppress(OSError):  # too little memory, or too many processes or files, for one more
+            self._may_fork = _has_two_cores() and not multiprocessing.current_process().daemon and can_fork()
 
     def __enter__(self) -> Beside:
         return self
@@ -44,12 +47,14 @@ class Beside:
             running()  # takes the answer, which the fork may be waiting to write
             self._running, self._may_fork = None, not running.failed
         # fake tensors of a GPU may have made its context since
-        if self._running is not None or not self._may_fork or torch.cuda.is_initialized():
-            result = compute()
-            return lambda: result
-        forked = _Forked(compute)
-        self._running = forked
-        return forked
+        if self._running is None and self._may_fork and not torch.cuda.is_initialized():
+            try:
+                self._running = forked = _Forked(compute)
+                return forked
+            except OSError:
+                self._may_fork = False
+        result = compute()
+        return lambda: result
 
 
 class _Forked(Generic[T]):
@@ -61,12 +66,17 @@ class _Forked(Generic[T]):
         self.failed = False
         self._answers, answering = multiprocessing.Pipe(duplex=False)
         self._process = multiprocessing.get_context("fork").Process(
-            target=_answer, args=(compute, answering), daemon=True
+            target=_answer, args=(compute, answering, self._answers), daemon=True
         )
-        with warnings.catch_warnings():  # of other threads at a fork: see can_fork
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
-        answering.close()
+        try:
+            with warnings.catch_warnings():  # of other threads at a fork: see can_fork
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process.start()
+        except OSError:
+            self._answers.close()
+            raise
+        finally:
+            answering.close()
 
     @property
     def has_answered(self) -> bool:
@@ -94,15 +104,17 @@ class _Forked(Generic[T]):
         self._answers.close()
 
 
-def _answer(compute: Callable[[], Any], answering: Connection) -> None:
+def _answer(compute: Callable[[], Any], answering: Connection, answers: Connection) -> None:
     """In the fork: write the result. Of an error nothing is written: who asked gets it from a call of its own."""
+    answers.close()  # held open here, it would keep a write waiting for a reader that was killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     torch.set_num_threads(1)  # a fork has none of the threads that computed before it, and would wait for them
     try:
         answer = pickle.dumps(compute())
     except Exception:
         return
-    answering.send_bytes(answer)
+    with suppress(OSError):  # who asked is gone
+        answering.send_bytes(answer)
 
 
 def _has_two_cores() -> bool:

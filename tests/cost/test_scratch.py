@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
+from sptransform import rewrite
 from sptransform.cost import scratch
+from sptransform.cost.read import step_of
 from sptransform.cost.scratch import scratch_of
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
@@ -79,3 +81,15 @@ def test_many_rows_are_counted_from_few(monkeypatch: pytest.MonkeyPatch, causal:
         monkeypatch.setattr(scratch, "_LONG", longest)
         found.append(scratch_of(sp.attention_block, (*xs, None, causal), {"softcap": 5.0}))
     assert found[0] == pytest.approx(found[1], rel=0.03)
+
+
+@pytest.mark.parametrize("factors", [(1, 1.0), (1.0, 1)])
+def test_calls_with_equal_numbers_of_other_types_are_counted_apart(factors: tuple[float, ...]) -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(x * factor for factor in factors)
+
+    inputs = (torch.ones(8, 64, dtype=torch.int64),)
+    step = step_of(rewrite(Scaled(), "ulysses", inputs, world_size=2, sequence_dims={"x": 1}), fuse=False)
+    held = [work.scratch for work in step.works if work.op.startswith("aten.mul")]
+    assert held == [8 * 64 * 4 if isinstance(factor, float) else 0 for factor in factors]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,53 @@ def test_one_core_computes_all_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside, "_has_two_cores", lambda: False)
     with Beside() as calls:
         assert calls.call(os.getpid)() == HERE
+
+
+@pytest.mark.parametrize("fails", ["pipe", "fork"])
+def test_a_fork_that_cannot_be_started_is_not(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no more of these")
+
+    with Beside() as calls:
+        monkeypatch.setattr(*{"pipe": (multiprocessing, "Pipe"), "fork": (os, "fork")}[fails], refuse)
+        assert calls.call(os.getpid)() == HERE
+        monkeypatch.undo()
+        assert calls.call(os.getpid)() == HERE  # nor tried again
+
+
+def test_where_a_process_cannot_be_started_to_try_it_nothing_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise OSError("no more of these")
+
+    monkeypatch.setattr(beside, "can_fork", refuse)
+    with Beside() as calls:
+        assert calls.call(os.getpid)() == HERE
+
+
+def test_a_fork_ends_when_who_asked_was_killed() -> None:
+    """Also one with more to write than a pipe holds."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    def ask() -> None:
+        Beside().call(lambda: theirs.send(os.getpid()) or bytes(1 << 20))
+        time.sleep(60)
+
+    asking = multiprocessing.get_context("fork").Process(target=ask)
+    asking.start()
+    forked = ours.recv()
+    asking.kill()
+    asking.join()
+    until = time.monotonic() + 20
+    while (is_there := _runs(forked)) and time.monotonic() < until:
+        time.sleep(0.05)
+    if is_there:
+        os.kill(forked, signal.SIGKILL)
+    assert not is_there
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process computes or waits: one that ended may stay until its parent asks for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
