@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock, get_ident
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,8 @@ from torch._guards import TracingContext, tracing
 from sptransform.compiler.rewrite import Rewritten
 from sptransform.cost.groups import as_rank, groups_of
 from sptransform.graph import dataflow, notes
+
+_PATCHED = RLock()  # one thread at a time: each puts back what it found
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,23 @@ def training_graphs(rewritten: Rewritten) -> TrainingGraphs:
 def without_code() -> Iterator[None]:
     """Within, new graph modules get no Python code, which takes a tenth of the time; one that is called is interpreted.
 
-    torch writes the code of every graph on the way to the last one, to run it and to log it.
+    torch writes the code of every graph on the way to the last one, to run it and to log it. Other threads get theirs.
     """
-    with (
-        patch.object(fx.GraphModule, "recompile"),
-        patch.object(fx.GraphModule, "forward", lambda gm, *args: fx.Interpreter(gm).run(*args)),
-        patch.object(fx.GraphModule, "print_readable", return_value=""),
-    ):
-        yield
+    with _PATCHED:
+        thread, write, show = get_ident(), fx.GraphModule.recompile, fx.GraphModule.print_readable
+
+        def recompile(gm: fx.GraphModule) -> Any:
+            return None if get_ident() == thread else write(gm)
+
+        def print_readable(gm: fx.GraphModule, *args: Any, **options: Any) -> str:
+            return "" if get_ident() == thread else show(gm, *args, **options)
+
+        with (
+            patch.object(fx.GraphModule, "recompile", recompile),
+            patch.object(fx.GraphModule, "forward", lambda gm, *args: fx.Interpreter(gm).run(*args)),
+            patch.object(fx.GraphModule, "print_readable", print_readable),
+        ):
+            yield
 
 
 def _call_drawing_ops_directly(graph: fx.Graph) -> None:

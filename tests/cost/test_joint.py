@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import fx
 
@@ -18,3 +20,10 @@ def test_a_graph_without_code_is_interpreted() -> None:
     made.recompile()
     assert torch.equal(made(x), -x) and "neg" in made.code
     assert "forward" not in fx.GraphModule.__dict__
+
+
+def test_other_threads_get_code_meanwhile() -> None:
+    before = fx.GraphModule.recompile
+    with without_code(), ThreadPoolExecutor(1) as threads:
+        assert "neg" in threads.submit(lambda: fx.symbolic_trace(lambda x: torch.neg(x)).code).result(10)
+    assert fx.GraphModule.recompile is before
