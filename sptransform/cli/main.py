@@ -99,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
         needed = f" ({ranks[0]})" if ranks else ""
         each.add_argument("--world-size", type=_shape, metavar="N", required=ranks is None, default=ranks,
                           help=f"the number of ranks{needed}; NxM is a mesh of two dims")  # fmt: skip
-        needed = f" ({length})" if length else ""
-        each.add_argument("--seq-len", type=_positive, metavar="S", required=length is None, default=length,
+        needed = f" ({length})" if length else ", unless MODULE:FACTORY has its own"
+        each.add_argument("--seq-len", type=_positive, metavar="S", default=length,
                           help=f"tokens of a sequence{needed}")  # fmt: skip
         each.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences (1)")
         each.add_argument("--strategy", type=_strategies, required=each is not compare, default=None, metavar="A,B",

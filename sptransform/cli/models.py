@@ -40,7 +40,7 @@ class Asked:
 
     Attributes:
         of: ``MODULE:FACTORY``, or the path of a configuration.
-        seq_len: tokens of a sequence.
+        seq_len: tokens of a sequence; None leaves it to the factory.
         batch: rows.
         dtype: of parameters and floating-point inputs; None is as the model is made, bfloat16 of a configuration.
         on_meta: without memory for weights and inputs.
@@ -48,7 +48,7 @@ class Asked:
     """
 
     of: str
-    seq_len: int
+    seq_len: int | None
     batch: int = 1
     dtype: torch.dtype | None = None
     on_meta: bool = True
@@ -93,7 +93,9 @@ def _of_factory(asked: Asked) -> tuple[nn.Module, Inputs | None, torch.dtype | N
         accepted = inspect.signature(factory).parameters
     except ValueError as error:  # some classes written in C
         raise UsageError(describe(f"{asked.of} is no function", found=str(error), fix=_FACTORY_FIX)) from error
-    sizes = {"seq_len": asked.seq_len, "batch": asked.batch}
+    sizes = {"batch": asked.batch}
+    if "seq_len" in accepted and (asked.seq_len is not None or accepted["seq_len"].default is inspect.Parameter.empty):
+        sizes["seq_len"] = _length(asked)
     with _device(asked):
         made = _called(asked.of, lambda: factory(**{name: n for name, n in sizes.items() if name in accepted}))
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -103,6 +105,13 @@ def _of_factory(asked: Asked) -> tuple[nn.Module, Inputs | None, torch.dtype | N
     if inputs is not None:
         _check_call(asked.of, model, inputs)
     return model, inputs, asked.dtype
+
+
+def _length(asked: Asked) -> int:
+    if asked.seq_len is None:
+        fix = "--seq-len with the tokens of a sequence"
+        raise UsageError(describe(f"how long are the sequences of {asked.of}?", found="no --seq-len", fix=fix))
+    return asked.seq_len
 
 
 def _check_call(of: str, model: nn.Module, inputs: Inputs) -> None:
@@ -238,7 +247,7 @@ def _inputs_of(model: nn.Module, asked: Asked) -> dict[str, Any]:
     if is_installed("transformers") and isinstance(config, imported("transformers").PreTrainedConfig):
         tree = tree_of(config)
     main = getattr(model, "main_input_name", None)
-    n = asked.seq_len
+    n = _length(asked)
     maker = Maker(tree, main, batch=asked.batch, length=n, target=n, kept=n)
     if tree and _is_causal(model):
         ids = maker.ids(n)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import product
+from itertools import combinations, product
 from operator import and_
 from typing import Any
 
@@ -27,13 +27,14 @@ S, B, N = sympy.symbols("S B N", positive=True, integer=True)
 R, U = sympy.symbols("R U", positive=True, integer=True)
 
 #: what each of n ranks sends of a tensor, as a share of all of it; of a ring, the tensor is what all hops pass on. In
-#: an all-to-all every rank gets its share, or, where heads are fewer than ranks, one that others get too
+#: an all-to-all every rank gets its share, or, where heads are fewer than ranks, one that others get too. What has no
+#: hops, but is sent to few ranks, puts tokens in order that a zigzag dealt: a rank sends a part of what it has
 SHARES: Mapping[str, Sequence[Callable[[Any], Any]]] = {
     "all_gather": [lambda n: (n - 1) / n],
     "all_reduce": [lambda n: 2 * (n - 1) / n],
     "all_to_all": [lambda n: (n - 1) / n**2, lambda n: (n - 1) / n],
     "reduce_scatter": [lambda n: (n - 1) / n],
-    "send_recv": [lambda n: (n - 1) / n],
+    "send_recv": [lambda n: (n - 1) / n, lambda n: 1 / n],
 }
 
 Point = Mapping[sympy.Symbol, int]
@@ -169,7 +170,7 @@ def _bytes(
             counts = [(point, count - fixed.subs(dict(point))) for point, count in counts]
         if any(count for _, count in counts):
             shares = range(len(SHARES[kind]))
-            tried = (*([at] for at in shares), shares) if not among.is_number else ([0],)
+            tried = (*([at] for at in shares), *combinations(shares, 2)) if not among.is_number else ([0],)
             yield first_fitted(counts, (t for some in tried for t in terms_of(kind, over, lengths, ranks, some)))
 
 

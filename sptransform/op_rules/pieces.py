@@ -35,17 +35,15 @@ def _bounds_of_slice(call: OpCall, dim: int) -> tuple[Size, Size, int]:
 
 
 def slice_(call: OpCall) -> OpRule | None:
-    """Other dimensions pass. With step 1 the sliced one keeps its axis, and every index keeps its owner.
-
-    None for an empty slice of a dimension of size 1.
-    """
+    """Other dimensions pass. With step 1 the sliced one keeps its axis, and every index keeps its owner."""
     shape = call.operand_shapes[0]
     dim = call.argument("dim") % len(shape)
     start, stop, step = _bounds_of_slice(call, dim)
     dims, sizes = dims_and_sizes(shape)
     factor = f"i{dim}"
-    if not dims[dim] and call.result_shapes[0][dim] != 1:
-        return None
+    if not dims[dim] and call.result_shapes[0][dim] != 1:  # nothing is left of one entry
+        result = (*dims[:dim], dim_of("none", 0), *dims[dim + 1 :])
+        return OpRule((dims,), (result,), sizes | {"none": 0}, replicated=frozenset({"none"}), linear=_LINEAR)
     if not dims[dim] or (start, stop, step) == (0, shape[dim], 1):
         return OpRule((dims,), (dims,), sizes, linear=_LINEAR)
     if step != 1:

@@ -167,6 +167,7 @@ TABLE: list[tuple[Any, OpEntry | RuleFn]] = [
     (sp.dropout_mask.default, OpEntry(pointwise(), _mask_local)),
     (sp.first_rank.default, pointwise(LINEAR)),
     (sp.keep_own.default, _moved("source", "target")),
+    (sp.local_index.default, pointwise()),
     (sp.reduce_scatter.default, _moved("spec")),
     (sp.repartition.default, _moved("source", "target")),
     (sp.replicate.default, _replicate),

@@ -23,6 +23,10 @@ def build(seq_len: int, batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Attention(), (torch.randn(batch, seq_len, 16),)
 
 
+def of_images(batch: int, seq_len: int = 9) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return build(seq_len, batch)
+
+
 def number() -> int:
     return 3
 

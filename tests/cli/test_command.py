@@ -67,6 +67,13 @@ def test_models_are_made_without_memory(tmp_path: Path) -> None:
     assert x.is_meta and x.shape == (1, 8, 16) and x.dtype == model.qkv.weight.dtype == torch.float16
 
 
+def test_a_factory_may_know_its_length() -> None:
+    """As of images, whose number of patches no argument says."""
+    options = parser().parse_args(["compare", "tests.cli.factories:of_images", "--world-size", "2", "--batch", "2"])
+    _, (x,) = model_and_inputs(Asked(options.model, options.seq_len, options.batch))
+    assert x.shape == (2, 9, 16) and x.is_meta
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "shapes"),
@@ -86,6 +93,7 @@ def test_inputs_of_other_kinds_are_found(
 
 
 ERRORS = {
+    "no length": (["compare", BUILD, "--world-size", "2"], "how long are the sequences of"),
     "no colon": (
         ["explain", "tests.cli.factories", "--strategy", "ring", *SIZES],
         "a model is given as MODULE:FACTORY",

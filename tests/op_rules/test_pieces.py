@@ -51,6 +51,7 @@ CASES = [
     case(aten.slice.Tensor, randn(6, 4), 1, 0, 100),
     case(aten.slice.Tensor, randn(6, 4), 0, 0, END, 2, factors="i1"),
     case(aten.slice.Tensor, randn(1, 4), 0, 0, 1, factors="i1"),
+    case(aten.slice.Tensor, randn(1, 4), 0, 0, 0, factors="i1"),
     case(aten.split.Tensor, randn(4, 6), 2, 1, factors="i0 i1"),
     case(aten.split.Tensor, randn(5, 6), 2, -2, factors="i0 i1"),
     case(aten.split_with_sizes.default, randn(4, 6), [1, 2, 3], -1, factors="i0 i1"),
@@ -75,7 +76,6 @@ def test_rule(case: Case) -> None:
 NO_RULE = [
     case(aten.cat.default, [randn(0), randn(4, 3)], 1),
     case(aten.pad.default, randn(2, 3, 6), [1, 1], "reflect"),
-    case(aten.slice.Tensor, randn(4, 1), 1, 1, END),
 ]
 
 

@@ -11,7 +11,7 @@ from sptransform import USP, UsageError
 from sptransform.cost.formulas import B, N, S, _traffic, fitted, polynomials
 from sptransform.planning.candidates import Candidate, candidates, grid_of, with_outer
 from sptransform.planning.resized import PLACES, check_divisible, outer_sizes
-from tests.page.shown import WIDTH, Stack
+from tests.page.shown import WIDTH, Layer, Stack
 
 pytestmark = pytest.mark.timeout(280)
 STRATEGIES = ["ring", "megatron", "ulysses", USP(ulysses=2), ("ring", "megatron")]
@@ -46,6 +46,29 @@ def test_formulas_equal_counts_elsewhere() -> None:
         wanted = {f"{direction} {of}" for direction in ("forward", "backward") for of in ("bytes", "messages", "FLOPs")}
         assert wanted <= found_names, each
     assert {"forward traffic", "backward traffic"} <= names["ring"] & names["usp 2 x 2"]
+
+
+class Returned(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Layer(heads=8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.inner(x)
+        return x.sum(), x
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+def test_a_sequence_that_is_returned_in_order(strategy: str) -> None:
+    """Such as logits: a zigzag is undone, for which a rank sends another share than for a ring."""
+    with torch.device("meta"):
+        model = Returned()
+    (found,) = sptransform.compare(model, resized(64, 1), world_size=2, strategies=[strategy], resized=resized).options
+    (counted,) = sptransform.compare(model, resized(96, 3), world_size=4, strategies=[strategy]).options
+    for direction in ("forward", "backward"):
+        value = found.formulas[f"{direction} bytes"].value({S: 96, B: 3, N: 4})
+        assert value == counted.step.bytes_sent(direction)
 
 
 @pytest.mark.parametrize(("tokens", "num_ranks"), [(128, 32), (128, 6), (100, 8), (32, 8)])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 
-from sptransform import USP, Ring, Ulysses, UsageError
+from sptransform import USP, Ring, Ulysses, UsageError, verify
 from sptransform.agreement.program import placement_lines
 from sptransform.engine.strategy import Stage
 from sptransform.sharding.mesh import Mesh
 from sptransform.testing.lockstep import in_lockstep
+from tests.cli.factories import Attention
 from tests.end_to_end.test_counts_rings import D, H, Packed
 from tests.support.graphs import assert_ranks_equal_one_device, run_once
 from tests.support.rewritten import Asked, function_on_ranks, runnables
@@ -169,3 +171,30 @@ def test_ranks_that_would_meet_with_other_placements_say_so(kept: int, alike: bo
     if alike:
         runs = ranks.run(lambda graph: run_once(graph.graph_module, graph.inputs))
         assert_ranks_equal_one_device(run_once(loss_of_the_first, [x]), runs)
+
+
+class ClassToken(torch.nn.Module):
+    """Puts a learned token before the sequence, and returns what became of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.randn(1, 1, 16))
+        self.attention = Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        return self.attention(x)[:, 0].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [(USP(2, 2), 4), (("ring", "megatron"), (2, 2)), (("ulysses", "megatron"), (2, 2))],
+    ids=str,
+)
+def test_one_entry_of_a_sequence_over_two_mesh_dims(strategy: Any, world_size: Any) -> None:
+    """What the first dim's ranks run, to find the entry, and in place of the token that others own, has rules."""
+    torch.manual_seed(0)
+    verdict = verify(
+        ClassToken(), strategy, (torch.randn(2, 16, 16),), world_size=world_size, processes=False, strict=True
+    )
+    assert verdict.ok, verdict
