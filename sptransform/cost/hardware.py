@@ -131,7 +131,7 @@ def _shipped(name: str) -> Hardware:
 def _read(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
     try:
         data = json.loads(path.read_text())
-        constants = {name: Constant(*each) for name, each in data["constants"].items()}
+        constants = {name: _constant(name, each) for name, each in data["constants"].items()}
         what, base = data["what"], data.get("extends")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -145,6 +145,12 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
         extended = _shipped(base) if base in hardware_names() else _file(path.parent / str(base), extended_by)
         constants = {**extended.constants, **constants}
     return Hardware(path.stem, what, constants)
+
+
+def _constant(name: str, given: Any) -> Constant:
+    if not isinstance(given, list) or len(given) != len(Constant._fields):
+        raise ValueError(f'"{name}": {json.dumps(given)}')
+    return Constant(*given)
 
 
 _ABOVE_ZERO = re.compile(r"(flops|bandwidth|efficiency|tile|ranks|processors|memory\.bytes|peak_flops\..*)$")

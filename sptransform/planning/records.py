@@ -23,7 +23,8 @@ class Option:
         name: short, for tables: "ulysses", "usp 8 x 8", "ring 8 x megatron 8".
         strategy: the strategy object.
         mesh: the size of each mesh dim.
-        rank: the rank that is shown: the one that attends the most pairs of a query and a key.
+        rank: the rank that is shown: the one that attends the most pairs of a query and a key; of several, the one
+            whose parts of tensors are the largest.
         blocked: why the strategy cannot run this model, with the line of the user's code; None if it can. The fields
             below are None, and formulas empty, where it cannot.
         explanation: the facts of ``rank`` in the graph of few layers that was rewritten: what is redistributed where,

@@ -125,6 +125,24 @@ def test_the_busiest_rank_is_shown() -> None:
     assert option.explanation.rank == option.step.rank == option.rank
 
 
+class KeysAndValues(nn.Module):
+    """Cross-attention as ``nn.MultiheadAttention`` has it: keys and values of one weight, whose halves are parted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, memory, memory, need_weights=False)[0].pow(2).mean()
+
+
+def test_of_ranks_that_attend_alike_the_one_with_the_largest_parts_is_shown() -> None:
+    model, inputs = KeysAndValues(), (torch.ones(1, 16, 32), torch.ones(1, 32, 32))
+    (option,) = sptransform.compare(model, inputs, world_size=4, strategies=["megatron"]).options
+    steps = [step_of(sptransform.rewrite(model, "megatron", inputs, world_size=4, rank=rank)) for rank in range(4)]
+    assert min(step.flops() for step in steps) < max(step.flops() for step in steps) == option.step.flops()
+
+
 @pytest.mark.parametrize("world_size", [1, 0, True, "4", (2, 2)])
 def test_ranks_are_a_number(world_size: object) -> None:
     with pytest.raises(UsageError, match="compare takes a number of ranks"):
