@@ -148,7 +148,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Hardware:
 
 
 def _constant(name: str, given: Any) -> Constant:
-    if not isinstance(given, list) or len(given) != len(Constant._fields):
+    if not isinstance(given, list) or len(given) != 3:
         raise ValueError(f'"{name}": {json.dumps(given)}')
     return Constant(*given)
 

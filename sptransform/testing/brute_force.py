@@ -103,7 +103,8 @@ def lines_of(case: Case) -> list[Line]:
     shapes, dtypes = tuple(tuple(x.shape) for x in operands), tuple(x.dtype for x in operands)
     call = OpCall(case.target, args, kwargs, shapes, (), dtypes)
     generator = torch.Generator().manual_seed(_SEED)
-    others = [[_randn(x, generator) for x in operands] for _ in range(case.outer - 1)]
+    # integers, such as indices, must stay what the op takes
+    others = [[_randn(x, generator) if _has_fractions(x) else x for x in operands] for _ in range(case.outer - 1)]
     leaves = [_leaves(case, call, xs) for xs in (operands, *others)]
 
     def run(rank: int, number: int) -> Line:

@@ -76,6 +76,7 @@ CASES = [
         factors="d1",
     ),
     moved(sp.keep_own.default, randn(3, 4, 2), "S(1:6[0:4|2:6])", "S(1:6[0:3|3:6])", OUTER, factors="d0 d2"),
+    moved(sp.local_index.default, torch.tensor([[0, 3, 2], [1, 2, 0]]), "4/2", OUTER, factors=".2 .1"),
     moved(sp.repartition.default, randn(3, 4, 2), "S(1:8/2z)", "S(1:8/2)", OUTER, factors="d0 d2"),
     moved(sp.replicate.default, [randn(3, 2)], OUTER, factors="d0 d1"),
     moved(sp.replicate.default, [randn(3, 2), randn(4)], OUTER),
@@ -93,7 +94,7 @@ def test_rule(case: Case) -> None:
 def test_sums_pass_all_but_several_parameters() -> None:
     held_up = [call for call, *_ in map(call_of, CASES) if not DEFAULT_RULES.rule_of(call).linear]
     found = [(call.target, len(call.operand_shapes)) for call in held_up]
-    assert found == [(sp.dropout_mask.default, 1), (sp.replicate.default, 2)]
+    assert found == [(sp.dropout_mask.default, 1), (sp.local_index.default, 1), (sp.replicate.default, 2)]
 
 
 def test_stripes_of_an_open_length_are_as_many_as_their_text_says() -> None:
