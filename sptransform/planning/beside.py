@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from sptransform.testing.processes import can_fork
+from sptransform.testing.processes import can_fork, start
 
 T = TypeVar("T")
 TIMEOUT = 60.0  # seconds that a fork gets once its result is asked for; after that it is ended, and not waited for
@@ -69,9 +68,7 @@ class _Forked(Generic[T]):
             target=_answer, args=(compute, answering, self._answers), daemon=True
         )
         try:
-            with warnings.catch_warnings():  # of other threads at a fork: see can_fork
-                warnings.simplefilter("ignore", DeprecationWarning)
-                self._process.start()
+            start(self._process)
         except OSError:
             self._answers.close()
             raise

@@ -149,9 +149,7 @@ class Workers:
             seat = Seat(rank, self.world_size, self._directory, theirs)
             seat.stacks.touch()
             process = context.Process(target=life, args=(seat, *args), daemon=True)
-            with warnings.catch_warnings():  # of other threads at a fork: see can_fork
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
+            start(process)
             theirs.close()
             self._workers.append(_Worker(seat, process, ours))
 
@@ -324,6 +322,13 @@ def _dumped(call: Call) -> bytes:
         raise UsageError(describe(what, found=f"{type(error).__name__}: {error}", fix=_FIX)) from error
 
 
+def start(process: BaseProcess) -> None:
+    """Start a process. Python warns of other threads at a fork; :func:`can_fork` tries whether they are in the way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+
+
 def can_fork() -> bool:
     """Whether a fork of this process can compute: a forked process says so.
 
@@ -333,9 +338,7 @@ def can_fork() -> bool:
     if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized() or dist.is_initialized():
         return False
     process = multiprocessing.get_context("fork").Process(target=_compute, daemon=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
+    start(process)
     process.join(PROBE_TIMEOUT)
     can = process.exitcode == 0
     process.kill()
