@@ -95,7 +95,7 @@ def function_of(work: Work) -> str:
         # two ranks exchange: one hop
         return "send_recv" if work.message.kind == "all_to_all" and len(work.message.ranks) == 2 else work.message.kind
     if work.kind == "attention":
-        return f"attention.{'backward' if 'backward' in work.op else 'forward'}.{work.dtype}"
+        return f"attention.{times.pass_of(work)}.{work.dtype}"
     return f"matmul.{work.dtype}" if work.kind == "matmul" else "memory"
 
 
@@ -165,8 +165,7 @@ class StepTimes:
 
 def is_added(ranks: Sequence[int], hardware: Hardware) -> bool:
     """Whether kernels wait for a message over these ranks, so that its time adds to theirs."""
-    link = "between" if times.nodes_of(ranks, hardware) > 1 else "inside"
-    return hardware.get(f"{link}.overlaps") is False
+    return hardware.get(f"{times.link_of(ranks, hardware)}.overlaps") is False
 
 
 def _ranks(work: Work) -> tuple[int, ...]:

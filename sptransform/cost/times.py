@@ -30,14 +30,13 @@ def seconds(work: Work, hardware: Hardware) -> Number:
     """
     message = work.message if work.kind == "message" else None
     sizes = tuple(work.sizes.items())
-    is_gradient = "backward" in work.op
-    return _seconds(work.kind, is_gradient, work.dtype, work.flops, work.traffic, sizes, message, hardware)
+    return _seconds(work.kind, pass_of(work), work.dtype, work.flops, work.traffic, sizes, message, hardware)
 
 
 @lru_cache(maxsize=1 << 16)  # equal layers have equal works
 def _seconds(
     kind: str,
-    is_gradient: bool,
+    direction: str,
     dtype: str,
     flops: Number,
     traffic: Number,
@@ -53,10 +52,14 @@ def _seconds(
     if kind == "matmul":
         return matmul_seconds(flops, traffic, dtype, hardware)
     if kind == "attention":
-        direction = "backward" if is_gradient else "forward"
         given = {name: size for name, size in sizes if name in ATTENTION_SIZES}
         return attention_seconds(flops, traffic, direction, dtype, hardware, **given)
     return memory_seconds(traffic, hardware)
+
+
+def pass_of(work: Work) -> str:
+    """Which pass a kernel of attention is; one that the backward computes again is "forward" all the same."""
+    return "backward" if "backward" in work.op else "forward"
 
 
 def memory_seconds(traffic: Number, hardware: Hardware) -> Number:
@@ -143,8 +146,12 @@ def nodes_of(ranks: Sequence[int], hardware: Hardware) -> int:
 
 def overlaps(message: Message, hardware: Hardware) -> bool:
     """Whether a message goes on beside kernels, rather than before the next one."""
-    link = "between" if nodes_of(message.ranks, hardware) > 1 else "inside"
-    return bool(hardware[f"{link}.overlaps"])
+    return bool(hardware[f"{link_of(message.ranks, hardware)}.overlaps"])
+
+
+def link_of(ranks: Sequence[int], hardware: Hardware) -> str:
+    """The slowest link of a message among these global ranks: "between" nodes, or "inside" one."""
+    return "between" if nodes_of(ranks, hardware) > 1 else "inside"
 
 
 def peak_flops(dtype: str, hardware: Hardware) -> float:

@@ -53,7 +53,7 @@ def _plain(option: Option) -> dict[str, Any]:
         "rank": option.rank,
         "imbalance": option.imbalance,
         "kernels": option.kernels,
-        "peak_bytes": step.peak_bytes(),
+        "peak_bytes": option.peak_bytes,
         "reserved_bytes": reserved_bytes(step),
         "parameter_bytes": step.parameters,
         "fallbacks": [fallback.op for fallback in option.explanation.fallbacks],
