@@ -20,6 +20,7 @@ from sptransform.ops.flops import attention_flops
 from sptransform.testing.pretended import Asked, Runnable, on_pretended_ranks
 from tests.support.collective_counts import RUN_NAMES, CountCollectives
 from tests.support.gloo_pool import get_pool
+from tests.support.memory_held import memory_held
 from tests.support.models import build
 from tests.support.rewritten import step_of_first_scalar
 
@@ -149,11 +150,7 @@ def peak_of_step(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         output = model(**inputs)  # kept, as a loop of training does
         output.loss.backward()
-    live = peak = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak, _ = memory_held(found)
     return peak
 
 

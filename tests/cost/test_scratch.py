@@ -17,6 +17,7 @@ from sptransform import rewrite
 from sptransform.cost import scratch
 from sptransform.cost.read import step_of
 from sptransform.cost.scratch import scratch_of
+from tests.support.memory_held import memory_held
 
 aten, sp = torch.ops.aten, torch.ops.sptransform
 HEADS, LENGTH, DIM = 4, 640, 32
@@ -26,13 +27,9 @@ def held_beside_results(call: Callable[[], Any]) -> int:
     gc.collect()
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         results = call()
-    live = peak = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak, kept = memory_held(found)
     del results
-    return peak - live
+    return peak - kept
 
 
 def block(backward: bool, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> list[Any]:
